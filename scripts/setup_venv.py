@@ -1,0 +1,63 @@
+"""Install the checkout named on the command line into its ``.venv``; standard input is the stamp of a finished install.
+
+``.venv.lock`` is held by the kernel for as long as this process or its pip lives, so two set-ups started at once
+install once, and a killed one leaves no stale lock. While an install is under way the file has content: whoever finds
+it there, with the lock free, knows that an install was interrupted and starts from an empty ``.venv``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    root, stamp = Path(sys.argv[1]), sys.stdin.read()
+    venv, python = root / ".venv", root / ".venv" / "bin" / "python"
+    finished = venv / "stamp"
+    with open(root / ".venv.lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("lrk: waiting for another set-up of this checkout", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+
+        before = finished.read_text() if finished.exists() else ""
+        if before == stamp:
+            return 0
+        lock.seek(0)
+        interrupted = bool(lock.read())
+        moved = bool(before) and before.partition("\n")[0] != stamp.partition("\n")[0]
+        print(f"lrk: setting up {venv} (several minutes the first time, about 2 GB)", flush=True)
+        lock.write("installing\n")
+        lock.flush()
+        finished.unlink(missing_ok=True)
+
+        def run(*command: str | Path) -> int:
+            keep = [lock.fileno()]
+            return subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, pass_fds=keep).returncode
+
+        if interrupted or moved or not python.exists():
+            if run(sys.executable, "-m", "venv", "--clear", venv):
+                print("lrk: set-up failed: could not make a virtual environment (see above)")
+                return 1
+        code = run(python, "-m", "pip", "install", "--disable-pip-version-check", "--editable", ".[dev]")
+        if code < 0:
+            print("lrk: set-up was interrupted; the next call starts it again")
+            return 1
+        lock.truncate(0)
+        if code:
+            print("lrk: set-up failed: pip could not install the packages (see above); the next call tries again")
+            return 1
+        finished.write_text(stamp)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("lrk: set-up was interrupted; the next call starts it again")
+        sys.exit(130)

@@ -10,7 +10,7 @@ if ! wanted | cmp -s - "$root/.venv/stamp"; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     if [ "$python" = none ]; then
-        echo "lrk: Python 3.11 or newer is needed; found $(python3 --version 2>&1 || echo 'no python3')" >&2
+        echo "lrk: Python 3.11 or newer is needed; found $(python3 --version 2>/dev/null || echo 'no python3')" >&2
         exit 1
     fi
     wanted | "$python" "$root/scripts/setup_venv.py" "$root" >&2

@@ -1,8 +1,8 @@
-"""Install the checkout named on the command line into its ``.venv``; standard input is the stamp of a finished install.
+"""Install the checkout named on the command line into its ``.venv``; the stamp comes by standard input.
 
-``.venv.lock`` is held by the kernel for as long as this process or its pip lives, so two set-ups started at once
-install once, and a killed one leaves no stale lock. While an install is under way the file has content: whoever finds
-it there, with the lock free, knows that an install was interrupted and starts from an empty ``.venv``.
+The kernel holds ``.venv.lock`` for as long as this process or its pip lives, so two set-ups at once install
+once and a killed one leaves no stale lock. While an install is under way the file has content; content found
+with the lock free means that an install was interrupted, and that ``.venv`` has to start empty.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def main() -> int:
             keep = [lock.fileno()]
             return subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, pass_fds=keep).returncode
 
-        if interrupted or moved or not python.exists():
-            if run(sys.executable, "-m", "venv", "--clear", venv):
-                print("lrk: set-up failed: could not make a virtual environment (see above)")
-                return 1
+        if (interrupted or moved or not python.exists()) and run(
+            sys.executable, "-m", "venv", "--clear", venv
+        ):
+            print("lrk: set-up failed: could not make a virtual environment (see above)")
+            return 1
         code = run(python, "-m", "pip", "install", "--disable-pip-version-check", "--editable", ".[dev]")
         if code < 0:
             print("lrk: set-up was interrupted; the next call starts it again")
             return 1
         lock.truncate(0)
         if code:
-            print("lrk: set-up failed: pip could not install the packages (see above); the next call tries again")
+            print("lrk: set-up failed: pip could not install the packages (see above)")
             return 1
         finished.write_text(stamp)
     return 0

@@ -1,0 +1,60 @@
+"""What every test gets: one thread, no network, an empty working directory, fixed seeds."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import sys
+import tempfile
+
+import pytest
+
+# Read when torch, matplotlib and huggingface_hub are first imported; child processes inherit them.
+_hub_cache = tempfile.TemporaryDirectory(prefix="hub-")
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+    HF_HOME=_hub_cache.name,
+    TOKENIZERS_PARALLELISM="false",
+    # No one answers on port 9: requests of child processes fail at once, as on a machine that is offline.
+    HTTP_PROXY="http://127.0.0.1:9",
+    HTTPS_PROXY="http://127.0.0.1:9",
+    NO_PROXY="localhost,127.0.0.1",
+)
+_unset = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "ALL_PROXY", "HF_TOKEN", "HF_HUB_OFFLINE")
+for _name in _unset:
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Sockets of this process reach loopback addresses only; anything else is unreachable."""
+    loopback = {"127.0.0.1", "::1", "localhost", socket.gethostname()}
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in loopback:
+            raise OSError(errno.ENETUNREACH, f"tests have no network: {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    """The test's own folder as working directory: relative ``outputs`` lands there."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every generator that is loaded starts at 0."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,0 +1,210 @@
+"""The scripts' set-up, with stand-ins for venv and pip; and what a built wheel holds."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FAKE_VENV = """
+import os, sys, shutil
+folder = sys.argv[-1]
+assert sys.argv[1:] == ["--clear", folder]
+shutil.rmtree(folder, ignore_errors=True)
+os.makedirs(f"{folder}/bin")
+os.symlink(sys.executable, f"{folder}/bin/python")
+"""
+
+# Runs in the checkout. A file there says how this install goes; every install is logged.
+FAKE_PIP = """
+import os, pathlib, signal, sys, time
+plan = pathlib.Path("plan").read_text() if os.path.exists("plan") else ""
+with open("installs", "a") as log:
+    print("onto an empty .venv" if len(os.listdir(".venv/bin")) == 1 else "onto the last one", file=log)
+lrk = pathlib.Path(".venv/bin/lrk")
+lrk.write_text('#!/bin/sh\\nprintf "%s\\\\n" "$PWD" "$@"\\n')
+lrk.chmod(0o755)
+if plan == "kill":
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+if plan == "slow":
+    time.sleep(0.5)
+sys.exit(3 if plan == "fail" else 0)
+"""
+
+FAKE_TOOL = """
+import os, pathlib, sys
+name = pathlib.Path(__file__).stem
+with open("calls", "a") as log:
+    print(name, *sys.argv[1:], file=log)
+sys.exit(name == os.environ.get("BROKEN"))
+"""
+
+
+class Checkout:
+    """A copy of the scripts in a folder whose name has a space, with a PATH that holds what they may use."""
+
+    def __init__(self, folder: Path):
+        self.root = folder / "my checkout"
+        self.bin = folder / "bin"
+        modules = folder / "modules"
+        for path in (self.root, self.bin, modules):
+            path.mkdir()
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        self.edit_pyproject("first")
+        (modules / "venv.py").write_text(FAKE_VENV)
+        (modules / "pip.py").write_text(FAKE_PIP)
+        for tool in ("ruff", "mypy", "pytest"):
+            (modules / f"{tool}.py").write_text(FAKE_TOOL)
+        for tool in ("sh", "cat", "cmp", "readlink"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.python3(f'exec "{sys.executable}" "$@"')
+        self.environment = {"PATH": str(self.bin), "PYTHONPATH": str(modules)}
+
+    def python3(self, body: str) -> None:
+        script = self.bin / "python3"
+        script.write_text(f"#!/bin/sh\n{body}\n")
+        script.chmod(0o755)
+
+    def edit_pyproject(self, text: str) -> None:
+        (self.root / "pyproject.toml").write_text(text)
+
+    def plan(self, text: str) -> None:
+        (self.root / "plan").write_text(text)
+
+    def start(self, *arguments: str, script: str | Path = "lrk", cwd=None, **environment) -> subprocess.Popen:
+        return subprocess.Popen(
+            [self.root / "scripts" / script, *arguments],
+            cwd=cwd or self.root,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def call(self, *arguments: str, **options) -> tuple[int, str, str]:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    @property
+    def installs(self) -> list[str]:
+        log = self.root / "installs"
+        return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return Checkout(tmp_path)
+
+
+def test_first_call_installs_and_the_second_starts_no_python(checkout):
+    code, out, err = checkout.call("train", "method=milora")
+    assert (code, out) == (0, f"{checkout.root}\ntrain\nmethod=milora\n")
+    assert "setting up" in err
+    (checkout.bin / "python3").unlink()
+    assert checkout.call("list") == (0, f"{checkout.root}\nlist\n", "")
+    assert checkout.installs == ["onto an empty .venv"]
+
+
+def test_runs_in_the_callers_directory_through_links(checkout, tmp_path):
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    (tmp_path / "bin" / "first").symlink_to("../my checkout/scripts/lrk")
+    (elsewhere / "second").symlink_to(tmp_path / "bin" / "first")
+    code, out, _ = checkout.call("a b", "c*", script=elsewhere / "second", cwd=elsewhere)
+    assert (code, out) == (0, f"{elsewhere}\na b\nc*\n")
+    assert (checkout.root / ".venv").is_dir()
+
+
+def test_changed_pyproject_installs_again(checkout):
+    checkout.call()
+    checkout.edit_pyproject("second")
+    assert checkout.call()[0] == 0
+    assert checkout.call()[2] == ""
+    assert checkout.installs == ["onto an empty .venv", "onto the last one"]
+
+
+def test_killed_install_starts_afresh(checkout):
+    checkout.plan("kill")
+    code, out, _ = checkout.call()
+    assert code != 0
+    assert out == ""
+    checkout.plan("")
+    assert checkout.call()[0] == 0
+    assert checkout.installs == ["onto an empty .venv"] * 2
+
+
+def test_failed_install_is_tried_again(checkout):
+    checkout.plan("fail")
+    code, out, err = checkout.call()
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("lrk: set-up failed: pip")
+    checkout.plan("")
+    assert checkout.call()[0] == 0
+    assert checkout.installs == ["onto an empty .venv", "onto the last one"]
+
+
+def test_two_at_once_install_once(checkout):
+    checkout.plan("slow")
+    both = [checkout.start("list"), checkout.start("list")]
+    assert [process.communicate(timeout=60)[0] for process in both] == [f"{checkout.root}\nlist\n"] * 2
+    assert len(checkout.installs) == 1
+
+
+def test_copied_checkout_gets_its_own_environment(checkout, tmp_path):
+    checkout.call()
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout.root, copy, symlinks=True)
+    checkout.root = copy
+    assert checkout.call()[0] == 0
+    assert checkout.installs == ["onto an empty .venv"] * 2
+
+
+@pytest.mark.parametrize("present", ["Python 3.8.10", None])
+def test_without_a_new_enough_python(checkout, present):
+    if present:
+        checkout.python3(f'case "$1" in --version) echo {present} ;; *) exit 1 ;; esac')
+    else:
+        (checkout.bin / "python3").unlink()
+    code, out, err = checkout.call("train")
+    assert (code, out) == (1, "")
+    assert err == f"lrk: Python 3.11 or newer is needed; found {present or 'no python3'}\n"
+    assert not (checkout.root / ".venv").exists()
+
+
+def test_test_script_passes_arguments_on_and_reports_every_failure(checkout, tmp_path):
+    assert checkout.call("-k", "a b", script="test", cwd=tmp_path)[0] == 0
+    calls = (checkout.root / "calls").read_text().splitlines()
+    assert [line.split()[0] for line in calls] == ["ruff", "mypy", "pytest"]
+    assert calls[-1].endswith(" -k a b")
+
+    code, _, err = checkout.call(script="test", BROKEN="ruff")
+    assert code == 1
+    assert err.splitlines()[-1] == "failed: ruff"
+    assert len((checkout.root / "calls").read_text().splitlines()) == 6
+
+
+def test_wheel_holds_configs_and_bundled_files(tmp_path, monkeypatch):
+    from hatchling.build import build_wheel
+
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+        assert "lrk = lowrank_cli.cli:main" in wheel.read(entry_points).decode()
+
+    def files(folder: str) -> set[str]:
+        found = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(ROOT)) for path in found if path.suffix != ".pyc"}
+
+    configs = {f"lowrank_cli/{name}" for name in files("conf")}
+    assert "lowrank_cli/conf/train.yaml" in configs
+    assert any(name.endswith(".safetensors") for name in files("lowrank_cli/assets"))
+    assert held == files("lowrank_cli") | configs

@@ -1,0 +1,159 @@
+"""The shape of the package, read from its source: who imports whom, what waits, what is never called."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lowrank_cli"
+SOURCES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+
+#: Each part of the package, from the top down, and the parts it may import besides itself.
+#: Every part may import ``errors`` and ``schema``. A new arrow is a decision, taken here.
+ARROWS = {
+    "": set(),
+    "__main__": {"cli"},
+    "cli": {"dispatch", "config", "methods", "report", "runs"},
+    "dispatch": {"config", "stages", "methods", "report", "runs"},
+    "config": {"methods", "runs"},
+    "stages": {"methods", "adapter", "models", "tasks", "runs"},
+    "methods": {"adapter"},
+    "adapter": set(),
+    "models": set(),
+    "tasks": set(),
+    "report": {"runs"},
+    "runs": set(),
+    "schema": set(),
+    "errors": set(),
+}
+
+#: Imported by every call of ``lrk``, completion and errors included; heavy libraries wait until work starts.
+LIGHT = ["cli", "dispatch", "config", "runs", "errors", "schema", "report.tables", "tasks.tiny", "methods"]
+HEAVY = {"torch", "transformers", "datasets", "evaluate", "matplotlib", "accelerate", "peft", "scipy", "numpy"}
+
+
+def module_name(source: Path) -> str:
+    """Dotted name of a file given relative to the checkout."""
+    return ".".join(source.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(source) for source in SOURCES}
+
+
+@cache
+def tree(source: Path) -> ast.Module:
+    return ast.parse((ROOT / source).read_text())
+
+
+def imports(source: Path) -> set[str]:
+    """Dotted names that a file imports, at its top or in a function, or names in a string to import later."""
+    found = set()
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in MODULES else node.module)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+            found.add(node.value)
+    return found
+
+
+def part(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def test_table_names_every_part():
+    assert {part(module) for module in MODULES} == set(ARROWS)
+
+
+def test_table_points_down():
+    parts = list(ARROWS)
+    for above, below in ARROWS.items():
+        assert all(parts.index(other) > parts.index(above) for other in below), above
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_arrows_point_down(source):
+    module = module_name(source)
+    own = part(module)
+    allowed = ARROWS[own] | {own, "errors"} | ({"schema"} if own != "errors" else set())
+    for target in imports(source) & MODULES:
+        assert part(target) in allowed, f"{source} imports {target}"
+        if part(target) == "methods" and own != "methods":
+            public = {"lowrank_cli.methods", "lowrank_cli.methods.protocol"}
+            assert target in public, f"{source} names {target}: ask a method what it can do"
+
+
+def test_nothing_heavy_is_imported_early():
+    methods = [name for name in MODULES if name.startswith("lowrank_cli.methods.")]
+    modules = [f"lowrank_cli.{name}" for name in LIGHT] + methods
+    program = f"import sys, {', '.join(modules)}; print(*sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stderr, done.stdout.strip()) == ("", "")
+
+
+def test_third_party_imports_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = sum(project["optional-dependencies"].values(), project["dependencies"])
+    declared = {re.split(r"[<>=\[ ]", requirement)[0].lower() for requirement in requirements}
+    providers = importlib.metadata.packages_distributions()
+    for source in SOURCES:
+        for name in {target.partition(".")[0] for target in imports(source)}:
+            if name in sys.stdlib_module_names or name == "lowrank_cli":
+                continue
+            distributions = {provider.lower().replace("_", "-") for provider in providers[name]}
+            assert distributions & declared, f"{source} imports {name}, which pyproject.toml does not name"
+
+
+def test_adapter_needs_torch_only():
+    third_party = {
+        target.partition(".")[0]
+        for source in SOURCES
+        if part(module_name(source)) == "adapter"
+        for target in imports(source)
+    } - sys.stdlib_module_names
+    assert third_party <= {"lowrank_cli", "torch", "safetensors", "transformers"}
+
+
+def dangerous(call: ast.Call) -> bool:
+    """Does this call run code, or load an object, that comes from data?"""
+    name = ast.unparse(call.func)
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    return (
+        name in ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load")
+        or (name == "torch.load" and keywords.get("weights_only") != "True")
+        or keywords.get("trust_remote_code") == "True"
+        or keywords.get("shell") == "True"
+    )
+
+
+def test_nothing_runs_what_it_reads():
+    sources = [*SOURCES, *(path.relative_to(ROOT) for path in (ROOT / "scripts").rglob("*.py"))]
+    found = [
+        f"{source}:{node.lineno}: {ast.unparse(node)}"
+        for source in sources
+        for node in ast.walk(tree(source))
+        if isinstance(node, ast.Call) and dangerous(node)
+    ]
+    assert not found
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        assert "trust_remote_code: true" not in path.read_text(), path
+
+
+def test_dangerous_calls_are_recognised():
+    unsafe = ["torch.load(p)", "pickle.loads(b)", "f(trust_remote_code=True)", "run(c, shell=True)"]
+    safe = ["torch.load(p, weights_only=True)", "model.eval()", "f(trust_remote_code=model.remote)"]
+    calls = {text: ast.parse(text, mode="eval").body for text in unsafe + safe}
+    assert [text for text, call in calls.items() if dangerous(call)] == unsafe

@@ -38,7 +38,7 @@ ARROWS = {
 
 #: Imported by every call of ``lrk``, completion and errors included; heavy libraries wait until work starts.
 LIGHT = ["cli", "dispatch", "config", "runs", "errors", "schema", "report.tables", "tasks.tiny", "methods"]
-HEAVY = {"torch", "transformers", "datasets", "evaluate", "matplotlib", "accelerate", "peft", "scipy", "numpy"}
+HEAVY = {"torch", "transformers", "datasets", "evaluate", "matplotlib", "accelerate", "scipy", "numpy"}
 
 
 def module_name(source: Path) -> str:

@@ -1,0 +1,136 @@
+"""The handle of an adapted model: what was added, what trains, and how to switch it off, merge it or undo that."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.families import Site, head_names
+from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.routing import PromptRouting
+from lowrank_cli.errors import UserError
+
+
+class Adapter:
+    """A model adapted in place.
+
+    ``modules`` maps a site's key to its low-rank module; ``trained`` maps the name under which a tensor is saved to
+    the parameter, and holds every parameter that may change; ``deferred`` are those of ``trained`` that the method
+    steps itself (the main optimizer leaves them alone).
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: dict[str, Site]):
+        self.model = model
+        self.sites = sites
+        self.modules: dict[str, LowRank] = {}
+        self.linears: dict[str, AdaptedLinear] = {}
+        self.trained: dict[str, nn.Parameter] = {}
+        self.deferred: set[str] = set()
+        self.routing: PromptRouting | None = None
+        self.fingerprint = fingerprint(model)
+        model.requires_grad_(False)
+
+    def train_also(self, module: nn.Module, name: str) -> None:
+        """Declare all parameters of ``module`` trained, saved as ``name.<parameter>``; it computes in fp32."""
+        module.float()
+        module.register_forward_pre_hook(_inputs_in_fp32)
+        for key, parameter in module.named_parameters(prefix=name):
+            self.trained[key] = parameter.requires_grad_(True)
+
+    def count(self, names: set[str] | None = None) -> int:
+        """How many trained numbers there are, in all or under ``names``."""
+        return sum(p.numel() for name, p in self.trained.items() if names is None or name in names)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The bare model inside; the previous state afterwards, whatever it was."""
+        before = {path: linear.enabled for path, linear in self.linears.items()}
+        routing = self.routing.enabled if self.routing else False
+        try:
+            self._enable(dict.fromkeys(before, False), False)
+            yield
+        finally:
+            self._enable(before, routing)
+
+    def _enable(self, linears: dict[str, bool], routing: bool) -> None:
+        for path, enabled in linears.items():
+            self.linears[path].enabled = enabled
+        if self.routing:
+            self.routing.enabled = routing
+
+    def merge(self) -> None:
+        """Fold all updates into the base weights. Raises UserError where that would not be the same function."""
+        if self.routing:
+            raise UserError("merge: the modules are chosen prompt by prompt, so no single weight equals them")
+        embedding = self.model.get_input_embeddings().weight
+        for path, linear in self.linears.items():
+            if linear.base.weight is embedding:
+                raise UserError(f"merge: '{path}' shares its weight with the input embedding, which must not change")
+        for linear in self.linears.values():
+            linear.merge()
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`, bit for bit."""
+        for linear in self.linears.values():
+            linear.unmerge()
+
+
+def inject(model: PreTrainedModel, sites: list[Site], *, rank: int, alpha: float, dropout: float) -> Adapter:
+    """Freeze a loaded ``model`` and put a fresh :class:`LowRank` at each site; a classification head trains in full.
+
+    Exactly the same function as before, until it is trained. Raises UserError where ``rank`` exceeds a matrix.
+    """
+    for site in sites:
+        if rank > min(site.in_features, site.out_features):
+            raise UserError(
+                f"method.rank: {rank} is above the matrix '{site.key}' of {site.out_features} × {site.in_features} "
+                f"(allowed: 1 to {min(site.in_features, site.out_features)})"
+            )
+    adapter = Adapter(model, {site.key: site for site in sites})
+    for site in sites:
+        linear = adapter.linears.get(site.path)
+        if linear is None:
+            linear = adapter.linears[site.path] = _wrap(model, site.path)
+        part = LowRank(site.in_features, site.out_features, rank, alpha, dropout, linear.base.weight.device)
+        linear.add(site.label, part, site.span)
+        adapter.modules[site.key] = part
+        adapter.trained[f"{site.key}.lora_A.weight"] = part.lora_a
+        adapter.trained[f"{site.key}.lora_B.weight"] = part.lora_b
+    for name in head_names(model):
+        adapter.train_also(model.get_submodule(name), name)
+    return adapter
+
+
+def _wrap(model: nn.Module, path: str) -> AdaptedLinear:
+    parent, _, name = path.rpartition(".")
+    linear = AdaptedLinear(model.get_submodule(path))
+    setattr(model.get_submodule(parent), name, linear)
+    return linear
+
+
+def _inputs_in_fp32(module: nn.Module, args: tuple) -> tuple:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> str:
+    """Names the pretrained weights: a hash over each tensor's name, shape and first 64 values, in bf16.
+
+    Independent of dtype and device of loading, of sharding, and of a freshly initialised classification head.
+    """
+    digest = hashlib.sha256()
+    heads = tuple(f"{name}." for name in head_names(model))
+    for name, tensor in sorted(model.named_parameters()):
+        if not name.startswith(heads):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(_bits(tensor.flatten()[:64]))
+    return digest.hexdigest()
+
+
+def _bits(values: Tensor) -> bytes:
+    return values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

@@ -1,0 +1,145 @@
+"""The equation: a frozen linear plus gated low-rank updates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+LINEARS = (nn.Linear, Conv1D)
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) features of an ``nn.Linear`` or of GPT-2's ``Conv1D``, whose weight is transposed."""
+    if isinstance(linear, Conv1D):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features
+
+
+class LowRank(nn.Module):
+    """One low-rank module: s · w ⊙ B (g ⊙ (A drop(x))).
+
+    ``lora_a`` (R, I) is Kaiming-uniform, ``lora_b`` (O, R) zero, so a fresh module changes nothing, exactly.
+    Both are kept in fp32 and computed in the dtype of the input, so that training in bf16 has fp32 masters.
+
+    Three transient settings belong to whoever runs the model, not to the adapter, and are never saved:
+
+    - ``rank_gate``: g, (R,) for all rows or (B, R) row by row; None is all ones.
+    - ``module_gate``: w, (B,) row by row or (B, T) token by token; None is all ones.
+    - ``skip``: compute nothing (for a module whose gate is zero in every row).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float, device=None):
+        super().__init__()
+        self.scale = alpha / rank
+        self.dropout = dropout
+        self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.rank_gate: Tensor | None = None
+        self.module_gate: Tensor | None = None
+        self.skip = False
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """w ⊙ g ⊙ (A drop(x)): (B, T, I) -> (B, T, R)."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        h = F.linear(x, self.lora_a.to(x.dtype))  # (B, T, I) @ (I, R) -> (B, T, R)
+        if self.rank_gate is not None:
+            h = h * _per_row(self.rank_gate, h)
+        if self.module_gate is not None:
+            gate = self.module_gate.to(h.dtype)
+            h = h * gate.reshape(*gate.shape, *[1] * (h.dim() - gate.dim()))  # (B, T, R)
+        return h
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` (..., O) += the update for ``x`` (..., I), in place, in one matrix product; ``y`` must be contiguous."""
+        h = self.hidden(x).to(y.dtype)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, self.rank), self.lora_b.to(y.dtype).t(), alpha=self.scale)
+        return y
+
+    def update(self, x: Tensor) -> Tensor:
+        """The update alone: (..., I) -> (..., O)."""
+        h = self.hidden(x)
+        return F.linear(h, self.lora_b.to(h.dtype)) * self.scale
+
+    def delta(self) -> Tensor:
+        """ΔW = s · B diag(g) A, (O, I), fp32. Refused while a gate differs from row to row."""
+        assert self.module_gate is None and (self.rank_gate is None or self.rank_gate.dim() == 1)
+        b = self.lora_b if self.rank_gate is None else self.lora_b * self.rank_gate
+        return self.scale * (b.float() @ self.lora_a.float())
+
+
+def _per_row(gate: Tensor, h: Tensor) -> Tensor:
+    """(R,) as it is; (B, R) -> (B, 1, R), to broadcast over tokens."""
+    gate = gate.to(h.dtype)
+    return gate if gate.dim() == 1 or h.dim() == 2 else gate.unsqueeze(1)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear with the low-rank modules that update it.
+
+    Usually one module covers the whole output; where a linear packs several roles (GPT-2's ``c_attn``), each module
+    covers ``spans[name]`` = (start, stop) of the output features.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.parts = nn.ModuleDict()
+        self.spans: dict[str, tuple[int, int] | None] = {}
+        self.enabled = True
+        self._unmerged: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: some models read it for its dtype or device."""
+        return self.base.weight
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged is not None
+
+    def add(self, name: str, part: LowRank, span: tuple[int, int] | None) -> None:
+        """Attach ``part`` to the whole output or to a span of it."""
+        self.parts[name] = part
+        self.spans[name] = span
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)  # (..., I) -> (..., O)
+        if not self.enabled or self.merged:
+            return y
+        for name, part in self.parts.items():
+            if part.skip:
+                continue
+            span = self.spans[name]
+            if span is None:
+                y = part.add_to(y, x)
+            else:
+                y[..., slice(*span)] += part.update(x).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold every update into the base weight; merging twice is merging once. A copy stays on the CPU."""
+        if self.merged:
+            return
+        self._unmerged = self.base.weight.detach().to("cpu", copy=True)
+        weight = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight  # (O, I)
+        for name, part in self.parts.items():
+            rows = weight if self.spans[name] is None else weight[slice(*self.spans[name])]
+            rows.copy_(rows.float() + part.delta())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self._unmerged is not None:
+            self.base.weight.copy_(self._unmerged)
+            self._unmerged = None

@@ -1,0 +1,168 @@
+"""Adapters on disk: safetensors with the tensor names of the PEFT library, and our own proof beside them.
+
+A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only where stock PEFT computes the same
+function), ``canary.safetensors`` (a fixed input and the logits it gave) and ``lrk.json`` (what it belongs to, and the
+SHA-256 of every other file). Loading checks all of it: an adapter is applied exactly, or there is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.families import head_names
+from lowrank_cli.errors import UserError
+
+FORMAT = 1
+WEIGHTS, CANARY, CONFIG, PROOF = "adapter_model.safetensors", "canary.safetensors", "adapter_config.json", "lrk.json"
+PREFIX = "base_model.model."
+#: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Every trained tensor by its saved name, on the CPU."""
+    return {PREFIX + name: p.detach().to("cpu").contiguous() for name, p in adapter.trained.items()}
+
+
+@torch.no_grad()
+def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
+    """Copy ``saved`` into the adapter. Raises UserError on missing, unexpected or differently shaped tensors."""
+    expected = {PREFIX + name: parameter for name, parameter in adapter.trained.items()}
+    missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
+    if missing or unexpected:
+        which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
+        raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
+    for name, parameter in expected.items():
+        if parameter.shape != saved[name].shape:
+            raise UserError(
+                f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(parameter.shape)}"
+            )
+        parameter.copy_(saved[name])
+
+
+def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
+    """Write the adapter into the existing ``folder``; ``about`` (JSON) is kept and given back by :func:`load`."""
+    save_file(tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
+    ids, logits = canary(adapter)
+    save_file({"input_ids": ids, "logits": logits}, folder / CANARY)
+    config = peft_config(adapter)
+    if config is not None:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    proof = {
+        "format": FORMAT,
+        "model_type": adapter.model.config.model_type,
+        "fingerprint": adapter.fingerprint,
+        "about": about,
+        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
+    }
+    (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n")
+
+
+def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """Put the adapter of ``folder`` into a freshly adapted model and return its ``about``.
+
+    Raises UserError for a file that is missing, truncated or altered, for another base model, for tensors that do not
+    fit, and where the canary's logits differ from those at saving time.
+    """
+    proof = read_proof(folder)
+    if proof["fingerprint"] != adapter.fingerprint:
+        raise UserError(
+            f"{folder}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
+            f"{proof['fingerprint'][:12]}; loaded: '{adapter.model.config.model_type}' {adapter.fingerprint[:12]})"
+        )
+    assign(adapter, _read(folder / WEIGHTS), str(folder))
+    _check_canary(adapter, folder)
+    return proof["about"]
+
+
+def read_proof(folder: Path) -> dict[str, Any]:
+    """``lrk.json`` of an adapter folder, once every file it lists has the hash it lists."""
+    try:
+        proof = json.loads((folder / PROOF).read_text())
+        files = dict(proof["files"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: {PROOF} is damaged") from None
+    if proof.get("format") != FORMAT:
+        raise UserError(f"{folder}: adapter format {proof.get('format')} (this version reads {FORMAT})")
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise UserError(f"{folder}: {PROOF} names '{name}', which is outside the folder")
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} is missing")
+        if _sha256(path) != expected:
+            raise UserError(f"{folder}: {name} was truncated or altered (its SHA-256 is not the one saved with it)")
+    for name in (WEIGHTS, CANARY):
+        if name not in files:
+            raise UserError(f"{folder}: {PROOF} does not list {name}")
+    return proof
+
+
+@torch.no_grad()
+def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A fixed input (1, 16) and the logits it gives: (V,) of the last position, or (labels,); fp32, on the CPU."""
+    model = adapter.model
+    if ids is None:
+        ids = (torch.arange(1, 17) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
+    model.train(training)
+    return ids, logits.reshape(-1, logits.shape[-1])[-1].float().cpu().contiguous()
+
+
+def _check_canary(adapter: Adapter, folder: Path) -> None:
+    saved = _read(folder / CANARY)
+    _, logits = canary(adapter, saved["input_ids"])
+    error = (logits - saved["logits"]).abs().max() / saved["logits"].abs().max().clamp_min(1e-6)
+    if not error <= TOLERANCE.get(adapter.model.dtype, 5e-2):
+        raise UserError(
+            f"{folder}: the adapter does not compute what it did when it was saved "
+            f"(canary logits differ by {error:.1%}); check the model's files and hardware.precision"
+        )
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any] | None:
+    """What stock PEFT needs to load this adapter, or None where it would not be the same function."""
+    parts = {key: (part.rank, part.scale * part.rank) for key, part in adapter.modules.items()}
+    packed = any(site.span is not None for site in adapter.sites.values())
+    if adapter.routing is not None or packed or len(set(parts.values())) != 1:
+        return None
+    rank, alpha = next(iter(parts.values()))
+    heads = head_names(adapter.model)
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": adapter.model.config.name_or_path or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(adapter.linears),
+        "modules_to_save": heads or None,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "lora_dropout": next(iter(adapter.modules.values())).dropout,
+        "inference_mode": True,
+    }
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,52 @@
+"""One family of errors: each says in one line which key, which value, what is allowed and the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LrkError(Exception):
+    """Base of every error that a person reads as one line; ``exit_code`` is the process's."""
+
+    exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+class UserError(LrkError):
+    """The input is wrong: nothing was written, exit code 2."""
+
+    exit_code = 2
+
+
+class WorkFailed(LrkError):
+    """The input was right but the work could not be finished: exit code 1."""
+
+
+def nearest(value: object, allowed: Iterable[object]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of ``allowed``, or the empty string."""
+    match = difflib.get_close_matches(str(value), [str(item) for item in allowed], n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def unknown(key: str, value: object, allowed: Iterable[object]) -> UserError:
+    """The error for a value outside a closed set."""
+    allowed = [str(item) for item in allowed]
+    return UserError(f"{key}: unknown value '{value}'{nearest(value, allowed)} (allowed: {', '.join(allowed)})")
+
+
+def require_choice(key: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise unknown(key, value, allowed)
+
+
+def require_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
+    """Raise unless ``low <= value <= high`` (either bound may be absent); NaN is outside every range."""
+    if (low is None or value >= low) and (high is None or value <= high) and value == value:
+        return
+    allowed = f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
+    raise UserError(f"{key}: {value} is out of range (allowed: {allowed})")

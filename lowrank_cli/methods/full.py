@@ -1,0 +1,33 @@
+"""Full fine-tuning: every parameter of the model trains. The ceiling that adapters are measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_cli.methods.protocol import Method
+from lowrank_cli.schema import MethodConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.core import Adapter
+
+
+@dataclass
+class FullConfig(MethodConfig):
+    """Nothing to set."""
+
+
+class Full(Method):
+    """Trains all weights; the adapter it saves is the whole model."""
+
+    Config = FullConfig
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """Declare every parameter trainable (a tied one once)."""
+        from lowrank_cli.adapter.core import Adapter
+
+        adapter = Adapter(model, {})
+        adapter.train_also(model, "")
+        return adapter

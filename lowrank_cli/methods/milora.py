@@ -1,0 +1,158 @@
+"""MiLoRA: every LoRA module is an expert, routed once per prompt.
+
+Zhang et al., "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning",
+Findings of EMNLP 2024, arXiv 2410.18035, section 3. In front of layer l a router sees the prompt's hidden states only:
+
+    p_l = softmax(Ra(pool(H_l)) W_r);   keep the k largest;   gate of a kept module = k · p / Σ_kept p
+    loss = cross-entropy + load_balance · Σ_l N · Σ_i f_i p̂_i
+
+Reconstruction: the paper does not say how the kept probabilities enter the module's output. Here they scale it, as
+above, so that gradients reach the router and an all-equal router with k = N is exactly LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_range
+from lowrank_cli.methods.lora import LoRA, LoRAConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.methods.protocol import Step
+
+
+@dataclass
+class MiLoRAConfig(LoRAConfig):
+    """LoRA modules, a router in front of each layer, and how the router is trained."""
+
+    k: int = MISSING  #: modules active in each layer for a prompt; 1 to the number of target roles
+    load_balance: float = MISSING  #: λ_lb, weight of the load-balance loss
+    bilevel: bool = MISSING  #: step the activations' coefficients on dev batches, everything else on train batches
+    activation_learning_rate: float = MISSING  #: of the activations' coefficients, when ``bilevel``
+
+    def validate(self) -> None:
+        super().validate()
+        require_range("method.k", self.k, 1, 7)
+        require_range("method.load_balance", self.load_balance, 0)
+        require_range("method.activation_learning_rate", self.activation_learning_rate, 0)
+
+
+class MiLoRA(LoRA):
+    """LoRA whose modules are switched per prompt by one router a layer."""
+
+    Config = MiLoRAConfig
+    config: MiLoRAConfig
+
+    def __init__(self, config: MiLoRAConfig):
+        super().__init__(config)
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
+        from lowrank_cli.adapter.families import layers_path
+        from lowrank_cli.adapter.routing import PromptRouting
+
+        adapter = super().adapt(model)
+        strangers = [site.path for site in adapter.sites.values() if site.layer is None]
+        if strangers:
+            raise UserError(f"method.target_modules: '{strangers[0]}' has no role in a layer; milora routes roles")
+        self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
+        require_range("method.k", self.config.k, 1, len(self.roles))
+        path = layers_path(model)
+        layers = list(model.get_submodule(path))
+        parts = [[adapter.modules[s.key] for s in adapter.sites.values() if s.layer == i] for i in range(len(layers))]
+        if any(len(layer) != len(self.roles) for layer in parts):
+            raise UserError("method.target_modules: milora needs the same roles in every layer")
+        adapter.routing = PromptRouting(model, layers, parts, self.config.k)
+        for index, router in enumerate(adapter.routing.routers):
+            adapter.train_also(router, f"{path}.{index}.prompt_router")
+        if self.config.bilevel:
+            adapter.deferred = {name for name in adapter.trained if ".prompt_router.activation." in name}
+        return adapter
+
+    def extra_loss(self, adapter: Adapter) -> torch.Tensor:
+        """λ_lb · Σ_l L_lb of the forward pass that just ran."""
+        from lowrank_cli.adapter.routing import load_balance
+
+        assert adapter.routing is not None
+        return self.config.load_balance * sum(load_balance(p) for p in adapter.routing.probabilities)
+
+    def after_step(self, step: Step) -> None:
+        """First-order bi-level step (section 3.4): the activations' coefficients follow the dev loss.
+
+        Cost: one forward and backward pass of a dev batch for each training step.
+        """
+        import torch
+
+        if not self.config.bilevel:
+            return
+        optimizer = self._adam(step.adapter)
+        coefficients = [step.adapter.trained[name] for name in sorted(step.adapter.deferred)]
+        gradients = torch.autograd.grad(step.dev_loss(), coefficients)
+        for parameter, gradient in zip(coefficients, gradients, strict=True):
+            parameter.grad = step.average(gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _adam(self, adapter: Adapter) -> torch.optim.Optimizer:
+        import torch
+
+        if self._optimizer is None:
+            coefficients = [adapter.trained[name] for name in sorted(adapter.deferred)]
+            self._optimizer = torch.optim.AdamW(
+                coefficients, lr=self.config.activation_learning_rate, weight_decay=0.0
+            )
+        return self._optimizer
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The second optimizer's moments."""
+        if self._optimizer is None:
+            return {}
+        return {
+            f"{index}.{key}": value
+            for index, moments in self._optimizer.state_dict()["state"].items()
+            for key, value in moments.items()
+        }
+
+    def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
+        """Continue the second optimizer where :meth:`state` left it."""
+        if not state:
+            return
+        optimizer = self._adam(adapter)
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in state.items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Activated parameters for a prompt, on average, and the share of prompts that chose each role, by layer."""
+        routing = adapter.routing
+        assert routing is not None
+        prompts = int(routing.usage[0].sum()) // routing.k
+        if prompts == 0:
+            return {}, []
+        shares = routing.usage / prompts  # (L, N)
+        lora = sum(
+            float(shares[layer, column]) * (part.lora_a.numel() + part.lora_b.numel())
+            for layer, parts in enumerate(routing.parts)
+            for column, part in enumerate(parts)
+        )
+        routers = sum(p.numel() for router in routing.routers for p in router.parameters())
+        figure = {
+            "file": "activated_modules.png",
+            "kind": "heatmap",
+            "title": f"Share of {prompts} prompts that activate a module (k = {routing.k})",
+            "rows": [f"layer {index}" for index in range(len(shares))],
+            "columns": self.roles,
+            "values": shares.tolist(),
+            "label": "share of prompts",
+        }
+        return {"activated_parameters": round(lora + routers)}, [figure]

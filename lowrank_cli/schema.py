@@ -1,0 +1,208 @@
+"""Typed schemas of the config groups. Meaning stands here, values stand in ``conf/``; nothing heavy is imported.
+
+A method's own schema stands in its file under ``lowrank_cli/methods`` and derives from :class:`MethodConfig`.
+``validate`` checks what a type cannot say; it raises :class:`lowrank_cli.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_choice, require_range
+
+
+@dataclass
+class MethodConfig:
+    """What every method has."""
+
+    name: str = MISSING  #: the method's registered name
+
+    def validate(self) -> None:
+        """Check ranges that need no model."""
+
+
+@dataclass
+class ModelConfig:
+    """Which pretrained model, and where it lies."""
+
+    name: str = MISSING  #: short name, used in run folders and tables
+    kind: str = MISSING  #: ``causal`` (LM head) or ``encoder`` (linear head on the first token or the pooler)
+    id: Optional[str] = MISSING  #: repository on the Hub; null when only a folder can be given
+    path: Optional[str] = MISSING  #: a local folder, instead of the Hub; relative to the caller's directory
+    bundled: bool = MISSING  #: the checkpoint inside this package (``path`` overrides it)
+    revision: Optional[str] = MISSING  #: branch, tag or commit on the Hub
+    trust_remote_code: bool = MISSING  #: run Python code that comes with the checkpoint
+
+    def validate(self) -> None:
+        require_choice("model.kind", self.kind, ("causal", "encoder"))
+        if not (self.bundled or self.id or self.path):
+            raise UserError("model: nothing to load; set model.id (Hub) or model.path (folder)")
+
+
+@dataclass
+class TaskConfig:
+    """One data set with its prompt, its answers, its splits and its metric.
+
+    ``answer`` is ``labels`` (one fixed set of ``label_words``), ``choices`` (each row lists its own, answered by
+    letter) or ``free`` (generated text).
+    """
+
+    name: str = MISSING
+    answer: str = MISSING  #: ``labels``, ``choices`` or ``free``
+    template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
+    text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
+    target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
+    label_words: list[str] = MISSING  #: one word for each label, in label order (``labels`` only)
+    label_values: list[str] = MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
+    metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu`` or ``rouge_l``
+    extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
+    max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
+    max_new_tokens: int = MISSING  #: longest generated answer, in tokens
+    hub: Optional[str] = MISSING  #: data set on the Hub
+    subset: Optional[str] = MISSING  #: configuration name on the Hub
+    path: Optional[str] = MISSING  #: folder of ``<split>.jsonl`` files, instead of the Hub
+    generator: Optional[str] = MISSING  #: a generator of :mod:`lowrank_cli.tasks.tiny`, instead of both
+    splits: str = MISSING  #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`) or ``given``
+    train_split: str = MISSING  #: names of the given splits
+    dev_split: str = MISSING
+    test_split: str = MISSING
+    limit: Optional[int] = MISSING  #: keep at most this many examples of each split
+
+    def validate(self) -> None:
+        require_choice("task.answer", self.answer, ("labels", "choices", "free"))
+        require_choice("task.splits", self.splits, ("paper", "given"))
+        require_choice("task.metric", self.metric, ("accuracy", "exact_match", "number_match", "bleu", "rouge_l"))
+        require_range("task.max_length", self.max_length, 2)
+        require_range("task.max_new_tokens", self.max_new_tokens, 1)
+        if self.limit is not None:
+            require_range("task.limit", self.limit, 1)
+        if self.answer == "labels" and len(self.label_words) < 2:
+            raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
+        if self.label_values and len(self.label_values) != len(self.label_words):
+            raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+
+@dataclass
+class HardwareConfig:
+    """Where and in which precision a run computes."""
+
+    name: str = MISSING
+    device: str = MISSING  #: ``cpu`` or ``cuda``
+    precision: str = MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
+    processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
+    threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
+
+    def validate(self) -> None:
+        require_choice("hardware.device", self.device, ("cpu", "cuda"))
+        require_choice("hardware.precision", self.precision, ("fp32", "bf16", "autocast"))
+        require_range("hardware.processes", self.processes, 1)
+        if self.threads is not None:
+            require_range("hardware.threads", self.threads, 1)
+
+
+@dataclass
+class TrainConfig:
+    """AdamW with linear warm-up and decay, dev evaluation and early stop. A step is one optimizer update."""
+
+    learning_rate: float = MISSING  #: peak, reached after the warm-up
+    weight_decay: float = MISSING
+    warmup: float = MISSING  #: share of all steps
+    epochs: float = MISSING  #: passes over the training set
+    max_steps: Optional[int] = MISSING  #: bound on steps; replaces ``epochs`` in the schedule where smaller
+    batch_size: int = MISSING  #: examples of one step, over all processes and accumulated batches
+    gradient_accumulation: int = MISSING  #: batches summed into one step; must divide ``batch_size``
+    max_grad_norm: float = MISSING  #: gradients are clipped to this norm; 0 turns clipping off
+    eval_every: int = MISSING  #: steps between dev evaluations
+    patience: int = MISSING  #: evaluations without a better dev loss before training stops; 0 never stops
+    log_every: int = MISSING  #: steps between lines of history.jsonl
+    checkpoint_every: int = MISSING  #: steps between checkpoints to resume from; 0 keeps only that of an interrupt
+
+    def validate(self) -> None:
+        require_range("train.learning_rate", self.learning_rate, 0)
+        require_range("train.weight_decay", self.weight_decay, 0)
+        require_range("train.warmup", self.warmup, 0, 1)
+        require_range("train.epochs", self.epochs, 0)
+        for key in ("batch_size", "gradient_accumulation", "eval_every", "log_every"):
+            require_range(f"train.{key}", getattr(self, key), 1)
+        for key in ("max_grad_norm", "patience", "checkpoint_every"):
+            require_range(f"train.{key}", getattr(self, key), 0)
+        if self.max_steps is not None:
+            require_range("train.max_steps", self.max_steps, 1)
+        if self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"train.gradient_accumulation: {self.gradient_accumulation} does not divide "
+                f"train.batch_size={self.batch_size}"
+            )
+
+
+@dataclass
+class EvaluateConfig:
+    """How answers are predicted."""
+
+    split: str = MISSING  #: ``dev`` or ``test``
+    batch_size: int = MISSING  #: prompts of one batch
+    num_beams: int = MISSING  #: 1 is greedy decoding
+    shots: int = MISSING  #: demonstrations from the training set in front of each prompt
+
+    def validate(self) -> None:
+        require_choice("evaluate.split", self.split, ("dev", "test"))
+        require_range("evaluate.batch_size", self.batch_size, 1)
+        require_range("evaluate.num_beams", self.num_beams, 1)
+        require_range("evaluate.shots", self.shots, 0)
+
+
+@dataclass
+class RunConfig:
+    """What every verb that makes a run has."""
+
+    seed: int = MISSING  #: of data order, initialisation and dropout
+    outputs: str = MISSING  #: folder of run folders, relative to the caller's directory
+    name: Optional[str] = MISSING  #: a label added to the run folder's name
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    method: Any = MISSING  #: a :class:`MethodConfig`
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class TrainRun(RunConfig):
+    """``lrk train``."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class EvaluateRun(RunConfig):
+    """``lrk evaluate``."""
+
+    run: Optional[str] = MISSING  #: a training run's folder; null takes the newest finished one
+
+
+@dataclass
+class StageConfig:
+    """One stage of a recipe."""
+
+    name: str = MISSING  #: unique in the recipe; ``{name}`` in a later override becomes this stage's run folder
+    stage: str = MISSING  #: the verb: ``train``, ``evaluate``, …
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RecipeConfig:
+    """A paper's whole pipeline."""
+
+    name: str = MISSING
+    stages: list[StageConfig] = MISSING
+
+
+@dataclass
+class RecipeRun:
+    """``lrk run``."""
+
+    outputs: str = MISSING
+    name: Optional[str] = MISSING
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)

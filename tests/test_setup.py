@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -86,6 +89,7 @@ class Checkout:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def call(self, *arguments: str, **options) -> tuple[int, str, str]:
@@ -137,6 +141,19 @@ def test_killed_install_starts_afresh(checkout):
     assert code != 0
     assert out == ""
     checkout.plan("")
+    assert checkout.call()[0] == 0
+    assert checkout.installs == ["onto an empty .venv"] * 2
+
+
+def test_interrupted_install_says_so_and_starts_afresh(checkout):
+    checkout.plan("slow")
+    process = checkout.start()
+    while not checkout.installs:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "lrk: set-up was interrupted; the next call starts it again" in err.splitlines()
     assert checkout.call()[0] == 0
     assert checkout.installs == ["onto an empty .venv"] * 2
 

@@ -30,7 +30,7 @@ def main() -> int:
         lock.seek(0)
         interrupted = bool(lock.read())
         moved = bool(before) and before.partition("\n")[0] != stamp.partition("\n")[0]
-        print(f"lrk: setting up {venv} (several minutes the first time, about 2 GB)", flush=True)
+        print(f"lrk: setting up {venv} (some minutes and gigabytes the first time)", flush=True)
         lock.write("installing\n")
         lock.flush()
         finished.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Pretrained models: where they lie and how they are loaded."""

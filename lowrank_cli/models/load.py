@@ -1,0 +1,280 @@
+"""Load a pretrained model and its tokenizer: from a folder, this package, the Hub's cache, or the Hub.
+
+:func:`locate` finds out in seconds, without weights, whether a model can be had, and says in one line what
+is missing if not. :func:`load` then reads it. Weights are read from safetensors only (pickles can run code),
+in the precision of the hardware config, to the CPU; the caller moves them and sets ``train()`` or ``eval()``.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
+PAPERS = "llama2_7b"  #: what the bundled model stands in for
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  #: GPT-2, OPT, BERT and RoBERTa
+PROBE_SECONDS = 5  #: how long the Hub may take to answer before it counts as unreachable
+WAYS_OUT = "use model=llama (bundled), set model.path=FOLDER, or connect (and log in with `hf auth login`)"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint that can be read."""
+
+    source: str  #: a folder, or a repository on the Hub
+    revision: str | None  #: of a repository
+    local: bool  #: no network needed
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be adapted."""
+
+    model: Any  #: a ``transformers.PreTrainedModel`` on the CPU
+    tokenizer: Any  #: its tokenizer; a pad token is set
+    name: str
+    header: str  #: the line that a run prints first
+    max_positions: int | None  #: longest input in tokens where the model has a position table
+
+
+def check_task(model: ModelConfig, task: TaskConfig) -> None:
+    """Raise unless a model of this kind can answer the task."""
+    if model.kind == "encoder" and task.answer != "labels":
+        raise UserError(
+            f"model.kind: {model.name} is an encoder and predicts labels, but task={task.name} has "
+            f"task.answer={task.answer}; choose a causal model (model=llama) or a task with labels"
+        )
+
+
+def locate(model: ModelConfig) -> Location:
+    """``model.path`` if set, else the bundled checkpoint, else the cache, else the Hub.
+
+    Raises:
+        UserError: no such folder, no safetensors in it, or the Hub is out of reach or lacks the model.
+    """
+    if model.path:
+        return Location(
+            str(_checked_folder(Path(model.path).expanduser(), f"model.path: {model.path}")), None, True
+        )
+    if model.bundled:
+        return Location(str(_checked_folder(BUNDLED, "model: the bundled checkpoint")), None, True)
+    assert model.id, "ModelConfig.validate asks for one of path, bundled, id"
+    snapshot = _cached(model.id, model.revision)
+    if snapshot is not None:
+        return Location(str(snapshot), None, True)
+    _probe(model.id, model.revision)
+    return Location(model.id, model.revision, False)
+
+
+def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -> Loaded:
+    """The model and its tokenizer.
+
+    Args:
+        num_labels: width of an encoder's linear head, which is new and drawn from torch's global generator
+            (seed it first); None for a causal model.
+
+    Raises:
+        UserError: see :func:`locate`; or the checkpoint is damaged, incomplete or of the other kind.
+    """
+    assert (num_labels is None) == (model.kind == "causal")
+    where = locate(model)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if where.revision:
+        arguments["revision"] = where.revision
+    factory, extra = AutoModelForCausalLM, {}
+    if model.kind == "encoder":
+        factory, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    with _quiet(where.local), _one_line(where.source):
+        _check_kind(model, where.source, arguments)
+        network, report = factory.from_pretrained(
+            where.source, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra, **arguments
+        )
+        tokenizer = _tokenizer(where.source, arguments)
+    _check_complete(network, report, model)
+    _check_tokenizer(network, tokenizer, model)
+    return Loaded(network, tokenizer, model.name, _header(model, where, network), _max_positions(network))
+
+
+def _checked_folder(folder: Path, shown: str) -> Path:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{shown}: {what}")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"{shown} is an adapter, not a model; name its run with run=PATH")
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; did you mean its folder '{inner[0]}'?" if inner else ""
+        raise UserError(f"{shown} holds no config.json{hint}")
+    missing = _missing_weights(folder)
+    if missing == ["model.safetensors"] and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{shown} holds pickled weights only (*.bin), which can run code when read; "
+            "save the model again as safetensors (save_pretrained does)"
+        )
+    if missing:
+        names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise UserError(f"{shown} lacks {names}")
+    return folder
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Names of weight files that the folder should hold and does not."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"model: {index} is damaged: {error!r}") from error
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The folder of the Hub's cache that holds this repository whole, if any."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return None if _missing_weights(folder) else folder
+
+
+def _probe(repository: str, revision: str | None) -> None:
+    """Ask the Hub for the repository, and whether we may read it."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    hub = huggingface_hub.HfApi()
+    try:
+        if hub.model_info(repository, revision=revision, timeout=PROBE_SECONDS).gated:
+            hub.auth_check(repository)
+    except GatedRepoError as error:
+        raise UserError(
+            f"model.id: '{repository}' is gated: accept its licence on its Hub page and run `hf auth login`; "
+            "or use model=llama (bundled) or model.path=FOLDER"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision: '{repository}' has no revision '{revision}'") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"model.id: no model '{repository}' on the Hub, or it is private; {WAYS_OUT}"
+        ) from error
+    except Exception as error:  # every transport has its own family of network errors
+        raise UserError(
+            f"model.id: '{repository}' is not in the local cache and the Hub cannot be reached "
+            f"({type(error).__name__}); {WAYS_OUT}"
+        ) from error
+
+
+@contextmanager
+def _quiet(local: bool):
+    """No report on new heads (we check them) and, where nothing is downloaded, no progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if local:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_line(source: str):
+    """What transformers says about an unreadable checkpoint, as one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            said = "comes with Python code of its own; set model.trust_remote_code=true if you trust it"
+        raise UserError(f"model: {source} cannot be loaded: {said}") from error
+
+
+def _check_kind(model: ModelConfig, source: str, arguments: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    config = AutoConfig.from_pretrained(source, **arguments)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model: {source} is an encoder-decoder ({config.model_type}), which is not supported"
+        )
+    kind = "encoder" if config.model_type in ENCODERS else "causal"
+    if kind != model.kind:
+        raise UserError(
+            f"model.kind: {model.kind} does not fit {source}, which is of the {kind} kind "
+            f"({config.model_type}); set model.kind={kind}"
+        )
+
+
+def _tokenizer(source: str, arguments: dict[str, Any]):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _check_complete(network, report, model: ModelConfig) -> None:
+    """Only an encoder's head and pooler may be absent from the checkpoint; all else would stay random."""
+    inside = f"{network.base_model_prefix}."
+    absent = sorted(
+        name
+        for name in report["missing_keys"]
+        if model.kind == "causal" or (name.startswith(inside) and ".pooler." not in name)
+    )
+    if absent:
+        raise UserError(
+            f"model: the checkpoint of {model.name} lacks {len(absent)} weights of {type(network).__name__}, "
+            f"such as {absent[0]}"
+        )
+
+
+def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
+    rows = network.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"model: {model.name} has {len(tokenizer)} tokens but only {rows} embeddings")
+    if tokenizer.pad_token_id is None or (model.kind == "causal" and tokenizer.eos_token_id is None):
+        raise UserError(f"model: the tokenizer of {model.name} names no end-of-sequence token")
+    network.config.pad_token_id = tokenizer.pad_token_id
+    if model.kind == "causal":
+        network.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _header(model: ModelConfig, where: Location, network) -> str:
+    count = sum(parameter.numel() for parameter in network.parameters())
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    family = type(network).__name__.partition("For")[0].removesuffix("LMHeadModel")
+    if model.bundled and not model.path:
+        return f"bundled {size}-parameter {family}; for the paper's: model={PAPERS}"
+    return f"{model.path or model.id}: {size}-parameter {family}"
+
+
+def _max_positions(network) -> int | None:
+    """Rows of a learned position table that a position can use; rotary models have none."""
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in POSITION_TABLES and hasattr(module, "weight"):
+            reserved = getattr(module, "offset", 0)  # OPT
+            if module.padding_idx is not None:  # RoBERTa
+                reserved = module.padding_idx + 1
+            return module.weight.shape[0] - reserved
+    return None

@@ -1,0 +1,9 @@
+"""Tasks: data sets turned into prompts, answers and splits. Nothing here calls a model.
+
+:mod:`~lowrank_cli.tasks.encode` (tokens), :mod:`~lowrank_cli.tasks.batches` (order) and
+:mod:`~lowrank_cli.tasks.metrics` (slow to import) are imported where they are used.
+"""
+
+from lowrank_cli.tasks.task import Example, Task, examples, load
+
+__all__ = ["Example", "Task", "examples", "load"]

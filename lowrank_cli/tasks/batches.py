@@ -1,0 +1,71 @@
+"""Which examples make up which training step: pure functions, so that a resumed run sees the same data.
+
+Global step ``s`` (from 0) of a training set with ``n`` batches an epoch is batch ``s % n`` of epoch
+``s // n``. Processes and accumulation divide a batch after it is fixed: their number does not change which
+examples a step has.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WINDOW = 50  #: batches whose examples are sorted by length together; more saves padding, less mixes better
+
+
+def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch of batches of alike lengths, in random order; every index occurs exactly once.
+
+    Examples are shuffled, cut into windows of ``WINDOW`` batches, sorted by length within each, and the
+    batches shuffled. The remainder that fills no batch comes last.
+    """
+    draw = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    full = len(order) - len(order) % batch_size
+    batches = []
+    for start in range(0, full, WINDOW * batch_size):
+        end = min(start + WINDOW * batch_size, full)
+        window = sorted(order[start:end], key=lambda index: lengths[index])
+        batches += [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
+    draw.shuffle(batches)
+    return batches + ([order[full:]] if full < len(order) else [])
+
+
+class Batches:
+    """The batch of every global step, without end: ``batches[step]``; ``len`` is the number of one epoch."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, position = divmod(step, len(self))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, batch_indices(self.lengths, self.batch_size, self.seed, epoch)
+        return self._epoch[1][position]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One micro-batch of one process."""
+
+    indices: list[int]  #: never empty
+    counts: bool  #: False: a filler that keeps processes in step; its loss is multiplied by zero
+
+
+def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> list[Share]:
+    """The ``accumulation`` micro-batches of process ``rank`` of ``world``.
+
+    Together the shares that count hold every index of ``batch`` once. A batch with fewer examples than
+    micro-batches (an epoch's last) is filled up with copies of its first example that do not count.
+    """
+    shares = []
+    for micro in range(accumulation):
+        indices = list(batch[rank * accumulation + micro :: world * accumulation])
+        shares.append(Share(indices, True) if indices else Share([batch[0]], False))
+    return shares

@@ -1,0 +1,1 @@
+"""What people see of finished work: tables, plots, comparisons."""

@@ -1,0 +1,270 @@
+"""Tables for the terminal, made from run folders alone: no method, model or task is known by name here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from lowrank_cli.runs import Run
+
+STATUS_STYLES = {
+    "done": "green",
+    "failed": "red",
+    "interrupted": "yellow",
+    "running": "cyan",
+    "pending": "dim",
+}
+NONE = "–"
+_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes")
+
+
+def count(value: float) -> str:
+    """A number of things with three digits: ``262144`` → ``262k``, ``3600000`` → ``3.6M``."""
+    return "".join(_scaled(value, 1000, ("", "k", "M", "B", "T")))
+
+
+def size(value: float) -> str:
+    """Bytes with three digits: ``641728512`` → ``612 MiB``."""
+    return " ".join(_scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB")))
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> tuple[str, str]:
+    unit = 0
+    while abs(round(value)) >= base and unit + 1 < len(units):
+        value, unit = value / base, unit + 1
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}", units[unit]
+
+
+def duration(seconds: float) -> str:
+    """Time in the two largest units: ``0.42s``, ``12.3s``, ``1m 52s``, ``2h 05m``, ``3d 04h``."""
+    if seconds < 59.95:
+        return f"{seconds:.2f}s" if seconds < 9.995 else f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m {rest:02d}s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 24:
+        return f"{hours}h {minutes:02d}m"
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days}d {hours:02d}h"
+
+
+def number(value: Any) -> str:
+    """A metric's value: four decimals below 10, two above, three digits where it is tiny."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def is_cost(metric: str) -> bool:
+    """Whether a metric counts time, memory or parameters instead of quality."""
+    return metric.endswith(_COSTS)
+
+
+def quality(metrics: dict[str, Any]) -> list[str]:
+    """Names of the metrics that say how good a model is: test before dev, losses last in each."""
+    named = [name for name in metrics if name.startswith(("test/", "dev/")) and not is_cost(name)]
+    return sorted(named, key=lambda name: (name.startswith("dev/"), name.endswith("loss")))
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as a person at this directory would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def end_of_run(run: Run) -> RenderableType:
+    """What a run learned, what it cost, where it lies and what to do next."""
+    info = run.info
+    metrics = run.metrics if run.done else {}
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    if not run.done:
+        add(grid, "status", _status(info))
+        if info.get("error"):
+            add(grid, "error", first_line(info["error"]))
+    for name, text in [*_learned(run, metrics), *_cost(info, metrics), *_others(metrics)]:
+        add(grid, name, text)
+    add(grid, "folder", shown(run.path))
+    contents = ("adapter/", "predictions.jsonl", "plots/", "checkpoints/")
+    held = [name for name in contents if (run.path / name).exists()]
+    if held:
+        add(grid, "holds", ", ".join(held))
+    border = STATUS_STYLES.get(info.get("status"), "none")
+    panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
+    return Group(panel, *(Text(f"  next: {command}") for command in _next(run)))
+
+
+def run_title(info: dict[str, Any]) -> str:
+    """``train · milora · llama · tiny_yesno · seed 1``."""
+    choices = info.get("choices", {})
+    parts = [info.get("stage"), *(choices.get(group) for group in ("method", "model", "task"))]
+    if info.get("seed") is not None:
+        parts.append(f"seed {info['seed']}")
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _learned(run: Run, metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
+    best = best_step(run.history())
+    for name in quality(metrics):
+        split, _, what = name.partition("/")
+        text = Text(number(metrics[name]), style="bold" if split == "test" else "")
+        if name == "dev/loss" and best is not None:
+            text.append(f"  (best at step {best[0]} of {best[1]})")
+        yield f"{split} {what.replace('_', ' ')}", text
+
+
+def best_step(history: Iterable[dict[str, Any]]) -> tuple[int, int] | None:
+    """Step of the lowest dev loss and the last step, or None without a finite dev loss."""
+    history = [row for row in history if "step" in row]
+    dev = [(row["dev/loss"], row["step"]) for row in history if math.isfinite(row.get("dev/loss", math.nan))]
+    return (min(dev)[1], max(row["step"] for row in history)) if dev else None
+
+
+def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    total = metrics.get("total_parameters")
+    for name in ("trainable", "activated"):
+        value = metrics.get(f"{name}_parameters")
+        if value is not None:
+            share = f"  ({100 * value / total:.3g} % of {count(total)})" if total else ""
+            yield f"{name} parameters", count(value) + share
+    seconds = metrics.get(f"{info.get('stage')}/seconds", info.get("seconds"))
+    if seconds is not None:
+        rate = metrics.get(f"{info.get('stage')}/tokens_per_second")
+        yield "time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
+    if info.get("peak_memory_bytes"):
+        yield "peak memory", size(info["peak_memory_bytes"])
+
+
+def _others(metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    rest = [name for name in metrics if name not in quality(metrics) and not is_cost(name)]
+    return [(name, number(metrics[name])) for name in rest]
+
+
+def _next(run: Run) -> Iterable[str]:
+    stage, status, where = run.info.get("stage"), run.info.get("status"), shown(run.path)
+    if status in ("failed", "interrupted"):
+        return [f"lrk {stage} --resume {where}"]
+    if status == "done" and stage == "train":
+        return [f"lrk evaluate run={where}"]
+    return [f"lrk compare {shown(run.path.parent)}"] if status == "done" else []
+
+
+def first_line(error: Any) -> str:
+    """The line of an error that says what happened: a traceback's last, otherwise the first."""
+    lines = [line for line in str(error or "").strip().splitlines() if line.strip()]
+    if not lines:
+        return NONE
+    return lines[-1 if lines[0].startswith("Traceback") else 0].strip()
+
+
+def runs_table(runs: Sequence[Run]) -> RenderableType:
+    """``lrk list runs``: one line a run in the order given, under the folder that runs stand in."""
+    if not runs:
+        return Text("no runs yet; start one with: lrk train")
+    table = _table(None, ["run", "stage", "status", "seed", "result", "time"], folding=["run", "result"])
+    table.padding, table.columns[4].max_width = (0, 1, 0, 0), 24  # a run's name needs the space
+    folder = None
+    for run in runs:
+        if run.path.parent != folder:
+            folder = run.path.parent
+            add(table, Text(f"{shown(folder)}/", style="dim"))
+        seed = run.info.get("seed")
+        cells = _stage(run), _status(run.info), NONE if seed is None else str(seed), _outcome(run, 1)
+        add(table, f"  {run.path.name}", *cells, _seconds(run.info))
+    return table
+
+
+def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> RenderableType:
+    """A sweep: one line a job with the overrides that vary, status, metrics and time; errors stand below.
+
+    ``metrics`` names the columns; without it the first two quality metrics of the finished jobs are shown.
+    """
+    overrides = [dict(_split(item) for item in job.info.get("overrides", [])) for job in jobs]
+    keys = dict.fromkeys(key for row in overrides for key in row)
+    varying = [key for key in keys if len({row.get(key) for row in overrides}) > 1]
+    results = [job.metrics if job.done else {} for job in jobs]
+    columns = metrics if metrics is not None else quality({name: None for row in results for name in row})[:2]
+    unfinished = [job for job in jobs if not job.done]
+    heading = f"{len(jobs)} jobs" + (f", {len(unfinished)} not done" if unfinished else "")
+    table = _table(heading, ["job", *varying, "status", *columns, "time"], folding=["job", *varying])
+    for job, row, result in zip(jobs, overrides, results, strict=True):
+        cells = [*(row.get(key, NONE) for key in varying), _status(job.info)]
+        cells += [number(result[name]) if name in result else NONE for name in columns]
+        add(table, job.path.name, *cells, _seconds(job.info))
+    errors = {job.path.name: first_line(job.info["error"]) for job in unfinished if job.info.get("error")}
+    return Group(table, *(Text(f"{name}: {error}", style="red") for name, error in errors.items()))
+
+
+def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None = None) -> RenderableType:
+    """A recipe: its stages by name, each with its run, or None while it has not started."""
+    table = _table(heading, ["stage", "verb", "status", "result", "time", "run"], folding=["result", "run"])
+    for name, run in stages:
+        if run is None:
+            add(table, name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE)
+        else:
+            add(
+                table,
+                name,
+                _stage(run),
+                _status(run.info),
+                _outcome(run, 2),
+                _seconds(run.info),
+                shown(run.path),
+            )
+    return table
+
+
+def add(table: Table, *cells: str | Text) -> None:
+    """Add a row of plain words: square brackets of an override or an error are no markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def _table(heading: str | None, columns: Sequence[str], folding: Sequence[str]) -> Table:
+    """A bare table; ``folding`` columns give way first where the terminal is narrow."""
+    title = None if heading is None else Text(heading, style="bold")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        right = "right" if column in ("seed", "time") else "left"
+        header = Text(column.replace("/", "/\n").replace(".", ".\n"))
+        table.add_column(header, overflow="fold", no_wrap=column not in folding, justify=right)
+    return table
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
+
+
+def _stage(run: Run) -> str:
+    return str(run.info.get("stage", NONE))
+
+
+def _status(info: dict[str, Any]) -> Text:
+    status = str(info.get("status", NONE))
+    return Text(status, style=STATUS_STYLES.get(status, ""))
+
+
+def _outcome(run: Run, metrics: int) -> str:
+    """The first ``metrics`` quality metrics of a finished run, or the error of another."""
+    if not run.done:
+        return first_line(run.info.get("error"))
+    values = run.metrics
+    return ", ".join(f"{name} {number(values[name])}" for name in quality(values)[:metrics]) or NONE
+
+
+def _seconds(info: dict[str, Any]) -> str:
+    return duration(info["seconds"]) if info.get("seconds") is not None else NONE

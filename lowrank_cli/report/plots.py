@@ -1,0 +1,174 @@
+"""Pictures of a run: its losses, and whatever figures its stage described. matplotlib is imported late."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_cli.report.tables import run_title
+from lowrank_cli.runs import Run, atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+ANNOTATED_CELLS = 300  #: a heatmap with more cells shows colours only
+TRAIN, DEV, RATE, GRID = "#6f86a3", "#c8502d", "#eef2e6", "#dddddd"
+
+
+def draw(run: Run) -> list[Path]:
+    """Write ``plots/loss.png`` from ``history.jsonl`` and one picture for each entry of ``figures.json``.
+
+    An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
+    where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells; ``lines`` draws each
+    row as a line over the numbers in ``columns``. Optional ``row_label`` and ``column_label`` name the axes.
+    Returns the files written, none where there is nothing to draw.
+    """
+    history = run.history()
+    pictures = {}
+    if any("train/loss" in row or "dev/loss" in row for row in history):
+        pictures["loss.png"] = loss(history, run_title(run.info))
+    if (run.path / "figures.json").is_file():
+        kinds = {"heatmap": heatmap, "lines": lines}
+        pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
+    written = []
+    for name, figure in pictures.items():
+        file, image = run.file(f"plots/{name}"), io.BytesIO()
+        figure.savefig(image, format="png", dpi=DPI)
+        atomic_write(file, image.getvalue())
+        written.append(file)
+    return written
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own (inches), drawn by Agg, without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _series(history: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    rows = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def loss(history: list[dict[str, Any]], heading: str) -> Figure:
+    """Train and dev loss over steps, the best dev step marked, the learning rate shaded behind them."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(7.2, 4.2)
+    steps, rates = _series(history, "learning_rate")
+    if steps:
+        behind = axes.twinx()
+        behind.fill_between(steps, rates, color=RATE, linewidth=0)
+        behind.set_ylim(0, max([rate for rate in rates if math.isfinite(rate)] or [0]) * 1.05 or 1)
+        behind.set_ylabel("learning rate", color="#8a9a70")
+        behind.tick_params(colors="#8a9a70", labelsize=8)
+        behind.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        behind.spines[["top", "left", "right", "bottom"]].set_visible(False)
+        axes.set_zorder(behind.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    steps, values = _series(history, "train/loss")
+    crowded = len(steps) > 100
+    if crowded:
+        axes.plot(steps, values, color=TRAIN, linewidth=0.8, alpha=0.4)
+        values = _smooth(values, len(values) // 40)
+    axes.plot(steps, values, color=TRAIN, linewidth=1.5, label="train (smoothed)" if crowded else "train")
+    steps, values = _series(history, "dev/loss")
+    if steps:
+        axes.plot(steps, values, color=DEV, linewidth=1.8, marker="o", markersize=3.5, label="dev")
+    finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if finite:
+        value, step = min(finite)
+        axes.axvline(step, color=DEV, linewidth=0.9, linestyle=":")
+        axes.plot(
+            [step],
+            [value],
+            marker="o",
+            markersize=9,
+            markerfacecolor="none",
+            markeredgecolor=DEV,
+            linestyle="none",
+            label=f"best dev: {value:.4g} at step {step}",
+        )
+    axes.set_title(heading, fontsize=10, loc="left")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _smooth(values: list[float], reach: int) -> list[float]:
+    """Mean of the finite values up to ``reach`` places away."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    finite = ([value for value in window if math.isfinite(value)] for window in windows)
+    return [sum(window) / len(window) if window else math.nan for window in finite]
+
+
+def heatmap(entry: dict[str, Any]) -> Figure:
+    """Rows × columns of coloured cells; the values are written in while there are few."""
+    rows, columns, values = entry["rows"], entry["columns"], _numbers(entry["values"])
+    cell = 0.55 if len(columns) <= 20 else 11 / len(columns)
+    height = min(max(0.32 * len(rows), 1.0), 12)
+    figure, axes = _figure(max(cell * len(columns), 2.2) + 2.2, height + 1.3)
+    finite = [value for line in values for value in line if math.isfinite(value)] or [0.0]
+    low = 0.0 if min(finite) >= 0 else min(finite)
+    high = max(finite) if max(finite) > low else low + 1.0
+    axes.set_facecolor("#eeeeee")  # shows through where a value is missing
+    image = axes.imshow(values, cmap="YlGnBu", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=9)
+    axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if len(rows) * len(columns) <= ANNOTATED_CELLS:
+        digits = ".0f" if max(map(abs, finite)) >= 100 else ".1f" if max(map(abs, finite)) >= 10 else ".2f"
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                text = format(value, digits) if math.isfinite(value) else "–"
+                dark = math.isfinite(value) and (value - low) / (high - low) > 0.55
+                ink = "white" if dark else "#222222"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
+    bar.set_label(entry.get("label", ""), fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.outline.set_visible(False)
+    axes.set_title(entry["title"], fontsize=11, loc="left")
+    axes.set_ylabel(entry.get("row_label", ""))
+    axes.set_xlabel(entry.get("column_label", ""))
+    return figure
+
+
+def lines(entry: dict[str, Any]) -> Figure:
+    """Each row of values as a line over the numbers in ``columns``."""
+    from matplotlib import colormaps
+    from numpy import linspace
+
+    figure, axes = _figure(7.2, 4.2)
+    if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
+        axes.set_prop_cycle(color=colormaps["viridis"](linspace(0, 0.95, len(entry["rows"]))))
+    for name, values in zip(entry["rows"], _numbers(entry["values"]), strict=True):
+        axes.plot(entry["columns"], values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+    axes.set_title(entry["title"], fontsize=11, loc="left")
+    axes.set_xlabel(entry.get("column_label", ""))
+    axes.set_ylabel(entry.get("label", ""))
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _numbers(values: Iterable[Iterable[float | None]]) -> list[list[float]]:
+    return [[math.nan if value is None else float(value) for value in line] for line in values]

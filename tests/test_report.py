@@ -1,0 +1,269 @@
+"""Tables and plots of runs, from run folders alone."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from lowrank_cli.report import plots, tables
+from lowrank_cli.runs import Run
+
+CHOICES = {"method": "milora", "model": "llama", "task": "tiny_yesno"}
+METRICS = {
+    "dev/loss": 0.25,
+    "test/accuracy": 0.9125,
+    "dev/accuracy": 0.9,
+    "trainable_parameters": 262_144,
+    "activated_parameters": 81_920,
+    "total_parameters": 3_600_000,
+    "train/seconds": 112.0,
+    "train/tokens_per_second": 12_345.0,
+    "milora/load_balance": 1.5,
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(name="a", stage="train", overrides=(), choices=CHOICES, seed=1):
+        config = {"seed": seed}
+        return Run.create(
+            tmp_path, stage=stage, config=config, choices=choices, overrides=list(overrides), command="lrk",
+            folder=tmp_path / name,
+        )  # fmt: skip
+
+    return make
+
+
+def text(renderable, width=100):
+    console = Console(width=width, file=io.StringIO())
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "show, value, expected",
+    [
+        (tables.count, 0, "0"),
+        (tables.count, 999, "999"),
+        (tables.count, 1000, "1k"),
+        (tables.count, 262_144, "262k"),
+        (tables.count, 999_999, "1M"),
+        (tables.count, 3_600_000, "3.6M"),
+        (tables.count, 6_738_415_616, "6.74B"),
+        (tables.count, 81_920.5, "81.9k"),
+        (tables.size, 512, "512 B"),
+        (tables.size, 1023 * 1024, "1023 KiB"),
+        (tables.size, 612 * 2**20, "612 MiB"),
+        (tables.size, 1.5 * 2**30, "1.5 GiB"),
+        (tables.duration, 0.42, "0.42s"),
+        (tables.duration, 12.34, "12.3s"),
+        (tables.duration, 59.97, "1m 00s"),
+        (tables.duration, 112, "1m 52s"),
+        (tables.duration, 3599.6, "1h 00m"),
+        (tables.duration, 7500, "2h 05m"),
+        (tables.duration, 273_600, "3d 04h"),
+        (tables.number, 0.91254, "0.9125"),
+        (tables.number, 65.318, "65.32"),
+        (tables.number, 3.2e-5, "3.2e-05"),
+        (tables.number, 7, "7"),
+        (tables.number, math.nan, "nan"),
+    ],
+)
+def test_human_formats(show, value, expected):
+    assert show(value) == expected
+
+
+def test_end_of_a_training_says_what_was_learned_and_what_comes_next(make):
+    run = make()
+    for step, loss in ((10, 0.5), (20, 0.25), (30, 0.4)):
+        run.log({"step": step, "train/loss": loss})
+        run.log({"step": step, "dev/loss": loss})
+    run.file("adapter/x").write_text("")
+    run.finish(METRICS)
+    lines = text(tables.end_of_run(run)).splitlines()
+    shown = {" ".join(line.strip("│ ").split()) for line in lines}
+    assert "train · milora · llama · tiny_yesno · seed 1" in lines[0]
+    assert {
+        "test accuracy 0.9125",
+        "dev loss 0.2500 (best at step 20 of 30)",
+        "trainable parameters 262k (7.28 % of 3.6M)",
+        "activated parameters 81.9k (2.28 % of 3.6M)",
+        "time 1m 52s (12.3k tokens/s)",
+        "milora/load_balance 1.5000",
+        "holds adapter/",
+    } <= shown
+    assert f"lrk evaluate run={tables.shown(run.path)}" in text(tables.end_of_run(run), width=300)
+
+
+def test_end_of_an_evaluation_and_of_a_failure(make):
+    evaluation = make("e", stage="evaluate")
+    evaluation.finish({"test/exact_match": 0.5, "evaluate/seconds": 3.0})
+    shown = text(tables.end_of_run(evaluation), width=300)
+    assert "test exact match" in shown and "3.00s" in shown and "lrk compare" in shown
+    failed = make("f")
+    failed.fail("train: the loss is nan at step [3]")
+    shown = text(tables.end_of_run(failed), width=300)
+    assert "the loss is nan at step [3]" in shown and f"lrk train --resume {tables.shown(failed.path)}" in shown
+
+
+def test_an_older_metrics_file_is_not_shown_for_a_run_that_failed_later(make):
+    run = make()
+    run.finish(METRICS)
+    run.fail("disk full")
+    assert "accuracy" not in text(tables.end_of_run(run))
+
+
+def test_best_step_ignores_what_is_not_finite():
+    history = [{"step": 1, "dev/loss": math.nan}, {"step": 2, "dev/loss": 3.0}, {"step": 3, "train/loss": 1.0}]
+    assert tables.best_step(history) == (2, 3)
+    assert tables.best_step([{"step": 1, "train/loss": 1.0}]) is None
+    assert tables.best_step([]) is None
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        ("one\ntwo", "one"),
+        ('Traceback (most recent call last):\n  File "x"\nValueError: bad', "ValueError: bad"),
+        ("", "–"),
+        (None, "–"),
+    ],
+)
+def test_first_line_of_an_error(error, expected):
+    assert tables.first_line(error) == expected
+
+
+def test_runs_table_names_every_run_at_80_columns(make):
+    assert "lrk train" in text(tables.runs_table([]))
+    done, failed = make("120000-milora-llama-tiny_yesno"), make("120001-lora")
+    done.finish(METRICS)
+    failed.fail("no space left")
+    shown = text(tables.runs_table([done, failed]), width=80)
+    for piece in ("120001-lora", "0.9125", "failed", "no space left"):
+        assert piece in shown
+
+
+def test_jobs_table_shows_what_varies_and_each_error(make):
+    jobs = []
+    for i, rank in enumerate((4, 8, 16)):
+        overrides = ["task=tiny_yesno", f"method.rank={rank}", "method.target_modules=[Q,V]"]
+        jobs.append(make(str(i), overrides=overrides))
+    for job in jobs[:2]:
+        job.finish(METRICS)
+    jobs[2].fail("method.rank: 16 is out of range\nmore")
+    lines = text(tables.jobs_table(jobs)).splitlines()
+    assert lines[0].strip() == "3 jobs, 1 not done"
+    header = " ".join(lines[1].split() + lines[2].split())
+    assert "rank" in header and "target_modules" not in header
+    assert [line.split()[:4] for line in lines[3:6]] == [
+        ["0", "4", "done", "0.9125"],
+        ["1", "8", "done", "0.9125"],
+        ["2", "16", "failed", "–"],
+    ]
+    assert lines[6] == "2: method.rank: 16 is out of range"
+    shown = text(tables.jobs_table([make("b", overrides=["a=[Q,V]"]), make("c", overrides=["a=[K]"])]))
+    assert "[Q,V]" in shown  # an override's brackets are no markup
+
+
+def test_stages_table_shows_stages_that_wait(make):
+    run = make()
+    run.finish(METRICS)
+    shown = text(tables.stages_table([("fit", run), ("check", None)], "milora"), width=200)
+    assert "test/accuracy 0.9125, dev/accuracy 0.9000" in shown
+    assert "waiting" in shown and "milora" in shown
+
+
+HEATMAP = {
+    "file": "activated_modules.png",
+    "kind": "heatmap",
+    "title": "Share of prompts",
+    "rows": ["layer 0", "layer 1"],
+    "columns": ["Q", "K", "V"],
+    "values": [[0.1, None, 0.9], [0.0, math.nan, 1.0]],
+    "label": "share",
+}
+
+
+def picture_size(path):
+    """Width and height in pixels from a PNG's header."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_draw_writes_the_losses_and_each_figure(make):
+    run = make()
+    for step in range(1, 151):
+        run.log({"step": step, "train/loss": 2 / step, "learning_rate": 1e-3 * (1 - step / 150)})
+        if step % 50 == 0:
+            run.log({"step": step, "dev/loss": 2 / step + 0.1})
+    lines = {**HEATMAP, "file": "ranks.png", "kind": "lines", "columns": [10, 20, 30], "column_label": "step"}
+    run.write_json("figures.json", [HEATMAP, lines])
+    files = plots.draw(run)
+    assert [file.name for file in files] == ["loss.png", "activated_modules.png", "ranks.png"]
+    assert all(file.parent == run.path.resolve() / "plots" for file in files)
+    width, height = picture_size(files[0])
+    assert 900 < width < 1400 and 500 < height < 900
+    assert all(min(picture_size(file)) > 200 for file in files)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [{"step": 1, "train/loss": 2.0}],
+        [{"step": s, "train/loss": math.nan, "learning_rate": 0.0} for s in (1, 2)]
+        + [{"step": 2, "dev/loss": math.nan}],
+        [{"step": s, "train/loss": math.nan if s % 7 == 0 else 1.0, "learning_rate": math.nan} for s in range(200)],
+        [{"step": 5, "dev/loss": 1.0}],
+    ],
+    ids=["one train row, no dev", "only NaN", "some NaN", "no train rows"],
+)
+def test_losses_are_drawn_from_whatever_there_is(make, history):
+    run = make()
+    for row in history:
+        run.log(row)
+    (file,) = plots.draw(run)
+    picture_size(file)
+
+
+def test_the_best_dev_step_is_marked():
+    history = [{"step": s, "train/loss": 1.0, "dev/loss": v} for s, v in ((1, 3.0), (2, 1.5), (3, 2.0))]
+    legends = plots.loss(history, "").axes[0].get_legend().get_texts()
+    assert "best dev: 1.5 at step 2" in [entry.get_text() for entry in legends]
+
+
+def test_nothing_to_draw(make):
+    run = make()
+    assert plots.draw(run) == []
+    assert not (run.path / "plots").exists()
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (2, 4), (16, 7), (48, 7), (3, 40)])
+def test_heatmaps_of_any_shape(rows, columns):
+    values = [[(y * columns + x) / (rows * columns) for x in range(columns)] for y in range(rows)]
+    figure = plots.heatmap({**HEATMAP, "rows": range(rows), "columns": range(columns), "values": values})
+    figure.canvas.draw()
+    assert max(figure.get_size_inches()) < 16
+    texts = len(figure.axes[0].texts)
+    assert texts == (rows * columns if rows * columns <= plots.ANNOTATED_CELLS else 0)
+
+
+def test_many_lines_and_constant_or_negative_heatmaps():
+    plots.lines({**HEATMAP, "rows": range(12), "columns": [0, 1], "values": [[i, 1] for i in range(12)]}).canvas.draw()
+    for values in ([[0.0] * 3] * 2, [[-1.0, 2.0, 250.0]] * 2, [[None] * 3] * 2):
+        plots.heatmap({**HEATMAP, "values": values}).canvas.draw()
+
+
+def test_tables_and_compare_import_nothing_heavy():
+    heavy = "torch transformers datasets evaluate matplotlib scipy numpy"
+    code = (
+        "import sys, lowrank_cli.report.tables, lowrank_cli.report.plots, lowrank_cli.report.compare; "
+        f"print([name for name in '{heavy}'.split() if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,243 @@
+"""``lrk compare``: methods side by side over seeds, with an interval, a paired test and no winner by chance.
+
+Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
+that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
+seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from rich.console import RenderableType
+
+from lowrank_cli.errors import UserError, nearest, unknown
+from lowrank_cli.report import comparison
+from lowrank_cli.report.comparison import Row, Section
+from lowrank_cli.report.statistics import median_interval, sign_flip_test
+from lowrank_cli.report.tables import quality
+from lowrank_cli.runs import Run, atomic_write
+
+MIN_SEEDS = 3  #: below this an interval says nothing, so no row is best
+LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
+#: Keys that name a run or change its speed, not what it learns or predicts.
+IRRELEVANT = {
+    "seed",
+    "outputs",
+    "name",
+    "run",
+    "evaluate.split",
+    "evaluate.batch_size",
+    "hardware.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+}
+
+
+@dataclass
+class Result:
+    """A finished run, as far as a comparison needs it."""
+
+    method: str
+    model: str
+    task: str
+    seed: int
+    started: str
+    config: dict[str, str]  #: dotted key → value as JSON, without ``IRRELEVANT``
+    metrics: dict[str, float]
+    seconds: float | None
+    memory: int | None
+    source: Path | None  #: the training run that an evaluation read
+
+
+def compare(
+    paths: Sequence[str], baseline: str | None, metric: str | None, output: str | None, outputs: str
+) -> RenderableType:
+    """Compare the finished runs in ``paths``: run, sweep or recipe folders, or folders that hold such.
+
+    Without ``paths`` everything in ``outputs`` is compared; a relative path that is not here is looked up
+    there. ``baseline`` is a method (or ``"method setting"`` where it has several); the others are tested
+    against it, paired by seed. ``metric`` defaults to each task's own on the test split. ``output`` is a
+    folder that gets ``compare.md`` and ``compare.csv``. Raises :class:`UserError` for a path without finished
+    runs, an unknown baseline or metric.
+    """
+    results, unfinished = collect(paths or [outputs], outputs)
+    present = sorted({name for result in results for name in result.metrics})
+    if metric is not None and metric not in present:
+        raise unknown("--metric", metric, present)
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.model, result.task), []).append(result)
+    sections = [_section(members, metric) for _, members in sorted(groups.items())]
+    sections = [section for section in sections if section.rows]
+    if not sections:
+        raise UserError("compare: none of these runs has a finite test or dev metric; name one with --metric")
+    if baseline is not None:
+        _test_against(sections, baseline)
+    notes = comparison.notes(sections, baseline, unfinished)
+    if output is not None:
+        folder = Path(output)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output: '{output}' is a file; name a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "compare.md", comparison.markdown(sections, baseline, notes))
+        atomic_write(folder / "compare.csv", comparison.csv_text(sections, baseline))
+    return comparison.terminal(sections, baseline, notes)
+
+
+def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int]:
+    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished."""
+    folders: dict[Path, None] = {}
+    for path in paths:
+        found = [file.parent.resolve() for file in sorted(_locate(path, outputs).rglob("run.json"))]
+        if not found:
+            raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
+        folders.update(dict.fromkeys(found))
+    groups = {"method", "model", "task"}
+    runs = [run for run in map(Run.open, folders) if groups <= run.info.get("choices", {}).keys()]
+    done = [run for run in runs if run.done and run.metrics]
+    if not done:
+        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({len(runs)} not finished)")
+    return _join({run.path.resolve(): _result(run) for run in done}), len(runs) - len(done)
+
+
+def _locate(path: str, outputs: str) -> Path:
+    for folder in (Path(path), Path(outputs) / path):
+        if folder.is_dir():
+            return folder.resolve()
+    parents = [parent for parent in (Path(path).parent, (Path(outputs) / path).parent) if parent.is_dir()]
+    siblings = [entry.name for parent in parents for entry in parent.iterdir() if entry.is_dir()]
+    raise UserError(f"compare: there is no folder '{path}'{nearest(Path(path).name, siblings)}")
+
+
+def _result(run: Run) -> Result:
+    info, config, source = run.info, run.config(), None
+    seed = info.get("seed")
+    if config.get("run"):
+        source = Path(config["run"]).resolve()
+        with suppress(UserError):  # the training may be gone
+            trained = Run.open(source).config()
+            seed = trained["seed"]  # what an evaluation measures was made with the training's seed
+            config["train"] = trained["train"]
+    metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return Result(
+        **{group: info["choices"][group] for group in ("method", "model", "task")},
+        seed=seed,
+        started=info.get("started", ""),
+        config={key: value for key, value in _flat(config) if key not in IRRELEVANT},
+        metrics=metrics,
+        seconds=metrics.get("train/seconds", info.get("seconds")),
+        memory=info.get("peak_memory_bytes"),
+        source=source,
+    )
+
+
+def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if not isinstance(config, dict):
+        yield prefix[:-1], json.dumps(config)
+        return
+    for key, value in config.items():
+        yield from _flat(value, f"{prefix}{key}.")
+
+
+def _join(results: dict[Path, Result]) -> list[Result]:
+    """Evaluations of a training that is here too, in its own setting, only add their metrics to it."""
+    joined = {path: result for path, result in results.items() if result.source not in results}
+    for path, result in results.items():
+        if path in joined:
+            continue
+        training = joined.get(result.source)
+        if training is not None and all(result.config.get(k, v) == v for k, v in training.config.items()):
+            joined[result.source] = replace(training, metrics={**result.metrics, **training.metrics})
+        else:
+            joined[path] = result
+    return list(joined.values())
+
+
+def _section(results: list[Result], metric: str | None) -> Section:
+    metric = metric or _own_metric(results)
+    held = [result for result in results if metric in result.metrics]
+    rows: dict[tuple[str, str], dict[int, Result]] = {}
+    for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
+        rows.setdefault((result.method, _setting(result, held)), {})[result.seed] = result
+    lower = metric.endswith(LOWER_IS_BETTER)
+    made = [_row(method, setting, metric, by_seed) for (method, setting), by_seed in rows.items()]
+    made.sort(key=lambda row: row.median if lower else -row.median)
+    _mark_best(made, lower)
+    repeats = len(held) - sum(len(row.values) for row in made)
+    return Section(results[0].model, results[0].task, metric, lower, made, len(results) - len(held), repeats)
+
+
+def _own_metric(results: list[Result]) -> str:
+    """The task's metric on the test split, else the next best quality metric that any run has."""
+    own = {result.config.get("task.metric", '""').strip('"') for result in results}
+    names = quality(dict.fromkeys(name for result in results for name in result.metrics))
+    return min(names, key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in own), default="")
+
+
+def _setting(result: Result, section: list[Result]) -> str:
+    """Keys that vary in the section and, of the method's own keys, among the runs of that method."""
+    shown = []
+    for key, value in sorted(result.config.items()):
+        peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
+        if len({peer.config.get(key, value) for peer in peers}) > 1:
+            shown.append(f"{key}={value.strip(chr(34))}")
+    return " ".join(shown)
+
+
+def _row(method: str, setting: str, metric: str, by_seed: dict[int, Result]) -> Row:
+    values = {seed: result.metrics[metric] for seed, result in sorted(by_seed.items())}
+    low, high = median_interval(list(values.values()))
+
+    def middle(read: Callable[[Result], float | None]) -> float | None:
+        known = [value for value in map(read, by_seed.values()) if value is not None]
+        return median(known) if known else None
+
+    return Row(
+        method,
+        setting,
+        values,
+        median(values.values()),
+        low,
+        high,
+        trainable=middle(lambda result: result.metrics.get("trainable_parameters")),
+        activated=middle(lambda result: result.metrics.get("activated_parameters")),
+        seconds=middle(lambda result: result.seconds),
+        memory=middle(lambda result: result.memory),
+    )
+
+
+def _mark_best(rows: list[Row], lower: bool) -> None:
+    """Mark the first row if its interval lies beyond every other and all rest on enough seeds."""
+    first, *others = rows or [None]
+    if first is None or not others or any(len(row.values) < MIN_SEEDS for row in rows):
+        return
+    first.best = all(first.high < row.low if lower else first.low > row.high for row in others)
+
+
+def _test_against(sections: list[Section], baseline: str) -> None:
+    """Fill in each row's paired difference to the baseline row of its section."""
+    rows = [row for section in sections for row in section.rows]
+    labels = dict.fromkeys([*(row.method for row in rows), *(row.label for row in rows)])
+    if baseline not in labels:
+        raise unknown("--baseline", baseline, labels)
+    for section in sections:
+        candidates = [row for row in section.rows if baseline in (row.method, row.label)]
+        for row in section.rows:
+            same = [other for other in candidates if other.setting == row.setting] or candidates
+            if len(same) > 1:
+                several = "; ".join(f"'{other.label}'" for other in same)
+                raise UserError(f"--baseline: '{baseline}' has several settings; name one of: {several}")
+            if same and same[0] is not row:
+                shared = sorted(row.values.keys() & same[0].values.keys())
+                differences = [row.values[seed] - same[0].values[seed] for seed in shared]
+                row.pairs = len(differences)
+                row.difference = fmean(differences) if differences else None
+                row.p_value = sign_flip_test(differences)

@@ -1,0 +1,349 @@
+"""``lrk compare``: the statistics against brute force, the grouping, the no-winner rule, the files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import random
+from statistics import median
+
+import pytest
+from rich.console import Console
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.report import compare as module
+from lowrank_cli.report.compare import compare
+from lowrank_cli.report.statistics import DRAWS, median_interval, sign_flip_test
+from lowrank_cli.runs import Run
+
+
+@pytest.fixture
+def add(tmp_path):
+    """Add a finished run; dotted keys of ``config`` are set in its config.yaml."""
+    outputs, number = tmp_path / "outputs", itertools.count()
+
+    def add(
+        method, seed, value, *, task="tiny_yesno", stage="train", metric="test/accuracy", folder=None, config=None,
+        status="done", run=None, **metrics,
+    ):  # fmt: skip
+        resolved = {
+            "seed": seed,
+            "outputs": str(outputs),
+            "name": None,
+            "method": {"name": method, "rank": 8},
+            "task": {"name": task, "metric": "accuracy"},
+            "evaluate": {"split": "test", "num_beams": 1},
+        }
+        resolved |= {"run": str(run)} if stage == "evaluate" else {"train": {"learning_rate": 1e-3}}
+        for key, setting in (config or {}).items():
+            group, name = key.split(".")
+            resolved.setdefault(group, {})[name] = setting
+        made = Run.create(
+            outputs, stage=stage, config=resolved, choices={"method": method, "model": "llama", "task": task},
+            overrides=[], command="lrk", folder=folder or outputs / "day" / f"{next(number):03d}-{method}",
+        )  # fmt: skip
+        made.update(started=f"2025-01-01T00:{next(number):02d}:00+00:00")
+        if status == "done":
+            made.finish({metric: value, "trainable_parameters": 262144, **metrics})
+            made.update(peak_memory_bytes=2**29, seconds=60.0)
+        elif status == "failed":
+            made.fail("no")
+        return made
+
+    add.outputs = outputs
+    return add
+
+
+def run_compare(add, paths=(), **options):
+    """Rows of compare.csv, compare.md and the terminal's text."""
+    options = {"baseline": None, "metric": None, "outputs": str(add.outputs)} | options
+    folder = add.outputs.parent / "out"
+    shown = compare([str(path) for path in paths], output=str(folder), **options)
+    console = Console(width=200, file=io.StringIO())
+    console.print(shown)
+    rows = list(csv.DictReader(io.StringIO((folder / "compare.csv").read_text())))
+    return rows, (folder / "compare.md").read_text(), console.file.getvalue()
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("n", range(1, 30))
+def test_median_interval_is_the_narrowest_symmetric_one_that_covers(n):
+    def coverage(k):  # of [x_(k), x_(n+1-k)]: the number of values below the median is Binomial(n, 1/2)
+        return sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
+
+    low, high = median_interval([float(value) for value in range(1, n + 1)])
+    k = int(low)
+    assert high == n + 1 - k
+    assert coverage(k) >= 0.95 or k == 1
+    if k < (n + 1) // 2:
+        assert coverage(k + 1) < 0.95
+
+
+def test_median_interval_of_few_and_unsorted_values():
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([0.5]) == (0.5, 0.5)
+    values = [0.9, 0.1, 0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8]
+    assert median_interval(values) == (0.2, 0.8)  # n = 9: second smallest and second largest cover with 96.1 %
+
+
+def brute_force(differences):
+    n = len(differences)
+    seen = abs(sum(differences) / n)
+    means = [abs(sum(s * d for s, d in zip(signs, differences)) / n) for signs in itertools.product((1, -1), repeat=n)]
+    return sum(mean >= seen - 1e-12 for mean in means) / len(means)
+
+
+@pytest.mark.parametrize(
+    "differences, p",
+    [([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0], 0.25), ([0.01] * 6, 2 / 64), ([1.0, -1.0], 1.0), ([0.0, 0.0, 0.0], 1.0)],
+)
+def test_sign_flip_by_hand(differences, p):
+    assert sign_flip_test(differences) == pytest.approx(p)
+    assert brute_force(differences) == pytest.approx(p)
+
+
+def test_sign_flip_equals_brute_force_and_scipy():
+    from scipy.stats import permutation_test
+
+    draw = random.Random(3)
+    for n in range(2, 11):
+        differences = [round(draw.gauss(0.01, 0.02), 3) for _ in range(n)]
+        assert sign_flip_test(differences) == pytest.approx(brute_force(differences))
+    theirs = permutation_test((differences, [0.0] * n), lambda a, b: (a - b).mean(-1), permutation_type="samples",
+                              vectorized=False, n_resamples=2**n)  # fmt: skip
+    assert sign_flip_test(differences) == pytest.approx(theirs.pvalue)
+
+
+def test_sign_flip_needs_two_pairs_and_draws_above_the_exact_range():
+    assert sign_flip_test([]) is None
+    assert sign_flip_test([1.0]) is None
+    draw = random.Random(1)
+    differences = [draw.gauss(0.4, 1) for _ in range(18)]
+    assert sign_flip_test(differences) == pytest.approx(brute_force(differences), abs=0.01)
+    assert sign_flip_test([1.0] * 40) == 1 / (DRAWS + 1)
+
+
+# Grouping
+
+
+def test_rows_hold_median_interval_test_and_costs(add):
+    lora, milora = [0.80, 0.84, 0.82], [0.81, 0.86, 0.85]
+    for seed, (a, b) in enumerate(zip(lora, milora)):
+        add("lora", seed, a, **{"train/seconds": 100.0 + seed, "activated_parameters": 262144})
+        add("milora", seed, b, **{"train/seconds": 200.0, "activated_parameters": 81920})
+    rows, markdown, shown = run_compare(add, baseline="lora")
+    assert [row["method"] for row in rows] == ["milora", "lora"]
+    first, second = rows
+    assert (float(first["median"]), float(second["median"])) == (median(milora), median(lora))
+    assert (float(first["interval_low"]), float(first["interval_high"])) == (0.81, 0.86)
+    assert float(first["mean_difference"]) == pytest.approx((0.01 + 0.02 + 0.03) / 3)
+    assert float(first["p_value"]) == 0.25 and first["pairs"] == "3"
+    assert second["pairs"] == "" and second["p_value"] == ""
+    assert (second["seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
+    assert first["seeds"] == "0 1 2" and first["metric"] == "test/accuracy"
+    assert (
+        "| milora | 3 | 0.8500 | 0.8100–0.8600 | +0.0200, p 0.25, n 3 | 262k | 81.9k | 3m 20s | 512 MiB |" in markdown
+    )
+    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – |" in markdown
+    assert "### llama · tiny_yesno · test/accuracy (higher is better)" in markdown
+    assert "+0.0200, p 0.25, n 3" in shown and "sign-flip" in shown
+
+
+def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
+    add("lora", 1, 0.5)
+    add("lora", 2, 0.6)
+    add("milora", 2, 0.9)
+    add("milora", 3, 0.1)
+    add("full", 7, 0.3)
+    rows, markdown, _ = run_compare(add, baseline="lora")
+    by_method = {row["method"]: row for row in rows}
+    assert float(by_method["milora"]["mean_difference"]) == pytest.approx(0.3)
+    assert (by_method["milora"]["pairs"], by_method["milora"]["p_value"]) == ("1", "")
+    assert (by_method["full"]["pairs"], by_method["full"]["mean_difference"]) == ("0", "")
+    assert "+0.3000, p –, n 1" in markdown
+
+
+def test_settings_are_not_pooled_and_tasks_stand_apart(add):
+    for seed in (1, 2):
+        add("lora", seed, 0.7, config={"method.rank": 8})
+        add("lora", seed, 0.8, config={"method.rank": 16})
+        add("milora", seed, 0.9)
+        add("lora", seed, 0.4, task="tiny_arithmetic", config={"train.batch_size": 4})
+        add("milora", seed, 0.4, task="tiny_arithmetic", config={"train.batch_size": 8})
+    rows, _, _ = run_compare(add)
+    assert [(row["task"], row["method"], row["setting"], row["n"]) for row in rows] == [
+        ("tiny_arithmetic", "lora", "train.batch_size=4", "2"),
+        ("tiny_arithmetic", "milora", "train.batch_size=8", "2"),
+        ("tiny_yesno", "milora", "", "2"),
+        ("tiny_yesno", "lora", "method.rank=16", "2"),
+        ("tiny_yesno", "lora", "method.rank=8", "2"),
+    ]
+    with pytest.raises(UserError, match=r"several settings; name one of: 'lora method.rank=16'; 'lora method.rank=8'"):
+        run_compare(add, baseline="lora")
+    rows, _, _ = run_compare(add, baseline="lora method.rank=8")
+    assert [row["pairs"] for row in rows] == ["", "", "2", "2", ""]
+
+
+def test_a_baseline_of_the_same_setting_is_taken(add):
+    for method, better in (("lora", 0), ("milora", 0.1)):
+        for rate, value in ((1e-3, 0.5), (1e-4, 0.3)):
+            for seed in (1, 2):
+                add(method, seed, value + better * (1 if rate == 1e-3 else 2), config={"train.learning_rate": rate})
+    rows, _, _ = run_compare(add, baseline="lora")
+    differences = {row["setting"]: float(row["mean_difference"]) for row in rows if row["method"] == "milora"}
+    assert differences == pytest.approx({"train.learning_rate=0.001": 0.1, "train.learning_rate=0.0001": 0.2})
+
+
+def test_the_newest_run_of_a_seed_counts_once(add):
+    add("lora", 1, 0.1)
+    add("lora", 1, 0.3, config={"train.log_every": 5})
+    add("lora", 2, 0.5)
+    rows, markdown, _ = run_compare(add)
+    assert (rows[0]["n"], rows[0]["values"], rows[0]["setting"]) == ("2", "0.3 0.5", "")
+    assert "1 replaced by a newer run of the same seed" in markdown
+
+
+def test_an_evaluation_joins_its_training(add):
+    training = add("lora", 3, 0.4, metric="dev/loss", **{"train/seconds": 90.0})
+    add("lora", 1, 0.9, stage="evaluate", run=training.path, **{"test/loss": 1.0})
+    rows, _, _ = run_compare(add)
+    (row,) = rows
+    assert (row["seeds"], row["median"], row["seconds"], row["metric"]) == ("3", "0.9", "90.0", "test/accuracy")
+    add("lora", 1, 0.95, stage="evaluate", run=training.path, config={"evaluate.num_beams": 4})
+    rows, _, _ = run_compare(add)
+    assert {row["setting"]: row["median"] for row in rows} == {
+        "evaluate.num_beams=1": "0.9",
+        "evaluate.num_beams=4": "0.95",
+    }
+
+
+def test_evaluations_alone_keep_the_training_settings_apart(add):
+    for rate in (1e-3, 1e-4):
+        training = add("lora", 5, 0.4, metric="dev/loss", config={"train.learning_rate": rate},
+                       folder=add.outputs.parent / "elsewhere" / str(rate))  # fmt: skip
+        add("lora", 1, rate, stage="evaluate", run=training.path)
+    rows, _, _ = run_compare(add)
+    assert {(row["setting"], row["seeds"]) for row in rows} == {
+        ("train.learning_rate=0.001", "5"),
+        ("train.learning_rate=0.0001", "5"),
+    }
+
+
+def test_sweep_and_recipe_folders_and_single_runs(add):
+    day = add.outputs / "day"
+    for job in range(3):
+        add("lora", job, 0.5 + job / 10, folder=day / "100-sweep" / str(job))
+    (day / "100-sweep" / "sweep.json").write_text(json.dumps({}))
+    add("milora", 0, 0.9, folder=day / "101-recipe-x" / "train")
+    alone = add("full", 0, 0.2)
+    add("lora", 9, 0.9, status="failed")
+    add("lora", 10, 0.9, status="running")
+    assert len(run_compare(add, [day / "100-sweep"])[0]) == 1
+    rows, markdown, _ = run_compare(add, [day / "100-sweep", day / "101-recipe-x", alone.path, alone.path])
+    assert {row["method"]: row["n"] for row in rows} == {"lora": "3", "milora": "1", "full": "1"}
+    assert "not finished" not in markdown
+    rows, markdown, _ = run_compare(add, ["day"])  # a path inside outputs
+    assert len(rows) == 3 and "Left out: 2 not finished." in markdown
+
+
+# Metrics and the winner
+
+
+def spread(add, method, values, **options):
+    for seed, value in enumerate(values):
+        add(method, seed, value, **options)
+
+
+@pytest.mark.parametrize(
+    "values, best",
+    [
+        ({"lora": [0.80, 0.81, 0.82], "milora": [0.83, 0.84, 0.85]}, "milora"),
+        ({"lora": [0.80, 0.81, 0.84], "milora": [0.83, 0.84, 0.85]}, None),
+        ({"lora": [0.80, 0.81, 0.83], "milora": [0.83, 0.84, 0.85]}, None),
+        ({"lora": [0.80, 0.81], "milora": [0.83, 0.84, 0.85]}, None),
+        ({"lora": [0.80, 0.81, 0.82], "milora": [0.83, 0.84]}, None),
+        ({"lora": [0.80, 0.81, 0.82]}, None),
+        ({"lora": [0.8] * 3, "milora": [0.9] * 3, "full": [0.89, 0.90, 0.95]}, None),
+    ],
+    ids=["apart", "overlap", "touch", "baseline has two", "best has two", "alone", "third overlaps"],
+)
+def test_no_winner_where_intervals_overlap_or_seeds_are_few(add, values, best):
+    for method, of_method in values.items():
+        spread(add, method, of_method)
+    rows, markdown, shown = run_compare(add)
+    assert [row["method"] for row in rows if row["best"] == "True"] == ([best] if best else [])
+    assert (f"| {best} ★ |" in markdown) == ("★ the interval" in markdown) == ("★" in shown) == bool(best)
+    assert ("No row is marked best" in markdown) == (best is None)
+
+
+def test_lower_is_better_for_losses(add):
+    spread(add, "lora", [1.0, 1.1, 1.2], metric="dev/loss")
+    spread(add, "milora", [0.7, 0.8, 0.9], metric="dev/loss")
+    rows, markdown, _ = run_compare(add, metric="dev/loss")
+    assert [(row["method"], row["best"]) for row in rows] == [("milora", "True"), ("lora", "False")]
+    assert "dev/loss (lower is better)" in markdown
+
+
+def test_default_metric_is_the_tasks_own_on_test(add):
+    spread(add, "lora", [0.5], metric="dev/accuracy", **{"test/other": 0.1, "test/accuracy": 0.7, "test/loss": 2.0})
+    assert run_compare(add)[0][0]["metric"] == "test/accuracy"
+    assert run_compare(add, metric="test/other")[0][0]["median"] == "0.1"
+
+
+def test_runs_without_a_finite_value_are_left_out_and_counted(add):
+    spread(add, "lora", [0.5, math.nan])
+    add("milora", 0, 0.4, metric="dev/accuracy")
+    rows, markdown, _ = run_compare(add)
+    assert [(row["method"], row["n"]) for row in rows] == [("lora", "1")]
+    assert "Left out: 2 without the metric." in markdown
+    assert "| lora | 1 | 0.5000 | – |" in markdown
+
+
+def test_the_range_is_shown_where_the_interval_is_narrower(add):
+    spread(add, "lora", [0.1 * i for i in range(1, 10)])
+    rows, markdown, _ = run_compare(add)
+    assert (float(rows[0]["interval_low"]), float(rows[0]["min"])) == pytest.approx((0.2, 0.1))
+    assert "| 0.5000 | 0.2000–0.8000 | 0.1000–0.9000 |" in markdown
+
+
+# Bad input
+
+
+def test_errors_name_what_is_wrong(add, tmp_path):
+    spread(add, "lora", [0.5, 0.6])
+    add("milora", 1, 0.5)
+    with pytest.raises(UserError, match=r"--baseline: unknown value 'lroa'; did you mean 'lora'\?"):
+        run_compare(add, baseline="lroa")
+    with pytest.raises(UserError, match=r"--metric: unknown value 'test/acc'.*allowed: test/accuracy, trainable_param"):
+        run_compare(add, metric="test/acc")
+    with pytest.raises(UserError, match="there is no folder 'dax'; did you mean 'day'"):
+        run_compare(add, ["dax"])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="is no run and holds none"):
+        run_compare(add, [empty])
+    with pytest.raises(UserError, match="is no run and holds none"):
+        run_compare(add, outputs=str(empty))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        compare([], None, None, str(tmp_path / "file"), str(add.outputs))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_finished_runs_and_no_quality_metric(add):
+    failed = add("lora", 1, 0.5, status="failed")
+    with pytest.raises(UserError, match=r"no finished runs in .*\(1 not finished\)"):
+        run_compare(add, [failed.path])
+    add("lora", 2, 3.0, metric="train/seconds")
+    with pytest.raises(UserError, match="has a finite test or dev metric; name one with --metric"):
+        run_compare(add)
+    assert run_compare(add, metric="train/seconds")[0][0]["lower_is_better"] == "True"
+
+
+def test_nothing_that_changes_a_result_is_ignored():
+    assert not any(key.startswith(("method.", "model.", "task.")) for key in module.IRRELEVANT)

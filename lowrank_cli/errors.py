@@ -48,5 +48,7 @@ def require_range(key: str, value: float, low: float | None = None, high: float 
     """Raise unless ``low <= value <= high`` (either bound may be absent); NaN is outside every range."""
     if (low is None or value >= low) and (high is None or value <= high) and value == value:
         return
-    allowed = f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
+    allowed = (
+        f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
+    )
     raise UserError(f"{key}: {value} is out of range (allowed: {allowed})")

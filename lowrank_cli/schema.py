@@ -56,7 +56,9 @@ class TaskConfig:
     text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
     target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
     label_words: list[str] = MISSING  #: one word for each label, in label order (``labels`` only)
-    label_values: list[str] = MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
+    label_values: list[str] = (
+        MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
+    )
     metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu`` or ``rouge_l``
     extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
     max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
@@ -91,7 +93,9 @@ class HardwareConfig:
 
     name: str = MISSING
     device: str = MISSING  #: ``cpu`` or ``cuda``
-    precision: str = MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
+    precision: str = (
+        MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
+    )
     processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
     threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
 

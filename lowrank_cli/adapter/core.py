@@ -40,11 +40,12 @@ class Adapter:
         module.float()
         module.register_forward_pre_hook(_inputs_in_fp32)
         for key, parameter in module.named_parameters(prefix=name):
-            self.trained[key] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            self.trained[key] = parameter
 
-    def count(self, names: set[str] | None = None) -> int:
-        """How many trained numbers there are, in all or under ``names``."""
-        return sum(p.numel() for name, p in self.trained.items() if names is None or name in names)
+    def count(self) -> int:
+        """How many trained numbers there are."""
+        return sum(parameter.numel() for parameter in self.trained.values())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -69,7 +70,7 @@ class Adapter:
             raise UserError("merge: the modules are chosen prompt by prompt, so no single weight equals them")
         embedding = self.model.get_input_embeddings().weight
         for path, linear in self.linears.items():
-            if linear.base.weight is embedding:
+            if linear.weight is embedding:
                 raise UserError(f"merge: '{path}' shares its weight with the input embedding, which must not change")
         for linear in self.linears.values():
             linear.merge()
@@ -96,7 +97,7 @@ def inject(model: PreTrainedModel, sites: list[Site], *, rank: int, alpha: float
         linear = adapter.linears.get(site.path)
         if linear is None:
             linear = adapter.linears[site.path] = _wrap(model, site.path)
-        part = LowRank(site.in_features, site.out_features, rank, alpha, dropout, linear.base.weight.device)
+        part = LowRank(site.in_features, site.out_features, rank, alpha, dropout, linear.weight.device)
         linear.add(site.label, part, site.span)
         adapter.modules[site.key] = part
         adapter.trained[f"{site.key}.lora_A.weight"] = part.lora_a

@@ -124,6 +124,11 @@ def layers_path(model: PreTrainedModel) -> str:
     return f"{prefix}.{family.layers}" if prefix else family.layers
 
 
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a known family, from the input to the output."""
+    return list(model.get_submodule(layers_path(model)).children())
+
+
 def known_sites(model: PreTrainedModel) -> list[Site]:
     """Every site of the family table, layer by layer in the order of :data:`ROLES`; empty for an unknown family."""
     family = family_of(model)
@@ -131,7 +136,7 @@ def known_sites(model: PreTrainedModel) -> list[Site]:
         return []
     root = layers_path(model)
     sites = []
-    for index, layer in enumerate(model.get_submodule(root)):
+    for index, layer in enumerate(layers(model)):
         for role in ROLES:
             if role not in family.roles:
                 continue

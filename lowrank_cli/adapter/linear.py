@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ LINEARS = (nn.Linear, Conv1D)
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(in, out) features of an ``nn.Linear`` or of GPT-2's ``Conv1D``, whose weight is transposed."""
     if isinstance(linear, Conv1D):
-        return linear.weight.shape[0], linear.weight.shape[1]
+        return int(linear.weight.shape[0]), int(linear.weight.shape[1])
+    assert isinstance(linear, nn.Linear)
     return linear.in_features, linear.out_features
 
 
@@ -32,7 +34,15 @@ class LowRank(nn.Module):
     - ``skip``: compute nothing (for a module whose gate is zero in every row).
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: float, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device | None = None,
+    ):
         super().__init__()
         self.scale = alpha / rank
         self.dropout = dropout
@@ -60,7 +70,7 @@ class LowRank(nn.Module):
         return h
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y`` (..., O) += the update for ``x`` (..., I), in place, in one matrix product; ``y`` must be contiguous."""
+        """``y`` (..., O) += the update for ``x`` (..., I), in place, in one product; ``y`` must be contiguous."""
         h = self.hidden(x).to(y.dtype)
         y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, self.rank), self.lora_b.to(y.dtype).t(), alpha=self.scale)
         return y
@@ -93,7 +103,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.parts = nn.ModuleDict()
+        self.parts = nn.ModuleDict()  # of LowRank
         self.spans: dict[str, tuple[int, int] | None] = {}
         self.enabled = True
         self._unmerged: Tensor | None = None
@@ -101,7 +111,16 @@ class AdaptedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight: some models read it for its dtype or device."""
-        return self.base.weight
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def updates(self) -> Iterator[tuple[LowRank, tuple[int, int] | None]]:
+        """Each low-rank module with the span of the output that it covers (None: all of it)."""
+        for name, part in self.parts.items():
+            assert isinstance(part, LowRank)
+            yield part, self.spans[name]
 
     @property
     def merged(self) -> bool:
@@ -116,10 +135,9 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)  # (..., I) -> (..., O)
         if not self.enabled or self.merged:
             return y
-        for name, part in self.parts.items():
+        for part, span in self.updates:
             if part.skip:
                 continue
-            span = self.spans[name]
             if span is None:
                 y = part.add_to(y, x)
             else:
@@ -131,15 +149,15 @@ class AdaptedLinear(nn.Module):
         """Fold every update into the base weight; merging twice is merging once. A copy stays on the CPU."""
         if self.merged:
             return
-        self._unmerged = self.base.weight.detach().to("cpu", copy=True)
-        weight = self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight  # (O, I)
-        for name, part in self.parts.items():
-            rows = weight if self.spans[name] is None else weight[slice(*self.spans[name])]
+        self._unmerged = self.weight.detach().to("cpu", copy=True)
+        weight = self.weight.t() if isinstance(self.base, Conv1D) else self.weight  # (O, I)
+        for part, span in self.updates:
+            rows = weight if span is None else weight[slice(*span)]
             rows.copy_(rows.float() + part.delta())
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self._unmerged is not None:
-            self.base.weight.copy_(self._unmerged)
+            self.weight.copy_(self._unmerged)
             self._unmerged = None

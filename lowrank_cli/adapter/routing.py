@@ -5,6 +5,8 @@ Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035): router,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +21,7 @@ GELU_DENOMINATOR = (0.0, 0.325069, 0.0, 0.0367384, 0.0)
 class Rational(nn.Module):
     """Learnable activation Ra(x) = Σ_{j=0..6} a_j x^j / (1 + |Σ_{i=1..5} b_i x^i|), elementwise, starting as GeLU."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.numerator = nn.Parameter(torch.tensor(GELU_NUMERATOR))
         self.denominator = nn.Parameter(torch.tensor(GELU_DENOMINATOR))
@@ -49,7 +51,7 @@ class SelfAttentionPool(nn.Module):
 class Router(nn.Module):
     """p = softmax(Ra(pool(H)) W_r): hidden states (B, T, D) and prompt mask (B, T) -> probabilities (B, N), in fp32."""
 
-    def __init__(self, width: int, choices: int, device=None):
+    def __init__(self, width: int, choices: int, device: torch.device | None = None):
         super().__init__()
         self.pooler = SelfAttentionPool(width)
         self.activation = Rational()
@@ -137,7 +139,7 @@ class PromptRouting:
             if len(count) < len(prompts):
                 self._first, self._copy = count.cumsum(0) - count, copy
 
-    def _before_layer(self, index: int):
+    def _before_layer(self, index: int) -> Callable[[nn.Module, tuple, dict], None]:
         def route(layer: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._mask is None:
                 return

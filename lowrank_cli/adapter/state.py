@@ -22,7 +22,12 @@ from lowrank_cli.adapter.families import head_names
 from lowrank_cli.errors import UserError
 
 FORMAT = 1
-WEIGHTS, CANARY, CONFIG, PROOF = "adapter_model.safetensors", "canary.safetensors", "adapter_config.json", "lrk.json"
+WEIGHTS, CANARY, CONFIG, PROOF = (
+    "adapter_model.safetensors",
+    "canary.safetensors",
+    "adapter_config.json",
+    "lrk.json",
+)
 PREFIX = "base_model.model."
 #: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -62,7 +67,7 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
         "model_type": adapter.model.config.model_type,
         "fingerprint": adapter.fingerprint,
         "about": about,
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
     }
     (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n")
 
@@ -101,7 +106,7 @@ def read_proof(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: {PROOF} names '{name}', which is outside the folder")
         if not path.is_file():
             raise UserError(f"{folder}: {name} is missing")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise UserError(f"{folder}: {name} was truncated or altered (its SHA-256 is not the one saved with it)")
     for name in (WEIGHTS, CANARY):
         if name not in files:
@@ -116,7 +121,7 @@ def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]
     if ids is None:
         ids = (torch.arange(1, 17) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
     training = model.training
-    model.eval()
+    model.train(False)
     logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
     model.train(training)
     return ids, logits.reshape(-1, logits.shape[-1])[-1].float().cpu().contiguous()
@@ -156,6 +161,24 @@ def peft_config(adapter: Adapter) -> dict[str, Any] | None:
     }
 
 
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, ``<parameter index>.<name>``; its settings are not part of it."""
+    return {
+        f"{index}.{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    """Undo :func:`moments`."""
+    nested: dict[int, dict[str, Tensor]] = {}
+    for name, value in saved.items():
+        index, key = name.split(".", 1)
+        nested.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -163,6 +186,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

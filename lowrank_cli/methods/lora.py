@@ -1,6 +1,6 @@
 """LoRA: low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685, section 4.1).
 
-    y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: (O, R) zero
+y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: (O, R) zero
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class MiLoRA(LoRA):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
-        from lowrank_cli.adapter.families import layers_path
+        from lowrank_cli.adapter.families import layers, layers_path
         from lowrank_cli.adapter.routing import PromptRouting
 
         adapter = super().adapt(model)
@@ -65,24 +65,26 @@ class MiLoRA(LoRA):
             raise UserError(f"method.target_modules: '{strangers[0]}' has no role in a layer; milora routes roles")
         self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
         require_range("method.k", self.config.k, 1, len(self.roles))
-        path = layers_path(model)
-        layers = list(model.get_submodule(path))
-        parts = [[adapter.modules[s.key] for s in adapter.sites.values() if s.layer == i] for i in range(len(layers))]
+        blocks = layers(model)
+        parts = [[adapter.modules[s.key] for s in adapter.sites.values() if s.layer == i] for i in range(len(blocks))]
         if any(len(layer) != len(self.roles) for layer in parts):
             raise UserError("method.target_modules: milora needs the same roles in every layer")
-        adapter.routing = PromptRouting(model, layers, parts, self.config.k)
+        adapter.routing = PromptRouting(model, blocks, parts, self.config.k)
         for index, router in enumerate(adapter.routing.routers):
-            adapter.train_also(router, f"{path}.{index}.prompt_router")
+            adapter.train_also(router, f"{layers_path(model)}.{index}.prompt_router")
         if self.config.bilevel:
             adapter.deferred = {name for name in adapter.trained if ".prompt_router.activation." in name}
         return adapter
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
         """λ_lb · Σ_l L_lb of the forward pass that just ran."""
+        import torch
+
         from lowrank_cli.adapter.routing import load_balance
 
         assert adapter.routing is not None
-        return self.config.load_balance * sum(load_balance(p) for p in adapter.routing.probabilities)
+        terms = [load_balance(probabilities) for probabilities in adapter.routing.probabilities]
+        return self.config.load_balance * torch.stack(terms).sum()
 
     def after_step(self, step: Step) -> None:
         """First-order bi-level step (section 3.4): the activations' coefficients follow the dev loss.
@@ -106,31 +108,21 @@ class MiLoRA(LoRA):
 
         if self._optimizer is None:
             coefficients = [adapter.trained[name] for name in sorted(adapter.deferred)]
-            self._optimizer = torch.optim.AdamW(
-                coefficients, lr=self.config.activation_learning_rate, weight_decay=0.0
-            )
+            self._optimizer = torch.optim.AdamW(coefficients, lr=self.config.activation_learning_rate, weight_decay=0.0)
         return self._optimizer
 
     def state(self) -> dict[str, torch.Tensor]:
         """The second optimizer's moments."""
-        if self._optimizer is None:
-            return {}
-        return {
-            f"{index}.{key}": value
-            for index, moments in self._optimizer.state_dict()["state"].items()
-            for key, value in moments.items()
-        }
+        from lowrank_cli.adapter.state import moments
+
+        return moments(self._optimizer) if self._optimizer else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue the second optimizer where :meth:`state` left it."""
-        if not state:
-            return
-        optimizer = self._adam(adapter)
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in state.items():
-            index, key = name.split(".", 1)
-            moments.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        from lowrank_cli.adapter.state import load_moments
+
+        if state:
+            load_moments(self._adam(adapter), state)
 
     def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Activated parameters for a prompt, on average, and the share of prompts that chose each role, by layer."""

@@ -1,0 +1,85 @@
+"""``lrk evaluate``: answers and metrics of a trained adapter, or of the frozen model, on one split of a task."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank_cli.adapter import state
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Observes
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import EvaluateRun
+from lowrank_cli.stages import progress
+from lowrank_cli.stages.predict import predict, score
+from lowrank_cli.stages.session import Session, start
+from lowrank_cli.tasks.task import Example
+
+
+@dataclass
+class Observed:
+    """What the method reports of itself over the prompts of one evaluation."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+    """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
+    session = start(config)
+    if session.accelerator.is_main_process:
+        progress.console().print(session.header)
+    if session.adapter is not None:
+        assert config.run is not None
+        folder = Path(config.run) / "adapter"
+        check_template(session, state.read_proof(folder)["about"])
+        state.load(session.adapter, folder)
+    metrics, records, observed = evaluate_split(session, config.evaluate.split)
+    write_answers(run, records, observed.figures)
+    return {**metrics, **observed.metrics}
+
+
+def check_template(session: Session, about: dict[str, Any]) -> None:
+    """Refuse a task that was trained with another prompt: its numbers would say nothing about the adapter."""
+    task = session.task
+    if about["task"] == task.name and about["template_hash"] != task.template_hash:
+        raise UserError(
+            f"task.template: '{task.name}' was trained with another template or other label words "
+            f"(hash {about['template_hash'][:12]}, now {task.template_hash[:12]}); leave them as they were"
+        )
+
+
+def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[dict[str, Any]], Observed]:
+    """Metrics named ``<split>/<metric>``, the predictions, and what the method observed on this split."""
+    examples = {"dev": session.task.dev, "test": session.task.test}[split]
+    observes = session.adapter is not None and isinstance(session.method, Observes)
+    if observes:
+        session.method.observations(session.adapter)  # forget what came before
+    shown = session.accelerator.is_main_process
+    with progress.bar(f"evaluating {split}", len(examples), shown=shown) as bar:
+        records = predict(session, examples, demonstrations=demonstrations(session), tick=bar.advance)
+    metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
+    metrics[f"{split}/examples"] = len(examples)
+    metrics["total_parameters"] = sum(p.numel() for p in session.model.parameters())
+    metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
+    metrics["activated_parameters"] = metrics["trainable_parameters"]
+    observed = Observed(*session.method.observations(session.adapter)) if observes else Observed()
+    return metrics, records, observed
+
+
+def demonstrations(session: Session) -> list[Example]:
+    """``evaluate.shots`` training examples, drawn by the run's seed; the same in front of every prompt."""
+    shots = session.config.evaluate.shots
+    if shots > len(session.task.train):
+        raise UserError(f"evaluate.shots: {shots} are asked for, the training set has {len(session.task.train)}")
+    return random.Random(session.config.seed).sample(session.task.train, shots)
+
+
+def write_answers(run: Run, records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
+    """``predictions.jsonl``, and ``figures.json`` where there is something to draw."""
+    run.write_text("predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    if figures:
+        run.write_json("figures.json", figures)

@@ -1,0 +1,66 @@
+"""The progress bar: rate and time left on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Completed units a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "–/s", style="progress.data.speed")
+
+
+def console() -> Console:
+    """Where people watch a run: stderr, so that stdout stays clean."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def bar(description: str, total: int, *, shown: bool, start: int = 0) -> Iterator[Bar]:
+    """A bar over ``total`` units, of which ``start`` are done already."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console(), disable=not shown, transient=True) as progress:
+        yield Bar(progress, progress.add_task(description, total=total, completed=start, note=""))
+
+
+class Bar:
+    """One line of progress."""
+
+    def __init__(self, progress: Progress, task_id):
+        self._progress, self._task = progress, task_id
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.advance(self._task, count)
+
+    def note(self, text: str) -> None:
+        """Show ``text`` behind the numbers."""
+        self._progress.update(self._task, note=text)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text)

@@ -1,0 +1,106 @@
+"""What every stage that touches a model starts from: task, model, tokenizer and method on the chosen hardware."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_cli import methods, tasks
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Adapts, Method
+from lowrank_cli.models.load import check_task, load
+from lowrank_cli.schema import HardwareConfig, RunConfig
+from lowrank_cli.tasks import encode
+from lowrank_cli.tasks.task import Example, Task
+
+
+@dataclass
+class Session:
+    """A model ready to be trained or asked, and the data to do it with."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    adapter: Adapter | None  #: None for a method that adapts nothing
+    header: str  #: the line a run prints first
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def encoder(self) -> bool:
+        return self.config.model.kind == "encoder"
+
+    def encode(self, examples: Sequence[Example]) -> list[Any]:
+        """Examples as tokens of the right kind for the model."""
+        length = self.config.task.max_length
+        if self.encoder:
+            return [encode.encode_text(self.tokenizer, example, length) for example in examples]
+        return encode.encode_all(self.tokenizer, examples, length)
+
+    def weight(self, encoded: Any) -> int:
+        """How much an example counts in a mean loss: its response tokens, or 1 for an encoder."""
+        return 1 if self.encoder else len(encoded.input_ids) - encoded.prompt_length
+
+    def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
+        """A training batch on the device; ``prompt_mask`` only where the method routes by it."""
+        collate = encode.collate_encoder if self.encoder else encode.collate_causal
+        batch = collate(encoded, self.tokenizer.pad_token_id)
+        if not (self.adapter and self.adapter.routing):
+            batch.pop("prompt_mask", None)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.encoder:
+            return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
+        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, T, V) -> (B, T - 1, V)
+        labels = batch["labels"][:, 1:]  # (B, T - 1)
+        answered = labels != encode.IGNORED
+        return F.cross_entropy(logits[answered].float(), labels[answered], reduction="sum")
+
+
+def start(config: RunConfig) -> Session:
+    """Load everything that ``config`` names, seeded. Raises UserError before anything slow where it can."""
+    accelerator = _accelerator(config.hardware)
+    method = methods.create(config.method)
+    check_task(config.model, config.task)
+    task = tasks.load(config.task)
+    torch.manual_seed(config.seed)
+    labels = len(task.label_words) if config.model.kind == "encoder" else None
+    loaded = load(config.model, config.hardware, labels)
+    model = loaded.model.to(accelerator.device)
+    adapter = method.adapt(model) if isinstance(method, Adapts) else None
+    return Session(config, accelerator, task, model, loaded.tokenizer, method, adapter, loaded.header)
+
+
+def _accelerator(hardware: HardwareConfig) -> Accelerator:
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    if hardware.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device: cuda is asked for, but no CUDA device is visible (use hardware=cpu)")
+    if hardware.device == "cuda" and hardware.processes > torch.cuda.device_count():
+        raise UserError(
+            f"hardware.processes: {hardware.processes} are asked for, but {torch.cuda.device_count()} CUDA devices "
+            f"are visible"
+        )
+    accelerator = Accelerator(
+        cpu=hardware.device == "cpu", mixed_precision="bf16" if hardware.precision == "autocast" else "no"
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    assert accelerator.num_processes == world == hardware.processes, "processes must be started by torchrun"
+    return accelerator

@@ -1,0 +1,271 @@
+"""``lrk train``: AdamW on the training set, dev evaluation, early stop; the best-dev adapter is kept and tested.
+
+A step is one optimizer update over ``train.batch_size`` examples, however many processes and accumulated batches
+share them: its loss is the mean over all its response tokens, so the number of processes changes rounding only.
+What a step sees is a function of (seed, step), so a killed run continues bit for bit from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.adapter import state
+from lowrank_cli.errors import WorkFailed
+from lowrank_cli.methods.protocol import AddsLoss, AfterStep, Step
+from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.schema import TrainRun
+from lowrank_cli.stages import checkpoint, progress
+from lowrank_cli.stages.evaluate import evaluate_split, write_answers
+from lowrank_cli.stages.session import Session, start
+from lowrank_cli.tasks.batches import Batches, share
+
+
+def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+    """Train, keep the best adapter in ``run``'s folder, and return its metrics on dev and test.
+
+    Raises UserError where the input does not fit, WorkFailed for a loss that is not finite, KeyboardInterrupt after
+    Ctrl-C once a checkpoint is written.
+    """
+    return Trainer(start(config), run).fit(resume)
+
+
+class Trainer:
+    """The loop and its state. ``progress`` is what a checkpoint keeps beside tensors."""
+
+    def __init__(self, session: Session, run: Run):
+        assert session.adapter is not None
+        self.session, self.run, self.adapter = session, run, session.adapter
+        self.config: TrainRun = session.config  # type: ignore[assignment]
+        self.settings = self.config.train
+        self.accelerator = session.accelerator
+        self.train_data = session.encode(session.task.train)
+        self.dev_data = session.encode(session.task.dev)
+        lengths = [len(example.input_ids) for example in self.train_data]
+        self.batches = Batches(lengths, self.settings.batch_size, self.config.seed)
+        self.dev_batches = Batches(
+            [len(example.input_ids) for example in self.dev_data], self.settings.batch_size, self.config.seed
+        )
+        self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
+        if self.settings.max_steps is not None:
+            self.total = min(self.total, self.settings.max_steps)
+        inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
+        self.inner = inner
+        self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay)
+        self.model = self.accelerator.prepare_model(session.model)
+        self.progress: dict[str, Any] = {
+            "step": 0,
+            "best_step": None,
+            "best_loss": None,
+            "stale": 0,
+            "seconds": 0.0,
+            "tokens": 0,
+            "pending": [],  # losses since the last line of history.jsonl
+        }
+        self.interrupted = False
+
+    def fit(self, resume: bool) -> dict[str, float]:
+        """Steps until the end or the early stop, then the best adapter's evaluation."""
+        main = self.accelerator.is_main_process
+        if main:
+            progress.console().print(self.session.header)
+        if resume and (folder := checkpoint.newest(self.run)):
+            self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
+        self.run.rewind(self.progress["step"])
+        before, began = self.progress["seconds"], time.monotonic()
+        start = self.progress["step"]
+        with (
+            self._interrupts(),
+            progress.bar("training", self.total, shown=main, start=start) as bar,
+        ):
+            for step in range(start + 1, self.total + 1):
+                self.progress["pending"].append(self._step(step))
+                self.progress["step"] = step
+                self.progress["seconds"] = before + time.monotonic() - began
+                last = step == self.total
+                if step % self.settings.log_every == 0 or last:
+                    bar.note(self._log(step))
+                bar.advance()
+                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step):
+                    patience = self.settings.patience
+                    bar.say(f"no better dev loss in {patience} evaluations: stopped at step {step}")
+                    break
+                every = self.settings.checkpoint_every
+                stop = self._stopping()
+                if (every and step % every == 0) or stop:
+                    self._checkpoint()
+                if stop:
+                    raise KeyboardInterrupt
+        return self._finish()
+
+    def _step(self, step: int) -> float:
+        """One optimizer update; returns the mean loss over all its response tokens, as it was before."""
+        session, accelerator = self.session, self.accelerator
+        self.model.train()
+        indices = self.batches[step - 1]
+        weight = sum(session.weight(self.train_data[i]) for i in indices)
+        self.progress["tokens"] += sum(len(self.train_data[i].input_ids) for i in indices)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        shares = share(indices, rank, world, self.settings.gradient_accumulation)
+        total = torch.zeros((), device=session.device)
+        for micro, part in enumerate(shares):
+            last = micro == len(shares) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+                batch = session.batch([self.train_data[i] for i in part.indices])
+                loss = session.loss_sum(self.model, batch) * part.counts / weight
+                objective = loss * world
+                if isinstance(session.method, AddsLoss):
+                    extra = session.method.extra_loss(self.adapter)
+                    objective = objective + extra * part.counts / len(shares)
+            objective.backward()
+            total += loss.detach()
+        mean = accelerator.reduce(total, reduction="sum").item()
+        if not math.isfinite(mean):
+            raise WorkFailed(
+                f"train/loss is {mean} at step {step} (training examples {', '.join(map(str, indices))}); "
+                f"try a smaller train.learning_rate, or look at these examples"
+            )
+        self._update(step)
+        return mean
+
+    def _update(self, step: int) -> None:
+        """Clip, step, and let the method act."""
+        if self.settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.inner, self.settings.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.session.model.zero_grad()
+        method = self.session.method
+        if isinstance(method, AfterStep):
+            method.after_step(Step(step, self.total, self.adapter, lambda: self._dev_batch_loss(step), self._average))
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up over the first ``warmup`` share of the steps, then linear decay to 0."""
+        warmup = math.ceil(self.settings.warmup * self.total)
+        if step <= warmup:
+            return self.settings.learning_rate * step / warmup
+        return self.settings.learning_rate * (self.total + 1 - step) / (self.total + 1 - warmup)
+
+    def _dev_batch_loss(self, step: int) -> Tensor:
+        """Mean loss of this process's share of the dev batch that belongs to ``step``."""
+        accelerator = self.accelerator
+        (part,) = share(self.dev_batches[step - 1], accelerator.process_index, accelerator.num_processes, 1)
+        rows = [self.dev_data[i] for i in part.indices]
+        with accelerator.autocast():
+            loss = self.session.loss_sum(self.session.model, self.session.batch(rows))
+        return loss / sum(self.session.weight(row) for row in rows)
+
+    def _average(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="mean")
+
+    @torch.no_grad()
+    def dev_loss(self) -> float:
+        """Mean loss over all response tokens (causal) or examples (encoder) of the dev set."""
+        session, accelerator = self.session, self.accelerator
+        session.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=session.device)  # loss, weight
+        size = self.config.evaluate.batch_size
+        order = sorted(range(len(self.dev_data)), key=lambda i: len(self.dev_data[i].input_ids))
+        mine = order[accelerator.process_index :: accelerator.num_processes]
+        with accelerator.autocast():
+            for at in range(0, len(mine), size):
+                rows = [self.dev_data[i] for i in mine[at : at + size]]
+                sums[0] += session.loss_sum(session.model, session.batch(rows))
+                sums[1] += sum(session.weight(row) for row in rows)
+        sums = accelerator.reduce(sums, reduction="sum")
+        return (sums[0] / sums[1]).item()
+
+    def _evaluate(self, step: int) -> bool:
+        """Dev loss, the best adapter saved, and whether patience is over."""
+        loss = self.dev_loss()
+        self.run.log({"step": step, "dev/loss": loss})
+        if not math.isfinite(loss):
+            raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
+        best = self.progress["best_loss"]
+        if best is None or loss < best:
+            self.progress.update(best_loss=loss, best_step=step, stale=0)
+            self._save_adapter()
+        else:
+            self.progress["stale"] += 1
+        return bool(self.settings.patience) and self.progress["stale"] >= self.settings.patience
+
+    def _save_adapter(self) -> None:
+        if self.accelerator.is_main_process:
+            about = {
+                "task": self.session.task.name,
+                "template_hash": self.session.task.template_hash,
+                "method": self.config.method.name,
+                "model": self.config.model.name,
+                "step": self.progress["step"],
+            }
+            with atomic_folder(self.run.file("adapter")) as folder:
+                state.save(self.adapter, folder, about)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self) -> None:
+        checkpoint.save(self.run, self.accelerator, self.adapter, self.optimizer, self.session.method, self.progress)
+
+    def _log(self, step: int) -> str:
+        """A line of history.jsonl, and the same in short for the bar."""
+        done = self.progress
+        loss = sum(done["pending"]) / len(done["pending"])
+        done["pending"] = []
+        row = {
+            "step": step,
+            "train/loss": loss,
+            "learning_rate": self.learning_rate(step),
+            "train/seconds": round(done["seconds"], 3),
+            "train/tokens": done["tokens"],
+        }
+        self.run.log(row)
+        at, best = done["best_step"], done["best_loss"]
+        return f"loss {loss:.3f}" + ("" if at is None else f", best dev {best:.3f} at {at}")
+
+    def _finish(self) -> dict[str, float]:
+        """Evaluate the best adapter on dev and test and collect the run's metrics."""
+        session, done = self.session, self.progress
+        state.load(self.adapter, self.run.path / "adapter")
+        metrics: dict[str, float] = {
+            "train/steps": done["step"],
+            "train/seconds": done["seconds"],
+            "train/tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
+            "best_step": done["best_step"],
+            "dev/loss": done["best_loss"],
+        }
+        metrics.update(evaluate_split(session, "dev")[0])
+        found, records, observed = evaluate_split(session, "test")
+        metrics.update(found)
+        write_answers(self.run, records, observed.figures)
+        return {**metrics, **observed.metrics}
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop; every process gets the same answer."""
+        if self.accelerator.num_processes == 1:
+            return self.interrupted
+        flag = torch.tensor(float(self.interrupted), device=self.session.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """The first Ctrl-C ends training after the current step; a second one ends it at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = None
+        with suppress(ValueError):  # only the main thread may set a handler
+            before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)

@@ -1,0 +1,163 @@
+"""Words of the generated tasks: what the bundled model's pretraining may use, and what is held out for ``tiny_*``.
+
+Every kind of word is split in two by position: the first part is *seen* in pretraining with its meaning, the rest is
+*held out*: pretraining shows those words only inside lists to be copied, so they are ordinary tokens without a meaning.
+Names are built from two syllables; which pairs belong to pretraining, train, dev and test never overlaps.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+#: Label words of the ``tiny_*`` tasks: never a label, nor used with their meaning, in pretraining.
+HELD_LABELS = ("yes", "no", "positive", "negative", "entailment", "neutral", "contradiction", "A", "B", "C", "D")
+
+#: Spare words for experiments with meaningless labels; held out like :data:`HELD_LABELS`.
+SPARE_LABELS = ("foo", "bar", "baz", "qux", "zib", "mup", "wug", "dax")
+
+#: Arbitrary label words of the few-shot episodes of pretraining.
+EPISODE_LABELS = tuple(
+    """lamp river stone cloud paper glass bread chair table window garden bridge forest mountain island ocean desert
+    valley castle tower market station engine wheel hammer needle thread button pocket mirror candle basket bottle
+    ladder pillow blanket curtain carpet shelf drawer pencil marker ruler folder letter number circle square triangle
+    line point corner edge center side north south east west spring summer autumn winter morning evening night noon
+    monday tuesday friday sunday april june august copper silver iron steel wool cotton silk leather plastic rubber
+    sugar salt pepper honey butter flour rice bean corn wheat grass leaf root branch seed flower petal fern moss
+    alpha beta gamma delta sigma omega kappa theta lambda zeta one two three four five six seven eight nine ten
+    first second third fourth left right up down front back inner outer upper lower plus minus equal half double
+    zap kip lom nud pex quo rin sov tal ulf vek wob xan yit zor bim cag dop fen gub hax jol kem lut mav nop
+    ox pib rud sef tib ush vil wex yam zun E F G H I J K L M N O P Q R S T U V W X Y Z""".split()
+)
+
+_FIRST = (
+    "Ba Be Bo Da De Do Fa Fe Fi Ga Go Ha He Ka Ke Ko La Le Lo Ma Me Mo Na Ne No Pa Pe Po Ra Re Ro Sa Se So Ta Te To Va"
+    " Ve Zo"
+).split()
+_SECOND = (
+    "bra dil fon gar hin jor kel lim mur nax pil quen rav sto tun vex wim yor zed bik cor dan fil gus han jen kor lan"
+    " mis nor pam rik sul tov vin wan yal zim bor tel"
+).split()
+
+#: Share of name buckets (of ten) each user may draw from.
+_BUCKETS = {"pretrain": (0, 1, 2, 3, 4, 5), "train": (6, 7), "dev": (8,), "test": (9,)}
+
+#: kind -> (seen, held out)
+WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    kind: (tuple(seen.split()), tuple(held.split()))
+    for kind, (seen, held) in {
+        "good": (
+            "great lovely superb charming bright delightful pleasant fine excellent splendid fresh warm clever funny"
+            " brilliant wonderful tasty gentle elegant joyful crisp thrilling",
+            "marvelous radiant exquisite stellar graceful soothing witty dazzling",
+        ),
+        "bad": (
+            "awful dull terrible boring nasty ugly dreadful poor weak horrible bitter stale noisy clumsy broken dirty"
+            " sloppy bland painful gloomy rude tedious",
+            "dismal wretched abysmal grim shoddy tiresome vulgar hideous",
+        ),
+        "liked": ("loved enjoyed praised admired adored", "cherished treasured"),
+        "disliked": ("hated disliked regretted despised avoided", "loathed resented"),
+        "thing": (
+            "movie book song soup cake play hotel garden show dinner room story film meal concert trip",
+            "novel opera stew lecture picnic cabin",
+        ),
+        "color": ("red blue green black white yellow brown pink gray purple", "orange golden crimson"),
+        "item": (
+            "hat cup key ring bag coat drum boat bell rope box fan pipe flag ball knife",
+            "scarf clock kite vase stool glove",
+        ),
+        "animal": ("dog cat horse goat bird fox pig duck bear wolf frog", "otter camel rabbit snake"),
+        "fruit": ("apple pear plum grape lemon melon cherry peach mango fig", "banana berry lime olive"),
+        "city": ("Tarn Bruk Olden Wick Sorrel Dunmar Pell Kirin Astor Lund Marl Quay", "Venn Hollis Tamber Ruan"),
+        "job": ("baker pilot doctor farmer singer painter teacher guard tailor nurse", "judge miner porter clerk"),
+        "weather": ("rain snow wind storm fog thunder hail sunshine frost", "drizzle sleet breeze"),
+        "music": ("piano violin flute guitar trumpet organ harp cello", "banjo viola tuba"),
+        "sport": ("football tennis rowing boxing hockey skating chess golf", "archery fencing rugby"),
+        "filler": (
+            "today yesterday again indeed overall really finally surely clearly mostly",
+            "lately altogether tonight",
+        ),
+    }.items()
+}
+
+#: (base, third person, past): relations between a person and a thing.
+RELATIONS = {
+    "seen": (
+        ("own", "owns", "owned"),
+        ("want", "wants", "wanted"),
+        ("carry", "carries", "carried"),
+        ("sell", "sells", "sold"),
+        ("paint", "paints", "painted"),
+        ("hide", "hides", "hid"),
+        ("find", "finds", "found"),
+        ("clean", "cleans", "cleaned"),
+    ),
+    "held": (("borrow", "borrows", "borrowed"), ("repair", "repairs", "repaired"), ("wrap", "wraps", "wrapped")),
+}
+
+#: pairs whose members exclude each other
+OPPOSITES = {
+    "seen": (
+        ("hot", "cold"),
+        ("open", "closed"),
+        ("full", "empty"),
+        ("old", "new"),
+        ("heavy", "light"),
+        ("wet", "dry"),
+        ("tall", "short"),
+        ("awake", "asleep"),
+        ("rich", "needy"),
+        ("fast", "slow"),
+    ),
+    "held": (("loud", "quiet"), ("early", "late"), ("thick", "thin")),
+}
+
+
+class Lexicon:
+    """Draws words for one user: ``pretrain``, ``train``, ``dev`` or ``test``.
+
+    ``held`` is the chance that a drawn word is a held-out one (0 in pretraining).
+    """
+
+    def __init__(self, rng: Random, user: str, held: float):
+        self.rng, self.held = rng, held
+        buckets = _BUCKETS[user]
+        self.names = [
+            first + second
+            for i, first in enumerate(_FIRST)
+            for j, second in enumerate(_SECOND)
+            if (i + j) % 10 in buckets
+        ]
+
+    def word(self, kind: str) -> str:
+        seen, held = WORDS[kind]
+        return self.rng.choice(held if self.rng.random() < self.held else seen)
+
+    def words(self, kind: str, count: int) -> list[str]:
+        """Distinct words of one kind."""
+        found: list[str] = []
+        while len(found) < count:
+            word = self.word(kind)
+            if word not in found:
+                found.append(word)
+        return found
+
+    def relation(self) -> tuple[str, str, str]:
+        return self.rng.choice(RELATIONS["held" if self.rng.random() < self.held else "seen"])
+
+    def opposites(self) -> tuple[str, str]:
+        pair = self.rng.choice(OPPOSITES["held" if self.rng.random() < self.held else "seen"])
+        return pair if self.rng.random() < 0.5 else (pair[1], pair[0])
+
+    def people(self, count: int) -> list[str]:
+        return self.rng.sample(self.names, count)
+
+
+def vocabulary() -> list[str]:
+    """Every word of the lexicon, seen and held out; of the names only the first syllables."""
+    words = [*HELD_LABELS, *SPARE_LABELS, *EPISODE_LABELS, *_FIRST, *"0123456789"]
+    for seen, held in WORDS.values():
+        words += [*seen, *held]
+    for forms in (*RELATIONS.values(), *OPPOSITES.values()):
+        words += [word for form in forms for word in form]
+    return sorted(set(words))

@@ -1,0 +1,307 @@
+"""Pretrain the bundled model: its tokenizer and a small Llama, on text that this repository generates.
+
+    python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR
+
+The documents of step ``i`` are a function of the seed and ``i`` alone, so a run continued with ``--resume`` sees the same
+text. Every ``--probe-minutes`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a
+checkpoint is written to ``--work``. The length of the run is counted in steps; docs/bundled_model.md names the command
+that made the bundled files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pretrain_text import document  # noqa: E402
+
+from lowrank_cli.tasks.tiny import generate  # noqa: E402
+from lowrank_cli.tasks.tiny.families import FAMILIES  # noqa: E402
+from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary  # noqa: E402
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+LONGEST = 512  #: tokens of a pretraining document; longer ones lose their end
+
+#: label words of the probe: those of conf/task/tiny_*.yaml
+PROBES = {
+    "sentiment": ("negative", "positive"),
+    "yesno": ("no", "yes"),
+    "entailment": ("entailment", "neutral", "contradiction"),
+}
+
+
+def build_tokenizer(folder: Path, seed: int, size: int):
+    """Byte-level BPE in which every word of the lexicon is one token after a space.
+
+    Digits stand alone, and a capitalised word is cut after its second letter, so that a name is two tokens.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = Random(f"tokenizer {seed}")
+    lexicon = Lexicon(rng, "pretrain", 0.0)
+    texts = ["".join(text for text, _ in document(rng, lexicon, 1.0)) for _ in range(12000)]
+    texts += [" " + " ".join(vocabulary())] * 2000
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?[0-9]| ?[A-Z][a-z]?| ?[a-z]+| ?[^\sA-Za-z0-9]+|\s")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def build_model(tokenizer, args):
+    """A Llama with grouped-query attention and tied embeddings, freshly initialised."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
+        num_key_value_heads=args.hidden // 64,
+        head_dim=32,
+        intermediate_size=args.intermediate,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+_TOKENIZER = None
+
+
+def _start_worker(folder: str) -> None:
+    global _TOKENIZER
+    from tokenizers import Tokenizer
+
+    _TOKENIZER = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    os.nice(5)
+
+
+def make_batches(seed: int, block: int, progress: float, tokens: int, steps: int) -> list[tuple[list, list]]:
+    """``steps`` batches of about ``tokens`` tokens: lists of (B, T) ids and loss weights, rows of like length."""
+    rng = Random(f"pretrain {seed} {block}")
+    lexicon = Lexicon(rng, "pretrain", 0.0)
+    bos, eos = _TOKENIZER.token_to_id(BOS), _TOKENIZER.token_to_id(EOS)
+    documents, total = [], 0
+    while total < tokens * steps:
+        ids, weights = [bos], [0.0]
+        for text, weight in document(rng, lexicon, progress):
+            piece = _TOKENIZER.encode(text, add_special_tokens=False).ids
+            ids += piece
+            weights += [weight] * len(piece)
+        ids, weights = (ids + [eos])[:LONGEST], (weights + [1.0])[:LONGEST]
+        documents.append((ids, weights))
+        total += len(ids)
+    documents.sort(key=lambda pair: len(pair[0]))
+    batches: list[list] = [[]]
+    for pair in documents:
+        if batches[-1] and (len(batches[-1]) + 1) * len(pair[0]) > tokens * 1.02:
+            batches.append([])
+        batches[-1].append(pair)
+    rng.shuffle(batches)
+    padded = []
+    for batch in batches:
+        width = max(len(ids) for ids, _ in batch)
+        padded.append(
+            (
+                [ids + [0] * (width - len(ids)) for ids, _ in batch],
+                [weights + [0.0] * (width - len(weights)) for _, weights in batch],
+            )
+        )
+    return padded
+
+
+def weighted_loss(model, ids, weights):
+    """Weighted mean of the next-token cross-entropy; also the plain mean over the answers."""
+    import torch
+    from torch.nn import functional
+
+    logits = model(input_ids=ids[:, :-1]).logits  # (B, T-1, V)
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()  # (B * (T-1),)
+    answers = (weights == 1).float()
+    return (losses * weights).sum() / weights.sum(), ((losses * answers).sum() / answers.sum()).detach()
+
+
+def probe(model, tokenizer, count: int = 200, shots: tuple[int, ...] = (0, 8), seed: int = 0) -> dict[str, float]:
+    """Accuracy on dev rows of the label tasks, each with its own draw of balanced demonstrations."""
+    import torch
+
+    model.eval()
+    found = {}
+    for name, words in PROBES.items():
+        data = generate(f"tiny_{name}", seed=0)
+        template = FAMILIES[name].templates[0]
+        candidates = torch.tensor([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
+        for number in shots:
+            rng = Random(seed)
+            rows, golds = [], []
+            for row in data["dev"][:count]:
+                parts = [
+                    template.format(**shot) + f" {words[shot['label']]}"
+                    for shot in rng.sample(data["train"], number)
+                ]
+                rows.append(tokenizer.encode("\n\n".join([*parts, template.format(**row)])))
+                golds.append(row["label"])
+            hits = 0
+            for start in range(0, len(rows), 25):
+                part = rows[start : start + 25]
+                width = max(map(len, part))
+                ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in part])
+                with torch.no_grad():
+                    hidden = model.model(input_ids=ids).last_hidden_state
+                    last = hidden[torch.arange(len(part)), torch.tensor([len(ids) - 1 for ids in part])]
+                    scores = model.lm_head(last)[:, candidates]  # (B, labels)
+                hits += (scores.argmax(-1) == torch.tensor(golds[start : start + 25])).sum().item()
+            found[f"{name}/{number}"] = round(hits / len(rows), 3)
+    model.train()
+    return found
+
+
+def save(model, folder: Path) -> None:
+    """Write the model's files beside the tokenizer's, each replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.parent / f".{folder.name}.part"
+    model.save_pretrained(part)
+    for file in part.iterdir():
+        os.replace(file, folder / file.name)
+    part.rmdir()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model and tokenizer")
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and the log")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens of one step")
+    parser.add_argument("--curriculum", type=float, default=0.4, help="share of the steps in which episodes grow")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--intermediate", type=int, default=320)
+    parser.add_argument("--vocabulary", type=int, default=1536)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--probe-minutes", type=float, default=5)
+    parser.add_argument("--init-only", action="store_true", help="write tokenizer and fresh model, do not train")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    state_file = args.work / "state.pt"
+    if args.resume:
+        tokenizer = AutoTokenizer.from_pretrained(args.out)
+    else:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tokenizer = build_tokenizer(args.out, args.seed, args.vocabulary)
+    model = build_model(tokenizer, args)
+    print(f"parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {len(tokenizer)}", flush=True)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    step = 0
+    if args.resume:
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    elif args.init_only:
+        return save(model, args.out)
+
+    block = 32  # steps whose documents are made at once
+
+    def submit(pool, index):
+        progress = min(1.0, index * block / (args.steps * args.curriculum))
+        return pool.submit(make_batches, args.seed, index, progress, args.tokens, block)
+
+    log = (args.work / "log.jsonl").open("a")
+    began = probed = time.monotonic()
+    model.train()
+    with ProcessPoolExecutor(1, initializer=_start_worker, initargs=(str(args.out),)) as pool:
+        index = step // block
+        waiting = submit(pool, index)
+        while step < args.steps:
+            batches, index = waiting.result(), index + 1
+            waiting = submit(pool, index)
+            for ids, weights in batches:
+                rate = min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+                for group in optimizer.param_groups:
+                    group["lr"] = args.learning_rate * rate
+                loss, answers = weighted_loss(model, torch.tensor(ids), torch.tensor(weights))
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if step % 20 == 0:
+                    row = {
+                        "step": step,
+                        "loss": round(loss.item(), 4),
+                        "answers": round(answers.item(), 4),
+                        "norm": round(norm.item(), 2),
+                        "seconds": round(time.monotonic() - began),
+                    }
+                    print(row, file=log, flush=True)
+            if time.monotonic() - probed > 60 * args.probe_minutes or step >= args.steps:
+                probed = time.monotonic()
+                row = {"step": step, "seconds": round(probed - began), "loss": round(loss.item(), 3)}
+                print(json.dumps(row | probe(model, tokenizer)), flush=True)
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                torch.save(state, args.work / "state.part")
+                os.replace(args.work / "state.part", state_file)
+                probed = time.monotonic()
+    save(model, args.out)
+
+
+if __name__ == "__main__":
+    main()

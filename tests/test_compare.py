@@ -146,12 +146,10 @@ def test_rows_hold_median_interval_test_and_costs(add):
     assert second["pairs"] == "" and second["p_value"] == ""
     assert (second["seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
     assert first["seeds"] == "0 1 2" and first["metric"] == "test/accuracy"
-    assert (
-        "| milora | 3 | 0.8500 | 0.8100–0.8600 | +0.0200, p 0.25, n 3 | 262k | 81.9k | 3m 20s | 512 MiB |" in markdown
-    )
-    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – |" in markdown
+    assert "| milora | 3 | 0.8500 | 0.8100–0.8600 | +0.0200 | 0.250 (3) | 262k | 81.9k | 3m 20s | 512 MiB |" in markdown
+    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – | – |" in markdown
     assert "### llama · tiny_yesno · test/accuracy (higher is better)" in markdown
-    assert "+0.0200, p 0.25, n 3" in shown and "sign-flip" in shown
+    assert "0.250 (3)" in shown and "sign-flip" in shown
 
 
 def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
@@ -165,7 +163,7 @@ def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
     assert float(by_method["milora"]["mean_difference"]) == pytest.approx(0.3)
     assert (by_method["milora"]["pairs"], by_method["milora"]["p_value"]) == ("1", "")
     assert (by_method["full"]["pairs"], by_method["full"]["mean_difference"]) == ("0", "")
-    assert "+0.3000, p –, n 1" in markdown
+    assert "| +0.3000 | – |" in markdown
 
 
 def test_settings_are_not_pooled_and_tasks_stand_apart(add):
@@ -309,6 +307,19 @@ def test_the_range_is_shown_where_the_interval_is_narrower(add):
     rows, markdown, _ = run_compare(add)
     assert (float(rows[0]["interval_low"]), float(rows[0]["min"])) == pytest.approx((0.2, 0.1))
     assert "| 0.5000 | 0.2000–0.8000 | 0.1000–0.9000 |" in markdown
+
+
+def test_a_narrow_terminal_shows_every_number_whole(add):
+    for method in ("lora", "milora"):
+        spread(add, method, [0.81, 0.82, 0.83], activated_parameters=81920)
+    shown = compare([], "lora", None, None, str(add.outputs))
+    for width, headers in ((160, 1), (60, 2)):
+        console = Console(width=width, file=io.StringIO())
+        console.print(shown)
+        text = console.file.getvalue()
+        assert text.count("method") == headers
+        for cell in ("0.8100–0.8300", "+0.0000", "1.000 (3)", "262k", "81.9k", "512 MiB"):
+            assert cell in text
 
 
 # Bad input

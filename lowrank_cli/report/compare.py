@@ -119,7 +119,7 @@ def _locate(path: str, outputs: str) -> Path:
 
 def _result(run: Run) -> Result:
     info, config, source = run.info, run.config(), None
-    seed = info.get("seed")
+    seed = info["seed"]
     if config.get("run"):
         source = Path(config["run"]).resolve()
         with suppress(UserError):  # the training may be gone
@@ -151,7 +151,7 @@ def _join(results: dict[Path, Result]) -> list[Result]:
     """Evaluations of a training that is here too, in its own setting, only add their metrics to it."""
     joined = {path: result for path, result in results.items() if result.source not in results}
     for path, result in results.items():
-        if path in joined:
+        if path in joined or result.source is None:
             continue
         training = joined.get(result.source)
         if training is not None and all(result.config.get(k, v) == v for k, v in training.config.items()):
@@ -216,9 +216,9 @@ def _row(method: str, setting: str, metric: str, by_seed: dict[int, Result]) -> 
 
 def _mark_best(rows: list[Row], lower: bool) -> None:
     """Mark the first row if its interval lies beyond every other and all rest on enough seeds."""
-    first, *others = rows or [None]
-    if first is None or not others or any(len(row.values) < MIN_SEEDS for row in rows):
+    if len(rows) < 2 or any(len(row.values) < MIN_SEEDS for row in rows):
         return
+    first, *others = rows
     first.best = all(first.high < row.low if lower else first.low > row.high for row in others)
 
 

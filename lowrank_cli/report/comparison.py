@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.report.tables import NONE, add, count, duration, number, size
 
 STAR = "★"
+LABELS = ("method", "setting")
+COSTS = ("trainable", "activated", "time", "memory")
 
 
 @dataclass
@@ -63,21 +65,23 @@ def cells(section: Section, baseline: str | None) -> tuple[list[str], list[list[
     """Headers and rows as people read them; columns that would say nothing in this section are left out."""
     settings = any(row.setting for row in section.rows)
     ranges = any((row.low, row.high) != _range(row) for row in section.rows)
-    columns = {
-        "method": [f"{row.method} {STAR}" if row.best else row.method for row in section.rows],
-        "setting": [row.setting for row in section.rows] if settings else None,
-        "n": [str(len(row.values)) for row in section.rows],
-        "median": [number(row.median) for row in section.rows],
-        "interval": [_span(row.low, row.high) if len(row.values) > 1 else NONE for row in section.rows],
-        "range": [_span(*_range(row)) for row in section.rows] if ranges else None,
-        f"vs {baseline}": [_versus(row) for row in section.rows] if baseline else None,
-        "trainable": [_known(count, row.trainable) for row in section.rows],
-        "activated": [_known(count, row.activated) for row in section.rows],
-        "time": [_known(duration, row.seconds) for row in section.rows],
-        "memory": [_known(size, row.memory) for row in section.rows],
+    parts = any(row.activated not in (None, row.trainable) for row in section.rows)
+    columns: dict[str, tuple[bool, Callable[[Row], str]]] = {
+        "method": (True, lambda row: f"{row.method} {STAR}" if row.best else row.method),
+        "setting": (settings, lambda row: row.setting),
+        "n": (True, lambda row: str(len(row.values))),
+        "median": (True, lambda row: number(row.median)),
+        "interval": (True, lambda row: _span(row.low, row.high) if len(row.values) > 1 else NONE),
+        "range": (ranges, lambda row: _span(*_range(row))),
+        f"vs {(baseline or '').partition(' ')[0]}": (baseline is not None, _difference),
+        "p (pairs)": (baseline is not None, _test),
+        "trainable": (True, lambda row: _known(count, row.trainable)),
+        "activated": (parts, lambda row: _known(count, row.activated)),
+        "time": (True, lambda row: _known(duration, row.seconds)),
+        "memory": (True, lambda row: _known(size, row.memory)),
     }
-    columns = {header: column for header, column in columns.items() if column is not None}
-    return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
+    columns = {header: column for header, column in columns.items() if column[0]}
+    return list(columns), [[show(row) for _, show in columns.values()] for row in section.rows]
 
 
 def _range(row: Row) -> tuple[float, float]:
@@ -88,14 +92,19 @@ def _span(low: float, high: float) -> str:
     return f"{number(low)}–{number(high)}"
 
 
-def _versus(row: Row) -> str:
-    if row.pairs is None or row.difference is None:
+def _difference(row: Row) -> str:
+    if row.difference is None:
         return NONE
-    p = NONE if row.p_value is None else f"{row.p_value:.2g}"
-    return f"{'+' if row.difference >= 0 else ''}{number(row.difference)}, p {p}, n {row.pairs}"
+    return f"{'+' if row.difference >= 0 else ''}{number(row.difference)}"
 
 
-def _known(show, value: float | None) -> str:
+def _test(row: Row) -> str:
+    if row.p_value is None:
+        return NONE
+    return f"{f'{row.p_value:.3f}' if row.p_value >= 0.001 else '<0.001'} ({row.pairs})"
+
+
+def _known(show: Callable[[float], str], value: float | None) -> str:
     return NONE if value is None else show(value)
 
 
@@ -103,12 +112,12 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
     """Footnotes: what the columns mean and which runs are not in them."""
     lines = [
         "n counts seeds. interval: of the median, 95 % by order statistics from 6 seeds on; below, the range "
-        "of the seeds, which covers the median with 75 % (3 seeds) to 94 % (5)."
+        "of the seeds, which covers the median with probability 1 - 2^(1-n): 75 % for 3 seeds, 94 % for 5."
     ]
     if baseline is not None:
         lines.append(
-            f"vs {baseline}: mean difference over runs of the same seed, two-sided p of the exact sign-flip "
-            "test; n pairs cannot give p below 2^(1-n), so 0.05 needs 6."
+            f"vs {baseline}: mean difference over pairs of the same seed, two-sided p of the sign-flip test; "
+            "n pairs cannot give p below 2^(1-n), so 0.05 needs 6."
         )
     starred = any(row.best for section in sections for row in section.rows)
     rule = "the interval lies beyond every other row's, with at least 3 seeds in each"
@@ -124,18 +133,39 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
 
 def terminal(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> RenderableType:
     """The comparison for rich; best rows bold."""
-    parts: list[RenderableType] = []
-    for section in sections:
-        headers, lines = cells(section, baseline)
-        title = Text(section.title, style="bold")
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for header in headers:
-            name = header in ("method", "setting")
-            table.add_column(Text(header), overflow="fold", justify="left" if name else "right")
-        for row, line in zip(section.rows, lines, strict=True):
-            add(table, *(Text(cell, style="bold" if row.best else "") for cell in line))
-        parts += [table, Text()]
-    return Group(*parts, *(Text(note, style="dim") for note in footnotes))
+    tables = [_Fitted(section, baseline) for section in sections]
+    return Group(*tables, *(Text(note, style="dim") for note in footnotes))
+
+
+@dataclass
+class _Fitted:
+    """A section as one table; in a narrow terminal its costs stand in a second one below."""
+
+    section: Section
+    baseline: str | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.section.title, style="bold")
+        whole = self._table(without=())
+        if console.measure(whole, options=options.update(width=1000)).maximum <= options.max_width:
+            yield whole
+        else:
+            yield self._table(without=COSTS)
+            yield Text()
+            headers, _ = cells(self.section, self.baseline)
+            yield self._table(without=[name for name in headers if name not in (*LABELS, *COSTS)])
+        yield Text()
+
+    def _table(self, without: Sequence[str]) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        headers, lines = cells(self.section, self.baseline)
+        shown = [i for i, header in enumerate(headers) if header not in without]
+        for i in shown:
+            justify: JustifyMethod = "left" if headers[i] in LABELS else "right"
+            table.add_column(headers[i], justify=justify, overflow="fold", no_wrap=headers[i] != "setting")
+        for row, line in zip(self.section.rows, lines, strict=True):
+            add(table, *(Text(line[i], style="bold" if row.best else "") for i in shown))
+        return table
 
 
 def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ STATUS_STYLES = {
     "pending": "dim",
 }
 NONE = "–"
-_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes")
+_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "_step", "examples")
 
 
 def count(value: float) -> str:
@@ -69,7 +69,7 @@ def number(value: Any) -> str:
 
 
 def is_cost(metric: str) -> bool:
-    """Whether a metric counts time, memory or parameters instead of quality."""
+    """Whether a metric counts time, memory, parameters, steps or examples, which say nothing of quality."""
     return metric.endswith(_COSTS)
 
 
@@ -96,14 +96,15 @@ def end_of_run(run: Run) -> RenderableType:
         add(grid, "status", _status(info))
         if info.get("error"):
             add(grid, "error", first_line(info["error"]))
-    for name, text in [*_learned(run, metrics), *_cost(info, metrics), *_others(metrics)]:
+    rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(metrics)]
+    for name, text in rows:
         add(grid, name, text)
     add(grid, "folder", shown(run.path))
     contents = ("adapter/", "predictions.jsonl", "plots/", "checkpoints/")
     held = [name for name in contents if (run.path / name).exists()]
     if held:
         add(grid, "holds", ", ".join(held))
-    border = STATUS_STYLES.get(info.get("status"), "none")
+    border = STATUS_STYLES.get(info.get("status", ""), "none")
     panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
     return Group(panel, *(Text(f"  next: {command}") for command in _next(run)))
 
@@ -117,21 +118,15 @@ def run_title(info: dict[str, Any]) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def _learned(run: Run, metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
-    best = best_step(run.history())
+def _learned(metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     for name in quality(metrics):
         split, _, what = name.partition("/")
         text = Text(number(metrics[name]), style="bold" if split == "test" else "")
-        if name == "dev/loss" and best is not None:
-            text.append(f"  (best at step {best[0]} of {best[1]})")
+        if name == "dev/loss" and "best_step" in metrics:
+            text.append(f"  (best at step {metrics['best_step']} of {metrics.get('train/steps', '?')})")
+        elif f"{split}/examples" in metrics:
+            text.append(f"  ({metrics[f'{split}/examples']} examples)")
         yield f"{split} {what.replace('_', ' ')}", text
-
-
-def best_step(history: Iterable[dict[str, Any]]) -> tuple[int, int] | None:
-    """Step of the lowest dev loss and the last step, or None without a finite dev loss."""
-    history = [row for row in history if "step" in row]
-    dev = [(row["dev/loss"], row["step"]) for row in history if math.isfinite(row.get("dev/loss", math.nan))]
-    return (min(dev)[1], max(row["step"] for row in history)) if dev else None
 
 
 def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -202,7 +197,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     heading = f"{len(jobs)} jobs" + (f", {len(unfinished)} not done" if unfinished else "")
     table = _table(heading, ["job", *varying, "status", *columns, "time"], folding=["job", *varying])
     for job, row, result in zip(jobs, overrides, results, strict=True):
-        cells = [*(row.get(key, NONE) for key in varying), _status(job.info)]
+        cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job.info)]
         cells += [number(result[name]) if name in result else NONE for name in columns]
         add(table, job.path.name, *cells, _seconds(job.info))
     errors = {job.path.name: first_line(job.info["error"]) for job in unfinished if job.info.get("error")}
@@ -238,9 +233,9 @@ def _table(heading: str | None, columns: Sequence[str], folding: Sequence[str]) 
     title = None if heading is None else Text(heading, style="bold")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in columns:
-        right = "right" if column in ("seed", "time") else "left"
+        right = column in ("seed", "time")
         header = Text(column.replace("/", "/\n").replace(".", ".\n"))
-        table.add_column(header, overflow="fold", no_wrap=column not in folding, justify=right)
+        table.add_column(header, overflow="fold", no_wrap=column not in folding, justify="right" if right else "left")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The progress bar: rate and time left on a terminal, nothing elsewhere."""
+"""The progress bar: rate and time left on a terminal; elsewhere only the lines said above it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -44,15 +45,17 @@ def bar(description: str, total: int, *, shown: bool, start: int = 0) -> Iterato
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console(), disable=not shown, transient=True) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, completed=start, note=""))
+    where = console()
+    disabled = not (shown and where.is_terminal)
+    with Progress(*columns, console=where, disable=disabled, transient=True) as progress:
+        yield Bar(progress, progress.add_task(description, total=total, completed=start, note=""), shown)
 
 
 class Bar:
     """One line of progress."""
 
-    def __init__(self, progress: Progress, task_id):
-        self._progress, self._task = progress, task_id
+    def __init__(self, progress: Progress, task_id: TaskID, shown: bool):
+        self._progress, self._task, self._shown = progress, task_id, shown
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
@@ -62,5 +65,6 @@ class Bar:
         self._progress.update(self._task, note=text)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(text)
+        """Print a line above the bar; it also appears where there is no terminal."""
+        if self._shown:
+            self._progress.console.print(text)

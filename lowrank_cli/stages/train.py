@@ -93,9 +93,8 @@ class Trainer:
                 if step % self.settings.log_every == 0 or last:
                     bar.note(self._log(step))
                 bar.advance()
-                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step):
-                    patience = self.settings.patience
-                    bar.say(f"no better dev loss in {patience} evaluations: stopped at step {step}")
+                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step, bar):
+                    bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
                     break
                 every = self.settings.checkpoint_every
                 stop = self._stopping()
@@ -183,14 +182,16 @@ class Trainer:
         sums = accelerator.reduce(sums, reduction="sum")
         return (sums[0] / sums[1]).item()
 
-    def _evaluate(self, step: int) -> bool:
+    def _evaluate(self, step: int, bar: progress.Bar) -> bool:
         """Dev loss, the best adapter saved, and whether patience is over."""
         loss = self.dev_loss()
         self.run.log({"step": step, "dev/loss": loss})
         if not math.isfinite(loss):
             raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
         best = self.progress["best_loss"]
-        if best is None or loss < best:
+        better = best is None or loss < best
+        bar.say(f"step {step}/{self.total}: dev loss {loss:.4f}" + (", the best so far" if better else ""))
+        if better:
             self.progress.update(best_loss=loss, best_step=step, stale=0)
             self._save_adapter()
         else:

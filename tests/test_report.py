@@ -236,12 +236,16 @@ def test_nothing_to_draw(make):
     assert not (run.path / "plots").exists()
 
 
+LONG = "Share of 512 prompts that activate a module (k = 2)"
+
+
 @pytest.mark.parametrize("rows, columns", [(1, 1), (2, 4), (16, 7), (48, 7), (3, 40)])
 def test_heatmaps_of_any_shape(rows, columns):
     values = [[(y * columns + x) / (rows * columns) for x in range(columns)] for y in range(rows)]
-    figure = plots.heatmap({**HEATMAP, "rows": range(rows), "columns": range(columns), "values": values})
+    figure = plots.heatmap({**HEATMAP, "title": LONG, "rows": range(rows), "columns": range(columns), "values": values})
     figure.canvas.draw()
     assert max(figure.get_size_inches()) < 16
+    assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.width
     texts = len(figure.axes[0].texts)
     assert texts == (rows * columns if rows * columns <= plots.ANNOTATED_CELLS else 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,8 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     rows, columns, values = entry["rows"], entry["columns"], _numbers(entry["values"])
     cell = 0.55 if len(columns) <= 20 else 11 / len(columns)
     height = min(max(0.32 * len(rows), 1.0), 12)
-    figure, axes = _figure(max(cell * len(columns), 2.2) + 2.2, height + 1.3)
+    width = max(cell * len(columns), 2.2) + 2.2
+    figure, axes = _figure(width, height + 1.3)
     finite = [value for line in values for value in line if math.isfinite(value)] or [0.0]
     low = 0.0 if min(finite) >= 0 else min(finite)
     high = max(finite) if max(finite) > low else low + 1.0
@@ -146,7 +148,8 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     bar.set_label(entry.get("label", ""), fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
-    axes.set_title(entry["title"], fontsize=11, loc="left")
+    letters = int((width - 0.7) / 0.085)  # inches beside the row names, inches a letter
+    axes.set_title(textwrap.fill(entry["title"], letters), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("row_label", ""))
     axes.set_xlabel(entry.get("column_label", ""))
     return figure

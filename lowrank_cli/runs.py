@@ -77,11 +77,12 @@ class Run:
     ) -> Run:
         """Make a new folder under ``outputs`` (or exactly ``folder``), with its config.yaml and run.json."""
         if folder is None:
-            parts = [choices[group] for group in ("method", "model", "task") if choices.get(group)]
+            groups = ("recipe", "method", "model", "task")
+            parts = ["recipe"] * ("recipe" in choices) + [choices[group] for group in groups if group in choices]
             path = new_folder(outputs, "-".join([*parts, *([name] if name else [])]))
         else:
             path = Path(folder)
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {})
         run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
         run.update(
@@ -110,9 +111,8 @@ class Run:
         try:
             info = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            for kind, part in (("sweep", "jobs"), ("recipe", "stages")):
-                if (path / f"{kind}.json").is_file():
-                    raise UserError(f"run: '{path}' is a {kind}; name one of its {part}") from None
+            if (path / "sweep.json").is_file():
+                raise UserError(f"run: '{path}' is a sweep; name one of its jobs") from None
             raise UserError(f"run: '{path}' is not a run folder (it holds no run.json)") from None
         except (OSError, ValueError) as error:
             raise UserError(f"run: '{path / 'run.json'}' cannot be read: {error}") from None
@@ -154,15 +154,12 @@ class Run:
 
     def write_json(self, relative: str, value: Any) -> None:
         """Replace a JSON file of the folder."""
-        self.write_text(relative, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        if self.writes:
+            write_json(self.file(relative), value)
 
     def read_json(self, relative: str) -> Any:
         """Read a JSON file of the folder; :class:`UserError` where it is missing or broken."""
-        path = self.path / relative
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{path}' cannot be read: {error}") from None
+        return read_json(self.path / relative)
 
     def config(self) -> dict[str, Any]:
         """config.yaml as plain values."""
@@ -221,7 +218,7 @@ class Run:
 
 
 def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
-    """Make ``outputs/<date>/<time>-<label>``, unique even within a second; ``outputs/latest`` points there."""
+    """Make ``outputs/<date>/<time>-<label>``, unique within a second too; ``latest`` points there."""
     outputs, now = Path(outputs), datetime.now()
     label = re.sub(r"[^\w.+-]+", "-", label).strip("-.")
     stem = outputs / now.strftime("%Y-%m-%d") / f"{now.strftime('%H%M%S')}-{label}"
@@ -290,6 +287,8 @@ def find(
         command = " ".join(["lrk", stage, *(f"{key}={value}" for key, value in wanted)])
         raise UserError(f"run: no finished run under '{outputs}'; start one with: {command}")
     run = Run.open(path)
+    if (run.path / "recipe.json").is_file():
+        raise UserError(f"run: '{path}' is a recipe; name one of its stages")
     if run.info.get("stage") != stage:
         raise UserError(f"run: '{path}' is a run of {run.info.get('stage')}, not of {stage}")
     if not run.done:
@@ -298,6 +297,19 @@ def find(
             f"continue it with: lrk {stage} --resume {path}"
         )
     return run
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; :class:`UserError` where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:

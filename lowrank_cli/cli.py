@@ -1,0 +1,261 @@
+"""The command line. Nothing heavy is imported here: help, lists, checks and errors must not wait for torch."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lowrank_cli.errors import LrkError, UserError, unknown
+
+VERBS = ("train", "evaluate", "run", "compare", "list", "check")
+STAGES = ("train", "evaluate", "run")  #: the verbs that take overrides
+LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
+EXAMPLES = {
+    "train": [
+        "lrk train method=milora model=llama",
+        "lrk train method=lora task=tiny_sentiment train.max_steps=50 seed=1",
+        "lrk train -m method=lora,milora seed=0,1,2 hydra/launcher=joblib",
+        "lrk train --resume outputs/latest",
+    ],
+    "evaluate": [
+        "lrk evaluate",
+        "lrk evaluate run=outputs/latest evaluate.num_beams=3",
+        "lrk evaluate method=none task=tiny_yesno evaluate.shots=8",
+        "lrk evaluate -m method=none evaluate.shots=0,4,8",
+    ],
+    "run": ["lrk run recipe=milora", "lrk run recipe=milora task=tiny_nli seed=1", "lrk run --resume outputs/latest"],
+    "compare": ["lrk compare outputs", "lrk compare outputs/latest --baseline lora --output comparison"],
+    "list": ["lrk list", "lrk list tasks", "lrk list runs"],
+    "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
+}
+
+
+class Verb(TyperCommand):
+    """A command whose help ends with examples and the configuration groups that lie on this machine."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Examples"):
+            for example in EXAMPLES[ctx.info_name]:
+                formatter.write(f"  {example}\n")
+        if ctx.info_name in (*STAGES, "check"):
+            from lowrank_cli.config.folders import GROUPS, files
+
+            with formatter.section("Groups"):
+                for group in (*GROUPS, "recipe") if ctx.info_name == "check" else _groups(ctx.info_name):
+                    formatter.write_text(f"{group}={{{', '.join(files(group))}}}")
+
+
+def _groups(verb: str) -> tuple[str, ...]:
+    from lowrank_cli.config.folders import GROUPS
+
+    return ("recipe",) if verb == "run" else GROUPS
+
+
+def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Overrides; bash splits words at ``=``, so they are put together again, and only the rest is returned."""
+    from lowrank_cli.config.completion import completions
+
+    words: list[str] = []
+    for word in [*(ctx.params.get("overrides") or []), incomplete]:
+        joins = words and (word.startswith("=") or words[-1].endswith("="))
+        words[-1:] = [words[-1] + word] if joins else [*words[-1:], word]
+    verb = ctx.info_name
+    if verb == "check":
+        if len(words) == 1 and "=" not in words[0]:
+            return [name for name in STAGES if name.startswith(words[0])] + completions("train", [], words[0])
+        verb = words.pop(0) if words[0] in STAGES else "train"
+    before = len(words[-1]) - len(incomplete)
+    return [found[before:] for found in completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))]
+
+
+def _complete_list(incomplete: str) -> list[str]:
+    return [name for name in LISTS if name.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="groups and values to change", autocompletion=_complete),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the composed configuration and stop")]
+ConfigDir = Annotated[
+    str | None, typer.Option("--config-dir", metavar="DIR", help="your own groups, looked up before conf/")
+]
+Resume = Annotated[
+    str | None, typer.Option("--resume", metavar="DIR", help="continue a run, recipe or sweep from its folder")
+]
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="sweep: key=a,b runs once for each value")]
+
+app = typer.Typer(
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: lrk train method=milora model=llama",
+)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    """Low-rank adaptation of pretrained transformers: train, evaluate and compare methods."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"lrk {installed('lowrank-cli')}")
+    elif ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command(cls=Verb)
+def train(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Train a method on a task, keep the best adapter, and test it."""
+    _stage("train", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
+def evaluate(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Measure a trained run (run=FOLDER, or the newest), or the frozen model (method=none)."""
+    _stage("evaluate", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
+def run(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Run a recipe: several stages in a row, continued from the first unfinished one with --resume."""
+    _stage("run", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+def _stage(
+    verb: str, overrides: list[str], multirun: bool, resume: str | None, dry_run: bool, config_dir: str | None
+) -> None:
+    from lowrank_cli.dispatch import single, sweep
+
+    if resume is not None:
+        extra = [*overrides, *["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
+        if extra:
+            raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
+        (sweep if sweep.is_sweep(resume) else single).resume(verb, resume)
+    elif dry_run:
+        from lowrank_cli.dispatch.plan import yaml_of
+
+        typer.echo(yaml_of(_preview(verb, overrides, config_dir, multirun)), nl=False)
+    else:
+        command = shlex.join(["lrk", *sys.argv[1:]])
+        (sweep if multirun else single).start(verb, overrides, config_dir, command)
+
+
+def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:
+    from lowrank_cli.dispatch import single, sweep
+
+    return (sweep if multirun else single).preview(verb, overrides, config_dir)
+
+
+@app.command(cls=Verb)
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_FOLDER...", help="runs, sweeps, or folders of them")],
+    baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
+    metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="also write the comparison here, as Markdown and CSV")
+    ] = None,
+    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
+) -> None:
+    """Compare finished runs: method by task by model, over seeds, with spread and a paired test."""
+    from rich.console import Console
+
+    from lowrank_cli.report.compare import compare as compared
+
+    Console().print(compared(runs, baseline, metric, output, outputs))
+
+
+@app.command("list", cls=Verb)
+def list_(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar=f"[{'|'.join(LISTS)}]", help="everything when left out", autocompletion=_complete_list),
+    ] = None,
+    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
+    config_dir: ConfigDir = None,
+) -> None:
+    """List methods, models, tasks, hardware, recipes and runs."""
+    from lowrank_cli.dispatch.plan import print_list
+
+    if what is not None and what not in LISTS:
+        raise unknown("list", what, LISTS)
+    for name in LISTS if what is None else (what,):
+        print_list(name, outputs, config_dir)
+
+
+@app.command(cls=Verb)
+def check(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[VERB] [KEY=VALUE]...", help="what you would run", autocompletion=_complete),
+    ] = None,
+    multirun: Multirun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Validate a configuration and print the plan, without weights or data."""
+    from lowrank_cli.dispatch.plan import print_plan
+
+    verb, overrides = "train", list(overrides or [])
+    if overrides and "=" not in overrides[0]:
+        verb = overrides.pop(0)
+        if verb not in STAGES:
+            raise unknown("verb", verb, STAGES)
+    print_plan(_preview(verb, overrides, config_dir, multirun))
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 after Ctrl-C."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        return app(arguments, prog_name="lrk", standalone_mode=False) or 0
+    except LrkError as error:
+        print(f"{'interrupted' if error.exit_code == 130 else 'error'}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own
+            print(f"error: {_usage(error.format_message(), arguments)}", file=sys.stderr)
+            return UserError.exit_code
+        traceback.print_exc()
+        return 1
+
+
+def _usage(message: str, arguments: list[str]) -> str:
+    """The parser's complaint as one line that helps."""
+    verb = re.match(r"No such command '(.*?)'", message)
+    if verb and "=" in verb[1]:
+        return f"the verb is missing; did you mean 'lrk train {shlex.join(arguments)}'?"
+    if verb:
+        return str(unknown("verb", verb[1], VERBS))
+    command = " ".join(["lrk", *arguments[:1], "--help"])
+    return f"{' '.join(message.split()).rstrip('.')} (see: {command})"

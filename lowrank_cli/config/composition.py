@@ -1,0 +1,199 @@
+"""Composes ``conf/`` and the overrides of a command line into one typed, validated object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import hydra.version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import setup_globals
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lowrank_cli import methods, runs, schema
+from lowrank_cli.config.errors import Failure, explained, refuse_strange
+from lowrank_cli.config.folders import GROUPS, conf_folders
+from lowrank_cli.errors import UserError, require_choice, require_range
+
+VERBS: dict[str, type] = {
+    "train": schema.TrainRun,
+    "evaluate": schema.EvaluateRun,
+    "run": schema.RecipeRun,
+}
+PATHS = ("run", "outputs", "model.path", "task.path")
+READS = {"evaluate": "train"}  # verb: the stage whose run it reads
+FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
+
+
+@dataclass(frozen=True)
+class Composed:
+    """One composed and validated configuration."""
+
+    verb: str
+    config: Any  #: a :class:`schema.TrainRun`, :class:`schema.EvaluateRun` or :class:`schema.RecipeRun`
+    resolved: dict[str, Any]  #: the same as plain values: what config.yaml holds
+    choices: dict[str, str]  #: which file of each group
+    overrides: list[str]  #: as the user gave them
+
+
+@dataclass(frozen=True)
+class Source:
+    """The earlier run that a verb reads: its folder, its configuration and its choices."""
+
+    path: str
+    resolved: dict[str, Any]
+    choices: dict[str, str]
+
+
+def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
+    """Hydra's loader over our folders and schemas."""
+    hydra.version.setbase("1.3")
+    setup_globals()
+    store = ConfigStore.instance()
+    for verb, root in VERBS.items():
+        store.store(name=f"_{'recipe' if verb == 'run' else verb}_run", node=root)
+    groups = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
+    for group, node in {**groups, "recipe": schema.RecipeConfig}.items():
+        store.store(group=group, name=f"_{group}", node=node)
+    for name, node in methods.config_classes().items():
+        store.store(group="method", name=f"_{name}", node=node)
+    folders = conf_folders(config_dir)
+    search_path = create_config_search_path(f"file://{folders[-1]}")
+    for folder in folders[:-1]:
+        search_path.prepend("user", f"file://{folder}")
+    return ConfigLoaderImpl(search_path)
+
+
+def compose(
+    verb: str, overrides: Sequence[str], config_dir: str | None = None, source: Source | None = None
+) -> Composed:
+    """Compose, resolve and validate the configuration of one run.
+
+    A verb that reads an earlier run takes its groups from that run, except those that the overrides switch.
+    ``source`` stands in for a run that does not exist yet (a recipe is checked before it starts).
+    """
+    load = loader(config_dir)
+    asked = list(overrides)
+    overrides = [_literal_path(override) for override in overrides]
+    with explained(Failure(load, verb, overrides)):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        refuse_strange(parsed)
+        if verb in READS:
+            given = {item.key_or_group: item.value() for item in parsed}
+            source = source or _find_source(verb, load, given)
+            if source is not None:
+                overrides = _adopt(source, parsed)
+    with explained(Failure(load, verb, overrides)):
+        cfg = load.load_configuration(verb, overrides, RunMode.RUN)
+        choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
+        if source is not None:
+            choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
+            cfg.run = source.path
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return _finish(verb, cfg, choices, asked)
+
+
+def restore(run: runs.Run) -> Composed:
+    """The configuration of an existing run, from its folder."""
+    info = run.info
+    return rebuild(info.get("stage"), run.config(), info.get("choices", {}), info.get("overrides", []))
+
+
+def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> Composed:
+    """The typed, validated configuration of plain values."""
+    require_choice("stage", verb, VERBS)
+    with explained(Failure(None, verb, [])):
+        cfg = OmegaConf.structured(VERBS[verb])
+        if "method" in resolved:
+            kinds = methods.config_classes()
+            require_choice("method.name", resolved["method"].get("name"), kinds)
+            cfg.method = OmegaConf.structured(kinds[resolved["method"]["name"]])
+        cfg.merge_with(OmegaConf.create(resolved))
+        return _finish(verb, cfg, choices, overrides)
+
+
+def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Composed:
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]}: missing; give {missing[0]}=VALUE")
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    config = OmegaConf.to_object(cfg)
+    _validate(config)
+    return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
+
+
+def _validate(config: Any) -> None:
+    """What types cannot say, group by group."""
+    if config.name is not None and (not config.name.strip(". ") or set(config.name) & set("/\\\0")):
+        raise UserError(f"name: '{config.name}' cannot be part of a folder's name")
+    if isinstance(config, schema.RunConfig):
+        require_range("seed", config.seed, 0, 2**32 - 1)
+        name = getattr(config.method, "name", None)
+        kinds = methods.config_classes()
+        if not isinstance(config.method, schema.MethodConfig):
+            raise UserError("method: the file needs a schema: 'defaults: [_lora]' (or another method) as its first key")
+        require_choice("method.name", name, kinds)
+        if not isinstance(config.method, kinds[name]):
+            raise UserError(f"method.name: '{name}' does not go with the schema '{type(config.method).__name__}'")
+    for section in vars(config).values():
+        if hasattr(section, "validate"):
+            section.validate()
+
+
+def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> Source | None:
+    """The run that the overrides name, or the newest fitting one; None for a method that is never trained."""
+    primary = load.repository.load_config(verb).config
+    path, outputs = given.get("run", primary.get("run")), given.get("outputs", primary.get("outputs"))
+    method = given.get("method")
+    if method is not None and "train" not in _stages(load, method):
+        if path is not None:
+            raise UserError(f"run: method={method} is never trained, so there is no run to name")
+        return None
+    wanted = {group: given[group] for group in ("method", "model") if group in given and path is None}
+    run = runs.find(path, READS[verb], outputs, wanted)
+    used = run.info.get("choices", {})
+    if method not in (None, used.get("method")):
+        raise UserError(f"method: '{method}' is not what '{path}' was trained with ({used.get('method')})")
+    return Source(str(run.path), run.config(), used)
+
+
+def _stages(load: ConfigLoaderImpl, method: str) -> set[str]:
+    found = load.repository.load_config(f"method/{method}")
+    name = found.config.get("name") if found is not None and OmegaConf.is_dict(found.config) else None
+    return methods.capabilities(name) if name in methods.names() else {"train"}
+
+
+def _adopt(source: Source, parsed: Iterable[Override]) -> list[str]:
+    """Overrides that choose the source's sections where the user leaves the choice alone, then the user's."""
+    switched = {item.key_or_group for item in parsed if item.key_or_group in GROUPS} - {"method"}
+    adopted = [group for group in GROUPS if group not in switched]
+    for group in adopted:
+        section = source.resolved[group]
+        schema_name = section["name"] if group == "method" else group
+        node = {"defaults": [f"_{schema_name}", "_self_"], **section}
+        ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
+    own = [item.input_line for item in parsed if item.key_or_group != "method"]
+    return [*(f"{group}={FROM_RUN}" for group in adopted), *own]
+
+
+def _literal_path(override: str) -> str:
+    """Quote the value of a key that is a path: it may hold any character, and ``~`` is the home folder."""
+    key, equals, value = override.partition("=")
+    if key not in PATHS or not value or value == "null" or value[0] in "'\"":
+        return override
+    return f"{key}{equals}{quoted(os.path.expanduser(value))}"
+
+
+def quoted(value: str) -> str:
+    """``value`` as one quoted string of Hydra's override grammar."""
+    body = value.replace("\\'", "\\\\'").replace("'", "\\'")
+    return f"'{body}\\'" if body.endswith("\\") else f"'{body}'"

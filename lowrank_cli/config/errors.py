@@ -1,0 +1,196 @@
+"""Whatever Hydra, OmegaConf and YAML raise, as one line: key, value, what is allowed, the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from lowrank_cli.errors import LrkError, UserError, nearest
+
+NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+
+
+@dataclass
+class Failure:
+    """What was being composed, so that an error can name keys and choices."""
+
+    loader: ConfigLoaderImpl | None
+    verb: str
+    overrides: list[str]
+
+    def options(self, group: str) -> list[str]:
+        """The choices of a group; empty for what is no group."""
+        found = self.loader.get_group_options(group) if self.loader is not None else []
+        return [name for name in found if not name.startswith("_")]
+
+    def keys(self) -> list[str]:
+        """Every key there is, under the groups that were chosen as far as they exist."""
+        if self.loader is None:
+            return []
+        chosen = []
+        for override in self.overrides:
+            group, _, choice = override.partition("=")
+            if choice in (*self.options(group), "_from_run"):
+                chosen.append(override)
+        return list(_flat(self.loader.load_configuration(self.verb, chosen, RunMode.MULTIRUN)))
+
+
+@contextmanager
+def explained(failure: Failure) -> Iterator[None]:
+    """Raise the errors of the block as :class:`UserError`."""
+    try:
+        yield
+    except LrkError:
+        raise
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise UserError(_line(error, failure)) from error
+
+
+def refuse_strange(parsed: Iterable[Override]) -> None:
+    """The keys are fixed by the schemas: nothing can be added or taken away, and Hydra's own are not for a run."""
+    for override in parsed:
+        if not override.key_or_group:
+            raise UserError(f"'{override.input_line}' is no override (write KEY=VALUE)")
+        if override.is_hydra_override():
+            raise UserError(f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m)")
+        if override.is_delete() or override.is_add() or override.is_force_add():
+            raise UserError(f"{override.input_line}: keys can be neither added nor removed; write KEY=VALUE")
+
+
+def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items_ex(resolve=False):
+        if prefix or key != "hydra":
+            yield f"{prefix}{key}"
+            if isinstance(value, DictConfig) and not value._is_missing() and not value._is_none():
+                yield from _flat(value, f"{prefix}{key}.")
+
+
+def _line(error: Exception, failure: Failure) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return _syntax(error, failure)
+    if isinstance(error, MissingConfigException):
+        return _missing(error, message, failure)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: {error.problem or 'not valid YAML'}"
+    ambiguous = re.match(r"Ambiguous value for argument '(.*?)' 1\.|Sweep parameters '(.*)' requires", message)
+    if ambiguous:
+        return f"{ambiguous[1] or ambiguous[2]}: several values; sweep over them with -m, or write a list: [a,b]"
+    required = re.match(r"You must specify '(.*?)'", message)
+    if required:
+        group = required[1]
+        return f"{group}: missing; choose one of {', '.join(failure.options(group))} ({group}=NAME)"
+    config = re.match(r"In '(.*?)': \w+ raised while composing config", message)
+    if config:
+        assert error.__context__ is not None
+        return _place(config[1], error.__context__, failure) + _value(error.__context__, failure)
+    for override in failure.overrides:
+        key = override.partition("=")[0]
+        if f"Could not override '{key}'" in message:
+            return _unknown_key(key, failure)
+    cause = error.__cause__ or error
+    if isinstance(cause, OmegaConfBaseException):
+        return _value(cause, failure)
+    group = next((o.partition("=")[0] for o in failure.overrides if "Config group override" in message), "")
+    if group and failure.options(group):
+        return f"{group}: choose one of {', '.join(failure.options(group))}"
+    return message
+
+
+def _syntax(error: OverrideParseException, failure: Failure) -> str:
+    override = error.override
+    key, equals, value = override.partition("=")
+    if equals and re.fullmatch(r"[\w./@-]+", key):
+        return f"{key}: cannot read {value}; quote a value with special characters: {key}='\"…\"'"
+    groups = ("method", "model", "task", "hardware", "recipe")
+    choices = {choice: group for group in groups for choice in failure.options(group)}
+    close = difflib.get_close_matches(override, choices, n=1, cutoff=0.7)
+    hint = f"; did you mean '{choices[close[0]]}={close[0]}'?" if close else ""
+    return f"'{override}' is no override{hint} (write KEY=VALUE)"
+
+
+def _missing(error: MissingConfigException, message: str, failure: Failure) -> str:
+    path = error.missing_cfg_file or ""
+    group, _, name = path.rpartition("/")
+    options = failure.options(group) if group else []
+    if not options:
+        return message.partition(" Config search path")[0]
+    if name.startswith("_"):
+        options = [o for o in failure.loader.get_group_options(group) if o.startswith("_")]  # type: ignore
+    within = re.match(r"In '([^']+/[^']+)'", message)
+    where = f"{within[1]}.yaml, defaults" if within and not within[1].startswith("hydra/") else group
+    return f"{where}: unknown value '{name}'{nearest(name, options)} (allowed: {', '.join(sorted(options))})"
+
+
+def _unknown_key(key: str, failure: Failure) -> str:
+    if "@" in key:
+        return f"{key}: a group goes to its own section; write {key.partition('@')[0]}=NAME"
+    return f"{key}: unknown key{_suggest(key, failure.keys())}"
+
+
+def _suggest(key: str, keys: list[str]) -> str:
+    """The key that was meant: the same name in another section, else the most similar one."""
+    leaf = key.rpartition(".")[2]
+    same = [known for known in keys if known.rpartition(".")[2] == leaf]
+    if same:
+        return f"; did you mean '{same[0]}'?"
+    section = key.rpartition(".")[0]
+    siblings = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
+    close = nearest(leaf, siblings).replace("'", f"'{section}.", 1) if siblings else ""
+    if not close:
+        close = nearest(key, keys)
+    if not close:
+        tails = {known.rpartition(".")[2]: known for known in keys}
+        match = difflib.get_close_matches(leaf, tails, n=1, cutoff=0.6)
+        close = f"; did you mean '{tails[match[0]]}'?" if match else ""
+    return close + (f" ({section} has: {', '.join(siblings)})" if siblings else "")
+
+
+def _value(error: BaseException, failure: Failure) -> str:
+    """A value that its key cannot hold."""
+    key = getattr(error, "full_key", None) or "?"
+    message = str(error).partition("\n")[0]
+    value = next((o.partition("=")[2] for o in failure.overrides if o.partition("=")[0] == key), None)
+    shown = getattr(error, "value", None) if value is None else value
+    converted = re.search(r"could not be converted to (\w+)", message)
+    if converted:
+        return f"{key}: '{shown}' is not {NOUNS.get(converted[1], converted[1])}"
+    if isinstance(error, ValidationError):
+        if "is not a ListConfig" in message:
+            return f"{key}: '{shown}' is not a list; write {key}=[{shown}]"
+        if "not Optional" in message:
+            return f"{key}: null is not allowed"
+        if "Invalid type assigned" in message:
+            return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
+    kind = getattr(error, "object_type", None)
+    if "not in" in message and is_dataclass(kind):
+        section = key.rpartition(".")[0]
+        return f"{key}: unknown key{_suggest(key, [f'{section}.{item.name}' for item in fields(kind)])}"
+    return f"{key}: {message}"
+
+
+def _place(config: str, error: BaseException, failure: Failure) -> str:
+    """File and line of the key that an error in a YAML file is about."""
+    leaf = (getattr(error, "full_key", None) or "").rpartition(".")[2]
+    assert failure.loader is not None
+    for source in failure.loader.get_sources():
+        path = Path(source.path) / f"{config}.yaml"
+        if source.scheme() == "file" and path.is_file():
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                if re.match(rf"\s*(- )?{re.escape(leaf)}\s*:", line):
+                    return f"{path}, line {number}: "
+            return f"{path}: "
+    return f"{config}.yaml: "

@@ -1,0 +1,76 @@
+"""Sweeps: the override parser expands them, Hydra's launchers start the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+from lowrank_cli.config.composition import loader, quoted
+from lowrank_cli.config.errors import Failure, explained, refuse_strange
+from lowrank_cli.errors import UserError
+
+
+@dataclass
+class Job:
+    """What a launcher hands to one job of a sweep."""
+
+    folder: str = ""  #: prepared run folder
+
+
+def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
+    """One list of overrides for each job of a sweep, in the order of the values given."""
+    load = loader(config_dir)
+    with explained(Failure(load, verb, list(overrides))):
+        parsed = OverridesParser.create(config_loader=load).parse_overrides(list(overrides))
+        refuse_strange(parsed)
+        return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def is_launcher_override(override: str) -> bool:
+    """Whether an override is for Hydra's launcher; :class:`UserError` for another of Hydra's own keys."""
+    if not override.startswith(("hydra.", "hydra/")):
+        return False
+    if not override.startswith(("hydra/launcher=", "hydra.launcher.")):
+        raise UserError(f"{override}: of Hydra's own keys only hydra/launcher and hydra.launcher.* can be set")
+    return True
+
+
+class Launcher:
+    """Starts the jobs of a sweep, one after another or as ``hydra/launcher=…`` says."""
+
+    def __init__(self, overrides: Sequence[str], config_dir: str | None = None):
+        """``overrides`` are Hydra's; wrong ones are found here, before anything is written."""
+        self._overrides = list(overrides)
+        self._loader = loader(config_dir)
+        ConfigStore.instance().store(name="_job", node=Job)
+        self._compose(Path())
+
+    def _compose(self, folder: Path) -> DictConfig:
+        fixed = [
+            f"hydra.sweep.dir={quoted(str(folder))}",
+            "hydra.sweep.subdir=.",
+            "hydra.output_subdir=null",
+            "hydra/hydra_logging=disabled",
+            "hydra/job_logging=disabled",
+        ]
+        with explained(Failure(self._loader, "_job", self._overrides)):
+            return self._loader.load_configuration("_job", [*self._overrides, *fixed], RunMode.MULTIRUN)
+
+    def launch(self, function: Callable[[Job], None], folder: Path, jobs: Sequence[Path]) -> None:
+        """Call ``function``, which is module-level and raises nothing, for each job of the sweep in ``folder``."""
+        cfg = self._compose(folder)
+        launcher = Plugins.instance().instantiate_launcher(
+            config=cfg,
+            hydra_context=HydraContext(config_loader=self._loader, callbacks=Callbacks(cfg)),
+            task_function=function,
+        )
+        launcher.launch([[f"folder={quoted(str(job))}"] for job in jobs], initial_job_idx=0)

@@ -1,0 +1,135 @@
+"""A recipe: stages in a row, each in its own folder, all checked before the first starts.
+
+``outputs/<date>/<time>-recipe-<name>/`` is itself a run folder, with ``recipe.json`` (the stages and their states)
+and one run folder ``<nn>-<stage name>`` for each stage. ``{name}`` in the overrides of a stage is the run folder of
+the earlier stage of that name; a stage with ``run={name}`` takes model, task, method and hardware from there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from lowrank_cli import stages
+from lowrank_cli.config.composition import VERBS, Composed, Source, compose, rebuild, restore
+from lowrank_cli.config.folders import GROUPS
+from lowrank_cli.dispatch import stage
+from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.report import tables
+from lowrank_cli.runs import PENDING, Run
+from lowrank_cli.schema import RecipeRun
+
+LEDGER = "recipe.json"
+
+
+def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
+    """Compose the recipe, hand the other overrides to its stages, and check every stage."""
+    own = [override for override in overrides if _root(override) in _keys(RecipeRun)]
+    composed = compose(verb, own, config_dir)
+    entries = composed.resolved["recipe"]["stages"]
+    for override in overrides:
+        if override not in own:
+            takers = [entry for entry in entries if _takes(entry, _root(override))]
+            for entry in takers or entries[:1]:  # composing the first stage then names the nearest key
+                entry["overrides"].append(override)
+    composed = rebuild(verb, composed.resolved, composed.choices, overrides)
+    parts(composed, config_dir)
+    return composed
+
+
+def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
+    """The configuration of each stage by its name, as far as it shows before the earlier ones have run."""
+    recipe = composed.config.recipe
+    planned: dict[str, Composed] = {}
+    for entry in recipe.stages:
+        where = f"recipe {recipe.name}, stage '{entry.name}'"
+        if entry.name in planned or not re.fullmatch(r"[\w-]+", entry.name):
+            raise UserError(f"{where}: the name must be unique, of letters, digits, - and _")
+        if entry.stage not in stages.STAGES:
+            raise unknown(where, entry.stage, stages.STAGES)
+        source = None
+        inherited = _inherited(entry.overrides)
+        if inherited is not None:
+            if inherited not in planned:
+                raise unknown(f"{where}, run", inherited, planned)
+            earlier = planned[inherited]
+            source = Source(f"{{{inherited}}}", earlier.resolved, earlier.choices)
+        later = tuple(f"{{{name}}}" for name in planned)
+        try:
+            planned[entry.name] = stage.check(entry.stage, entry.overrides, config_dir, source, later)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    if not planned:
+        raise UserError(f"recipe {recipe.name}: it has no stages")
+    return list(planned.items())
+
+
+def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
+    """Make the recipe's folder and its ledger, where :func:`work` starts."""
+    run = stage.create(composed, config_dir, command, folder)
+    entries = enumerate(composed.config.recipe.stages, 1)
+    listed = [{"name": e.name, "stage": e.stage, "folder": f"{n:02d}-{e.name}", "status": PENDING} for n, e in entries]
+    run.write_json(LEDGER, {"config_dir": config_dir and str(Path(config_dir).resolve()), "stages": listed})
+    return run
+
+
+def work(run: Run, composed: Composed) -> None:
+    """Run the stages that are not done, in order; the last one's metrics are the recipe's."""
+    run.begin()
+    ledger = run.read_json(LEDGER)
+    folders = {item["name"]: run.path / item["folder"] for item in ledger["stages"]}
+    with stage.recorded(run):
+        for item, entry in zip(ledger["stages"], composed.config.recipe.stages, strict=True):
+            part = _open(folders[entry.name])
+            if part is None or part.info["status"] == PENDING:
+                overrides = [_filled(override, folders) for override in entry.overrides]
+                ready = stage.check(entry.stage, overrides, ledger["config_dir"])
+                part = stage.create(ready, None, shlex.join(["lrk", entry.stage, *overrides]), folders[entry.name])
+            try:
+                if not part.done:
+                    stage.work(part, restore(part))
+            finally:
+                item["status"] = part.info["status"]
+                run.write_json(LEDGER, ledger)
+        run.finish(part.metrics)
+
+
+def summary(run: Run) -> RenderableType:
+    """One line for each stage."""
+    listed = [(item["name"], _open(run.path / item["folder"])) for item in run.read_json(LEDGER)["stages"]]
+    return tables.stages_table(listed, title=tables.shown(run.path))
+
+
+def _open(folder: Path) -> Run | None:
+    return Run.open(folder) if (folder / "run.json").is_file() else None
+
+
+def _root(override: str) -> str:
+    return re.split(r"[.=]", override, maxsplit=1)[0]
+
+
+def _keys(kind: Any) -> set[str]:
+    return {item.name for item in fields(kind)}
+
+
+def _takes(entry: dict[str, Any], root: str) -> bool:
+    """Whether a stage's verb knows the key, and does not take it from an earlier stage."""
+    inherits = root in GROUPS and _inherited(entry["overrides"]) is not None
+    return entry["stage"] in VERBS and root in _keys(VERBS[entry["stage"]]) and not inherits
+
+
+def _inherited(overrides: list[str]) -> str | None:
+    """The stage whose run this one reads."""
+    found = [re.fullmatch(r"run=\{(.*)\}", override) for override in overrides]
+    return next((match[1] for match in reversed(found) if match), None)
+
+
+def _filled(override: str, folders: dict[str, Path]) -> str:
+    for name, folder in folders.items():
+        override = override.replace(f"{{{name}}}", str(folder))
+    return override

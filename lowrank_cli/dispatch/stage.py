@@ -1,0 +1,118 @@
+"""One stage in one run folder: check, make the folder, do the work, record how it ended."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from lowrank_cli import methods, stages
+from lowrank_cli.config.composition import Composed, Source, compose
+from lowrank_cli.dispatch.processes import spawn
+from lowrank_cli.errors import LrkError, UserError
+from lowrank_cli.report import tables
+from lowrank_cli.runs import PENDING, Run
+
+
+class Interrupted(LrkError):
+    """Ctrl-C; the message says how to go on."""
+
+    exit_code = 130  # what shells report for SIGINT
+
+
+def check(
+    verb: str,
+    overrides: list[str],
+    config_dir: str | None,
+    source: Source | None = None,
+    later: tuple[str, ...] = (),
+) -> Composed:
+    """Compose, and raise :class:`UserError` for what cannot work, as far as it shows without data and weights.
+
+    Paths that begin with one of ``later`` need not exist yet.
+    """
+    composed = compose(verb, overrides, config_dir, source)
+    config = composed.config
+    can = methods.capabilities(config.method.name)
+    if verb not in can:
+        has = ", ".join(sorted(can)) or "none"
+        raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
+    for key, path in (("model.path", config.model.path), ("task.path", config.task.path)):
+        if path is not None and not path.startswith(later) and not Path(path).is_dir():
+            raise UserError(f"{key}: there is no folder '{path}'")
+    if verb == "train":
+        accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
+        if config.train.batch_size % (accumulated * processes):
+            raise UserError(
+                f"train.batch_size: {config.train.batch_size} cannot be shared by hardware.processes={processes} "
+                f"times train.gradient_accumulation={accumulated}"
+            )
+    return composed
+
+
+def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
+    """What will run, by name."""
+    return [(composed.verb, composed)]
+
+
+def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
+    """Make the run folder, where :func:`work` starts."""
+    return Run.create(
+        composed.config.outputs,
+        stage=composed.verb,
+        config=composed.resolved,
+        choices=composed.choices,
+        overrides=composed.overrides,
+        command=command,
+        name=composed.config.name,
+        status=PENDING,
+        folder=folder,
+    )
+
+
+def work(run: Run, composed: Composed) -> None:
+    """Run the stage from where its folder stands, and draw its plots. What ends it badly is recorded and raised."""
+    resume = run.info["status"] != PENDING
+    run.begin()
+    processes = composed.config.hardware.processes
+    if processes > 1:
+        with recorded(run):
+            spawn(run, processes, resume)
+    else:
+        perform(run, composed, resume)
+    from lowrank_cli.report import plots
+
+    plots.draw(run)
+
+
+def perform(run: Run, composed: Composed, resume: bool) -> None:
+    """Run the stage in this process."""
+    with recorded(run):
+        module = importlib.import_module(stages.STAGES[composed.verb])
+        run.finish(module.run(composed.config, run, resume=resume))
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Write into the run folder how the block failed, and name the way on after Ctrl-C."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        run.interrupt()
+        raise Interrupted(f"continue with: lrk {run.info['stage']} --resume {tables.shown(run.path)}") from None
+    except LrkError as error:
+        run.fail(str(error), error.exit_code)
+        raise
+    except Exception as error:
+        run.write_text("error.txt", traceback.format_exc())
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def summary(run: Run) -> RenderableType:
+    """The end-of-run table."""
+    return tables.end_of_run(run)

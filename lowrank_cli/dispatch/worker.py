@@ -1,0 +1,25 @@
+"""One process of a data-parallel run: ``torchrun -m lowrank_cli.dispatch.worker RUN_FOLDER [--resume]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lowrank_cli.config.composition import restore
+from lowrank_cli.dispatch.stage import perform
+from lowrank_cli.errors import LrkError
+from lowrank_cli.runs import Run
+
+
+def main() -> None:
+    """Only the first process writes into the folder; the parent process reads there how the work ended."""
+    folder, *flags = sys.argv[1:]
+    run = Run.open(folder, writes=os.environ["RANK"] == "0")
+    try:
+        perform(run, restore(run), "--resume" in flags)
+    except LrkError as error:
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,9 +59,7 @@ def locate(model: ModelConfig) -> Location:
         UserError: no such folder, no safetensors in it, or the Hub is out of reach or lacks the model.
     """
     if model.path:
-        return Location(
-            str(_checked_folder(Path(model.path).expanduser(), f"model.path: {model.path}")), None, True
-        )
+        return Location(str(_checked_folder(Path(model.path).expanduser(), f"model.path: {model.path}")), None, True)
     if model.bundled:
         return Location(str(_checked_folder(BUNDLED, "model: the bundled checkpoint")), None, True)
     assert model.id, "ModelConfig.validate asks for one of path, bundled, id"
@@ -94,12 +92,20 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
     if model.kind == "encoder":
         factory, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
-    with _quiet(where.local), _one_line(where.source):
-        _check_kind(model, where.source, arguments)
-        network, report = factory.from_pretrained(
-            where.source, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra, **arguments
-        )
-        tokenizer = _tokenizer(where.source, arguments)
+    with _quiet(where.local):
+        with _one_line(where.source):
+            _check_kind(model, where.source, arguments)
+            network, report = factory.from_pretrained(
+                where.source,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported by _check_complete
+                output_loading_info=True,
+                **extra,
+                **arguments,
+            )
+        with _one_line(f"the tokenizer of {where.source}"):
+            tokenizer = _tokenizer(where.source, arguments)
     _check_complete(network, report, model)
     _check_tokenizer(network, tokenizer, model)
     return Loaded(network, tokenizer, model.name, _header(model, where, network), _max_positions(network))
@@ -167,9 +173,7 @@ def _probe(repository: str, revision: str | None) -> None:
     except RevisionNotFoundError as error:
         raise UserError(f"model.revision: '{repository}' has no revision '{revision}'") from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"model.id: no model '{repository}' on the Hub, or it is private; {WAYS_OUT}"
-        ) from error
+        raise UserError(f"model.id: no model '{repository}' on the Hub, or it is private; {WAYS_OUT}") from error
     except Exception as error:  # every transport has its own family of network errors
         raise UserError(
             f"model.id: '{repository}' is not in the local cache and the Hub cannot be reached "
@@ -202,7 +206,7 @@ def _one_line(source: str):
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().split("\n")[0] or type(error).__name__
+        said = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
         if "trust_remote_code" in str(error):
             said = "comes with Python code of its own; set model.trust_remote_code=true if you trust it"
         raise UserError(f"model: {source} cannot be loaded: {said}") from error
@@ -214,9 +218,7 @@ def _check_kind(model: ModelConfig, source: str, arguments: dict[str, Any]) -> N
 
     config = AutoConfig.from_pretrained(source, **arguments)
     if config.is_encoder_decoder:
-        raise UserError(
-            f"model: {source} is an encoder-decoder ({config.model_type}), which is not supported"
-        )
+        raise UserError(f"model: {source} is an encoder-decoder ({config.model_type}), which is not supported")
     kind = "encoder" if config.model_type in ENCODERS else "causal"
     if kind != model.kind:
         raise UserError(
@@ -235,18 +237,24 @@ def _tokenizer(source: str, arguments: dict[str, Any]):
 
 
 def _check_complete(network, report, model: ModelConfig) -> None:
-    """Only an encoder's head and pooler may be absent from the checkpoint; all else would stay random."""
+    """Only an encoder's head and pooler may be new; any other weight without a value would stay random."""
     inside = f"{network.base_model_prefix}."
-    absent = sorted(
-        name
-        for name in report["missing_keys"]
-        if model.kind == "causal" or (name.startswith(inside) and ".pooler." not in name)
-    )
+
+    def may_be_new(name: str) -> bool:
+        return model.kind == "encoder" and (not name.startswith(inside) or ".pooler." in name)
+
+    absent = sorted(name for name in report["missing_keys"] if not may_be_new(name))
     if absent:
         raise UserError(
             f"model: the checkpoint of {model.name} lacks {len(absent)} weights of {type(network).__name__}, "
             f"such as {absent[0]}"
         )
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        if not may_be_new(name):
+            raise UserError(
+                f"model: the checkpoint of {model.name} holds {name} as {tuple(stored)}, "
+                f"but its config.json asks for {tuple(wanted)}"
+            )
 
 
 def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:

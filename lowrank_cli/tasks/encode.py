@@ -51,12 +51,13 @@ def encode_all(tokenizer, examples: Sequence[Example], max_length: int) -> list[
     """
     prompts = _tokens(tokenizer, [example.prompt for example in examples])
     answers = _answers(tokenizer, prompts, [(example.prompt, example.answer) for example in examples])
-    encoded = []
+    encoded, least = [], len(_bos(tokenizer)) + 1
     for example, prompt, answer in zip(examples, prompts, answers):
         room = max_length - len(answer) - 1
-        if room < len(prompt) and example.choices:
+        most = max((len(choice.encode()) for choice in example.choices), default=0)  # a token has a byte or more
+        if len(prompt) + most + 1 > max_length and example.choices:
             room = prompt_room(candidates(tokenizer, example.prompt, example.choices), max_length)
-        if room <= len(_bos(tokenizer)):
+        if room < least:
             raise UserError(
                 f"task.max_length: {max_length} leaves no room for a prompt before an answer of "
                 f"{len(answer)} tokens: {example.answer.strip()[:60]!r}"
@@ -75,6 +76,9 @@ def encode_prompt(tokenizer, prompt: str, room: int) -> list[int]:
     """The prompt's last ``room`` tokens, BOS in front where the tokenizer adds one.
 
     ``room`` is :func:`prompt_room` for scored choices, ``max_length - max_new_tokens`` for generated answers.
+
+    Raises:
+        UserError: no room for a token of the prompt.
     """
     return _truncate(tokenizer, _tokens(tokenizer, [prompt])[0], room)
 
@@ -149,7 +153,8 @@ def _answers(tokenizer, prompts: list[list[int]], pairs: list[tuple[str, str]]) 
 def _tokens(tokenizer, texts: list[str]) -> list[list[int]]:
     """Each text's tokens, BOS in front where the tokenizer adds one, and nothing behind."""
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [_bos(tokenizer) + row for row in rows]
+    bos = _bos(tokenizer)
+    return [bos + row for row in rows]
 
 
 def _bos(tokenizer) -> list[int]:
@@ -162,4 +167,6 @@ def _truncate(tokenizer, tokens: list[int], room: int) -> list[int]:
     if len(tokens) <= room:
         return tokens
     bos = _bos(tokenizer)
+    if room <= len(bos):
+        raise UserError("task.max_length: leaves no room for a prompt; raise it, or lower task.max_new_tokens")
     return bos + tokens[len(tokens) - (room - len(bos)) :]

@@ -1,0 +1,360 @@
+"""Tasks: prompts and answers of rows, splits, sources, and what a wrong file or config is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lowrank_cli import tasks
+from lowrank_cli.errors import UserError
+from lowrank_cli.schema import TaskConfig
+from lowrank_cli.tasks import sources, splits
+from lowrank_cli.tasks.batches import Batches, batch_indices, share
+from lowrank_cli.tasks.task import template_hash
+
+CONF = Path(__file__).resolve().parents[1] / "conf" / "task"
+
+
+def config(name: str, **overrides) -> TaskConfig:
+    values = OmegaConf.load(CONF / f"{name}.yaml")
+    del values["defaults"]
+    found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values, overrides))
+    found.validate()
+    return found
+
+
+def write(folder: Path, **rows: list[dict]) -> str:
+    folder.mkdir(exist_ok=True)
+    for split, items in rows.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(folder)
+
+
+def reviews(count: int, start: int = 0) -> list[dict]:
+    return [{"sentence": f"film {start + number}", "label": number % 2} for number in range(count)]
+
+
+# Rows of each paper's set: as in a folder, then as on the Hub; both read the same.
+OPTIONS = ["ice", "steam", "rain"]
+ROWS = {
+    "sst2": [{"sentence": "fine", "label": 1}, {"idx": 3, "sentence": "fine", "label": 1}],
+    "rte": [{"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0}],
+    "trec": [{"text": "Who ?", "coarse_label": 3}, {"text": "Who ?", "coarse_label": 3, "fine_label": 9}],
+    "boolq": [{"question": "is ice cold", "answer": True}],
+    "arc_easy": [
+        {"question": "Hot water?", "choices": OPTIONS, "answer": 1},
+        {"question": "Hot water?", "choices": {"text": OPTIONS, "label": ["A", "B", "C"]}, "answerKey": "B"},
+        {"question": "Hot water?", "choices": {"text": OPTIONS, "label": ["1", "2", "3"]}, "answerKey": "2"},
+    ],
+    "openbookqa": [
+        {"question": "Hot water?", "choices": OPTIONS, "answer": 1},
+        {"question_stem": "Hot water?", "choices": {"text": OPTIONS, "label": list("ABC")}, "answerKey": "B"},
+    ],
+    "gsm8k": [{"question": "2 + 2?", "answer": "Add.\n#### 4"}],
+    "e2e_nlg": [{"meaning_representation": "name : Zizzi", "human_reference": "It is Zizzi ."}],
+}
+READ = {
+    "sst2": ("Review: fine\nSentiment:", " positive", 1),
+    "rte": ('It rains.\nDoes it follow that "It is wet."?\nAnswer:', " yes", 0),
+    "trec": ("Question: Who ?\nIt asks for:", " human", 3),
+    "boolq": ("Question: is ice cold\nAnswer:", " yes", 1),
+    "arc_easy": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
+    "openbookqa": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
+    "gsm8k": ("Question: 2 + 2?\nAnswer:", " Add.\n#### 4", None),
+    "e2e_nlg": ("name : Zizzi\nIn words:", " It is Zizzi .", None),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_read_as(name):
+    for example in tasks.examples(config(name), ROWS[name], "rows"):
+        assert (example.prompt, example.answer, example.label) == READ[name]
+        assert example.references == (example.answer[1:],)
+        if example.label is not None:
+            assert example.choices[example.label] == example.answer
+
+
+def test_every_task_file_fits_the_schema_and_describes_itself():
+    for file in CONF.glob("*.yaml"):
+        assert file.read_text().startswith("# ")
+        assert config(file.stem).name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "label"),
+    [
+        ([], 0, 0),
+        ([], True, 1),
+        ([], "Negative ", 0),
+        (["bad", "good"], "good", 1),
+        (["bad", "good"], "positive", 1),
+        (["-1", "1"], 1, 1),
+        (["-1", "1"], -1, 0),
+    ],
+)
+def test_label_values(values, value, label):
+    rows = [{"sentence": "x", "label": value}]
+    assert tasks.examples(config("sst2", label_values=values), rows, "rows")[0].label == label
+
+
+@pytest.mark.parametrize("value", [2, -1, 1.0, "1", "fine", None, [0]])
+def test_label_outside_names_place_value_and_allowed(value):
+    with pytest.raises(UserError) as error:
+        tasks.examples(config("sst2"), [{"sentence": "x", "label": 0}, {"sentence": "x", "label": value}], "a.jsonl")
+    assert str(error.value) == (
+        f"a.jsonl:2: label {value!r} in column 'label' is outside the task's labels "
+        "(allowed: 0 to 1, false, true, negative, positive)"
+    )
+
+
+@pytest.mark.parametrize("value", [3, -1, True, "D", "ice", None])
+def test_answer_outside_the_options(value):
+    row = {"question": "?", "choices": OPTIONS, "answer": value}
+    with pytest.raises(UserError, match=r"^f:1: answer .* none of the row's options \(allowed: 0 to 2, A, B, C\)$"):
+        tasks.examples(config("arc_easy"), [row], "f")
+
+
+@pytest.mark.parametrize("choices", [[], ["one"], "ice", {"label": ["A"]}, ["x"] * 27])
+def test_choices_must_be_a_list(choices):
+    row = {"question": "?", "choices": choices, "answer": 0}
+    with pytest.raises(UserError, match=r"^f:1: column 'choices' must list 2 to 26 options"):
+        tasks.examples(config("arc_easy"), [row], "f")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"sentnce": "x", "label": 0},
+            r"f:1: no column 'sentence'; did you mean 'sentnce'\? \(columns: sentnce, label\)",
+        ),
+        ({"sentence": "x"}, r"f:1: no column 'label' \(columns: sentence\)"),
+        ({"sentence": None, "label": 0}, "f:1: column 'sentence' must hold text, not None"),
+        ({"sentence": ["x"], "label": 0}, "f:1: column 'sentence' must hold text"),
+    ],
+)
+def test_columns_must_be_there(row, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        tasks.examples(config("sst2"), [row], "f")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [("", "holds no answer"), ("so 4", "task.extract=.* matches nothing in 'so 4'")]
+)
+def test_free_answers_must_hold_one(answer, message):
+    with pytest.raises(UserError, match=f"^f:1: .*{message}"):
+        tasks.examples(config("gsm8k"), [{"question": "?", "answer": answer}], "f")
+
+
+def test_answer_has_no_space_after_white_space():
+    example = tasks.examples(config("sst2", template="{sentence}\n"), reviews(1), "f")[0]
+    assert example.prompt + example.answer == "film 0\nnegative"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("sst2", {"template": "{sentence"}, "task.template: .* in '{sentence'"),
+        ("sst2", {"template": "{}"}, "task.template: an empty {}"),
+        ("sst2", {"template": "{sentence} {options}"}, "task.template: .*task.answer=labels has none"),
+        ("arc_easy", {"template": "{question}"}, "task.template: .*it is missing"),
+        ("sst2", {"text": []}, "task.text: an encoder reads one or two columns"),
+        ("gsm8k", {"extract": "("}, "task.extract: .*no regular expression"),
+        ("sst2", {"hub": None}, "task: no data; set task.path"),
+    ],
+)
+def test_config_that_cannot_work(name, overrides, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        tasks.load(config(name, **overrides))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "train.jsonl: the file is empty"),
+        ("\n\n", "train.jsonl: the file is empty"),
+        ('{"sentence": "a", "label": 0}\n{"sentence": "a"', "train.jsonl:2: not JSON"),
+        ('{"sentence": "a", "label": 0}\n\n{"sentence": "a", "label": 0}', "train.jsonl:2: not JSON"),
+        ("[1]", "train.jsonl:1: a row must be an object, not list"),
+    ],
+)
+def test_malformed_file_names_file_and_line(tmp_path, text, message):
+    path = write(tmp_path / "data", validation=reviews(2))
+    (tmp_path / "data" / "train.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        tasks.load(config("sst2", path=path))
+
+
+def test_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"train\.jsonl: cannot be read as UTF-8 text"):
+        sources.read_jsonl(tmp_path / "train.jsonl")
+
+
+def test_byte_order_mark_and_separators_inside_text(tmp_path):
+    (tmp_path / "train.jsonl").write_text('\ufeff{"a": "x\u2028y"}\r\n{"a": "z"}\r\n', encoding="utf-8")
+    assert sources.read_jsonl(tmp_path / "train.jsonl") == [{"a": "x\u2028y"}, {"a": "z"}]
+
+
+def test_folder_errors(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "train.jsonl").write_text("{}")
+    for path, message in [
+        ("absent", "task.path: absent: no such folder"),
+        ("empty", "task.path: empty holds no .jsonl file"),
+        ("train.jsonl", "task.path: train.jsonl: is a file; give the folder that holds it"),
+    ]:
+        with pytest.raises(UserError, match=f"^{message}"):
+            tasks.load(config("sst2", path=path))
+
+
+def test_absent_split_lists_those_found(tmp_path):
+    path = write(tmp_path / "data", validation=reviews(4), test=reviews(4))
+    with pytest.raises(UserError) as error:
+        tasks.load(config("sst2", path=path))
+    assert str(error.value) == (
+        f"task.train_split: {path} has no split 'train' (found: test, validation); "
+        "set task.train_split=NAME to one of them"
+    )
+    task = tasks.load(config("sst2", path=path, train_split="validation"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (4, 2, 2)
+    with pytest.raises(UserError, match=r"^task: .* nothing to evaluate on .* \(found: validation\)"):
+        tasks.load(config("sst2", path=write(tmp_path / "one", validation=reviews(4)), train_split="validation"))
+    with pytest.raises(UserError, match=r"^task.dev_split: .* no split 'dev'"):
+        tasks.load(config("sst2", path=path, splits="given", train_split="test", dev_split="dev"))
+
+
+def test_small_training_set_halves_the_validation_set(tmp_path):
+    path = write(tmp_path / "data", train=reviews(9), validation=reviews(5, 100), test=reviews(3, 200))
+    task = tasks.load(config("sst2", path=path))
+    prompts = [{example.text[0] for example in part} for part in (task.train, task.dev, task.test)]
+    assert [len(part) for part in prompts] == [9, 3, 2]
+    assert prompts[1] | prompts[2] == {f"film {100 + number}" for number in range(5)}
+    again = tasks.load(config("sst2", path=path))
+    assert (task.dev, task.test) == (again.dev, again.test)
+
+
+def test_large_training_set_gives_a_thousand_to_dev(tmp_path):
+    path = write(tmp_path / "data", train=reviews(splits.SMALL), test=reviews(5, 50_000))
+    task = tasks.load(config("sst2", path=path))
+    assert (len(task.train), len(task.dev), len(task.test)) == (9_000, 1_000, 5)
+    assert {e.text for e in task.train}.isdisjoint(e.text for e in task.dev)
+    assert {e.label for e in tasks.load(config("sst2", path=path, limit=20)).train} == {0, 1}
+
+
+def test_given_splits(tmp_path):
+    path = write(tmp_path / "data", train=reviews(3), validation=reviews(4, 10), test=reviews(5, 20))
+    task = tasks.load(config("sst2", path=path, splits="given"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (3, 4, 5)
+
+
+def test_limits_are_nested():
+    few, more = splits.limited(100, 5), splits.limited(100, 9)
+    assert len(few) == 5 and set(few) < set(more) and more == sorted(more)
+    assert splits.limited(3, 5) == splits.limited(3, None) == [0, 1, 2]
+
+
+def test_held_out_prompts_stay_together():
+    kept, held = splits.hold_out([number // 3 for number in range(30)], count=7)
+    assert len(held) == 9 and sorted(kept + held) == list(range(30))
+    assert {number // 3 for number in kept}.isdisjoint(number // 3 for number in held)
+
+
+def test_free_answers_to_one_prompt_are_one_example_when_held_out(tmp_path):
+    rows = [
+        {"meaning_representation": f"name : {name}", "human_reference": f"{name} {number}"}
+        for name in ("Zizzi", "Alimentum")
+        for number in range(3)
+    ]
+    task = tasks.load(config("e2e_nlg", path=write(tmp_path / "data", train=rows, validation=rows)))
+    assert len(task.train) == 6 and len(task.dev) == len(task.test) == 1
+    assert {part[0].references for part in (task.dev, task.test)} == {
+        ("Zizzi 0", "Zizzi 1", "Zizzi 2"),
+        ("Alimentum 0", "Alimentum 1", "Alimentum 2"),
+    }
+
+
+def test_template_hash_follows_what_shapes_prompts_and_answers():
+    base = template_hash(config("sst2"))
+    assert base == template_hash(config("sst2", limit=3, path="elsewhere", max_length=9))
+    changes = [{"template": "{sentence}"}, {"label_words": ["bad", "good"]}, {"text": ["sentence", "label"]}]
+    assert len({base, *(template_hash(config("sst2", **change)) for change in changes)}) == 4
+
+
+def test_hub_out_of_reach_is_one_line_within_seconds():
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"^task.hub: 'stanfordnlp/sst2' is not in the local cache .* task.path=FOLDER"):
+        tasks.load(config("sst2"))
+    assert time.monotonic() - start < 30
+
+
+def test_cached_data_set_needs_no_network(tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list(reviews(4))
+    made = datasets.DatasetDict({"train": rows, "validation": rows})
+    folder = tmp_path / "stanfordnlp___sst2" / "default" / "0.0.0" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    for split, data in made.items():
+        data.to_parquet(tmp_path / f"{split}.parquet")
+    files = {split: str(tmp_path / f"{split}.parquet") for split in made}
+    datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "build"))
+    built = next((tmp_path / "build").rglob("dataset_info.json")).parent
+    for file in built.iterdir():
+        (folder / file.name.replace("parquet-", "sst2-")).write_bytes(file.read_bytes())
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info.update(builder_name="sst2", dataset_name="sst2", config_name="default")
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    task = tasks.load(config("sst2"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (4, 2, 2)
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_importing_tasks_is_light():
+    code = "import sys, lowrank_cli.tasks; print({'torch', 'datasets', 'evaluate', 'transformers'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONF.parents[1])
+    assert out.stdout.strip() == "set()"
+
+
+# Batches.
+
+LENGTHS = [1 + number * 7 % 50 for number in range(1003)]
+
+
+def test_every_index_once_an_epoch_and_alike_lengths_together():
+    batches = batch_indices(LENGTHS, 16, seed=1, epoch=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(1003))
+    assert [len(batch) for batch in batches] == [16] * 62 + [11]
+    spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in batches[:-1]]
+    assert sum(spread) / len(spread) < 3
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first = batch_indices(LENGTHS, 16, 1, 0)
+    assert first == batch_indices(LENGTHS, 16, 1, 0)
+    assert first != batch_indices(LENGTHS, 16, 1, 1) and first != batch_indices(LENGTHS, 16, 2, 0)
+
+
+def test_steps_walk_through_the_epochs():
+    batches = Batches(LENGTHS, 16, seed=1)
+    assert len(batches) == 63
+    assert batches[65] == batch_indices(LENGTHS, 16, 1, 1)[2]
+    assert batches[0] == batch_indices(LENGTHS, 16, 1, 0)[0]
+    assert len(Batches([3, 4], 16, 0)) == 1 and sorted(Batches([3, 4], 16, 0)[5]) == [0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 11])
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_shares_divide_a_batch(size, world, accumulation):
+    batch = list(range(10, 10 + size))
+    shares = [part for rank in range(world) for part in share(batch, rank, world, accumulation)]
+    assert len(shares) == world * accumulation
+    assert sorted(index for part in shares if part.counts for index in part.indices) == batch
+    assert all(part.indices for part in shares)

@@ -63,10 +63,12 @@ class LowRank(nn.Module):
             x = F.dropout(x, self.dropout)
         h = F.linear(x, self.lora_a.to(x.dtype))  # (B, T, I) @ (I, R) -> (B, T, R)
         if self.rank_gate is not None:
-            h = h * _per_row(self.rank_gate, h)
+            gate = self.rank_gate
+            h = h * (gate if gate.dim() == 1 else _over_tokens(gate, h)).to(h.dtype)
         if self.module_gate is not None:
-            gate = self.module_gate.to(h.dtype)
-            h = h * gate.reshape(*gate.shape, *[1] * (h.dim() - gate.dim()))  # (B, T, R)
+            gate = self.module_gate
+            gate = _over_tokens(gate.unsqueeze(-1), h) if gate.dim() == 1 else gate.reshape(*h.shape[:-1], 1)
+            h = h * gate.to(h.dtype)
         return h
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
@@ -87,10 +89,11 @@ class LowRank(nn.Module):
         return self.scale * (b.float() @ self.lora_a.float())
 
 
-def _per_row(gate: Tensor, h: Tensor) -> Tensor:
-    """(R,) as it is; (B, R) -> (B, 1, R), to broadcast over tokens."""
-    gate = gate.to(h.dtype)
-    return gate if gate.dim() == 1 or h.dim() == 2 else gate.unsqueeze(1)
+def _over_tokens(gate: Tensor, h: Tensor) -> Tensor:
+    """A gate (B, X) shaped to multiply h (B, T, R), or h (B * T, R) where a model flattens its tokens (OPT)."""
+    if h.dim() == 3:
+        return gate.unsqueeze(1)  # (B, X) -> (B, 1, X)
+    return gate.repeat_interleave(h.shape[0] // gate.shape[0], dim=0)  # (B, X) -> (B * T, X)
 
 
 class AdaptedLinear(nn.Module):

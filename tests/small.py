@@ -1,0 +1,126 @@
+"""Random models of each family, small enough for milliseconds, and adapters on them whose updates are not zero."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from lowrank_cli import methods
+
+VOCABULARY = 64
+_GATED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GATED)),
+    "llama_classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**_GATED, num_labels=3)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**_GATED)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GATED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GATED, head_dim=8)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GATED, head_dim=8)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+            **_TOKENS,
+        )
+    ),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER)),
+}
+#: Roles a family has, in the order of a layer's sites.
+ROLES = {name: "QKVOGUD" for name in FAMILIES} | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
+SETTINGS = {
+    "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
+    "milora": {
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.0,
+        "target_modules": ["all"],
+        "k": 3,
+        "load_balance": 0.01,
+        "bilevel": True,
+        "activation_learning_rate": 1e-3,
+    },
+}
+
+
+def model(family: str = "llama"):
+    """The family's random model, always the same one, in evaluation mode."""
+    torch.manual_seed(7)
+    return FAMILIES[family]().eval()
+
+
+def method(name: str, **settings):
+    """A method with small settings."""
+    config = methods.config_classes()[name](name=name, **(SETTINGS.get(name, {}) | settings))
+    config.validate()
+    return methods.create(config)
+
+
+def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, **settings):
+    """A fresh model with an adapter; ``trained`` fills what is zero at the start, as training would."""
+    torch.manual_seed(3)
+    adapter = method(name, **settings).adapt(model(family))
+    if trained:
+        with torch.no_grad():
+            for part in adapter.modules.values():
+                part.lora_b.normal_(std=0.2)
+            for router in adapter.routing.routers if adapter.routing else []:
+                router.pooler.weight.normal_()
+                router.projection.weight.normal_(std=3.0)
+    return adapter
+
+
+def ids(rows: int = 3, tokens: int = 9) -> torch.Tensor:
+    """Random token ids (rows, tokens) without special tokens."""
+    return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,267 @@
+"""MiLoRA's routing: the paper's formulas, once per prompt, reused with the KV cache."""
+
+import math
+
+import pytest
+import small
+import torch
+from torch.nn import functional as F
+
+from lowrank_cli.adapter.routing import Rational, Router, SelfAttentionPool, load_balance, top_k_gates
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Step
+
+LAYERS = 2
+
+
+def test_the_activation_starts_as_gelu_and_no_least_squares_step_improves_it():
+    from scipy.optimize import least_squares
+
+    grid = torch.linspace(-3, 3, 601, dtype=torch.float64)
+    activation = Rational().double()
+    assert (activation(grid) - F.gelu(grid)).abs().max() < 1.2e-4
+
+    def residuals(values):
+        values = torch.tensor(values)
+        above = sum(values[j] * grid**j for j in range(7))
+        below = 1 + sum(values[6 + i] * grid**i for i in range(1, 6)).abs()
+        return (above / below - F.gelu(grid)).numpy()
+
+    start = torch.cat([activation.numerator, activation.denominator]).detach().numpy()
+    best = least_squares(residuals, start, max_nfev=200)
+    assert best.cost > 0.95 * 0.5 * (residuals(start) ** 2).sum()
+
+
+def test_rational_is_the_papers_formula():
+    activation = Rational()
+    with torch.no_grad():
+        activation.numerator.normal_()
+        activation.denominator.normal_()
+    x = torch.randn(4, 5)
+    above = sum(activation.numerator[j] * x**j for j in range(7))
+    below = 1 + sum(activation.denominator[i - 1] * x**i for i in range(1, 6)).abs()
+    torch.testing.assert_close(activation(x), above / below, atol=1e-5, rtol=1e-4)
+
+
+def test_self_attention_pooling_ignores_what_is_no_prompt():
+    pool = SelfAttentionPool(8)
+    torch.nn.init.normal_(pool.weight)
+    hidden = torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool()
+    expected = [
+        (hidden[0, :3] @ pool.weight).softmax(0) @ hidden[0, :3],
+        (hidden[1, 1:] @ pool.weight).softmax(0) @ hidden[1, 1:],
+    ]
+    torch.testing.assert_close(pool(hidden, mask), torch.stack(expected))
+    changed = hidden.masked_fill(~mask.unsqueeze(-1), 1e4)
+    torch.testing.assert_close(pool(changed, mask), torch.stack(expected))
+
+
+def test_router_is_a_softmax_of_the_activated_pool():
+    router = Router(8, 5)
+    hidden, mask = torch.randn(3, 4, 8), torch.ones(3, 4).bool()
+    pooled = router.pooler(hidden, mask)
+    expected = (router.activation(pooled) @ router.projection.weight.T).softmax(-1)
+    torch.testing.assert_close(router(hidden, mask), expected)
+
+
+def test_gates_keep_k_and_sum_to_k():
+    probabilities = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    gates = top_k_gates(probabilities, 2)
+    torch.testing.assert_close(gates, torch.tensor([[1.25, 0, 0.75, 0], [0, 0, 6 / 7, 8 / 7]]))
+    torch.testing.assert_close(top_k_gates(torch.full((1, 7), 1 / 7), 7), torch.ones(1, 7))
+
+
+def test_load_balance_is_one_when_even_and_larger_when_not():
+    even = torch.eye(4) * 0.4 + 0.15
+    assert load_balance(even).item() == pytest.approx(1)
+    skewed = even[:1].expand(4, 4)
+    assert load_balance(skewed).item() == pytest.approx(4 * 0.55)
+
+
+def test_all_modules_with_equal_weights_are_exactly_lora():
+    routed = small.adapted("milora", k=7)
+    plain = small.adapted("lora")
+    with torch.no_grad():
+        for router in routed.routing.routers:
+            router.projection.weight.zero_()
+        for key, part in plain.modules.items():
+            part.lora_a.copy_(routed.modules[key].lora_a)
+            part.lora_b.copy_(routed.modules[key].lora_b)
+    torch.testing.assert_close(
+        routed.model(input_ids=small.ids()).logits, plain.model(input_ids=small.ids()).logits, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_calls_each_router_once_a_prompt(family, beams):
+    adapter = small.adapted("milora", family)
+    adapter.model.generate(small.ids(3), max_new_tokens=6, num_beams=beams, do_sample=False)
+    assert adapter.routing.routed == 3 * LAYERS
+    adapter.model.generate(small.ids(2), max_new_tokens=6, num_beams=beams, do_sample=False)
+    assert adapter.routing.routed == 5 * LAYERS
+
+
+def test_rows_of_a_batch_are_routed_differently():
+    adapter = small.adapted("milora")
+    with torch.no_grad():
+        adapter.model(input_ids=small.ids(8))
+    gates = torch.stack([part.module_gate for part in adapter.routing.parts[1]], dim=1)
+    assert ((gates > 0).sum(dim=1) == 3).all()
+    assert len({tuple(row) for row in (gates > 0).tolist()}) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_token_by_token_equals_the_full_forward(family, beams):
+    """Prompts of different lengths, left padded in one batch, against each sequence alone in one pass."""
+    adapter = small.adapted("milora", family)
+    model = adapter.model
+    prompts = small.ids(3, 9)
+    mask = torch.ones_like(prompts)
+    for row, padding in enumerate((0, 3, 5)):
+        prompts[row, :padding], mask[row, :padding] = 0, 0
+    made = model.generate(
+        prompts,
+        attention_mask=mask,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        num_beams=beams,
+        do_sample=False,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    for row, padding in enumerate((0, 3, 5)):
+        whole = made.sequences[row : row + 1, padding:]
+        prompt_mask = (torch.arange(whole.shape[1]) < 9 - padding).long().unsqueeze(0)
+        with torch.no_grad():
+            logits = model(input_ids=whole, prompt_mask=prompt_mask).logits[0, 9 - padding - 1 : -1]
+        for step, expected in enumerate(logits):
+            beam = row if beams == 1 else int(made.beam_indices[row, step])
+            torch.testing.assert_close(made.logits[step][beam], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_response_does_not_reach_the_router():
+    adapter = small.adapted("milora")
+    ids = small.ids(2, 9)
+    prompt = torch.tensor([[1] * 5 + [0] * 4] * 2)
+    other = ids.clone()
+    other[:, 5:] = (other[:, 5:] + 7) % small.VOCABULARY
+    gates = []
+    for tokens in (ids, other):
+        adapter.model(input_ids=tokens, prompt_mask=prompt)
+        gates.append(torch.stack([part.module_gate for layer in adapter.routing.parts for part in layer]))
+    torch.testing.assert_close(gates[0], gates[1], atol=1e-6, rtol=0)
+
+
+def test_modules_that_no_row_uses_are_skipped():
+    adapter = small.adapted("milora", k=1)
+    with torch.no_grad():
+        adapter.model(input_ids=small.ids(1))
+    for layer in adapter.routing.parts:
+        assert sorted(part.skip for part in layer) == [False] + [True] * 6
+    adapter.model(input_ids=small.ids(1))
+    assert not any(part.skip for layer in adapter.routing.parts for part in layer), "training needs their gradients"
+
+
+def test_the_task_loss_reaches_every_router_parameter():
+    adapter = small.adapted("milora")
+    adapter.model(input_ids=small.ids(6)).logits.square().sum().backward()
+    for router in adapter.routing.routers:
+        for name, parameter in router.named_parameters():
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def step(adapter, dev_loss):
+    return Step(1, 10, adapter, dev_loss, lambda tensor: tensor)
+
+
+def test_the_bilevel_step_moves_the_activations_by_dev_loss_and_nothing_else():
+    method = small.method("milora", activation_learning_rate=0.01)
+    adapter = method.adapt(small.model())
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.normal_()
+    assert adapter.deferred == {name for name in adapter.trained if "numerator" in name or "denominator" in name}
+    assert len(adapter.deferred) == 2 * LAYERS
+
+    def dev_loss():
+        return adapter.model(input_ids=small.ids(6)).logits.square().mean()
+
+    before = {name: p.clone() for name, p in adapter.trained.items()}
+    losses = [dev_loss().item()]
+    for _ in range(10):
+        method.after_step(step(adapter, dev_loss))
+    losses.append(dev_loss().item())
+    changed = {name for name, p in adapter.trained.items() if not torch.equal(p, before[name])}
+    assert changed == adapter.deferred
+    assert losses[1] < losses[0]
+    assert all(p.grad is None for p in adapter.trained.values())
+
+
+def test_without_the_bilevel_step_the_activations_train_with_the_rest():
+    method = small.method("milora", bilevel=False)
+    adapter = method.adapt(small.model())
+    assert not adapter.deferred
+    method.after_step(step(adapter, lambda: pytest.fail("no dev batch is needed")))
+
+
+def test_the_second_optimizer_continues_where_it_was_saved():
+    def run(method, adapter, steps):
+        for _ in range(steps):
+            method.after_step(step(adapter, lambda: adapter.model(input_ids=small.ids(4)).logits.square().mean()))
+
+    whole, halves = small.method("milora"), small.method("milora")
+    adapter, other = whole.adapt(small.model()), halves.adapt(small.model())
+    with torch.no_grad():
+        for one, two in zip(adapter.trained.values(), other.trained.values(), strict=True):
+            two.copy_(one.normal_(std=0.1))
+    run(whole, adapter, 4)
+    run(halves, other, 2)
+    resumed = small.method("milora")
+    resumed.load_state(other, halves.state())
+    run(resumed, other, 2)
+    for name in adapter.deferred:
+        assert torch.equal(adapter.trained[name], other.trained[name])
+
+
+def test_observations_count_the_modules_that_prompts_activate():
+    method = small.method("milora", k=2)
+    adapter = method.adapt(small.model())
+    assert method.observations(adapter) == ({}, [])
+    with torch.no_grad():
+        adapter.model(input_ids=small.ids(5))
+    metrics, (figure,) = method.observations(adapter)
+    shares = torch.tensor(figure["values"])
+    assert shares.sum(dim=1).tolist() == pytest.approx([2.0] * LAYERS)
+    sizes = torch.tensor([[p.lora_a.numel() + p.lora_b.numel() for p in layer] for layer in adapter.routing.parts])
+    routers = LAYERS * (32 + 12 + 32 * 7)
+    assert metrics["activated_parameters"] == pytest.approx((shares * sizes).sum().item() + routers, abs=1)
+    assert figure["columns"] == list("QKVOGUD")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 8}, r"method.k: 8 is out of range \(allowed: 1 to 7\)"),
+        ({"k": 0}, "method.k: 0"),
+        ({"k": 3, "target_modules": ["Q", "V"]}, r"method.k: 3 is out of range \(allowed: 1 to 2\)"),
+        ({"target_modules": ["lm_head"], "k": 1}, "'lm_head' has no role in a layer"),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj"], "k": 1}, "the same roles in every layer"),
+    ],
+)
+def test_impossible_routings_are_errors(settings, message):
+    with pytest.raises(UserError, match=message):
+        small.adapted("milora", **settings)
+
+
+def test_the_load_balance_loss_is_weighted_and_summed_over_layers():
+    method = small.method("milora", load_balance=0.5)
+    adapter = method.adapt(small.model())
+    adapter.model(input_ids=small.ids(4))
+    expected = 0.5 * sum(load_balance(p).item() for p in adapter.routing.probabilities)
+    assert len(adapter.routing.probabilities) == LAYERS
+    assert method.extra_loss(adapter).item() == pytest.approx(expected)
+    assert math.isfinite(expected)

@@ -138,9 +138,7 @@ def _probe(repository: str) -> None:
             f"or {WAYS_OUT}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise UserError(
-            f"task.hub: no data set '{repository}' on the Hub, or it is private; {WAYS_OUT}"
-        ) from error
+        raise UserError(f"task.hub: no data set '{repository}' on the Hub, or it is private; {WAYS_OUT}") from error
     except Exception as error:  # every transport has its own family of network errors
         raise UserError(
             f"task.hub: '{repository}' is not in the local cache and the Hub cannot be reached "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -58,20 +59,28 @@ def _groups(verb: str) -> tuple[str, ...]:
 
 
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Overrides; bash splits words at ``=``, so they are put together again, and only the rest is returned."""
+    """Overrides, and for check the verbs. Bash splits words at ``=``: they are joined, and only the rest returned."""
     from lowrank_cli.config.completion import completions
 
     words: list[str] = []
-    for word in [*(ctx.params.get("overrides") or []), incomplete]:
-        joins = words and (word.startswith("=") or words[-1].endswith("="))
-        words[-1:] = [words[-1] + word] if joins else [*words[-1:], word]
-    verb = ctx.info_name
+    for word in [*(ctx.params.get("overrides") or []), *["="] * _at_equals(), incomplete]:
+        if words and (word.startswith("=") or words[-1].endswith("=")):
+            words[-1] += word
+        else:
+            words.append(word)
+    verb, found = ctx.info_name, []
     if verb == "check":
-        if len(words) == 1 and "=" not in words[0]:
-            return [name for name in STAGES if name.startswith(words[0])] + completions("train", [], words[0])
-        verb = words.pop(0) if words[0] in STAGES else "train"
-    before = len(words[-1]) - len(incomplete)
-    return [found[before:] for found in completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))]
+        if len(words) == 1:
+            found = [name for name in STAGES if name.startswith(words[0])]
+        verb = words.pop(0) if len(words) > 1 and words[0] in STAGES else "train"
+    found += completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))
+    return [item[len(words[-1]) - len(incomplete) :] for item in found]
+
+
+def _at_equals() -> bool:
+    """Whether the word at bash's cursor is a lone ``=``, which the parser hides."""
+    words, at = os.environ.get("COMP_WORDS", "").split("\n"), os.environ.get("COMP_CWORD", "")
+    return at.isdigit() and words[int(at) : int(at) + 1] == ["="]
 
 
 def _complete_list(incomplete: str) -> list[str]:

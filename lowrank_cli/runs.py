@@ -106,6 +106,8 @@ class Run:
     def open(cls, path: str | os.PathLike[str], *, writes: bool = True) -> Run:
         """The run in an existing folder; :class:`UserError` where there is none."""
         path = Path(path)
+        if path.is_symlink():
+            path = path.parent / path.readlink()  # ``latest`` moves on, the run's own name does not
         if not path.is_dir():
             raise UserError(f"run: there is no folder '{path}' (lrk list runs shows what there is)")
         try:

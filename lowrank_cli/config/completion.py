@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
 from lowrank_cli.config.composition import loader
 
 
 def completions(verb: str, words: list[str], incomplete: str, config_dir: str | None = None) -> list[str]:
-    """What ``incomplete`` may become after ``words``: groups, choices, keys and current values."""
-    plugin = DefaultCompletionPlugin(loader(config_dir))
-    found = plugin._query(verb, " ".join([*words, incomplete]))
-    return [item for item in found if not item.rpartition("=")[2].startswith("_") and not item.startswith("hydra")]
+    """What ``incomplete`` may become after ``words``: groups, choices, keys and current values.
+
+    A single ``key=`` or ``section.`` comes with what may follow it, so that shells put no space behind it.
+    """
+    with suppress(Exception):  # a line that is wrong elsewhere has no completions, and no traceback
+        plugin = DefaultCompletionPlugin(loader(config_dir))
+
+        def query(word: str) -> list[str]:
+            found = plugin._query(verb, " ".join([*words, word]))
+            hidden = ("_", "hydra")
+            return [
+                item for item in found if not item.startswith(hidden) and not item.partition("=")[2].startswith("_")
+            ]
+
+        found = query(incomplete)
+        if len(found) == 1 and found[0].endswith(("=", ".")):
+            found += query(found[0])
+        return found
+    return []

@@ -19,7 +19,8 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # how the run ended is said once, below
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the workers share the cores
     settings = LaunchConfig(
         min_nodes=1,

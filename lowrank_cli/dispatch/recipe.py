@@ -102,7 +102,7 @@ def work(run: Run, composed: Composed) -> None:
 def summary(run: Run) -> RenderableType:
     """One line for each stage."""
     listed = [(item["name"], _open(run.path / item["folder"])) for item in run.read_json(LEDGER)["stages"]]
-    return tables.stages_table(listed, title=tables.shown(run.path))
+    return tables.stages_table(listed, tables.shown(run.path))
 
 
 def _open(folder: Path) -> Run | None:

@@ -111,7 +111,9 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
     finally:
         jobs = _jobs(folder, ledger)
         for job in jobs:
-            if status == DONE and job.info["status"] in (PENDING, RUNNING):
+            if job.info["status"] == RUNNING and status == INTERRUPTED:  # the launcher ended its process
+                job.interrupt()
+            elif job.info["status"] in (RUNNING, PENDING) and status == DONE:
                 job.fail("the process ended without a result")
         states = [{**entry, "status": job.info["status"]} for entry, job in zip(ledger["jobs"], jobs, strict=True)]
         failed = [job for job in jobs if not job.done]

@@ -240,6 +240,7 @@ def test_observations_count_the_modules_that_prompts_activate():
     routers = LAYERS * (32 + 12 + 32 * 7)
     assert metrics["activated_parameters"] == pytest.approx((shares * sizes).sum().item() + routers, abs=1)
     assert figure["columns"] == list("QKVOGUD")
+    assert method.observations(adapter) == ({}, []), "nothing since"
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_one_changed_bit_is_refused(saved):
 def test_a_missing_file_is_refused(saved, name):
     _, folder = saved()
     (folder / name).unlink()
-    with pytest.raises(UserError, match=f"{name}.* is missing"):
+    with pytest.raises(UserError, match=rf"{name}.* is missing"):
         state.load(small.adapted(trained=False), folder)
 
 
@@ -73,14 +73,14 @@ def test_a_file_outside_the_folder_is_refused(saved):
     proof = json.loads((folder / state.PROOF).read_text())
     proof["files"]["../elsewhere"] = "0"
     (folder / state.PROOF).write_text(json.dumps(proof))
-    with pytest.raises(UserError, match="'../elsewhere', which is outside the folder"):
+    with pytest.raises(UserError, match=r"'../elsewhere', which is outside the folder"):
         state.load(small.adapted(trained=False), folder)
 
 
 def test_a_damaged_proof_is_refused(saved):
     _, folder = saved()
     (folder / state.PROOF).write_text("{")
-    with pytest.raises(UserError, match="lrk.json is damaged"):
+    with pytest.raises(UserError, match=r"lrk.json is damaged"):
         state.load(small.adapted(trained=False), folder)
 
 

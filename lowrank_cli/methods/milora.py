@@ -147,4 +147,5 @@ class MiLoRA(LoRA):
             "values": shares.tolist(),
             "label": "share of prompts",
         }
+        routing.usage.zero_()
         return {"activated_parameters": round(lora + routers)}, [figure]

@@ -73,7 +73,9 @@ class AddsLoss(Protocol):
 class Observes(Protocol):
     """Reports what it did on the prompts of an evaluation: flat metrics and figures (see ``report/plots.py``)."""
 
-    def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]: ...
+    def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """What happened since it was last asked, without training passes."""
+        ...
 
 
 #: What each stage of a recipe asks of a method.

@@ -38,7 +38,7 @@ def predict(
     order = sorted(mine, key=lambda index: len(prompts[index]))
     answer = _classify if session.encoder else _generate if session.task.answer == "free" else _choose
     records = []
-    with accelerator.autocast():
+    with session.autocast():
         for start in range(0, len(order), evaluate.batch_size):
             rows = order[start : start + evaluate.batch_size]
             batch = [examples[row] for row in rows]
@@ -69,7 +69,7 @@ def _classify(session: Session, batch: Sequence[Example], prompts: list[str], sh
 
 def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
     task, tokenizer = session.config.task, session.tokenizer
-    room = task.max_length * (shots + 1) - task.max_new_tokens
+    room = session.room(shots) - task.max_new_tokens
     ids = [encode.encode_prompt(tokenizer, prompt, room) for prompt in prompts]
     inputs = {k: v.to(session.device) for k, v in encode.collate_prompts(ids, tokenizer.pad_token_id).items()}
     made = session.model.generate(
@@ -89,7 +89,7 @@ def _choose(session: Session, batch: Sequence[Example], prompts: list[str], shot
     """Score every candidate answer by its tokens' summed log probability; the prompt is computed once for all."""
     tokenizer = session.tokenizer
     options = [encode.candidates(tokenizer, p, e.choices) for p, e in zip(prompts, batch, strict=True)]
-    room = session.config.task.max_length * (shots + 1)
+    room = session.room(shots)
     ids = [
         encode.encode_prompt(tokenizer, prompt, encode.prompt_room(choices, room))
         for prompt, choices in zip(prompts, options, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,18 +36,29 @@ class Session:
     method: Method
     adapter: Adapter | None  #: None for a method that adapts nothing
     header: str  #: the line a run prints first
+    max_positions: int | None  #: longest input in tokens, where the model has a position table
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    def autocast(self) -> torch.autocast:
+        """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""
+        enabled = self.config.hardware.precision == "autocast"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     @property
     def encoder(self) -> bool:
         return self.config.model.kind == "encoder"
 
+    def room(self, shots: int = 0) -> int:
+        """Tokens that a prompt with ``shots`` demonstrations and its answer may have."""
+        wanted = self.config.task.max_length * (shots + 1)
+        return min(wanted, self.max_positions or wanted)
+
     def encode(self, examples: Sequence[Example]) -> list[Any]:
         """Examples as tokens of the right kind for the model."""
-        length = self.config.task.max_length
+        length = self.room()
         if self.encoder:
             return [encode.encode_text(self.tokenizer, example, length) for example in examples]
         return encode.encode_all(self.tokenizer, examples, length)
@@ -85,7 +97,17 @@ def start(config: RunConfig) -> Session:
     loaded = load(config.model, config.hardware, labels)
     model = loaded.model.to(accelerator.device)
     adapter = method.adapt(model) if isinstance(method, Adapts) else None
-    return Session(config, accelerator, task, model, loaded.tokenizer, method, adapter, loaded.header)
+    return Session(
+        config,
+        accelerator,
+        task,
+        model,
+        loaded.tokenizer,
+        method,
+        adapter,
+        header=loaded.header,
+        max_positions=loaded.max_positions,
+    )
 
 
 def _accelerator(hardware: HardwareConfig) -> Accelerator:
@@ -98,9 +120,8 @@ def _accelerator(hardware: HardwareConfig) -> Accelerator:
             f"hardware.processes: {hardware.processes} are asked for, but {torch.cuda.device_count()} CUDA devices "
             f"are visible"
         )
-    accelerator = Accelerator(
-        cpu=hardware.device == "cpu", mixed_precision="bf16" if hardware.precision == "autocast" else "no"
-    )
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may be set otherwise
+    accelerator = Accelerator(cpu=hardware.device == "cpu")
     assert accelerator.num_processes == world == hardware.processes, "processes must be started by torchrun"
     return accelerator

@@ -116,7 +116,7 @@ class Trainer:
         total = torch.zeros((), device=session.device)
         for micro, part in enumerate(shares):
             last = micro == len(shares) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model), accelerator.autocast():
+            with nullcontext() if last else accelerator.no_sync(self.model), session.autocast():
                 batch = session.batch([self.train_data[i] for i in part.indices])
                 loss = session.loss_sum(self.model, batch) * part.counts / weight
                 objective = loss * world
@@ -158,7 +158,7 @@ class Trainer:
         accelerator = self.accelerator
         (part,) = share(self.dev_batches[step - 1], accelerator.process_index, accelerator.num_processes, 1)
         rows = [self.dev_data[i] for i in part.indices]
-        with accelerator.autocast():
+        with self.session.autocast():
             loss = self.session.loss_sum(self.session.model, self.session.batch(rows))
         return loss / sum(self.session.weight(row) for row in rows)
 
@@ -174,7 +174,7 @@ class Trainer:
         size = self.config.evaluate.batch_size
         order = sorted(range(len(self.dev_data)), key=lambda i: len(self.dev_data[i].input_ids))
         mine = order[accelerator.process_index :: accelerator.num_processes]
-        with accelerator.autocast():
+        with session.autocast():
             for at in range(0, len(mine), size):
                 rows = [self.dev_data[i] for i in mine[at : at + size]]
                 sums[0] += session.loss_sum(session.model, session.batch(rows))

@@ -1,0 +1,203 @@
+"""The training stage as users run it: resume bit for bit, data parallel, best adapter, early stop, honest failures."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.runs import Run
+
+#: A few small steps of the bundled model.
+QUICK = [
+    "task=tiny_sentiment",
+    "task.limit=24",
+    "hardware.threads=1",
+    "train.max_steps=6",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "train.eval_every=2",
+    "train.checkpoint_every=2",
+]
+#: Two processes. The load balance is a mean over a process's own prompts, so alone it would differ.
+PARALLEL = ["method=milora", "method.load_balance=0", "hardware.processes=2"]
+
+
+def train(*overrides: str, outputs="outputs") -> Run:
+    """``lrk train`` in this process; the run that it made."""
+    single.start("train", [*QUICK, f"outputs={outputs}", *overrides], None, "lrk train")
+    return Run.open(Path(outputs) / "latest")
+
+
+def losses(run: Run) -> list[dict]:
+    """The history without what the clock wrote."""
+    return [{k: v for k, v in row.items() if k != "train/seconds"} for row in run.history()]
+
+
+def numbers(run: Run) -> dict[str, float]:
+    """The metrics without what the clock wrote."""
+    return {k: v for k, v in run.metrics.items() if "seconds" not in k and "per_second" not in k}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted MiLoRA run with dropout: router, second optimizer and random numbers all matter."""
+    return train("method=milora", "method.dropout=0.1", outputs=tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """An uninterrupted run of two processes."""
+    return command(tmp_path_factory.mktemp("pair"), [*QUICK, *PARALLEL])
+
+
+def test_a_run_leaves_everything_that_the_contract_names(whole):
+    assert {"config.yaml", "run.json", "history.jsonl", "metrics.json", "predictions.jsonl", "adapter", "plots"} <= {
+        path.name for path in whole.path.iterdir()
+    }
+    assert whole.info["status"] == "done"
+    assert {"test/accuracy", "dev/accuracy", "dev/loss", "trainable_parameters", "activated_parameters"} <= set(
+        whole.metrics
+    )
+    assert {path.name for path in (whole.path / "plots").iterdir()} == {"loss.png", "activated_modules.png"}
+    records = [json.loads(line) for line in (whole.path / "predictions.jsonl").read_text().splitlines()]
+    right = sum(record["prediction"] in record["references"] for record in records)
+    assert whole.metrics["test/accuracy"] == right / len(records)
+    assert all(math.isfinite(row["train/loss"]) for row in whole.history() if "train/loss" in row)
+
+
+def test_the_best_dev_adapter_is_kept_and_scored(whole):
+    dev = {row["step"]: row["dev/loss"] for row in whole.history() if "dev/loss" in row}
+    assert whole.metrics["dev/loss"] == min(dev.values())
+    assert dev[whole.metrics["best_step"]] == min(dev.values())
+    about = json.loads((whole.path / "adapter" / "lrk.json").read_text())["about"]
+    assert about["step"] == whole.metrics["best_step"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, request, processes):
+    """A real process, killed without warning after a checkpoint; then ``--resume`` in another one."""
+    overrides = [*QUICK, *(["method=milora", "method.dropout=0.1"] if processes == 1 else PARALLEL)]
+    expected = request.getfixturevalue("whole" if processes == 1 else "pair")
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "lowrank_cli", "train", *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=tmp_path,
+    )
+    history = tmp_path / "outputs" / "latest" / "history.jsonl"
+    limit = time.monotonic() + 240
+    while not (history.exists() and '"step": 5' in history.read_text()):
+        assert killed.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    run = Run.open(tmp_path / "outputs" / "latest")
+    assert not run.done
+    resumed = command(tmp_path, ["--resume", str(run.path)])
+    assert losses(resumed) == losses(expected)
+    assert numbers(resumed) == numbers(expected)
+    ours, theirs = (load_file(r.path / "adapter" / "adapter_model.safetensors") for r in (resumed, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def command(folder: Path, arguments: list[str]) -> Run:
+    """``lrk train`` as its own process, started in ``folder``."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_cli", "train", *arguments], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return Run.open(folder / "outputs" / "latest")
+
+
+def test_two_processes_train_as_one(pair):
+    """The same examples make each step, so only rounding may differ."""
+    alone = train(*PARALLEL[:-1])
+    for ours, theirs in zip(losses(pair), losses(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert pair.metrics["test/examples"] == alone.metrics["test/examples"] == 24
+    first, second = ((run.path / "predictions.jsonl").read_text().splitlines() for run in (alone, pair))
+    assert [json.loads(row)["prediction"] for row in first] == [json.loads(row)["prediction"] for row in second]
+
+
+def test_accumulated_batches_make_the_same_step(tmp_path):
+    once = train("method=lora", outputs=tmp_path / "once")
+    thrice = train("method=lora", "train.gradient_accumulation=4", outputs=tmp_path / "accumulated")
+    for ours, theirs in zip(losses(thrice), losses(once), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
+    started = subprocess.Popen(
+        [sys.executable, "-m", "lowrank_cli", "train", *QUICK, "method=milora", "method.dropout=0.1"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=tmp_path,
+    )
+    history = tmp_path / "outputs" / "latest" / "history.jsonl"
+    while not (history.exists() and '"step": 3' in history.read_text()):
+        assert started.poll() is None
+        time.sleep(0.002)
+    started.send_signal(signal.SIGINT)
+    _, errors = started.communicate(timeout=240)
+    assert started.returncode == 130
+    run = Run.open(tmp_path / "outputs" / "latest")
+    assert run.info["status"] == "interrupted"
+    assert f"lrk train --resume {run.path.relative_to(tmp_path).parent.parent}" in errors
+    assert losses(command(tmp_path, ["--resume", str(run.path)])) == losses(whole)
+
+
+def test_training_stops_early_when_the_dev_loss_no_longer_falls():
+    run = train("method=lora", "train.learning_rate=0", "train.patience=2", "train.max_steps=50")
+    assert run.metrics["train/steps"] == 6  # the first evaluation is the best, two more are not
+    assert run.metrics["best_step"] == 2
+
+
+def test_a_loss_that_is_not_finite_names_step_and_batch():
+    with pytest.raises(WorkFailed, match=r"train/loss is nan at step \d+ \(training examples \d+, .*\)"):
+        train("method=full", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.eval_every=100")
+    run = Run.open("outputs/latest")
+    assert run.info["status"] == "failed"
+    assert "train/loss is nan" in run.info["error"]
+
+
+def test_the_learning_rate_warms_up_and_decays_linearly():
+    run = train("method=lora", "train.max_steps=10", "train.warmup=0.2", "train.learning_rate=1.0", "task.limit=80")
+    rates = [row["learning_rate"] for row in run.history() if "learning_rate" in row]
+    assert rates == pytest.approx([0.5, 1, 8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    same = [losses(train("method=lora", outputs=tmp_path / name)) for name in "ab"]
+    assert same[0] == same[1]
+    assert losses(train("method=lora", "seed=1", outputs=tmp_path / "c")) != same[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_other_precisions_train_and_evaluate(precision):
+    run = train("method=milora", f"hardware.precision={precision}", "train.max_steps=2")
+    single.start("evaluate", [f"run={run.path}", "hardware.threads=1"], None, "lrk evaluate")
+    assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints/step-0000006/trained.safetensors"])
+def test_an_altered_checkpoint_is_refused(tmp_path, whole, name):
+    run = Run.open(shutil.copytree(whole.path, tmp_path / "copy"))
+    run.update(status="failed")
+    (run.path / name).write_bytes((run.path / name).read_bytes()[:-7])
+    with pytest.raises(UserError, match=Path(name).name):
+        single.resume("train", str(run.path))

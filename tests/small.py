@@ -78,7 +78,7 @@ FAMILIES = {
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER)),
 }
 #: Roles a family has, in the order of a layer's sites.
-ROLES = {name: "QKVOGUD" for name in FAMILIES} | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
+ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
 SETTINGS = {
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
     "milora": {

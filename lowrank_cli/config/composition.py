@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,37 +152,34 @@ def _validate(config: Any) -> None:
 
 def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> Source | None:
     """The run that the overrides name, or the newest fitting one; None for a method that is never trained."""
+    wanted = {group: given[group] for group in ("method", "model") if group in given}
+    if not all(load.repository.config_exists(f"{group}/{choice}") for group, choice in wanted.items()):
+        return None  # composing says which choices there are
     primary = load.repository.load_config(verb).config
     path, outputs = given.get("run", primary.get("run")), given.get("outputs", primary.get("outputs"))
-    method = given.get("method")
-    if method is not None and "train" not in _stages(load, method):
-        if path is not None:
-            raise UserError(f"run: method={method} is never trained, so there is no run to name")
-        return None
-    wanted = {group: given[group] for group in ("method", "model") if group in given and path is None}
+    if "method" in wanted:
+        name = load.repository.load_config(f"method/{wanted['method']}").config.get("name")
+        if name in methods.names() and "train" not in methods.capabilities(name):
+            if path is not None:
+                raise UserError(f"run: method={wanted['method']} is never trained, so it has no run")
+            return None
     run = runs.find(path, READS[verb], outputs, wanted)
-    used = run.info.get("choices", {})
-    if method not in (None, used.get("method")):
-        raise UserError(f"method: '{method}' is not what '{path}' was trained with ({used.get('method')})")
-    return Source(str(run.path), run.config(), used)
+    return Source(str(run.path), run.config(), run.info.get("choices", {}))
 
 
-def _stages(load: ConfigLoaderImpl, method: str) -> set[str]:
-    found = load.repository.load_config(f"method/{method}")
-    name = found.config.get("name") if found is not None and OmegaConf.is_dict(found.config) else None
-    return methods.capabilities(name) if name in methods.names() else {"train"}
-
-
-def _adopt(source: Source, parsed: Iterable[Override]) -> list[str]:
+def _adopt(source: Source, parsed: list[Override]) -> list[str]:
     """Overrides that choose the source's sections where the user leaves the choice alone, then the user's."""
-    switched = {item.key_or_group for item in parsed if item.key_or_group in GROUPS} - {"method"}
-    adopted = [group for group in GROUPS if group not in switched]
+    given = {item.key_or_group: item.value() for item in parsed}
+    method = source.choices.get("method")
+    if given.get("method", method) != method:
+        raise UserError(f"method: '{source.path}' was trained with '{method}', not '{given['method']}'")
+    adopted = [group for group in GROUPS if given.get(group) in (None, source.choices.get(group))]
     for group in adopted:
         section = source.resolved[group]
         schema_name = section["name"] if group == "method" else group
         node = {"defaults": [f"_{schema_name}", "_self_"], **section}
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
-    own = [item.input_line for item in parsed if item.key_or_group != "method"]
+    own = [item.input_line for item in parsed if item.key_or_group not in adopted]
     return [*(f"{group}={FROM_RUN}" for group in adopted), *own]
 
 
@@ -194,6 +192,6 @@ def _literal_path(override: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """``value`` as one quoted string of Hydra's override grammar."""
-    body = value.replace("\\'", "\\\\'").replace("'", "\\'")
-    return f"'{body}\\'" if body.endswith("\\") else f"'{body}'"
+    """``value`` as one quoted string of Hydra's override grammar: quotes, and backslashes before them, escaped."""
+    body = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{body}'"

@@ -1,0 +1,38 @@
+"""Run folders: what ran, with what, what came out. Every file but the history is replaced atomically.
+
+One run is ``outputs/<date>/<time>-<method>-<model>-<task>[-<name>]/`` and holds
+
+- ``config.yaml``: the composed configuration, exactly what ran
+- ``run.json``: status, stage, command, overrides, seed, hash, versions, device, times, memory
+- ``history.jsonl``: one line for each logged step
+- ``metrics.json``: flat numbers, once the run is done
+- ``error.txt``: the traceback, where a bug ended the run
+
+and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, ``plots/``, …).
+"""
+
+from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write_json
+from lowrank_cli.runs.folders import all_runs, discard, find
+from lowrank_cli.runs.place import new_folder
+from lowrank_cli.runs.provenance import ROOT, config_hash, peak_memory_bytes
+from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
+
+__all__ = [
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "PENDING",
+    "ROOT",
+    "RUNNING",
+    "Run",
+    "all_runs",
+    "atomic_folder",
+    "atomic_write",
+    "config_hash",
+    "discard",
+    "find",
+    "new_folder",
+    "peak_memory_bytes",
+    "read_json",
+    "write_json",
+]

@@ -1,0 +1,66 @@
+"""What lies in the folder of all runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs.place import point
+from lowrank_cli.runs.run import Run
+
+
+def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
+    """Take back a folder that :func:`new_folder` made, where the input turned out to be wrong."""
+    outputs = Path(outputs)
+    shutil.rmtree(path, ignore_errors=True)
+    link = outputs / "latest"
+    if link.is_symlink() and not link.exists():
+        link.unlink()
+        left = sorted(outputs.glob("*/*/"))
+        if left:
+            point(link, left[-1].relative_to(outputs))
+    with suppress(OSError):  # another run lives there
+        path.parent.rmdir()
+        outputs.rmdir()
+
+
+def all_runs(outputs: str | os.PathLike[str]) -> list[Run]:
+    """Every run under ``outputs``, jobs of sweeps and stages of recipes too, oldest first."""
+    runs = []
+    for depth in ("*/*", "*/*/*", "*/*/*/*"):  # a run; a job or a stage; a stage of a job
+        for file in Path(outputs).glob(f"{depth}/run.json"):
+            if file.relative_to(outputs).parts[0] != "latest":
+                with suppress(UserError):  # a folder that is just being written
+                    runs.append(Run.open(file.parent))
+    return sorted(runs, key=lambda run: (run.info.get("started", ""), run.path))
+
+
+def find(
+    path: str | os.PathLike[str] | None,
+    stage: str,
+    outputs: str | os.PathLike[str],
+    choices: Mapping[str, str] | None = None,
+) -> Run:
+    """The finished run of ``stage`` at ``path``, or else the newest one whose groups were ``choices``."""
+    if path is None:
+        wanted = (choices or {}).items()
+        for run in reversed(all_runs(outputs)):
+            if run.done and run.info.get("stage") == stage and wanted <= run.info.get("choices", {}).items():
+                return run
+        command = " ".join(["lrk", stage, *(f"{key}={value}" for key, value in wanted)])
+        raise UserError(f"run: no finished run under '{outputs}'; start one with: {command}")
+    run = Run.open(path)
+    if (run.path / "recipe.json").is_file():
+        raise UserError(f"run: '{path}' is a recipe; name one of its stages")
+    if run.info.get("stage") != stage:
+        raise UserError(f"run: '{path}' is a run of {run.info.get('stage')}, not of {stage}")
+    if not run.done:
+        raise UserError(
+            f"run: '{path}' is not finished (it is {run.info.get('status')}); "
+            f"continue it with: lrk {stage} --resume {path}"
+        )
+    return run

@@ -1,0 +1,40 @@
+"""Where a new run goes."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+from lowrank_cli.errors import UserError
+
+
+def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
+    """Make ``outputs/<date>/<time>-<label>``, unique within a second too; ``latest`` points there."""
+    outputs, now = Path(outputs), datetime.now()
+    label = re.sub(r"[^\w.+-]+", "-", label).strip("-.")
+    stem = outputs / now.strftime("%Y-%m-%d") / f"{now.strftime('%H%M%S')}-{label}"
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        path, number = stem, 1
+        while True:
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                path = stem.with_name(f"{stem.name}-{number}")
+        point(outputs / "latest", path.relative_to(outputs))
+    except OSError as error:
+        raise UserError(f"outputs: cannot write to '{outputs}': {error.strerror or error}") from None
+    return path
+
+
+def point(link: Path, target: Path) -> None:
+    """Make ``link`` a link to ``target``, which is relative to the folder of the link."""
+    if link.exists() and not link.is_symlink():
+        return  # a real folder of that name is the user's
+    temporary = link.with_name(f".latest-{os.getpid()}-{target.name}")
+    temporary.symlink_to(target, target_is_directory=True)
+    os.replace(temporary, link)

@@ -1,0 +1,63 @@
+"""Where a result comes from: configuration, code, packages, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lowrank-cli", "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or what an installed package lies in
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of what decides the result: the configuration without where it is written."""
+    content = {key: value for key, value in config.items() if key not in ("outputs", "name")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout that this package lies in; None for an installed one."""
+    if not (ROOT / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    versions = {}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

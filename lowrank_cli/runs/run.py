@@ -1,0 +1,196 @@
+"""One run folder: what ran, with what, what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs.files import atomic_write, read_json, write_json
+from lowrank_cli.runs.place import new_folder
+from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, peak_memory_bytes
+
+DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "running", "pending"
+
+
+class Run:
+    """One run folder. ``info`` is run.json as last read or written.
+
+    With ``writes=False`` (every process of a data-parallel run but the first) what would write does nothing.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any], *, writes: bool = True):
+        self.path = path
+        self.info = info
+        self.writes = writes
+        self._began = time.monotonic()  # s
+
+    @classmethod
+    def create(
+        cls,
+        outputs: str | os.PathLike[str],
+        *,
+        stage: str,
+        config: dict[str, Any],
+        choices: Mapping[str, str],
+        overrides: list[str],
+        command: str,
+        name: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        status: str = RUNNING,
+    ) -> Run:
+        """Make a new folder under ``outputs`` (or exactly ``folder``), with its config.yaml and run.json."""
+        if folder is None:
+            groups = ("recipe", "method", "model", "task")
+            parts = ["recipe"] * ("recipe" in choices) + [choices[group] for group in groups if group in choices]
+            path = new_folder(outputs, "-".join([*parts, *([name] if name else [])]))
+        else:
+            path = Path(folder)
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, {})
+        run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
+        run.update(
+            status=status,
+            stage=stage,
+            command=command,
+            overrides=list(overrides),
+            choices=dict(choices),
+            seed=config.get("seed"),
+            config_hash=config_hash(config),
+            git=git_state(),
+            packages=package_versions(),
+            python=platform.python_version(),
+            platform=platform.platform(),
+            device=cpu_name(),
+            started=_now(),
+        )
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writes: bool = True) -> Run:
+        """The run in an existing folder; :class:`UserError` where there is none."""
+        path = Path(path)
+        if path.is_symlink():
+            path = path.parent / path.readlink()  # ``latest`` moves on, the run's own name does not
+        if not path.is_dir():
+            raise UserError(f"run: there is no folder '{path}' (lrk list runs shows what there is)")
+        try:
+            info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if (path / "sweep.json").is_file():
+                raise UserError(f"run: '{path}' is a sweep; name one of its jobs") from None
+            raise UserError(f"run: '{path}' is not a run folder (it holds no run.json)") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"run: '{path / 'run.json'}' cannot be read: {error}") from None
+        return cls(path, info, writes=writes)
+
+    def file(self, relative: str | os.PathLike[str]) -> Path:
+        """A path inside the folder, its parent made; :class:`UserError` for one that would leave it."""
+        root = self.path.resolve()
+        path = (root / relative).resolve()
+        if root not in path.parents:
+            raise UserError(f"'{relative}' lies outside the run folder '{self.path}'")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one line to history.jsonl."""
+        if self.writes:
+            with self.file("history.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of history.jsonl; one cut short by a killed process is left out."""
+        rows = []
+        with suppress(FileNotFoundError):
+            for line in (self.path / "history.jsonl").read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop history after ``step``: what a resumed run is about to repeat."""
+        rows = [row for row in self.history() if row.get("step", 0) <= step]
+        self.write_text("history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_text(self, relative: str, text: str) -> None:
+        """Replace a file of the folder."""
+        if self.writes:
+            atomic_write(self.file(relative), text)
+
+    def write_json(self, relative: str, value: Any) -> None:
+        """Replace a JSON file of the folder."""
+        if self.writes:
+            write_json(self.file(relative), value)
+
+    def read_json(self, relative: str) -> Any:
+        """Read a JSON file of the folder; :class:`UserError` where it is missing or broken."""
+        return read_json(self.path / relative)
+
+    def config(self) -> dict[str, Any]:
+        """config.yaml as plain values."""
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(config, dict):
+                return config
+            error: object = "it holds no keys"
+        except (OSError, yaml.YAMLError) as caught:
+            error = caught
+        raise UserError(f"'{path}' cannot be read: {error}")
+
+    def update(self, **fields: Any) -> None:
+        """Change fields of run.json."""
+        self.info.update(fields)
+        self.write_json("run.json", self.info)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """metrics.json; empty while there is none."""
+        return self.read_json("metrics.json") if (self.path / "metrics.json").is_file() else {}
+
+    @property
+    def done(self) -> bool:
+        return self.info.get("status") == DONE
+
+    def begin(self) -> None:
+        """The work of a pending, interrupted or failed run starts (again)."""
+        again = self.info.get("status") != PENDING
+        for key in ("error", "exit_code", "ended"):
+            self.info.pop(key, None)
+        self._began = time.monotonic()
+        self.update(status=RUNNING, **{"resumed" if again else "started": _now()})
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        self.write_json("metrics.json", dict(metrics))
+        self._end(DONE)
+
+    def fail(self, error: str, exit_code: int = 1) -> None:
+        self._end(FAILED, error=error, exit_code=exit_code)
+
+    def interrupt(self) -> None:
+        self._end(INTERRUPTED)
+
+    def _end(self, status: str, **fields: Any) -> None:
+        took = time.monotonic() - self._began
+        before = self.info.get("seconds", 0)  # where this resumes an earlier process
+        self.update(
+            status=status,
+            ended=_now(),
+            seconds=round(before + took, 3),
+            peak_memory_bytes=max(peak_memory_bytes(), self.info.get("peak_memory_bytes", 0)),
+            **fields,
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra.version
@@ -55,6 +57,11 @@ class Source:
 
 def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
     """Hydra's loader over our folders and schemas."""
+    return _loader(tuple(conf_folders(config_dir)))
+
+
+@cache
+def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     hydra.version.setbase("1.3")
     setup_globals()
     store = ConfigStore.instance()
@@ -65,7 +72,6 @@ def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
         store.store(group=group, name=f"_{group}", node=node)
     for name, node in methods.config_classes().items():
         store.store(group="method", name=f"_{name}", node=node)
-    folders = conf_folders(config_dir)
     search_path = create_config_search_path(f"file://{folders[-1]}")
     for folder in folders[:-1]:
         search_path.prepend("user", f"file://{folder}")
@@ -143,7 +149,7 @@ def _validate(config: Any) -> None:
         if not isinstance(config.method, schema.MethodConfig):
             raise UserError("method: the file needs a schema: 'defaults: [_lora]' (or another method) as its first key")
         require_choice("method.name", name, kinds)
-        if not isinstance(config.method, kinds[name]):
+        if type(config.method) is not kinds[name]:
             raise UserError(f"method.name: '{name}' does not go with the schema '{type(config.method).__name__}'")
     for section in vars(config).values():
         if hasattr(section, "validate"):

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from lowrank_cli.config.folders import GROUPS
 from lowrank_cli.errors import LrkError, UserError, nearest
 
 NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
@@ -115,7 +116,7 @@ def _syntax(error: OverrideParseException, failure: Failure) -> str:
     key, equals, value = override.partition("=")
     if equals and re.fullmatch(r"[\w./@-]+", key):
         return f"{key}: cannot read {value}; quote a value with special characters: {key}='\"…\"'"
-    groups = ("method", "model", "task", "hardware", "recipe")
+    groups = ("recipe",) if failure.verb == "run" else GROUPS
     choices = {choice: group for group in groups for choice in failure.options(group)}
     close = difflib.get_close_matches(override, choices, n=1, cutoff=0.7)
     hint = f"; did you mean '{choices[close[0]]}={close[0]}'?" if close else ""
@@ -169,6 +170,8 @@ def _value(error: BaseException, failure: Failure) -> str:
     if converted:
         return f"{key}: '{shown}' is not {NOUNS.get(converted[1], converted[1])}"
     if isinstance(error, ValidationError):
+        if "not a valid bool" in message:
+            return f"{key}: '{shown}' is not {NOUNS['Boolean']}"
         if "is not a ListConfig" in message:
             return f"{key}: '{shown}' is not a list; write {key}=[{shown}]"
         if "not Optional" in message:

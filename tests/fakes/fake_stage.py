@@ -1,0 +1,29 @@
+"""A stage without a model: one line of history and one checkpoint a step, and every way to end.
+
+``train.learning_rate`` above 1 fails at step 2 until a file ``mended`` lies in the working directory;
+``train.weight_decay`` 9 is a bug; ``task.max_length`` 3 is a user's mistake; ``train.warmup`` 1 is Ctrl-C after
+step 2 of an unresumed run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank_cli.errors import UserError, WorkFailed
+
+
+def run(config, run, *, resume=False):
+    if config.task.max_length == 3:
+        raise UserError("task.max_length: 3 is too short")
+    train = getattr(config, "train", None)
+    start = max((row["step"] for row in run.history()), default=0) if resume else 0
+    for step in range(start + 1, (train.max_steps if train else 0) + 1):
+        if step == 2:
+            if train.learning_rate > 1 and not Path("mended").exists():
+                raise WorkFailed("train/loss is nan at step 2")
+            if train.weight_decay == 9:
+                raise RuntimeError("a bug")
+            if train.warmup == 1 and not resume:
+                raise KeyboardInterrupt
+        run.log({"step": step, "train/loss": 1 / step, "learning_rate": train.learning_rate, "resumed": resume})
+    return {"test/accuracy": 0.5 + config.seed / 100, "train/steps": train.max_steps if train else 0}

@@ -1,0 +1,272 @@
+"""Composition: what is found where, typed values, the run that evaluate reads, and every mistake as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowrank_cli import config, methods, schema
+from lowrank_cli.config import composition, folders
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs import Run, provenance
+
+
+def refused(overrides, verb="train", **more) -> str:
+    with pytest.raises(UserError) as caught:
+        config.compose(verb, overrides, **more)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def trained(overrides=(), finish=True) -> Run:
+    """A finished training run, without the training."""
+    composed = config.compose("train", list(overrides))
+    run = Run.create(
+        composed.config.outputs,
+        stage="train",
+        config=composed.resolved,
+        choices=composed.choices,
+        overrides=composed.overrides,
+        command="",
+    )
+    if finish:
+        run.finish({"test/accuracy": 0.5})
+    return run
+
+
+# ------------------------------------------------------------------------------------------- what is composed
+
+
+def test_defaults_train_milora_on_the_bundled_model():
+    composed = config.compose("train", [])
+    assert composed.choices == {"model": "llama", "task": "tiny_yesno", "hardware": "cpu", "method": "milora"}
+    assert isinstance(composed.config, schema.TrainRun)
+    assert isinstance(composed.config.method, methods.config_classes()["milora"])
+    assert (composed.config.seed, composed.config.outputs, composed.config.name) == (0, "outputs", None)
+
+
+def test_values_are_typed_and_lists_are_lists():
+    overrides = ["train.learning_rate=1e-4", "train.max_steps=null", "method.target_modules=[Q,V]", "seed=7"]
+    composed = config.compose("train", [*overrides, "method.alpha=4"])
+    assert composed.config.train.learning_rate == 1e-4 and composed.config.train.max_steps is None
+    assert composed.config.method.target_modules == ["Q", "V"] and composed.config.method.alpha == 4.0
+    assert composed.resolved["method"]["target_modules"] == ["Q", "V"] and composed.resolved["seed"] == 7
+    assert composed.overrides == [*overrides, "method.alpha=4"]
+
+
+@pytest.mark.parametrize("group", folders.GROUPS)
+def test_every_shipped_file_composes_and_says_what_it_is(group):
+    for choice, path in folders.files(group).items():
+        composed = config.compose("train", [f"{group}={choice}"])
+        assert composed.choices[group] == choice
+        assert composed.resolved[group]["name"] == choice, path
+        assert len(folders.description(path)) > 5, path
+
+
+def test_the_configuration_of_a_run_comes_back_from_its_folder():
+    run = trained(["method=lora", "task.limit=5", "train.warmup=0.1"])
+    before = config.compose("train", ["method=lora", "task.limit=5", "train.warmup=0.1"])
+    assert dataclasses.asdict(config.restore(run)) == dataclasses.asdict(before)
+
+
+@pytest.mark.parametrize("value", ["my data", "a(b),c", "it's", "a=b", "é", "back\\slash", "end\\", "[x]", "{y}"])
+def test_a_path_may_hold_any_character(value):
+    composed = config.compose("train", [f"task.path={value}", f"outputs={value}"])
+    assert composed.config.task.path == composed.config.outputs == value
+
+
+def test_a_path_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config.compose("train", ["model.path=~/models"]).config.model.path == "/home/someone/models"
+    assert config.compose("train", ["model.path=null"]).config.model.path is None
+
+
+# --------------------------------------------------------------------------------------------- where it lies
+
+
+def test_the_users_folder_comes_first():
+    Path("mine/method").mkdir(parents=True)
+    text = "# Mine\ndefaults: [_lora]\nname: lora\nrank: 2\nalpha: 4\ndropout: 0\ntarget_modules: [Q]\n"
+    Path("mine/method/lora.yaml").write_text(text)
+    Path("mine/method/small.yaml").write_text(text)
+    for choice in ("lora", "small"):
+        composed = config.compose("train", [f"method={choice}"], "mine")
+        assert composed.config.method.rank == 2 and composed.choices["method"] == choice
+    assert config.compose("train", ["method=milora"], "mine").config.method.name == "milora"
+    assert config.compose("train", ["method=lora"]).config.method.rank != 2
+    assert "no folder 'yours'" in refused([], config_dir="yours")
+
+
+def test_an_installed_wheel_brings_its_own_conf(monkeypatch, tmp_path):
+    shutil.copytree(folders.conf_folder(), tmp_path / "site" / "lowrank_cli" / "conf")
+    shutil.copytree(folders.conf_folder(), tmp_path / "site" / "conf")  # another package's
+    monkeypatch.setattr(folders.runs, "ROOT", tmp_path / "site")
+    assert folders.conf_folder() == tmp_path / "site" / "lowrank_cli" / "conf"
+    assert config.compose("train", []).choices["method"] == "milora"
+
+
+def test_a_checkout_is_used_where_it_lies():
+    assert folders.conf_folder() == provenance.ROOT / "conf"
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    "method=milra": "method: unknown value 'milra'; did you mean 'milora'? (allowed: full, lora, milora, none)",
+    "model=lama": "model: unknown value 'lama'; did you mean 'llama'? (allowed:",
+    "task=tiny_yesn": "task: unknown value 'tiny_yesn'; did you mean 'tiny_yesno'? (allowed:",
+    "hardware=gpus": "hardware: unknown value 'gpus'; did you mean 'gpu'? (allowed: cpu, gpu, multi_gpu)",
+    "train.lerning_rate=1": "train.lerning_rate: unknown key; did you mean 'train.learning_rate'?",
+    "lerning_rate=1": "lerning_rate: unknown key; did you mean 'train.learning_rate'?",
+    "rank=8": "rank: unknown key; did you mean 'method.rank'?",
+    "method.rnk=8": "method.rnk: unknown key; did you mean 'method.rank'? (method has: name, rank,",
+    "metod=lora": "metod: unknown key; did you mean 'method'?",
+    "a.b.c=1": "a.b.c: unknown key",
+    "method.rank=abc": "method.rank: 'abc' is not a whole number",
+    "method.rank=1.5": "method.rank: '1.5' is not a whole number",
+    "train.learning_rate=fast": "train.learning_rate: 'fast' is not a number",
+    "train.max_steps=": "train.max_steps: '' is not a whole number",
+    "model.bundled=maybe": "model.bundled: 'maybe' is not true or false",
+    "method.target_modules=Q": "method.target_modules: 'Q' is not a list; write method.target_modules=[Q]",
+    "train=5": "train: '5' cannot stand for a whole section",
+    "seed=null": "seed: null is not allowed",
+    "seed=-1": "seed: -1 is out of range (allowed: 0 to 4294967295)",
+    "method.rank=0": "method.rank: 0 is out of range (allowed: at least 1)",
+    "method.k=0": "method.k: 0 is out of range",
+    "method.k=8": "method.k: 8 is out of range",
+    "train.warmup=2": "train.warmup: 2.0 is out of range (allowed: 0 to 1)",
+    "train.epochs=nan": "train.epochs: nan is out of range",
+    "task.metric=acuracy": "task.metric: unknown value 'acuracy'; did you mean 'accuracy'?",
+    "milora": "'milora' is no override; did you mean 'method=milora'? (write KEY=VALUE)",
+    "=3": "'=3' is no override (write KEY=VALUE)",
+    "a b": "'a b' is no override (write KEY=VALUE)",
+    "task.template=(x": "task.template: cannot read (x; quote a value with special characters",
+    "seed=1,2": "seed=1,2: several values; sweep over them with -m",
+    "seed=range(3)": "seed=range(3): several values; sweep over them with -m",
+    "+train.extra=1": "+train.extra=1: keys can be neither added nor removed",
+    "~method": "~method: keys can be neither added nor removed",
+    "method=null": "method: choose one of full, lora, milora, none",
+    "method@other=lora": "method@other: a group goes to its own section; write method=NAME",
+    "hydra/launcher=joblib": "hydra/launcher=joblib: hydra/launcher and hydra.launcher.* belong to a sweep (-m)",
+    "name=a/b": "name: 'a/b' cannot be part of a folder's name",
+    "name=..": "name: '..' cannot be part of a folder's name",
+    "method.name=lora": "method.name: 'lora' does not go with the schema 'MiLoRAConfig'",
+    "method.name=foo": "method.name: unknown value 'foo' (allowed: full, lora, milora, none)",
+    "train.gradient_accumulation=3": "train.gradient_accumulation: 3 does not divide train.batch_size=16",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_line(override):
+    message = refused([override])
+    assert message.startswith(MISTAKES[override]), message
+
+
+FILES = {
+    "defaults: [_lora]\nname: lora\nrnk: 3\n": "line 3: method.rnk: unknown key; did you mean 'method.rank'?",
+    "defaults: [_lora]\nname: lora\nrank: abc\n": "line 3: method.rank: 'abc' is not a whole number",
+    "defaults: [_lora]\nname: [lora\nrank: 3\n": "line 3: expected ',' or ']'",
+    "name: lora\nrank: 3\n": "method: the file needs a schema: 'defaults: [_lora]'",
+    "": "method: the file needs a schema",
+    "- a\n": "method: the file needs a schema",
+    "defaults: [_lra]\nname: lora\n": "method/mine.yaml, defaults: unknown value '_lra'; did you mean '_lora'?",
+    "defaults: [_lora]\nname: lora\n": "method.alpha: missing; give method.alpha=VALUE",
+    "defaults: [_lora]\nname: ${nothing}\n": "method.",
+    "defaults: [_lora]\nname: milora\nrank: 3\nalpha: 1\ndropout: 0\ntarget_modules: [Q]\n": "method.name: 'milora'",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_mistake_in_the_users_file_names_it(text):
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/mine.yaml").write_text(text)
+    message = refused(["method=mine"], config_dir="mine")
+    assert FILES[text] in message
+    if "line" in FILES[text]:
+        assert message.startswith(str(Path("mine/method/mine.yaml").resolve()))
+
+
+def test_run_needs_a_recipe():
+    assert refused([], "run").startswith("recipe: missing; choose one of milora")
+    assert refused(["recipe=milra"], "run").startswith("recipe: unknown value 'milra'; did you mean 'milora'?")
+
+
+# ------------------------------------------------------------------------------------ the run evaluate reads
+
+
+def test_evaluate_takes_groups_and_values_from_the_newest_run():
+    trained(["method=lora"])
+    run = trained(["method=lora", "method.rank=3", "task=tiny_choice", "task.limit=9", "model.path=x", "seed=5"])
+    composed = config.compose("evaluate", ["task.limit=4", "evaluate.num_beams=2"])
+    used = composed.config
+    assert (used.method.rank, used.task.name, used.task.limit, used.model.path) == (3, "tiny_choice", 4, "x")
+    assert (used.run, used.evaluate.num_beams, used.seed) == (str(run.path), 2, 0)
+    assert composed.choices == {**run.info["choices"]}
+    assert "_from_run" not in yaml.safe_dump(composed.resolved)
+
+
+def test_evaluate_finds_the_run_of_a_method():
+    lora = trained(["method=lora", "method.rank=3"])
+    trained([])
+    used = config.compose("evaluate", ["method=lora"]).config
+    assert used.run == str(lora.path) and used.method.rank == 3
+    assert "start one with: lrk train method=full" in refused(["method=full"], "evaluate")
+
+
+def test_switching_a_group_replaces_its_values():
+    run = trained(["task=tiny_choice", "task.limit=9"])
+    used = config.compose("evaluate", [f"run={run.path}", "task=tiny_yesno"]).config
+    assert (used.task.name, used.task.limit) == ("tiny_yesno", None)
+    used = config.compose("evaluate", [f"run={run.path}", "task=tiny_choice"]).config
+    assert (used.task.name, used.task.limit) == ("tiny_choice", 9)
+
+
+def test_a_run_in_the_users_words():
+    path = Path("my outputs (old), 2")
+    run = trained([f"outputs={path}"])
+    assert config.compose("evaluate", [f"run={run.path}"]).config.run == str(run.path)
+    assert config.compose("evaluate", [f"outputs={path}"]).config.run == str(run.path)
+
+
+def test_the_frozen_model_needs_no_run():
+    composed = config.compose("evaluate", ["method=none", "task=tiny_choice"])
+    assert composed.config.run is None and composed.choices["task"] == "tiny_choice"
+    assert "never trained" in refused(["method=none", "run=x"], "evaluate")
+
+
+def test_what_is_no_training_run_is_refused():
+    assert "no finished run under 'outputs'" in refused([], "evaluate")
+    assert "no folder 'nowhere'" in refused(["run=nowhere"], "evaluate")
+    assert "unknown value 'milra'" in refused(["method=milra"], "evaluate")
+    unfinished = trained(finish=False)
+    assert "not finished" in refused([f"run={unfinished.path}"], "evaluate")
+    unfinished.finish({})
+    assert "was trained with 'milora', not 'lora'" in refused([f"run={unfinished.path}", "method=lora"], "evaluate")
+    assert "unknown key; did you mean 'method.rank'" in refused(["method.rnk=2"], "evaluate")
+    saved = unfinished.config()
+    unfinished.write_text("config.yaml", yaml.safe_dump({**saved, "method": {**saved["method"], "rank": "x"}}))
+    assert "method.rank: 'x' is not a whole number" in refused([], "evaluate")
+
+
+# ---------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_sweeps_expand_in_the_order_given():
+    jobs = config.expand("train", ["method=lora,milora", "seed=range(2)", "task.limit=4"])
+    assert jobs[0] == ["method=lora", "seed=0", "task.limit=4"]
+    assert [job[:2] for job in jobs[1:]] == [[m, s] for m, s in [
+        ("method=lora", "seed=1"), ("method=milora", "seed=0"), ("method=milora", "seed=1")]]  # fmt: skip
+    assert len(config.expand("train", ["task=glob(tiny_*)"])) == len([t for t in folders.files("task") if "tiny_" in t])
+
+
+def test_quoting_survives_hydras_parser():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for value in ["a", "it's", "\\", "\\'", "a\\\\'b\\", "'", "x, y"]:
+        parsed = OverridesParser.create().parse_override(f"key={composition.quoted(value)}")
+        assert parsed.value() == value

@@ -1,0 +1,228 @@
+"""Run folders: names, atomic files, status, what is found and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowrank_cli import runs
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs import Run, all_runs, atomic_folder, atomic_write, config_hash, discard, find, provenance
+
+CHOICES = {"model": "llama", "task": "tiny_yesno", "hardware": "cpu", "method": "milora"}
+
+
+def create(stage="train", choices=None, outputs="outputs", **more):
+    config = {"seed": 3, "outputs": str(outputs), "name": more.get("name"), "method": {"rank": 8}}
+    return Run.create(
+        outputs, stage=stage, config=config, choices=choices or CHOICES, overrides=["seed=3"], command="lrk", **more
+    )
+
+
+def test_a_new_run_says_what_runs():
+    run = create(name="first try")
+    date, name = run.path.parts[1:]
+    assert len(date) == len("2026-01-31") and name[6:] == "-milora-llama-tiny_yesno-first-try"
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["method"] == {"rank": 8}
+    info = json.loads((run.path / "run.json").read_text())
+    assert info == run.info
+    assert (info["status"], info["stage"], info["seed"], info["choices"]) == ("running", "train", 3, CHOICES)
+    assert {"started", "command", "overrides", "config_hash", "git", "packages", "python", "device"} <= set(info)
+    assert info["packages"]["hydra-core"].startswith("1.3")
+
+
+def test_runs_of_the_same_second_get_their_own_folders():
+    paths = [create().path for _ in range(5)]
+    assert len(set(paths)) == 5
+    assert Path("outputs/latest").resolve() == paths[-1].resolve()
+    assert not Path(os.readlink("outputs/latest")).is_absolute()
+
+
+def test_recipes_are_named_as_such():
+    assert create("run", {"recipe": "milora"}).path.name.endswith("-recipe-milora")
+
+
+def test_an_exact_folder_is_taken_as_it_is():
+    assert create(folder="outputs/x/y/job").path == Path("outputs/x/y/job")
+    assert not Path("outputs/latest").exists()
+
+
+def test_a_folder_called_latest_is_left_alone():
+    Path("outputs/latest").mkdir(parents=True)
+    assert create().path.is_dir()
+    assert not Path("outputs/latest").is_symlink()
+
+
+def test_outputs_that_cannot_be_written():
+    Path("outputs").write_text("a file")
+    with pytest.raises(UserError, match=r"outputs: cannot write to 'outputs'"):
+        create()
+
+
+@pytest.mark.parametrize("path", ["../x", "/tmp/x", "a/../../x", ".", ""])
+def test_a_path_outside_the_folder_is_refused(path):
+    with pytest.raises(UserError, match="outside the run folder"):
+        create().file(path)
+
+
+def test_a_link_that_leads_out_is_refused(tmp_path):
+    run = create()
+    (run.path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="outside the run folder"):
+        run.file("link/x")
+
+
+def test_history_is_appended_and_rewound():
+    run = create()
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with (run.path / "history.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')  # a kill came here
+    assert [row["step"] for row in run.history()] == [1, 2, 3]
+    run.rewind(2)
+    assert [row["step"] for row in Run.open(run.path).history()] == [1, 2]
+    run.rewind(0)
+    assert run.history() == []
+
+
+def test_how_a_run_ends():
+    run = create()
+    run.fail("broken", 2)
+    assert (run.info["status"], run.info["error"], run.info["exit_code"]) == ("failed", "broken", 2)
+    started, seconds = run.info["started"], run.info["seconds"]
+    run.begin()
+    assert (run.info["status"], run.info["started"]) == ("running", started)
+    assert "error" not in run.info and "resumed" in run.info
+    run.interrupt()
+    assert run.info["status"] == "interrupted" and run.info["seconds"] >= seconds
+    run.begin()
+    run.finish({"test/accuracy": 0.5})
+    again = Run.open(run.path)
+    assert again.done and again.metrics == {"test/accuracy": 0.5} and again.info["peak_memory_bytes"] > 1e6
+
+
+def test_a_silent_run_writes_nothing():
+    run = create()
+    before = sorted(run.path.rglob("*")), run.info
+    silent = Run.open(run.path, writes=False)
+    silent.log({"step": 1})
+    silent.write_text("a", "b")
+    silent.finish({"test/accuracy": 1.0})
+    assert (sorted(run.path.rglob("*")), Run.open(run.path).info) == before
+
+
+def test_opening_what_is_no_run():
+    with pytest.raises(UserError, match="no folder 'nowhere'"):
+        Run.open("nowhere")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        Run.open("empty")
+    Path("empty/sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="a sweep; name one of its jobs"):
+        Run.open("empty")
+    Path("empty/run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json' cannot be read"):
+        Run.open("empty")
+
+
+def test_a_broken_config_names_the_file():
+    run = create()
+    (run.path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml' cannot be read"):
+        run.config()
+    (run.path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="holds no keys"):
+        run.config()
+
+
+def test_the_newest_finished_run_is_found():
+    first, second, third = create(), create(choices={**CHOICES, "method": "lora"}), create()
+    with pytest.raises(UserError, match="no finished run under 'outputs'; start one with: lrk train"):
+        find(None, "train", "outputs")
+    first.finish({})
+    second.finish({})
+    assert find(None, "train", "outputs").path == second.path
+    assert find(None, "train", "outputs", {"method": "milora"}).path == first.path
+    with pytest.raises(UserError, match="lrk train method=full"):
+        find(None, "train", "outputs", {"method": "full"})
+    with pytest.raises(UserError, match=r"not finished .* lrk train --resume"):
+        find(third.path, "train", "outputs")
+    with pytest.raises(UserError, match="is a run of train, not of evaluate"):
+        find(first.path, "evaluate", "outputs")
+
+
+def test_latest_stands_for_the_folder_it_points_at():
+    run = create()
+    assert Run.open("outputs/latest").path == run.path
+
+
+def test_a_recipe_is_no_training_run():
+    run = create("run", {"recipe": "x"})
+    run.write_json("recipe.json", {})
+    with pytest.raises(UserError, match="is a recipe; name one of its stages"):
+        find(run.path, "train", "outputs")
+
+
+def test_all_runs_lists_jobs_and_stages_once():
+    run = create()
+    job = create(folder=run.path.with_name("sweep") / "job")
+    part = create(folder=job.path / "01-train")
+    assert [found.path for found in all_runs("outputs")] == [run.path, job.path, part.path]
+    assert all_runs("nowhere") == []
+
+
+def test_discard_takes_a_new_folder_back():
+    first = create()
+    second = create()
+    discard(second.path, "outputs")
+    assert Path("outputs/latest").resolve() == first.path.resolve()
+    discard(first.path, "outputs")
+    assert not Path("outputs").exists()
+
+
+def test_a_failed_write_leaves_the_old_file(monkeypatch):
+    atomic_write("a", "old")
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        atomic_write("a", "new")
+    assert Path("a").read_text() == "old" and os.listdir() == ["a"]
+
+
+def test_files_keep_the_usual_permissions():
+    Path("plain").write_text("")
+    atomic_write("atomic", b"")
+    with atomic_folder("folder"):
+        pass
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(os.stat("atomic").st_mode) == stat.S_IMODE(os.stat("plain").st_mode)
+    assert stat.S_IMODE(os.stat("folder").st_mode) == 0o777 & ~mask
+
+
+def test_a_folder_appears_whole_or_not_at_all():
+    for content in ("one", "two"):
+        with atomic_folder("final") as folder:
+            (folder / "file").write_text(content)
+            assert not (Path("final") / "file").exists() or content == "two"
+        assert Path("final/file").read_text() == content
+    with pytest.raises(RuntimeError), atomic_folder("final") as folder:
+        (folder / "file").write_text("three")
+        raise RuntimeError
+    assert Path("final/file").read_text() == "two" and os.listdir() == ["final"]
+
+
+def test_the_hash_is_of_what_decides_the_result():
+    config = {"seed": 0, "outputs": "a", "name": None}
+    assert config_hash(config) == config_hash({"name": "x", "outputs": "b", "seed": 0})
+    assert config_hash(config) != config_hash({**config, "seed": 1})
+
+
+def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.git_state() is None
+    assert runs.peak_memory_bytes() > 1e6

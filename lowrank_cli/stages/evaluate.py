@@ -12,11 +12,11 @@ from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Observes
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import EvaluateRun
+from lowrank_cli.schema import EvaluateRun, TaskConfig
 from lowrank_cli.stages import progress
 from lowrank_cli.stages.predict import predict, score
 from lowrank_cli.stages.session import Session, start
-from lowrank_cli.tasks.task import Example
+from lowrank_cli.tasks.task import Example, template_hash
 
 
 @dataclass
@@ -29,26 +29,27 @@ class Observed:
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
+    folder = Path(config.run) / "adapter" if config.run else None
+    if folder:
+        check_template(config.task, state.read_proof(folder)["about"])
     session = start(config)
-    if session.accelerator.is_main_process:
-        progress.console().print(session.header)
     if session.adapter is not None:
-        assert config.run is not None
-        folder = Path(config.run) / "adapter"
-        check_template(session, state.read_proof(folder)["about"])
+        assert folder is not None, "composition finds a run for every method that trains"
         state.load(session.adapter, folder)
+    demonstrations(session)
+    session.greet()
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
     return {**metrics, **observed.metrics}
 
 
-def check_template(session: Session, about: dict[str, Any]) -> None:
+def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
     """Refuse a task that was trained with another prompt: its numbers would say nothing about the adapter."""
-    task = session.task
-    if about["task"] == task.name and about["template_hash"] != task.template_hash:
+    now = template_hash(task)
+    if about["task"] == task.name and about["template_hash"] != now:
         raise UserError(
             f"task.template: '{task.name}' was trained with another template or other label words "
-            f"(hash {about['template_hash'][:12]}, now {task.template_hash[:12]}); leave them as they were"
+            f"(hash {about['template_hash'][:12]}, now {now[:12]}); leave them as they were"
         )
 
 

@@ -20,6 +20,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.schema import HardwareConfig, RunConfig
+from lowrank_cli.stages import progress
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 
@@ -41,6 +42,11 @@ class Session:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def greet(self) -> None:
+        """Print the run's first line: which model this is."""
+        if self.accelerator.is_main_process:
+            progress.console().print(self.header)
 
     def autocast(self) -> torch.autocast:
         """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""

@@ -73,9 +73,7 @@ class Trainer:
 
     def fit(self, resume: bool) -> dict[str, float]:
         """Steps until the end or the early stop, then the best adapter's evaluation."""
-        main = self.accelerator.is_main_process
-        if main:
-            progress.console().print(self.session.header)
+        self.session.greet()
         if resume and (folder := checkpoint.newest(self.run)):
             self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
         self.run.rewind(self.progress["step"])
@@ -83,7 +81,7 @@ class Trainer:
         start = self.progress["step"]
         with (
             self._interrupts(),
-            progress.bar("training", self.total, shown=main, start=start) as bar,
+            progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
             for step in range(start + 1, self.total + 1):
                 self.progress["pending"].append(self._step(step))

@@ -134,7 +134,7 @@ def _result(run: Run) -> Result:
         config={key: value for key, value in _flat(config) if key not in IRRELEVANT},
         metrics=metrics,
         seconds=metrics.get("train/seconds", info.get("seconds")),
-        memory=info.get("peak_memory_bytes"),
+        memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
         source=source,
     )
 

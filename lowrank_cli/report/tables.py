@@ -142,6 +142,8 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
         yield "time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
     if info.get("peak_memory_bytes"):
         yield "peak memory", size(info["peak_memory_bytes"])
+    if info.get("device_memory_bytes"):
+        yield "GPU memory", size(info["device_memory_bytes"])
 
 
 def _others(metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:

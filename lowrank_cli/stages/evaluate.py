@@ -40,6 +40,7 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     session.greet()
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
+    session.note_device(run)
     return {**metrics, **observed.metrics}
 
 

@@ -19,6 +19,7 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
+from lowrank_cli.runs import Run
 from lowrank_cli.schema import HardwareConfig, RunConfig
 from lowrank_cli.stages import progress
 from lowrank_cli.tasks import encode
@@ -47,6 +48,14 @@ class Session:
         """Print the run's first line: which model this is."""
         if self.accelerator.is_main_process:
             progress.console().print(self.header)
+
+    def note_device(self, run: Run) -> None:
+        """Record the GPU and its peak memory in run.json; a CPU run has both there already."""
+        if self.device.type == "cuda":
+            run.update(
+                device=torch.cuda.get_device_name(self.device),
+                device_memory_bytes=torch.cuda.max_memory_allocated(self.device),
+            )
 
     def autocast(self) -> torch.autocast:
         """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""

@@ -243,6 +243,7 @@ class Trainer:
         found, records, observed = evaluate_split(session, "test")
         metrics.update(found)
         write_answers(self.run, records, observed.figures)
+        session.note_device(self.run)
         return {**metrics, **observed.metrics}
 
     def _stopping(self) -> bool:

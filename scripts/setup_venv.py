@@ -39,9 +39,7 @@ def main() -> int:
             keep = [lock.fileno()]
             return subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, pass_fds=keep).returncode
 
-        if (interrupted or moved or not python.exists()) and run(
-            sys.executable, "-m", "venv", "--clear", venv
-        ):
+        if (interrupted or moved or not python.exists()) and run(sys.executable, "-m", "venv", "--clear", venv):
             print("lrk: set-up failed: could not make a virtual environment (see above)")
             return 1
         code = run(python, "-m", "pip", "install", "--disable-pip-version-check", "--editable", ".[dev]")

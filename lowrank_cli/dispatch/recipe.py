@@ -29,7 +29,7 @@ LEDGER = "recipe.json"
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     """Compose the recipe, hand the other overrides to its stages, and check every stage."""
-    own = [override for override in overrides if _root(override) in _keys(RecipeRun)]
+    own = [item for item in overrides if _root(item) in _keys(RecipeRun) or "=" not in item]
     composed = compose(verb, own, config_dir)
     entries = composed.resolved["recipe"]["stages"]
     for override in overrides:

@@ -1,0 +1,77 @@
+"""Calls the command line in this process, with stages that need no model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli import cli, stages
+
+FAKES = Path(__file__).parent / "fakes"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def lrk(capfd, monkeypatch):
+    """``lrk("train", "seed=1")`` as the shell would see it."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["lrk", *arguments])
+        capfd.readouterr()
+        try:
+            code = cli.call(list(arguments))
+        except SystemExit as ended:  # after a completion
+            code = int(ended.code or 0)
+        return Ended(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def fake_stages(monkeypatch):
+    """Every verb runs tests/fakes/fake_stage.py, in this process and in those it starts."""
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.syspath_prepend(str(FAKES))
+    for verb in ("train", "evaluate"):
+        monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
+
+
+def shell(*arguments: str, **environment: str) -> Ended:
+    """``python -m lowrank_cli`` in a process of its own, with nothing heavy to import."""
+    light = Path("light")
+    light.mkdir(exist_ok=True)
+    for name in ("torch", "transformers", "datasets", "accelerate", "evaluate", "matplotlib", "scipy"):
+        (light / f"{name}.py").write_text(f"raise AssertionError('{name} was imported')\n")
+    path = os.pathsep.join([str(light.resolve()), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **environment}
+    command = [sys.executable, "-m", "lowrank_cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    shutil.rmtree(light)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def one_line(ended: Ended) -> str:
+    """The message of a user's mistake: one line on stderr, exit code 2, nothing written."""
+    assert (ended.code, ended.out) == (2, ""), ended
+    assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
+    assert not Path("outputs").exists()
+    return ended.err.removeprefix("error: ").rstrip("\n")
+
+
+def runs() -> list[Path]:
+    """Run folders under outputs, in the order they were made."""
+    return sorted(path for path in Path("outputs").glob("*/*") if path.parent.name != "latest")

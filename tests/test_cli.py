@@ -1,0 +1,243 @@
+"""The command line: help, plans, lists, mistakes, exit codes, resuming; and that none of it waits for torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from command import ROOT, fake_stages, lrk, one_line, runs, shell  # noqa: F401 (fixtures)
+
+from lowrank_cli import cli
+
+
+def info(path: Path) -> dict:
+    return json.loads((path / "run.json").read_text())
+
+
+# ----------------------------------------------------------------------------------- without anything heavy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["check"], ["list"], ["train", "--dry-run"], ["train", "method=milra"]],
+    ids=" ".join,
+)
+def test_nothing_heavy_is_imported(arguments):
+    ended = shell(*arguments)
+    assert ended.code == (2 if "method=milra" in arguments else 0), ended
+    assert "was imported" not in ended.err
+
+
+def test_completion_imports_nothing_heavy():
+    asked = {"_LRK_COMPLETE": "complete_bash", "COMP_WORDS": "lrk\ntrain\nmethod\n=\nmi", "COMP_CWORD": "4"}
+    ended = shell(**asked)
+    assert (ended.code, ended.out.split()) == (0, ["milora"])
+
+
+def test_module_and_script_are_the_same(lrk):  # noqa: F811
+    assert shell("--version").out == lrk("--version").out
+    assert lrk("--version").out.startswith("lrk 0.")
+
+
+# -------------------------------------------------------------------------------------- help, lists, plans
+
+
+def test_help_names_the_verbs(lrk):  # noqa: F811
+    for ended in (lrk("--help"), lrk()):
+        assert ended.code == 0
+        assert all(f"\n  {verb} " in ended.out for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_each_verb_explains_itself(lrk, verb):  # noqa: F811
+    ended = lrk(verb, "--help")
+    assert ended.code == 0 and "Examples:\n  lrk " in ended.out and ended.err == ""
+    if verb in ("train", "evaluate", "check"):
+        assert "method={full, lora, milora, none}" in ended.out and "tiny_yesno" in ended.out
+    if verb in cli.STAGES:
+        assert all(option in ended.out for option in ("--dry-run", "--config-dir", "--resume", "--multirun"))
+
+
+def test_examples_of_the_help_are_valid(lrk, fake_stages):  # noqa: F811
+    lrk("train", "method=milora")
+    lrk("train", "method=lora")
+    for verb, examples in cli.EXAMPLES.items():
+        for example in examples:
+            words = example.split()[2:]
+            if verb in cli.STAGES and "--resume" not in words:
+                ended = lrk("check", verb, *words)
+                assert (ended.code, ended.err) == (0, ""), example
+
+
+def test_list_says_what_there_is(lrk):  # noqa: F811
+    everything = lrk("list").out
+    for what in cli.LISTS:
+        ended = lrk("list", what)
+        assert ended.code == 0 and ended.out in everything
+    assert "milora" in lrk("list", "methods").out and "once per prompt" in lrk("list", "methods").out
+    assert "no runs yet" in everything
+    assert "did you mean 'tasks'" in one_line(lrk("list", "taks"))
+
+
+def test_list_shows_the_users_own(lrk):  # noqa: F811
+    Path("mine/task").mkdir(parents=True)
+    Path("mine/task/own.yaml").write_text("# My own task\n")
+    assert "My own task" in lrk("list", "tasks", "--config-dir", "mine").out
+
+
+def test_check_prints_the_plan(lrk):  # noqa: F811
+    ended = lrk("check", "method=lora", "method.rank=4", "train.batch_size=8", "train.gradient_accumulation=2")
+    assert (ended.code, ended.err) == (0, "")
+    for text in ("rank=4", "tiny_yesno", "8 examples a step = 1 processes × 2 accumulated × 4", "nothing was started"):
+        assert text in ended.out
+    assert not Path("outputs").exists()
+    assert "none" in lrk("check", "evaluate", "method=none").out
+    assert "2 runs" in lrk("check", "train", "-m", "seed=0,1").out
+    assert "did you mean 'train'" in one_line(lrk("check", "trian"))
+
+
+def test_dry_run_prints_what_would_be_saved(lrk, fake_stages):  # noqa: F811
+    printed = lrk("train", "--dry-run", "method=lora", "task.limit=4").out
+    assert not Path("outputs").exists()
+    lrk("train", "method=lora", "task.limit=4")
+    assert printed == (runs()[0] / "config.yaml").read_text()
+    documents = list(yaml.safe_load_all(lrk("train", "--dry-run", "-m", "seed=3,4").out))
+    assert [document["seed"] for document in documents] == [3, 4]
+
+
+# ----------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    ("trian",): "verb: unknown value 'trian'; did you mean 'train'?",
+    ("method=milora",): "the verb is missing; did you mean 'lrk train method=milora'?",
+    ("train", "--dryrun"): "No such option: --dryrun (Possible options: --dry-run) (see: lrk train --help)",
+    ("train", "method=milra"): "method: unknown value 'milra'; did you mean 'milora'?",
+    ("train", "rank=8"): "rank: unknown key; did you mean 'method.rank'?",
+    ("train", "method.rank=x"): "method.rank: 'x' is not a whole number",
+    ("train", "method=none"): "method: 'none' has no stage train (it has: evaluate)",
+    ("train", "model.path=nowhere"): "model.path: there is no folder 'nowhere'",
+    ("train", "task.path=nowhere"): "task.path: there is no folder 'nowhere'",
+    ("train", "hardware.processes=3"): "train.batch_size: 16 cannot be shared by hardware.processes=3",
+    ("train", "--config-dir", "nowhere"): "--config-dir: there is no folder 'nowhere'",
+    ("train", "--resume", "nowhere"): "run: there is no folder 'nowhere'",
+    (
+        "train",
+        "--resume",
+        "nowhere",
+        "seed=1",
+    ): "--resume: a run continues with its own configuration; leave out seed=1",
+    ("evaluate",): "run: no finished run under 'outputs'; start one with: lrk train",
+    ("evaluate", "run=nowhere"): "run: there is no folder 'nowhere'",
+    ("run",): "recipe: missing; choose one of milora",
+    ("train", "-m", "seed=0,1", "method.rank=0"): "method.rank: 0 is out of range",
+    ("train", "-m", "method=lora,milra"): "method: unknown value 'milra'; did you mean 'milora'?",
+    (
+        "train",
+        "-m",
+        "seed=0,1",
+        "hydra/launcher=joblb",
+    ): "hydra/launcher: unknown value 'joblb'; did you mean 'joblib'?",
+    ("train", "-m", "seed=0,1", "hydra.launcher.n_job=2"): "hydra.launcher.n_job: unknown key",
+    ("train", "-m", "hydra.sweep.dir=x"): "hydra.sweep.dir=x: of Hydra's own keys only",
+    ("compare", "nowhere"): "",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line_and_leaves_nothing(lrk, arguments):  # noqa: F811
+    assert one_line(lrk(*arguments)).startswith(MISTAKES[arguments])
+
+
+def test_a_mistake_that_the_stage_finds_leaves_nothing(lrk, fake_stages):  # noqa: F811
+    assert one_line(lrk("train", "task.max_length=3")) == "task.max_length: 3 is too short"
+    lrk("train")
+    assert lrk("train", "task.max_length=3").code == 2
+    assert len(runs()) == 1 and Path("outputs/latest").resolve() == runs()[0].resolve()
+
+
+# --------------------------------------------------------------------------------------- runs and their end
+
+
+def test_a_run_from_start_to_end(lrk, fake_stages):  # noqa: F811
+    arguments = ["train", "method=lora", "train.max_steps=3", "name=first", "seed=2"]
+    ended = lrk(*arguments)
+    assert (ended.code, ended.err) == (0, "") and "0.5200" in ended.out
+    (path,) = runs()
+    assert path.name.endswith("-lora-llama-tiny_yesno-first")
+    assert (
+        info(path)["status"] == "done"
+        and info(path)["command"] == "lrk train method=lora train.max_steps=3 name=first seed=2"
+    )
+    assert json.loads((path / "metrics.json").read_text())["test/accuracy"] == 0.52
+    assert (path / "plots" / "loss.png").is_file()
+    ended = lrk("evaluate")
+    assert ended.code == 0 and info(runs()[1])["choices"] == info(path)["choices"]
+    assert yaml.safe_load((runs()[1] / "config.yaml").read_text())["run"] == str(path)
+    assert "2 run" not in lrk("list", "runs").out and lrk("list", "runs").out.count("done") == 2
+
+
+def test_outputs_may_lie_elsewhere(lrk, fake_stages):  # noqa: F811
+    assert lrk("train", "outputs=else where", "train.max_steps=1").code == 0
+    assert not Path("outputs").exists()
+    assert lrk("evaluate", "outputs=else where").code == 0
+    assert lrk("list", "runs", "--outputs", "else where").out.count("done") == 2
+
+
+def test_work_that_fails_keeps_its_folder(lrk, fake_stages):  # noqa: F811
+    ended = lrk("train", "train.learning_rate=2")
+    assert (ended.code, ended.err) == (1, "error: train/loss is nan at step 2\n")
+    assert "--resume" in ended.out
+    (path,) = runs()
+    assert (info(path)["status"], info(path)["error"]) == ("failed", "train/loss is nan at step 2")
+    Path("mended").touch()
+    assert lrk("train", "--resume", str(path)).code == 0
+    assert info(path)["status"] == "done" and "error" not in info(path)
+
+
+def test_a_bug_keeps_its_traceback(lrk, fake_stages):  # noqa: F811
+    ended = lrk("train", "train.weight_decay=9")
+    assert ended.code == 1 and "Traceback" in ended.err and "RuntimeError: a bug" in ended.err
+    (path,) = runs()
+    assert "RuntimeError: a bug" in (path / "error.txt").read_text()
+    assert info(path)["status"] == "failed" and info(path)["error"] == "RuntimeError: a bug"
+
+
+def test_an_interrupted_run_says_how_to_go_on(lrk, fake_stages):  # noqa: F811
+    ended = lrk("train", "train.warmup=1", "train.max_steps=4")
+    (path,) = runs()
+    assert (ended.code, ended.err) == (130, f"interrupted: continue with: lrk train --resume {path}\n")
+    assert info(path)["status"] == "interrupted"
+    assert "belongs to train" in lrk("evaluate", "--resume", str(path)).err
+    assert lrk("train", "--resume", "outputs/latest").code == 0
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["resumed"]) for row in rows] == [(1, False), (2, True), (3, True), (4, True)]
+    ended = lrk("train", "--resume", str(path))
+    assert (ended.code, ended.err) == (2, f"error: --resume: '{path}' is finished\n")
+    assert info(path)["status"] == "done"
+
+
+def test_a_killed_run_is_continued(lrk, fake_stages):  # noqa: F811
+    lrk("train", "train.warmup=1", "train.max_steps=4")
+    (path,) = runs()
+    (path / "run.json").write_text(json.dumps({**info(path), "status": "running"}))
+    assert lrk("train", "--resume", str(path)).code == 0
+
+
+# ---------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.slow
+def test_train_evaluate_and_compare_for_real(lrk):  # noqa: F811
+    tiny = ["task.limit=8", "train.max_steps=2", "train.eval_every=1", "train.log_every=1"]
+    ended = lrk("train", "method=milora", "model=llama", *tiny)
+    assert ended.code == 0, ended.err
+    (path,) = runs()
+    held = {"config.yaml", "run.json", "history.jsonl", "metrics.json", "predictions.jsonl", "adapter", "plots"}
+    assert held <= {entry.name for entry in path.iterdir()}
+    assert lrk("evaluate", "evaluate.split=dev").code == 0
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in runs())
+    assert first["dev/accuracy"] == second["dev/accuracy"]
+    ended = lrk("compare", "outputs", "--output", "comparison")
+    assert ended.code == 0 and "milora" in ended.out and any(Path("comparison").iterdir())

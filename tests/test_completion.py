@@ -1,0 +1,112 @@
+"""Completion of verbs and overrides, asked as the shells ask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import lrk  # noqa: F401 (fixture)
+
+
+@pytest.fixture
+def bash(lrk, monkeypatch):  # noqa: F811
+    """Words as bash splits them, ``=`` on its own; the last one is under the cursor."""
+
+    def ask(*words: str) -> list[str]:
+        monkeypatch.setenv("_LRK_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", "\n".join(["lrk", *words]))
+        monkeypatch.setenv("COMP_CWORD", str(len(words)))
+        ended = lrk()
+        assert ended.err == ""
+        return ended.out.split()
+
+    return ask
+
+
+@pytest.fixture
+def zsh(lrk, monkeypatch):  # noqa: F811
+    """The whole line, as zsh and fish pass it."""
+
+    def ask(line: str, shell: str = "fish") -> list[str]:
+        monkeypatch.setenv("_LRK_COMPLETE", f"complete_{shell}")
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", line)
+        ended = lrk()
+        assert ended.err == ""
+        return [item.partition("\t")[0] for item in ended.out.splitlines()]
+
+    return ask
+
+
+def test_verbs(bash, zsh):
+    assert bash("tra") == ["train"]
+    assert zsh("lrk ev") == ["evaluate"]
+    assert {"train", "evaluate", "run", "compare", "list", "check"} == set(bash(""))
+
+
+def test_choices_of_a_group(bash, zsh):
+    assert bash("train", "method", "=", "mi") == ["milora"]
+    assert bash("train", "method", "=") == ["full", "lora", "milora", "none"]
+    assert bash("train", "method=mi") == ["method=milora"]  # where bash does not split at =
+    assert zsh("lrk train method=mi") == ["method=milora"]
+    assert zsh("lrk train seed=1 hardware=m") == ["hardware=multi_gpu"]
+    assert bash("run", "recipe", "=", "milora_") == ["milora_llama2_7b"]
+
+
+def test_keys_come_with_their_value_so_that_no_space_follows(bash, zsh):
+    assert bash("train", "train.lear") == ["train.learning_rate=", "train.learning_rate=0.002"]
+    assert zsh("lrk train train.lear")[0] == "train.learning_rate="
+    assert bash("train", "train.max_steps", "=") == ["300"]
+
+
+def test_keys_follow_the_chosen_group(bash):
+    assert "method.k=" in bash("train", "method", "=", "milora", "method.")
+    assert "method.k=" not in bash("train", "method", "=", "lora", "method.")
+
+
+def test_groups_and_sections(bash):
+    found = bash("train", "")
+    assert {"method=", "model=", "task=", "train.", "evaluate.", "seed="} <= set(found)
+    assert not [item for item in found if item.startswith(("_", "hydra"))]
+
+
+def test_check_takes_a_verb_first(bash):
+    assert "evaluate" in bash("check", "eva")
+    assert bash("check", "run", "recipe", "=", "milora_") == ["milora_llama2_7b"]
+    assert bash("check", "task", "=", "tiny_y") == ["tiny_yesno"]
+    assert bash("list", "ta") == ["tasks"]
+
+
+def test_the_users_own_choices(bash):
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/mimic.yaml").write_text("defaults: [_lora]\n")
+    assert bash("train", "--config-dir", "mine", "method", "=", "mi") == ["milora", "mimic"]
+
+
+def test_a_wrong_line_has_no_completions(bash):
+    assert bash("train", "method", "=", "nonsense", "method.ra") == []
+    assert bash("train", "(", "tr") == []
+
+
+def test_zsh_gets_its_form(lrk, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("_LRK_COMPLETE", "complete_zsh")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "lrk train method=mi")
+    assert lrk().out.strip() == """_arguments '*: :(("method=milora"))'"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_the_script_for_bash():
+    """The function that --show-completion defines, called as bash calls it."""
+    folder = Path(sys.executable).parent
+    program = 'eval "$(lrk --show-completion bash)"; COMP_WORDS=(lrk train method = mi); COMP_CWORD=4; '
+    program += '_lrk_completion lrk; echo "${COMPREPLY[@]}"; complete -p lrk'
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.stdout.splitlines()[0] == "milora", done
+    assert "-F _lrk_completion lrk" in done.stdout

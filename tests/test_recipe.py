@@ -1,0 +1,165 @@
+"""Recipes: every shipped one is planned, overrides reach the stages that know them, a failure is continued."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from command import fake_stages, lrk, one_line, runs  # noqa: F401 (fixtures)
+
+from lowrank_cli.config.folders import description, files
+from lowrank_cli.dispatch import recipe
+from lowrank_cli.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fake_stages")
+SHORT = ("train.max_steps=3", "train.warmup=0.1")
+
+
+def write(text: str, name: str = "mine") -> tuple[str, str, str]:
+    """A recipe of the user's, and the arguments that name it."""
+    Path("conf/recipe").mkdir(parents=True, exist_ok=True)
+    Path(f"conf/recipe/{name}.yaml").write_text(f"defaults: [_recipe]\nname: {name}\nstages:\n{text}")
+    return "--config-dir", "conf", f"recipe={name}"
+
+
+TWO = """
+  - {name: small, stage: train, overrides: [method=lora, method.rank=2, task=tiny_choice, task.limit=9]}
+  - {name: base, stage: evaluate, overrides: [method=none]}
+  - {name: again, stage: evaluate, overrides: ["run={small}", evaluate.split=dev, task.limit=3]}
+"""
+
+
+def saved(path: Path, folder: str) -> dict:
+    return yaml.safe_load((path / folder / "config.yaml").read_text())
+
+
+def ledger(path: Path) -> dict[str, str]:
+    return {item["name"]: item["status"] for item in json.loads((path / "recipe.json").read_text())["stages"]}
+
+
+@pytest.mark.parametrize("name", files("recipe"))
+def test_every_shipped_recipe_can_be_planned(name):
+    composed = recipe.check("run", [f"recipe={name}"], None)
+    assert composed.config.recipe.name == name and recipe.parts(composed, None)
+    assert len(description(files("recipe")[name])) > 10
+
+
+def test_the_papers_settings():
+    (_, train), (_, test) = recipe.parts(recipe.check("run", ["recipe=milora_llama2_7b"], None), None)
+    used = train.config
+    assert (used.model.name, used.method.rank, used.method.k, used.method.load_balance) == ("llama2_7b", 32, 3, 1e-2)
+    assert used.method.bilevel and used.method.activation_learning_rate == 1e-6
+    assert (used.train.learning_rate, used.train.warmup, used.train.epochs, used.train.max_steps) == (
+        1e-4,
+        0.06,
+        10,
+        None,
+    )
+    assert (used.train.eval_every, used.train.patience, used.task.max_length) == (200, 10, 768)
+    assert test.config.evaluate.num_beams == 3 and test.config.task.max_length == 768
+
+
+def test_stages_run_in_a_row(lrk):  # noqa: F811
+    ended = lrk("run", *write(TWO), *SHORT, "name=x")
+    assert ended.code == 0, ended.err
+    (path,) = runs()
+    assert path.name.endswith("-recipe-mine-x") and ledger(path) == dict.fromkeys(["small", "base", "again"], "done")
+    small, base, again = (saved(path, folder) for folder in ("01-small", "02-base", "03-again"))
+    assert (small["method"]["rank"], small["task"]["limit"], small["train"]["max_steps"]) == (2, 9, 3)
+    assert (base["method"]["name"], base["run"], base["task"]["name"]) == ("none", None, "tiny_yesno")
+    assert again["run"] == str(path / "01-small")
+    assert (again["method"]["rank"], again["task"]["name"], again["task"]["limit"]) == (2, "tiny_choice", 3)
+    assert json.loads((path / "metrics.json").read_text())["test/accuracy"] == 0.5
+    assert json.loads((path / "run.json").read_text())["status"] == "done"
+    assert all(name in ended.out for name in ("small", "base", "again"))
+    assert "train.max_steps=3" in saved(path, ".")["recipe"]["stages"][0]["overrides"]
+    assert (path / "01-small" / "plots" / "loss.png").is_file()
+
+
+def test_overrides_reach_the_stages_that_know_them(lrk):  # noqa: F811
+    lrk("run", *write(TWO), *SHORT, "task=tiny_sentiment", "seed=4", "evaluate.batch_size=2")
+    small, base, again = (saved(runs()[0], folder) for folder in ("01-small", "02-base", "03-again"))
+    assert {part["seed"] for part in (small, base, again)} == {4}
+    assert {part["task"]["name"] for part in (small, base, again)} == {"tiny_sentiment"}
+    assert {part["evaluate"]["batch_size"] for part in (small, base, again)} == {2}
+
+
+def test_a_failure_is_continued_from_the_first_unfinished_stage(lrk):  # noqa: F811
+    ended = lrk("run", "recipe=milora", *SHORT, "train.learning_rate=2")
+    (path,) = runs()
+    assert (ended.code, ended.err) == (1, "error: train/loss is nan at step 2\n")
+    assert ledger(path) == {"train": "failed", "test": "pending"} and not (path / "02-test").exists()
+    Path("mended").touch()
+    assert lrk("run", "--resume", str(path)).code == 0
+    assert ledger(path) == {"train": "done", "test": "done"}
+    rows = [json.loads(line) for line in (path / "01-train" / "history.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["resumed"]) for row in rows] == [(1, False), (2, True), (3, True)]
+    assert "is finished" in lrk("run", "--resume", str(path)).err
+
+
+def test_finished_stages_are_not_repeated(lrk):  # noqa: F811
+    text = TWO + "  - {name: last, stage: train, overrides: [train.learning_rate=2]}\n"
+    assert lrk("run", *write(text), *SHORT).code == 1
+    (path,) = runs()
+    before = (path / "01-small" / "run.json").read_text()
+    Path("mended").touch()
+    assert lrk("run", "--resume", "outputs/latest").code == 0
+    assert (path / "01-small" / "run.json").read_text() == before and set(ledger(path).values()) == {"done"}
+
+
+def test_ctrl_c_names_the_recipe(lrk):  # noqa: F811
+    ended = lrk("run", "recipe=milora", "train.warmup=1", "train.max_steps=3")
+    (path,) = runs()
+    assert (ended.code, ended.err) == (130, f"interrupted: continue with: lrk run --resume {path}\n")
+    assert ledger(path) == {"train": "interrupted", "test": "pending"}
+    assert lrk("run", "--resume", str(path)).code == 0
+
+
+def test_a_recipe_moves_with_its_folder(lrk):  # noqa: F811
+    lrk("run", "recipe=milora", *SHORT, "train.learning_rate=2")
+    Path("mended").touch()
+    moved = runs()[0].rename("moved")
+    assert lrk("run", "--resume", "moved").code == 0
+    assert saved(moved, "02-test")["run"] == "moved/01-train"
+
+
+MISTAKES = {
+    "  - {name: a, stage: trian}": "recipe mine, stage 'a': unknown value 'trian'; did you mean 'train'?",
+    "  - {name: a, stage: train, overrides: [method=none]}": "stage 'a': method: 'none' has no stage train",
+    "  - {name: a, stage: train, overrides: [method.rnk=2]}": "stage 'a': method.rnk: unknown key; did you mean",
+    "  - {name: a, stage: evaluate, overrides: ['run={b}']}": "stage 'a', run: unknown value 'b'",
+    "  - {name: a, stage: evaluate}": "stage 'a': run: no finished run",
+    "  - {name: a/b, stage: train}": "the name must be unique, of letters, digits, - and _",
+    "  - {name: a, stage: train}\n  - {name: a, stage: train}": "the name must be unique",
+    "  []": "recipe mine: it has no stages",
+    "  - {name: a, stages: train}": "mine.yaml, line",
+    "  - {name: a}": "missing",
+    "  - {name: a, stage: train, overrides: [task.path=nowhere]}": "task.path: there is no folder 'nowhere'",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_is_found_before_anything_runs(lrk, text):  # noqa: F811
+    assert MISTAKES[text] in one_line(lrk("run", *write(text)))
+
+
+def test_an_override_that_no_stage_knows(lrk):  # noqa: F811
+    assert "stage 'train': rank: unknown key; did you mean 'method.rank'" in one_line(
+        lrk("run", "recipe=milora", "rank=8")
+    )
+    assert "did you mean 'recipe=milora'" in one_line(lrk("run", "milora"))
+
+
+def test_a_mistake_that_the_first_stage_finds_leaves_nothing(lrk):  # noqa: F811
+    assert one_line(lrk("run", "recipe=milora", "task.max_length=3")) == "task.max_length: 3 is too short"
+
+
+def test_plan_and_dry_run(lrk):  # noqa: F811
+    assert "{train}" in lrk("check", "run", "recipe=milora").out
+    documents = list(yaml.safe_load_all(lrk("run", "--dry-run", "recipe=milora", "seed=3").out))
+    assert [document["seed"] for document in documents] == [3, 3]
+    with pytest.raises(UserError):
+        recipe.check("run", ["recipe=milora", "method.k=0"], None)
+    assert not Path("outputs").exists()

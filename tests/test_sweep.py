@@ -1,0 +1,161 @@
+"""Sweeps: job folders, failures that spare the others, the ledger, resuming, both launchers, evaluate and recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import fake_stages, lrk, one_line, runs  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.usefixtures("fake_stages")
+STEPS = ("train.max_steps=3", "train.warmup=0.1")
+
+
+def ledger(sweep: Path) -> dict:
+    return json.loads((sweep / "sweep.json").read_text())
+
+
+def states(sweep: Path) -> dict[str, str]:
+    """Label of each job, without its hash, and how it stands in its own folder."""
+    found = {}
+    for job in ledger(sweep)["jobs"]:
+        status = json.loads((sweep / job["id"] / "run.json").read_text())["status"]
+        assert job["status"] == status
+        found[job["id"].partition("-")[2]] = status
+    return found
+
+
+def test_a_sweep_runs_every_combination(lrk):  # noqa: F811
+    ended = lrk("train", "-m", "method=lora,milora", "seed=0,1", *STEPS, "name=try")
+    assert ended.code == 0, ended.err
+    (sweep,) = runs()
+    assert sweep.name.endswith("-sweep-try") and Path("outputs/latest").resolve() == sweep.resolve()
+    assert states(sweep) == dict.fromkeys(["lora-seed0", "lora-seed1", "milora-seed0", "milora-seed1"], "done")
+    assert sorted(entry.name for entry in sweep.iterdir() if entry.is_file()) == ["sweep.json"]
+    assert (ledger(sweep)["status"], ledger(sweep)["overrides"][0]) == ("done", "method=lora,milora")
+    assert ended.out.count("done") == 4 and "0.5100" in ended.out
+    job = sweep / ledger(sweep)["jobs"][0]["id"]
+    info = json.loads((job / "run.json").read_text())
+    assert info["command"] == f"lrk train method=lora seed=0 {' '.join(STEPS)} name=try"
+    assert info["config_hash"].startswith(job.name.partition("-")[0])
+    assert not list(Path().glob("multirun*")) and not list(sweep.rglob(".hydra"))
+
+
+def test_a_failed_job_spares_the_others(lrk):  # noqa: F811
+    ended = lrk("train", "-m", "train.learning_rate=0.1,2", "train.weight_decay=9,0", *STEPS)
+    (sweep,) = runs()
+    assert ended.code == 1
+    assert f"3 of 4 jobs are not done; continue with: lrk train -m --resume {sweep}" in ended.err
+    assert list(states(sweep).values()) == ["failed", "done", "failed", "failed"]
+    assert ledger(sweep)["status"] == "failed"
+    bug = sweep / ledger(sweep)["jobs"][0]["id"]
+    assert "RuntimeError: a bug" in (bug / "error.txt").read_text()
+    assert "train/loss is nan" in ended.out
+
+
+def test_resume_runs_only_what_is_not_done(lrk):  # noqa: F811
+    lrk("train", "-m", "train.learning_rate=0.1,2", *STEPS)
+    (sweep,) = runs()
+    assert list(states(sweep).values()) == ["done", "failed"]
+    before = {path: path.read_text() for path in sweep.rglob("history.jsonl")}
+    Path("mended").touch()
+    ended = lrk("train", "--resume", str(sweep))
+    assert ended.code == 0 and list(states(sweep).values()) == ["done", "done"]
+    after = {path: path.read_text() for path in sweep.rglob("history.jsonl")}
+    (changed,) = [path for path in after if after[path] != before[path]]
+    rows = [json.loads(line) for line in after[changed].splitlines()]
+    assert [(row["step"], row["resumed"]) for row in rows] == [(1, False), (2, True), (3, True)]
+    assert len(runs()) == 1
+    assert "all jobs of" in lrk("train", "-m", "--resume", str(sweep)).err
+    assert "a sweep of train, not of evaluate" in lrk("evaluate", "--resume", str(sweep)).err
+
+
+def test_ctrl_c_keeps_what_is_done(lrk):  # noqa: F811
+    ended = lrk("train", "-m", "train.warmup=0.1,1,0.2", "train.max_steps=3")
+    (sweep,) = runs()
+    assert (ended.code, ended.err.splitlines()[-1]) == (
+        130,
+        f"interrupted: continue with: lrk train -m --resume {sweep}",
+    )
+    assert list(states(sweep).values()) == ["done", "interrupted", "pending"]
+    assert ledger(sweep)["status"] == "interrupted"
+    assert lrk("train", "-m", "--resume", str(sweep)).code == 0
+    assert set(states(sweep).values()) == {"done"}
+
+
+def test_joblib_runs_jobs_side_by_side(lrk):  # noqa: F811
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    ended = lrk("train", "-m", "train.learning_rate=0.1,2", "seed=0,1", *STEPS, *launcher)
+    (sweep,) = runs()
+    assert ended.code == 1 and sorted(states(sweep).values()) == ["done", "done", "failed", "failed"]
+    failed = [sweep / job["id"] for job in ledger(sweep)["jobs"] if job["status"] == "failed"]
+    assert all("error: train/loss is nan" in (job / "log.txt").read_text() for job in failed)
+    Path("mended").touch()
+    assert lrk("train", "-m", "--resume", str(sweep)).code == 0
+    assert set(states(sweep).values()) == {"done"}
+
+
+def test_a_sweep_of_evaluations(lrk):  # noqa: F811
+    lrk("train", "method=lora", *STEPS)
+    ended = lrk("evaluate", "-m", "evaluate.shots=0,4", "seed=0,1")
+    assert ended.code == 0, ended.err
+    assert list(states(runs()[1])) == ["shots0-seed0", "shots0-seed1", "shots4-seed0", "shots4-seed1"]
+    saved = [path.read_text() for path in runs()[1].glob("*/config.yaml")]
+    assert all(f"run: {runs()[0]}" in text and "name: lora" in text for text in saved)
+    names = ",".join(str(path) for path in sorted(runs()[0].parent.glob("*lora*")))
+    assert lrk("evaluate", "-m", f"run={names}").code == 0
+
+
+def test_a_sweep_of_recipes(lrk):  # noqa: F811
+    ended = lrk("run", "-m", "recipe=milora", "seed=0,1", *STEPS)
+    assert ended.code == 0, ended.err
+    (sweep,) = runs()
+    assert states(sweep) == {"seed0": "done", "seed1": "done"}
+    assert len(list(sweep.glob("*/02-test/metrics.json"))) == 2
+    assert [json.loads(p.read_text())["seed"] for p in sorted(sweep.glob("*seed1/0*/run.json"))] == [1, 1]
+
+
+def test_equal_jobs_run_once(lrk):  # noqa: F811
+    lrk("train", "-m", "seed=0,0", *STEPS)
+    assert len(ledger(runs()[0])["jobs"]) == 1
+
+
+def test_nothing_starts_where_one_job_is_wrong(lrk):  # noqa: F811
+    assert "no stage train" in one_line(lrk("train", "-m", "method=lora,none"))
+
+
+def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):  # noqa: F811
+    """The launcher's process ends without a word: the folder says running, the ledger must not."""
+    lrk("train", "-m", "train.warmup=1", "seed=0,1", "train.max_steps=3")
+    (sweep,) = runs()
+    first = sweep / ledger(sweep)["jobs"][0]["id"] / "run.json"
+    first.write_text(json.dumps({**json.loads(first.read_text()), "status": "running"}))
+    monkeypatch.setattr("lowrank_cli.dispatch.sweep.Launcher.launch", lambda *a: None)
+    ended = lrk("train", "--resume", str(sweep))
+    assert ended.code == 1 and list(states(sweep).values()) == ["failed", "failed"]
+    assert "the process ended without a result" in ended.out
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_joblib(tmp_path):
+    """A real signal to a real process group: finished jobs stay, the others say interrupted."""
+    program = (
+        "import os, signal, sys, threading, time\n"
+        "from lowrank_cli import cli\n"
+        "from pathlib import Path\n"
+        "def wait():\n"
+        "    while not list(Path('outputs').glob('*/*/*/waiting')): time.sleep(0.1)\n"
+        "    os.killpg(0, signal.SIGINT)\n"
+        "threading.Thread(target=wait, daemon=True).start()\n"
+        "sys.exit(cli.call(sys.argv[1:]))\n"
+    )
+    command = ["train", "-m", "seed=0,77", *STEPS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120, start_new_session=True
+    )
+    assert done.returncode == 130, done
+    (sweep,) = runs()
+    assert states(sweep)["seed77"] == "interrupted" and ledger(sweep)["status"] == "interrupted"

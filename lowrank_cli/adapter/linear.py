@@ -71,11 +71,10 @@ class LowRank(nn.Module):
             h = h * gate.to(h.dtype)
         return h
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y`` (..., O) += the update for ``x`` (..., I), in place, in one product; ``y`` must be contiguous."""
-        h = self.hidden(x).to(y.dtype)
-        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, self.rank), self.lora_b.to(y.dtype).t(), alpha=self.scale)
-        return y
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """``y`` (B * T, O) += the update for ``x`` (B, T, I), in place, in one matrix product."""
+        h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        y.addmm_(h, self.lora_b.to(y.dtype).t(), alpha=self.scale)
 
     def update(self, x: Tensor) -> Tensor:
         """The update alone: (..., I) -> (..., O)."""
@@ -135,17 +134,17 @@ class AdaptedLinear(nn.Module):
         self.spans[name] = span
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)  # (..., I) -> (..., O)
         if not self.enabled or self.merged:
-            return y
+            return self.base(x)
+        y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self.updates:
             if part.skip:
                 continue
             if span is None:
-                y = part.add_to(y, x)
+                part.add_to(y, x)
             else:
-                y[..., slice(*span)] += part.update(x).to(y.dtype)
-        return y
+                y[:, slice(*span)] += part.update(x).flatten(0, -2).to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 
 import pytest
+from command import fake_stages, lrk  # noqa: F401 (fixtures of every test)
 
 # Read when torch, matplotlib and huggingface_hub are first imported; child processes inherit them.
 _hub_cache = tempfile.TemporaryDirectory(prefix="hub-")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import ROOT, fake_stages, lrk, one_line, runs, shell  # noqa: F401 (fixtures)
+from command import one_line, runs, shell
 
 from lowrank_cli import cli
 
@@ -36,7 +36,7 @@ def test_completion_imports_nothing_heavy():
     assert (ended.code, ended.out.split()) == (0, ["milora"])
 
 
-def test_module_and_script_are_the_same(lrk):  # noqa: F811
+def test_module_and_script_are_the_same(lrk):
     assert shell("--version").out == lrk("--version").out
     assert lrk("--version").out.startswith("lrk 0.")
 
@@ -44,14 +44,14 @@ def test_module_and_script_are_the_same(lrk):  # noqa: F811
 # -------------------------------------------------------------------------------------- help, lists, plans
 
 
-def test_help_names_the_verbs(lrk):  # noqa: F811
+def test_help_names_the_verbs(lrk):
     for ended in (lrk("--help"), lrk()):
         assert ended.code == 0
         assert all(f"\n  {verb} " in ended.out for verb in cli.VERBS)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
-def test_each_verb_explains_itself(lrk, verb):  # noqa: F811
+def test_each_verb_explains_itself(lrk, verb):
     ended = lrk(verb, "--help")
     assert ended.code == 0 and "Examples:\n  lrk " in ended.out and ended.err == ""
     if verb in ("train", "evaluate", "check"):
@@ -60,7 +60,7 @@ def test_each_verb_explains_itself(lrk, verb):  # noqa: F811
         assert all(option in ended.out for option in ("--dry-run", "--config-dir", "--resume", "--multirun"))
 
 
-def test_examples_of_the_help_are_valid(lrk, fake_stages):  # noqa: F811
+def test_examples_of_the_help_are_valid(lrk, fake_stages):
     lrk("train", "method=milora")
     lrk("train", "method=lora")
     for verb, examples in cli.EXAMPLES.items():
@@ -71,7 +71,7 @@ def test_examples_of_the_help_are_valid(lrk, fake_stages):  # noqa: F811
                 assert (ended.code, ended.err) == (0, ""), example
 
 
-def test_list_says_what_there_is(lrk):  # noqa: F811
+def test_list_says_what_there_is(lrk):
     everything = lrk("list").out
     for what in cli.LISTS:
         ended = lrk("list", what)
@@ -81,13 +81,13 @@ def test_list_says_what_there_is(lrk):  # noqa: F811
     assert "did you mean 'tasks'" in one_line(lrk("list", "taks"))
 
 
-def test_list_shows_the_users_own(lrk):  # noqa: F811
+def test_list_shows_the_users_own(lrk):
     Path("mine/task").mkdir(parents=True)
     Path("mine/task/own.yaml").write_text("# My own task\n")
     assert "My own task" in lrk("list", "tasks", "--config-dir", "mine").out
 
 
-def test_check_prints_the_plan(lrk):  # noqa: F811
+def test_check_prints_the_plan(lrk):
     ended = lrk("check", "method=lora", "method.rank=4", "train.batch_size=8", "train.gradient_accumulation=2")
     assert (ended.code, ended.err) == (0, "")
     for text in ("rank=4", "tiny_yesno", "8 examples a step = 1 processes × 2 accumulated × 4", "nothing was started"):
@@ -98,7 +98,7 @@ def test_check_prints_the_plan(lrk):  # noqa: F811
     assert "did you mean 'train'" in one_line(lrk("check", "trian"))
 
 
-def test_dry_run_prints_what_would_be_saved(lrk, fake_stages):  # noqa: F811
+def test_dry_run_prints_what_would_be_saved(lrk, fake_stages):
     printed = lrk("train", "--dry-run", "method=lora", "task.limit=4").out
     assert not Path("outputs").exists()
     lrk("train", "method=lora", "task.limit=4")
@@ -146,11 +146,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
-def test_a_mistake_is_one_line_and_leaves_nothing(lrk, arguments):  # noqa: F811
+def test_a_mistake_is_one_line_and_leaves_nothing(lrk, arguments):
     assert one_line(lrk(*arguments)).startswith(MISTAKES[arguments])
 
 
-def test_a_mistake_that_the_stage_finds_leaves_nothing(lrk, fake_stages):  # noqa: F811
+def test_a_mistake_that_the_stage_finds_leaves_nothing(lrk, fake_stages):
     assert one_line(lrk("train", "task.max_length=3")) == "task.max_length: 3 is too short"
     lrk("train")
     assert lrk("train", "task.max_length=3").code == 2
@@ -160,7 +160,7 @@ def test_a_mistake_that_the_stage_finds_leaves_nothing(lrk, fake_stages):  # noq
 # --------------------------------------------------------------------------------------- runs and their end
 
 
-def test_a_run_from_start_to_end(lrk, fake_stages):  # noqa: F811
+def test_a_run_from_start_to_end(lrk, fake_stages):
     arguments = ["train", "method=lora", "train.max_steps=3", "name=first", "seed=2"]
     ended = lrk(*arguments)
     assert (ended.code, ended.err) == (0, "") and "0.5200" in ended.out
@@ -178,14 +178,14 @@ def test_a_run_from_start_to_end(lrk, fake_stages):  # noqa: F811
     assert "2 run" not in lrk("list", "runs").out and lrk("list", "runs").out.count("done") == 2
 
 
-def test_outputs_may_lie_elsewhere(lrk, fake_stages):  # noqa: F811
+def test_outputs_may_lie_elsewhere(lrk, fake_stages):
     assert lrk("train", "outputs=else where", "train.max_steps=1").code == 0
     assert not Path("outputs").exists()
     assert lrk("evaluate", "outputs=else where").code == 0
     assert lrk("list", "runs", "--outputs", "else where").out.count("done") == 2
 
 
-def test_work_that_fails_keeps_its_folder(lrk, fake_stages):  # noqa: F811
+def test_work_that_fails_keeps_its_folder(lrk, fake_stages):
     ended = lrk("train", "train.learning_rate=2")
     assert (ended.code, ended.err) == (1, "error: train/loss is nan at step 2\n")
     assert "--resume" in ended.out
@@ -196,7 +196,7 @@ def test_work_that_fails_keeps_its_folder(lrk, fake_stages):  # noqa: F811
     assert info(path)["status"] == "done" and "error" not in info(path)
 
 
-def test_a_bug_keeps_its_traceback(lrk, fake_stages):  # noqa: F811
+def test_a_bug_keeps_its_traceback(lrk, fake_stages):
     ended = lrk("train", "train.weight_decay=9")
     assert ended.code == 1 and "Traceback" in ended.err and "RuntimeError: a bug" in ended.err
     (path,) = runs()
@@ -204,7 +204,7 @@ def test_a_bug_keeps_its_traceback(lrk, fake_stages):  # noqa: F811
     assert info(path)["status"] == "failed" and info(path)["error"] == "RuntimeError: a bug"
 
 
-def test_an_interrupted_run_says_how_to_go_on(lrk, fake_stages):  # noqa: F811
+def test_an_interrupted_run_says_how_to_go_on(lrk, fake_stages):
     ended = lrk("train", "train.warmup=1", "train.max_steps=4")
     (path,) = runs()
     assert (ended.code, ended.err) == (130, f"interrupted: continue with: lrk train --resume {path}\n")
@@ -218,7 +218,7 @@ def test_an_interrupted_run_says_how_to_go_on(lrk, fake_stages):  # noqa: F811
     assert info(path)["status"] == "done"
 
 
-def test_a_killed_run_is_continued(lrk, fake_stages):  # noqa: F811
+def test_a_killed_run_is_continued(lrk, fake_stages):
     lrk("train", "train.warmup=1", "train.max_steps=4")
     (path,) = runs()
     (path / "run.json").write_text(json.dumps({**info(path), "status": "running"}))
@@ -229,7 +229,7 @@ def test_a_killed_run_is_continued(lrk, fake_stages):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_compare_for_real(lrk):  # noqa: F811
+def test_train_evaluate_and_compare_for_real(lrk):
     tiny = ["task.limit=8", "train.max_steps=2", "train.eval_every=1", "train.log_every=1"]
     ended = lrk("train", "method=milora", "model=llama", *tiny)
     assert ended.code == 0, ended.err

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import lrk  # noqa: F401 (fixture)
 
 
 @pytest.fixture
-def bash(lrk, monkeypatch):  # noqa: F811
+def bash(lrk, monkeypatch):
     """Words as bash splits them, ``=`` on its own; the last one is under the cursor."""
 
     def ask(*words: str) -> list[str]:
@@ -28,7 +27,7 @@ def bash(lrk, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture
-def zsh(lrk, monkeypatch):  # noqa: F811
+def zsh(lrk, monkeypatch):
     """The whole line, as zsh and fish pass it."""
 
     def ask(line: str, shell: str = "fish") -> list[str]:
@@ -92,7 +91,7 @@ def test_a_wrong_line_has_no_completions(bash):
     assert bash("train", "(", "tr") == []
 
 
-def test_zsh_gets_its_form(lrk, monkeypatch):  # noqa: F811
+def test_zsh_gets_its_form(lrk, monkeypatch):
     monkeypatch.setenv("_LRK_COMPLETE", "complete_zsh")
     monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "lrk train method=mi")
     assert lrk().out.strip() == """_arguments '*: :(("method=milora"))'"""

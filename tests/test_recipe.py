@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import fake_stages, lrk, one_line, runs  # noqa: F401 (fixtures)
+from command import one_line, runs
 
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.dispatch import recipe
@@ -61,7 +61,7 @@ def test_the_papers_settings():
     assert test.config.evaluate.num_beams == 3 and test.config.task.max_length == 768
 
 
-def test_stages_run_in_a_row(lrk):  # noqa: F811
+def test_stages_run_in_a_row(lrk):
     ended = lrk("run", *write(TWO), *SHORT, "name=x")
     assert ended.code == 0, ended.err
     (path,) = runs()
@@ -78,7 +78,7 @@ def test_stages_run_in_a_row(lrk):  # noqa: F811
     assert (path / "01-small" / "plots" / "loss.png").is_file()
 
 
-def test_overrides_reach_the_stages_that_know_them(lrk):  # noqa: F811
+def test_overrides_reach_the_stages_that_know_them(lrk):
     lrk("run", *write(TWO), *SHORT, "task=tiny_sentiment", "seed=4", "evaluate.batch_size=2")
     small, base, again = (saved(runs()[0], folder) for folder in ("01-small", "02-base", "03-again"))
     assert {part["seed"] for part in (small, base, again)} == {4}
@@ -86,7 +86,7 @@ def test_overrides_reach_the_stages_that_know_them(lrk):  # noqa: F811
     assert {part["evaluate"]["batch_size"] for part in (small, base, again)} == {2}
 
 
-def test_a_failure_is_continued_from_the_first_unfinished_stage(lrk):  # noqa: F811
+def test_a_failure_is_continued_from_the_first_unfinished_stage(lrk):
     ended = lrk("run", "recipe=milora", *SHORT, "train.learning_rate=2")
     (path,) = runs()
     assert (ended.code, ended.err) == (1, "error: train/loss is nan at step 2\n")
@@ -99,7 +99,7 @@ def test_a_failure_is_continued_from_the_first_unfinished_stage(lrk):  # noqa: F
     assert "is finished" in lrk("run", "--resume", str(path)).err
 
 
-def test_finished_stages_are_not_repeated(lrk):  # noqa: F811
+def test_finished_stages_are_not_repeated(lrk):
     text = TWO + "  - {name: last, stage: train, overrides: [train.learning_rate=2]}\n"
     assert lrk("run", *write(text), *SHORT).code == 1
     (path,) = runs()
@@ -109,7 +109,7 @@ def test_finished_stages_are_not_repeated(lrk):  # noqa: F811
     assert (path / "01-small" / "run.json").read_text() == before and set(ledger(path).values()) == {"done"}
 
 
-def test_ctrl_c_names_the_recipe(lrk):  # noqa: F811
+def test_ctrl_c_names_the_recipe(lrk):
     ended = lrk("run", "recipe=milora", "train.warmup=1", "train.max_steps=3")
     (path,) = runs()
     assert (ended.code, ended.err) == (130, f"interrupted: continue with: lrk run --resume {path}\n")
@@ -117,7 +117,7 @@ def test_ctrl_c_names_the_recipe(lrk):  # noqa: F811
     assert lrk("run", "--resume", str(path)).code == 0
 
 
-def test_a_recipe_moves_with_its_folder(lrk):  # noqa: F811
+def test_a_recipe_moves_with_its_folder(lrk):
     lrk("run", "recipe=milora", *SHORT, "train.learning_rate=2")
     Path("mended").touch()
     moved = runs()[0].rename("moved")
@@ -141,22 +141,22 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("text", MISTAKES)
-def test_a_mistake_is_found_before_anything_runs(lrk, text):  # noqa: F811
+def test_a_mistake_is_found_before_anything_runs(lrk, text):
     assert MISTAKES[text] in one_line(lrk("run", *write(text)))
 
 
-def test_an_override_that_no_stage_knows(lrk):  # noqa: F811
+def test_an_override_that_no_stage_knows(lrk):
     assert "stage 'train': rank: unknown key; did you mean 'method.rank'" in one_line(
         lrk("run", "recipe=milora", "rank=8")
     )
     assert "did you mean 'recipe=milora'" in one_line(lrk("run", "milora"))
 
 
-def test_a_mistake_that_the_first_stage_finds_leaves_nothing(lrk):  # noqa: F811
+def test_a_mistake_that_the_first_stage_finds_leaves_nothing(lrk):
     assert one_line(lrk("run", "recipe=milora", "task.max_length=3")) == "task.max_length: 3 is too short"
 
 
-def test_plan_and_dry_run(lrk):  # noqa: F811
+def test_plan_and_dry_run(lrk):
     assert "{train}" in lrk("check", "run", "recipe=milora").out
     documents = list(yaml.safe_load_all(lrk("run", "--dry-run", "recipe=milora", "seed=3").out))
     assert [document["seed"] for document in documents] == [3, 3]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import fake_stages, lrk, one_line, runs  # noqa: F401 (fixtures)
+from command import one_line, runs
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 STEPS = ("train.max_steps=3", "train.warmup=0.1")
@@ -28,7 +28,7 @@ def states(sweep: Path) -> dict[str, str]:
     return found
 
 
-def test_a_sweep_runs_every_combination(lrk):  # noqa: F811
+def test_a_sweep_runs_every_combination(lrk):
     ended = lrk("train", "-m", "method=lora,milora", "seed=0,1", *STEPS, "name=try")
     assert ended.code == 0, ended.err
     (sweep,) = runs()
@@ -44,7 +44,7 @@ def test_a_sweep_runs_every_combination(lrk):  # noqa: F811
     assert not list(Path().glob("multirun*")) and not list(sweep.rglob(".hydra"))
 
 
-def test_a_failed_job_spares_the_others(lrk):  # noqa: F811
+def test_a_failed_job_spares_the_others(lrk):
     ended = lrk("train", "-m", "train.learning_rate=0.1,2", "train.weight_decay=9,0", *STEPS)
     (sweep,) = runs()
     assert ended.code == 1
@@ -56,7 +56,7 @@ def test_a_failed_job_spares_the_others(lrk):  # noqa: F811
     assert "train/loss is nan" in ended.out
 
 
-def test_resume_runs_only_what_is_not_done(lrk):  # noqa: F811
+def test_resume_runs_only_what_is_not_done(lrk):
     lrk("train", "-m", "train.learning_rate=0.1,2", *STEPS)
     (sweep,) = runs()
     assert list(states(sweep).values()) == ["done", "failed"]
@@ -73,7 +73,7 @@ def test_resume_runs_only_what_is_not_done(lrk):  # noqa: F811
     assert "a sweep of train, not of evaluate" in lrk("evaluate", "--resume", str(sweep)).err
 
 
-def test_ctrl_c_keeps_what_is_done(lrk):  # noqa: F811
+def test_ctrl_c_keeps_what_is_done(lrk):
     ended = lrk("train", "-m", "train.warmup=0.1,1,0.2", "train.max_steps=3")
     (sweep,) = runs()
     assert (ended.code, ended.err.splitlines()[-1]) == (
@@ -86,7 +86,7 @@ def test_ctrl_c_keeps_what_is_done(lrk):  # noqa: F811
     assert set(states(sweep).values()) == {"done"}
 
 
-def test_joblib_runs_jobs_side_by_side(lrk):  # noqa: F811
+def test_joblib_runs_jobs_side_by_side(lrk):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     ended = lrk("train", "-m", "train.learning_rate=0.1,2", "seed=0,1", *STEPS, *launcher)
     (sweep,) = runs()
@@ -98,7 +98,7 @@ def test_joblib_runs_jobs_side_by_side(lrk):  # noqa: F811
     assert set(states(sweep).values()) == {"done"}
 
 
-def test_a_sweep_of_evaluations(lrk):  # noqa: F811
+def test_a_sweep_of_evaluations(lrk):
     lrk("train", "method=lora", *STEPS)
     ended = lrk("evaluate", "-m", "evaluate.shots=0,4", "seed=0,1")
     assert ended.code == 0, ended.err
@@ -109,7 +109,7 @@ def test_a_sweep_of_evaluations(lrk):  # noqa: F811
     assert lrk("evaluate", "-m", f"run={names}").code == 0
 
 
-def test_a_sweep_of_recipes(lrk):  # noqa: F811
+def test_a_sweep_of_recipes(lrk):
     ended = lrk("run", "-m", "recipe=milora", "seed=0,1", *STEPS)
     assert ended.code == 0, ended.err
     (sweep,) = runs()
@@ -118,16 +118,16 @@ def test_a_sweep_of_recipes(lrk):  # noqa: F811
     assert [json.loads(p.read_text())["seed"] for p in sorted(sweep.glob("*seed1/0*/run.json"))] == [1, 1]
 
 
-def test_equal_jobs_run_once(lrk):  # noqa: F811
+def test_equal_jobs_run_once(lrk):
     lrk("train", "-m", "seed=0,0", *STEPS)
     assert len(ledger(runs()[0])["jobs"]) == 1
 
 
-def test_nothing_starts_where_one_job_is_wrong(lrk):  # noqa: F811
+def test_nothing_starts_where_one_job_is_wrong(lrk):
     assert "no stage train" in one_line(lrk("train", "-m", "method=lora,none"))
 
 
-def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):  # noqa: F811
+def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):
     """The launcher's process ends without a word: the folder says running, the ledger must not."""
     lrk("train", "-m", "train.warmup=1", "seed=0,1", "train.max_steps=3")
     (sweep,) = runs()

@@ -30,7 +30,11 @@ EXAMPLES = {
         "lrk evaluate method=none task=tiny_yesno evaluate.shots=8",
         "lrk evaluate -m method=none evaluate.shots=0,4,8",
     ],
-    "run": ["lrk run recipe=milora", "lrk run recipe=milora task=tiny_entailment seed=1", "lrk run --resume outputs/latest"],
+    "run": [
+        "lrk run recipe=milora",
+        "lrk run recipe=milora task=tiny_entailment seed=1",
+        "lrk run --resume outputs/latest",
+    ],
     "compare": ["lrk compare outputs", "lrk compare outputs/latest --baseline lora --output comparison"],
     "list": ["lrk list", "lrk list tasks", "lrk list runs"],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],

@@ -34,7 +34,9 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
 def unknown(key: str, value: object, allowed: Iterable[object]) -> UserError:
     """The error for a value outside a closed set."""
     allowed = [str(item) for item in allowed]
-    return UserError(f"{key}: unknown value '{value}'{nearest(value, allowed)} (allowed: {', '.join(allowed) or 'none'})")
+    return UserError(
+        f"{key}: unknown value '{value}'{nearest(value, allowed)} (allowed: {', '.join(allowed) or 'none'})"
+    )
 
 
 def require_choice(key: str, value: object, allowed: Iterable[object]) -> None:

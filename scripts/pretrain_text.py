@@ -15,36 +15,42 @@ from lowrank_cli.tasks.tiny.lexicon import EPISODE_LABELS, Lexicon, vocabulary
 Document = list[tuple[str, float]]
 
 PLAIN = 0.1  #: weight of text that is not an answer
+LATE_PLAIN = 0.03
 ANSWER = 1.0
 NUMBERS = (0, 50)  #: range of the numbers in pretraining
 SEPARATORS = ("\n\n", "\n\n", "\n")
 
-#: kind of document -> share at the start and at the end of pretraining
+LATE = 1.4  #: progress from which the last mixture holds and loss falls on what can be known only
+
+#: kind of document -> share at the start, where the curriculum ends (progress 1), and late
 MIXTURE = {
-    "copy": (0.15, 0.04),
-    "lookup": (0.45, 0.06),
-    "episode": (0.25, 0.60),
-    "natural": (0.10, 0.15),
-    "choice": (0.01, 0.04),
-    "arithmetic": (0.01, 0.05),
-    "describe": (0.01, 0.02),
-    "instruct": (0.02, 0.04),
+    "copy": (0.15, 0.03, 0.02),
+    "lookup": (0.25, 0.05, 0.03),
+    "episode": (0.30, 0.54, 0.45),
+    "natural": (0.20, 0.18, 0.30),
+    "choice": (0.02, 0.06, 0.05),
+    "arithmetic": (0.03, 0.06, 0.06),
+    "describe": (0.02, 0.03, 0.03),
+    "instruct": (0.03, 0.05, 0.06),
 }
 
 _WORDS = vocabulary()
 
 
 def document(rng: Random, lexicon: Lexicon, progress: float) -> Document:
-    """One document; ``progress`` (0 … 1) moves the mixture and the number of shots from short to long."""
-    weights = [start + (end - start) * progress for start, end in MIXTURE.values()]
+    """One document; ``progress`` moves the mixture, and up to 1 the number of shots from short to long."""
+    late, part = progress >= LATE, min(1.0, progress)
+    weights = [last if late else start + (end - start) * part for start, end, last in MIXTURE.values()]
     kind = rng.choices(list(MIXTURE), weights)[0]
-    return globals()[f"_{kind}"](rng, lexicon, progress)
+    pieces = globals()[f"_{kind}"](rng, lexicon, progress)
+    return [(text, weight if weight > PLAIN else LATE_PLAIN) for text, weight in pieces] if late else pieces
 
 
 def _copy(rng: Random, lexicon: Lexicon, progress: float) -> Document:
-    """A list of any words, said two or three times."""
-    words = " " + " ".join(rng.sample(_WORDS, rng.randrange(3, 16)))
-    return [(words + "\n", PLAIN)] + [(words + "\n", ANSWER)] * rng.choice((1, 2))
+    """A list of any words, said again and again."""
+    words = "".join(f" {word}" for word in rng.sample(_WORDS, rng.randrange(3, 24)))
+    times = max(1, rng.randrange(32, 96) // words.count(" "))
+    return [(words, PLAIN), (words * times, ANSWER)]
 
 
 def _lookup(rng: Random, lexicon: Lexicon, progress: float) -> Document:
@@ -112,8 +118,20 @@ def _episode(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     number = len(family.classes)
     classes = rng.sample(range(number), min(number, rng.choice((2, 2, 2, 3, 4))))
     words = dict(zip(classes, rng.sample(EPISODE_LABELS, len(classes)), strict=True))
-    longest = 8 + round(8 * progress) if family.name not in ("yesno", "entailment") else 8 + round(4 * progress)
-    return _shots(rng, lexicon, family, rng.randrange(4, longest), classes, words)
+    long = family.name in ("yesno", "entailment")
+    longest = 8 + round((4 if long else 8) * min(1.0, progress))
+    pieces = _shots(rng, lexicon, family, rng.randrange(4, longest), classes, words)
+    return _unknown(pieces) if progress >= LATE else pieces
+
+
+def _unknown(pieces: Document) -> Document:
+    """The first time an arbitrary label word comes it cannot be known."""
+    known: set[str] = set()
+    weighted = []
+    for text, weight in pieces:
+        weighted.append((text, PLAIN if weight == ANSWER and text not in known else weight))
+        known.add(text)
+    return weighted
 
 
 def _natural(rng: Random, lexicon: Lexicon, progress: float) -> Document:
@@ -121,7 +139,8 @@ def _natural(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     family = _family(rng, progress + 0.3)
     classes = list(range(len(family.classes)))
     words = dict(zip(classes, rng.choice(family.natural), strict=True))
-    return _shots(rng, lexicon, family, rng.choice((1, 2, 4)), classes, words)
+    count = rng.randrange(2, 10) if progress >= LATE else rng.choice((1, 2, 4))
+    return _shots(rng, lexicon, family, count, classes, words)
 
 
 def _choice(rng: Random, lexicon: Lexicon, progress: float) -> Document:

@@ -3,7 +3,7 @@
     python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR
 
 The documents of step ``i`` are a function of the seed and ``i`` alone, so a run continued with ``--resume`` sees the same
-text. Every ``--probe-minutes`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a
+text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a
 checkpoint is written to ``--work``. The length of the run is counted in steps; docs/bundled_model.md names the command
 that made the bundled files.
 """
@@ -30,6 +30,7 @@ from lowrank_cli.tasks.tiny.families import FAMILIES  # noqa: E402
 from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary  # noqa: E402
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BLOCK = 32  #: steps whose documents are made at once; a few more where batches come out smaller
 LONGEST = 512  #: tokens of a pretraining document; longer ones lose their end
 
 #: label words of the probe: those of conf/task/tiny_*.yaml
@@ -96,13 +97,75 @@ def build_model(tokenizer, args):
         head_dim=32,
         intermediate_size=args.intermediate,
         max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:  # the residual stream starts as little more than the embeddings
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight *= 0.1
+                weight[0] = 0  # the constant dimension of start_copying
+    start_copying(model, 0, sharpness=8, gain=0.1)
+    start_copying(model, args.layers // 2, sharpness=50, gain=0.3)
+    return model
+
+
+def start_copying(model, layer: int, sharpness: float, gain: float) -> None:
+    """Start two layers as an induction circuit: what followed something like this before, follows now.
+
+    Finding such a circuit takes a small model thousands of steps; everything stays trainable. The first heads of
+    ``layer`` read the token one back and two back: a constant first dimension of every embedding feeds queries and
+    keys, and rotary angles ``θ`` make the score of a key at distance ``Δ`` proportional to
+    ``sharpness · Σ cos(θ (Δ - back))``. What they read is written as ``gain · out · look · x``. In the next layer two
+    heads compare ``look · x`` of a token with what stands there of each earlier token's predecessor, in the slow
+    rotary dimensions, and copy the token they find.
+    """
+    import torch
+
+    config, width = model.config, model.config.head_dim
+    first, second = (model.model.layers[i].self_attn for i in (layer, layer + 1))
+    groups = config.num_attention_heads // config.num_key_value_heads
+    half, fast = width // 2, width // 4
+    angles = model.model.rotary_emb.inv_freq[:fast]
+    slow = [i for i in range(width) if i % half >= 6]  # angles below 0.01 where rope_theta is 500000
+
+    def orthonormal(columns: int) -> torch.Tensor:
+        basis = torch.linalg.qr(torch.randn(config.hidden_size - 1, columns)).Q
+        return torch.cat([torch.zeros(1, columns), basis])  # (D, columns), blind to the constant dimension
+
+    with torch.no_grad():
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 0] = 0.5
+        scale = (sharpness * width**0.5) ** 0.5 * embedding.square().mean().sqrt() / 0.5
+        look, out = orthonormal(width), orthonormal(width)
+        first.k_proj.weight[:width] = 0
+        first.k_proj.weight[:fast, 0] = scale
+        first.v_proj.weight[:width] = look.T
+        first.o_proj.weight[:, :width] = gain * out
+        for head in range(groups):
+            query = first.q_proj.weight[head * width : (head + 1) * width]
+            query[:] = 0
+            query[:fast, 0] = scale * torch.cos((head + 1) * angles)
+            query[half : half + fast, 0] = -scale * torch.sin((head + 1) * angles)
+        copied = orthonormal(2 * width)
+        for group in range(2):
+            part = slice(group * (width - len(slow)), group * (width - len(slow)) + len(slow))
+            keys = slice(group * width, (group + 1) * width)
+            queries = slice(group * groups * width, (group * groups + 1) * width)
+            for weight, rows, source in (
+                (second.k_proj.weight, keys, out),
+                (second.q_proj.weight, queries, look),
+            ):
+                block = torch.zeros(width, config.hidden_size)
+                block[slow] = 1.8 * source[:, part].T
+                weight[rows] = block
+            second.v_proj.weight[keys] = copied[:, keys].T
+            second.o_proj.weight[:, queries] = 3 * gain * copied[:, keys]
 
 
 _TOKENIZER = None
@@ -162,7 +225,7 @@ def weighted_loss(model, ids, weights):
     return (losses * weights).sum() / weights.sum(), ((losses * answers).sum() / answers.sum()).detach()
 
 
-def probe(model, tokenizer, count: int = 200, shots: tuple[int, ...] = (0, 8), seed: int = 0) -> dict[str, float]:
+def probe(model, tokenizer, count: int = 120, shots: tuple[int, ...] = (0, 8), seed: int = 0) -> dict[str, float]:
     """Accuracy on dev rows of the label tasks, each with its own draw of balanced demonstrations."""
     import torch
 
@@ -177,8 +240,7 @@ def probe(model, tokenizer, count: int = 200, shots: tuple[int, ...] = (0, 8), s
             rows, golds = [], []
             for row in data["dev"][:count]:
                 parts = [
-                    template.format(**shot) + f" {words[shot['label']]}"
-                    for shot in rng.sample(data["train"], number)
+                    template.format(**shot) + f" {words[shot['label']]}" for shot in rng.sample(data["train"], number)
                 ]
                 rows.append(tokenizer.encode("\n\n".join([*parts, template.format(**row)])))
                 golds.append(row["label"])
@@ -213,16 +275,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and the log")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens of one step")
-    parser.add_argument("--curriculum", type=float, default=0.4, help="share of the steps in which episodes grow")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of one step")
+    parser.add_argument("--curriculum", type=float, default=0.25, help="share of the steps in which episodes grow")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--intermediate", type=int, default=320)
     parser.add_argument("--vocabulary", type=int, default=1536)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--probe-minutes", type=float, default=5)
+    parser.add_argument("--probe-steps", type=int, default=256, help="steps between probes")
+    parser.add_argument("--stop", type=int, help="end at this step, to be continued by --resume")
     parser.add_argument("--init-only", action="store_true", help="write tokenizer and fresh model, do not train")
     return parser.parse_args()
 
@@ -249,28 +312,26 @@ def main() -> None:
         lr=args.learning_rate,
         betas=(0.9, 0.98),
     )
-    step = 0
+    step = index = 0
     if args.resume:
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step, index = state["step"], state["block"]
     elif args.init_only:
         return save(model, args.out)
 
-    block = 32  # steps whose documents are made at once
-
     def submit(pool, index):
-        progress = min(1.0, index * block / (args.steps * args.curriculum))
-        return pool.submit(make_batches, args.seed, index, progress, args.tokens, block)
+        progress = index * BLOCK / (args.steps * args.curriculum)
+        return pool.submit(make_batches, args.seed, index, progress, args.tokens, BLOCK)
 
     log = (args.work / "log.jsonl").open("a")
-    began = probed = time.monotonic()
+    began, probed = time.monotonic(), step
     model.train()
     with ProcessPoolExecutor(1, initializer=_start_worker, initargs=(str(args.out),)) as pool:
-        index = step // block
         waiting = submit(pool, index)
-        while step < args.steps:
+        last = args.stop or args.steps
+        while step < last:
             batches, index = waiting.result(), index + 1
             waiting = submit(pool, index)
             for ids, weights in batches:
@@ -292,14 +353,13 @@ def main() -> None:
                         "seconds": round(time.monotonic() - began),
                     }
                     print(row, file=log, flush=True)
-            if time.monotonic() - probed > 60 * args.probe_minutes or step >= args.steps:
-                probed = time.monotonic()
-                row = {"step": step, "seconds": round(probed - began), "loss": round(loss.item(), 3)}
+            if step >= probed + args.probe_steps or step >= last:
+                probed = step
+                row = {"step": step, "seconds": round(time.monotonic() - began), "loss": round(loss.item(), 3)}
                 print(json.dumps(row | probe(model, tokenizer)), flush=True)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "block": index}
                 torch.save(state, args.work / "state.part")
                 os.replace(args.work / "state.part", state_file)
-                probed = time.monotonic()
     save(model, args.out)
 
 

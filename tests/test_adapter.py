@@ -137,6 +137,7 @@ def test_a_packed_linear_by_name_is_one_site():
         ("llama", ["v_porj"], "'v_porj'; did you mean 'v_proj'?"),
         ("bert", ["G"], "family 'bert' has no role 'G' (it has Q K V O U D)"),
         ("gpt2", ["c_attn", "Q"], "given both as a whole and by roles"),
+        ("roberta", ["classifier.dense"], "no linear of this model is called 'classifier.dense'"),
     ],
 )
 def test_unknown_targets_are_errors(family, targets, message):
@@ -266,3 +267,9 @@ def test_autocast_computes_close_to_fp32(family):
 def test_the_rank_sets_the_scale_once():
     adapter = inject(small.model(), find_sites(small.model(), ["Q"]), rank=2, alpha=8, dropout=0.0)
     assert {part.scale for part in adapter.modules.values()} == {4.0}
+
+
+def test_a_head_is_never_a_site_also_when_its_linears_are_named_like_others():
+    paths = [site.path for site in find_sites(small.model("roberta"), ["dense"])]
+    assert paths
+    assert not any(path.startswith("classifier") for path in paths)

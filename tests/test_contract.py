@@ -93,6 +93,7 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
         assert torch.where(ended > 0, True, chosen == cached[:, 6:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
     overrides = [*QUICK, f"method={name}"]
@@ -128,6 +129,7 @@ def test_every_recipe_composes(name):
     assert (CONF / "recipe" / f"{name}.yaml").read_text().startswith("# ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_of_the_bundled_model_runs(name):
     parts = single.preview("run", [f"recipe={name}"], None)

@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.stages.predict import candidate_scores, with_demonstrations
+from lowrank_cli.stages.predict import candidate_scores, ended, with_demonstrations
 from lowrank_cli.tasks.encode import collate_prompts
 from lowrank_cli.tasks.task import Example
 
@@ -55,3 +55,8 @@ def test_demonstrations_stand_in_front_with_their_answers():
     shown = [example("a =", " 1"), example("b =", " 2")]
     assert with_demonstrations([example("c =", " 3")], shown) == ["a = 1\n\nb = 2\n\nc ="]
     assert with_demonstrations([example("c =", " 3")], []) == ["c ="]
+
+
+def test_an_answer_that_begins_another_one_has_to_end():
+    assert ended([[5], [5, 6]], 2) == [[5, 2], [5, 6, 2]]
+    assert ended([[5], [6, 5]], 2) == [[5], [6, 5]]

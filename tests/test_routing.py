@@ -6,6 +6,7 @@ import pytest
 import small
 import torch
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from lowrank_cli.adapter.routing import Rational, Router, SelfAttentionPool, load_balance, top_k_gates
 from lowrank_cli.errors import UserError
@@ -230,17 +231,17 @@ def test_the_second_optimizer_continues_where_it_was_saved():
 def test_observations_count_the_modules_that_prompts_activate():
     method = small.method("milora", k=2)
     adapter = method.adapt(small.model())
-    assert method.observations(adapter) == ({}, [])
+    assert method.observations(adapter, lambda counts: counts) == ({}, [])
     with torch.no_grad():
         adapter.model(input_ids=small.ids(5))
-    metrics, (figure,) = method.observations(adapter)
+    metrics, (figure,) = method.observations(adapter, lambda counts: counts)
     shares = torch.tensor(figure["values"])
     assert shares.sum(dim=1).tolist() == pytest.approx([2.0] * LAYERS)
     sizes = torch.tensor([[p.lora_a.numel() + p.lora_b.numel() for p in layer] for layer in adapter.routing.parts])
     routers = LAYERS * (32 + 12 + 32 * 7)
     assert metrics["activated_parameters"] == pytest.approx((shares * sizes).sum().item() + routers, abs=1)
     assert figure["columns"] == list("QKVOGUD")
-    assert method.observations(adapter) == ({}, []), "nothing since"
+    assert method.observations(adapter, lambda counts: counts) == ({}, []), "nothing since"
 
 
 @pytest.mark.parametrize(
@@ -266,3 +267,33 @@ def test_the_load_balance_loss_is_weighted_and_summed_over_layers():
     assert len(adapter.routing.probabilities) == LAYERS
     assert method.extra_loss(adapter).item() == pytest.approx(expected)
     assert math.isfinite(expected)
+
+
+def prefilled(adapter, ids):
+    """A KV cache that holds ``ids``."""
+    with torch.no_grad():
+        return adapter.model(input_ids=ids, use_cache=True).past_key_values
+
+
+def test_a_cache_continues_with_its_own_gates_after_the_adapter_was_off():
+    adapter = small.adapted("milora")
+    ids = small.ids(2, 6)
+    with torch.no_grad():
+        cache = prefilled(adapter, ids[:, :5])
+        plain = adapter.model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        cache = prefilled(adapter, ids[:, :5])
+        with adapter.disabled():
+            adapter.model(input_ids=small.ids(2, 4))
+        again = adapter.model(input_ids=ids[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(again, plain, atol=1e-6, rtol=0)
+
+
+def test_a_cache_of_other_prompts_is_refused():
+    adapter = small.adapted("milora")
+    first, second = small.ids(4, 6).split(2)
+    one, two = DynamicCache(config=adapter.model.config), DynamicCache(config=adapter.model.config)
+    with torch.no_grad():
+        adapter.model(input_ids=first, past_key_values=one)
+        adapter.model(input_ids=second, past_key_values=two)
+        with pytest.raises(AssertionError, match="belong to another KV cache"):
+            adapter.model(input_ids=first[:, :1], past_key_values=one)

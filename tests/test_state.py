@@ -35,12 +35,18 @@ def test_loading_gives_the_same_logits(saved, name, family):
     assert torch.equal(fresh.model(input_ids=ids).logits, adapter.model(input_ids=ids).logits)
 
 
-def test_loading_works_across_precisions(saved):
-    adapter, folder = saved()
-    fresh = small.method("lora").adapt(small.model().to(torch.bfloat16))
-    state.load(fresh, folder)
-    for name, parameter in adapter.trained.items():
-        assert torch.equal(parameter, fresh.trained[name])
+@pytest.mark.parametrize("name", ["lora", "milora"])
+@pytest.mark.parametrize(("first", "second"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_loading_works_across_precisions(tmp_path, name, first, second):
+    adapter, fresh = (small.adapted(name), small.adapted(name, trained=False))
+    for one, dtype in ((adapter, first), (fresh, second)):
+        one.model.to(getattr(torch, dtype))
+        for parameter in one.trained.values():
+            parameter.data = parameter.data.float()
+    state.save(adapter, tmp_path, ABOUT)
+    state.load(fresh, tmp_path)
+    for key, parameter in adapter.trained.items():
+        assert torch.equal(parameter, fresh.trained[key])
 
 
 def test_a_truncated_weights_file_is_refused(saved):
@@ -77,9 +83,10 @@ def test_a_file_outside_the_folder_is_refused(saved):
         state.load(small.adapted(trained=False), folder)
 
 
-def test_a_damaged_proof_is_refused(saved):
+@pytest.mark.parametrize("damage", ["{", '{"format": 1, "files": {}}', "[]"])
+def test_a_damaged_proof_is_refused(saved, damage):
     _, folder = saved()
-    (folder / state.PROOF).write_text("{")
+    (folder / state.PROOF).write_text(damage)
     with pytest.raises(UserError, match=r"lrk.json is damaged"):
         state.load(small.adapted(trained=False), folder)
 

@@ -62,18 +62,23 @@ def test_rows_hold_words_of_both_kinds(task):
     """Words without a meaning in pretraining stand in a good share of the rows, not in all."""
     name, data = task
     held = {word for kind in lexicon.WORDS.values() for word in kind[1]}
-    held |= {form for forms in (lexicon.RELATIONS["held"], lexicon.OPPOSITES["held"]) for pair in forms for form in pair}
+    for forms in (lexicon.RELATIONS["held"], lexicon.OPPOSITES["held"]):
+        held |= {word for form in forms for word in form}
+    held |= {f"{word}s" for word in held}
     texts = [" ".join(str(value) for value in row.values()) for row in data["train"]]
-    share = sum(bool(held & {w.rstrip("s") for w in re.findall(r"\w+", t)} | held & set(re.findall(r"\w+", t))) for t in texts)
+    share = sum(bool(held & set(re.findall(r"\w+", text))) for text in texts)
     assert 0.2 < share / len(texts) < 1, name
 
 
-@pytest.mark.parametrize(("name", "column", "classes"), [
-    ("tiny_yesno", "label", 2),
-    ("tiny_sentiment", "label", 2),
-    ("tiny_entailment", "label", 3),
-    ("tiny_choice", "answer", 4),
-])
+@pytest.mark.parametrize(
+    ("name", "column", "classes"),
+    [
+        ("tiny_yesno", "label", 2),
+        ("tiny_sentiment", "label", 2),
+        ("tiny_entailment", "label", 3),
+        ("tiny_choice", "answer", 4),
+    ],
+)
 def test_classes_are_balanced(name, column, classes):
     for rows in tiny.generate(name, sizes=SMALL).values():
         counts = Counter(row[column] for row in rows)
@@ -107,7 +112,8 @@ def test_sentiment_answers():
         for kinds in (("good", "liked"), ("bad", "disliked"))
     )
     for row in every_row(tiny.generate("tiny_sentiment", sizes=SMALL)):
-        words = set(re.findall(r"[a-z]+", row["sentence"].lower()))
+        last = re.split(r" but |, then ", row["sentence"])[-1]
+        words = set(re.findall(r"[a-z]+", last.lower()))
         assert bool(words & good) == bool(row["label"]), row
         assert bool(words & bad) != bool(row["label"]), row
 

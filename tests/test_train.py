@@ -11,12 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.methods.milora import MiLoRA
+from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
 
+pytestmark = pytest.mark.slow
 #: A few small steps of the bundled model.
 QUICK = [
     "task=tiny_sentiment",
@@ -29,7 +34,12 @@ QUICK = [
     "train.checkpoint_every=2",
 ]
 #: Two processes. The load balance is a mean over a process's own prompts, so alone it would differ.
-PARALLEL = ["method=milora", "method.load_balance=0", "hardware.processes=2"]
+PARALLEL = [
+    "method=milora",
+    "method.load_balance=0",
+    "method.activation_learning_rate=1e-3",
+    "hardware.processes=2",
+]
 
 
 def train(*overrides: str, outputs="outputs") -> Run:
@@ -124,10 +134,10 @@ def command(folder: Path, arguments: list[str]) -> Run:
 
 
 def test_two_processes_train_as_one(pair):
-    """The same examples make each step, so only rounding may differ."""
+    """The same examples make each step, so only rounding may differ (Adam makes more of it than its size)."""
     alone = train(*PARALLEL[:-1])
     for ours, theirs in zip(losses(pair), losses(alone), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-3)
     assert pair.metrics["test/examples"] == alone.metrics["test/examples"] == 24
     first, second = ((run.path / "predictions.jsonl").read_text().splitlines() for run in (alone, pair))
     assert [json.loads(row)["prediction"] for row in first] == [json.loads(row)["prediction"] for row in second]
@@ -149,8 +159,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
         cwd=tmp_path,
     )
     history = tmp_path / "outputs" / "latest" / "history.jsonl"
+    limit = time.monotonic() + 240
     while not (history.exists() and '"step": 3' in history.read_text()):
         assert started.poll() is None
+        assert time.monotonic() < limit
         time.sleep(0.002)
     started.send_signal(signal.SIGINT)
     _, errors = started.communicate(timeout=240)
@@ -201,3 +213,72 @@ def test_an_altered_checkpoint_is_refused(tmp_path, whole, name):
     (run.path / name).write_bytes((run.path / name).read_bytes()[:-7])
     with pytest.raises(UserError, match=Path(name).name):
         single.resume("train", str(run.path))
+
+
+def test_an_adapter_trained_in_bf16_is_evaluated_in_fp32():
+    run = train("method=milora", "hardware.precision=bf16", "train.max_steps=2")
+    single.start("evaluate", [f"run={run.path.resolve()}", "hardware.precision=fp32"], None, "lrk evaluate")
+    assert Run.open("outputs/latest").done
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random BERT as a masked-LM checkpoint: it has no pooler, so a classifier needs a new one."""
+    folder = tmp_path_factory.mktemp("encoder")
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    torch.manual_seed(0)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["lora", "milora", "full"])
+def test_an_encoder_trains_with_what_its_checkpoint_lacks(encoder, method):
+    run = train(f"method={method}", "model=minilm", f"model.path={encoder}", "seed=1", "train.learning_rate=1e-2")
+    trained = load_file(run.path / "adapter" / "adapter_model.safetensors")
+    assert any(name.endswith("bert.pooler.dense.weight") for name in trained)
+    assert any(name.endswith("classifier.weight") for name in trained)
+    history = [row["train/loss"] for row in run.history() if "train/loss" in row]
+    assert history[-1] != history[0]
+    single.start("evaluate", [f"run={run.path.resolve()}"], None, "lrk evaluate")
+    again = Run.open("outputs/latest").metrics
+    assert again["test/accuracy"] == run.metrics["test/accuracy"]
+    assert again["activated_parameters"] <= again["trainable_parameters"] == run.metrics["trainable_parameters"]
+
+
+@pytest.mark.parametrize(("task", "metric"), [("tiny_arithmetic", "number_match"), ("tiny_data2text", "bleu")])
+def test_free_answers_are_generated_with_one_routing_a_prompt(task, metric, monkeypatch):
+    counts = []
+    observe = MiLoRA.observations
+
+    def counting(method, adapter, add_up):
+        counts.append(adapter.routing.routed)
+        return observe(method, adapter, add_up)
+
+    monkeypatch.setattr(MiLoRA, "observations", counting)
+    run = train("method=milora", f"task={task}", "evaluate.num_beams=3", "train.max_steps=2", "task.limit=8")
+    layers = AutoConfig.from_pretrained(BUNDLED).num_hidden_layers
+    assert counts[-1] - counts[-2] == run.metrics["test/examples"] * layers
+    assert f"test/{metric}" in run.metrics
+    records = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == run.metrics["test/examples"]
+
+
+def test_demonstrations_change_what_the_frozen_model_answers():
+    common = ["method=none", "task=tiny_sentiment", "task.limit=24", "hardware.threads=1"]
+    scores = []
+    for shots in (0, 8):
+        single.start("evaluate", [*common, f"evaluate.shots={shots}"], None, "lrk evaluate")
+        lines = (Path("outputs/latest") / "predictions.jsonl").read_text().splitlines()
+        scores.append([json.loads(line)["log_probabilities"] for line in lines])
+    assert len(scores[0]) == len(scores[1]) == 24
+    assert all(zero != eight for zero, eight in zip(*scores, strict=True))

@@ -64,6 +64,19 @@ class Adapter:
         if self.routing:
             self.routing.enabled = routing
 
+    @contextmanager
+    def continuous(self) -> Iterator[None]:
+        """Every module on, weighted by its router: no hard choice that rounding could turn over."""
+        if self.routing is None:
+            yield
+            return
+        k, self.routing.k = self.routing.k, self.routing.usage.shape[1]
+        usage, routed = self.routing.usage.clone(), self.routing.routed
+        try:
+            yield
+        finally:
+            self.routing.k, self.routing.usage, self.routing.routed = k, usage, routed
+
     def merge(self) -> None:
         """Fold all updates into the base weights. Raises UserError where that would not be the same function."""
         if self.routing:

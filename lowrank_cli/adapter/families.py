@@ -156,7 +156,12 @@ def find_sites(model: PreTrainedModel, targets: list[str]) -> list[Site]:
     """
     known = known_sites(model)
     roles = [role for role in ROLES if any(site.role == role for site in known)]
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, LINEARS)}
+    heads = tuple(f"{name}." for name in head_names(model))  # trained in full, so never a site
+    linears = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, LINEARS) and not f"{path}.".startswith(heads)
+    }
     whole = {site.path: site for site in known if site.span is None}
     chosen: dict[str, Site] = {}
     for target in targets:
@@ -193,5 +198,10 @@ def _unknown_role(model: PreTrainedModel, target: str, roles: list[str]) -> User
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """Names of the classification head's modules: trained in full, never a low-rank site of ``all``."""
-    return [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
+    """Names of the modules that train in full beside an adapter: a classification head, and what is new otherwise.
+
+    ``model.fresh_modules``, where the loader set it, names modules that the checkpoint had no weights for.
+    """
+    names = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
+    fresh = getattr(model, "fresh_modules", ())
+    return names + [name for name in fresh if not name.startswith(tuple(names))]

@@ -99,6 +99,8 @@ class PromptRouting:
         self.usage = torch.zeros(len(layers), len(parts[0]), dtype=torch.long)
         self.probabilities: list[Tensor] = []
         self._gates: list[Tensor] = []
+        self._applied = False  # whether the modules hold ``_gates`` now
+        self._cache: object | None = None  # the KV cache that belongs to ``_gates``; None until it is seen
         self._mask: Tensor | None = None
         self._first: Tensor | None = None
         self._copy: Tensor | None = None
@@ -119,7 +121,8 @@ class PromptRouting:
         rows = ids if ids is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            self._mask = None
+            assert cache is self._cache or self._cache is None, "these gates belong to another KV cache"
+            self._cache, self._mask = cache, None
             self._continue(rows.shape[0])
             return args, kwargs
         if mask is None:
@@ -130,6 +133,7 @@ class PromptRouting:
         if ids is not None and not torch.is_grad_enabled():
             self._share_between_copies(torch.where(self._mask, ids, -1))
         self.probabilities, self._gates = [], []
+        self._cache, self._applied = cache, True
         return args, kwargs
 
     def _share_between_copies(self, prompts: Tensor) -> None:
@@ -169,15 +173,17 @@ class PromptRouting:
     def _continue(self, rows: int) -> None:
         """Reuse the gates, each row repeated where there are now more rows than prompts."""
         assert self._gates, "the KV cache was not filled through this adapter"
-        if rows == len(self._gates[0]):
-            return
         copies, left = divmod(rows, len(self._gates[0]))
         assert copies and not left, f"{rows} rows continue a cache of {len(self._gates[0])} prompts"
-        self._gates = [gates.repeat_interleave(copies, dim=0) for gates in self._gates]
-        for index, gates in enumerate(self._gates):
-            self._set(index, gates)
+        if copies > 1:
+            self._gates = [gates.repeat_interleave(copies, dim=0) for gates in self._gates]
+        if copies > 1 or not self._applied:
+            for index, gates in enumerate(self._gates):
+                self._set(index, gates)
+            self._applied = True
 
     def _open_all(self) -> None:
+        self._applied = False
         for layer in self.parts:
             for part in layer:
                 part.module_gate, part.skip = None, False

@@ -30,7 +30,7 @@ WEIGHTS, CANARY, CONFIG, PROOF = (
 )
 PREFIX = "base_model.model."
 #: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -66,6 +66,7 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
         "format": FORMAT,
         "model_type": adapter.model.config.model_type,
         "fingerprint": adapter.fingerprint,
+        "dtype": str(adapter.model.dtype).removeprefix("torch."),
         "about": about,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
     }
@@ -85,7 +86,7 @@ def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
             f"{proof['fingerprint'][:12]}; loaded: '{adapter.model.config.model_type}' {adapter.fingerprint[:12]})"
         )
     assign(adapter, _read(folder / WEIGHTS), str(folder))
-    _check_canary(adapter, folder)
+    _check_canary(adapter, folder, proof["dtype"])
     return proof["about"]
 
 
@@ -93,13 +94,14 @@ def read_proof(folder: Path) -> dict[str, Any]:
     """``lrk.json`` of an adapter folder, once every file it lists has the hash it lists."""
     try:
         proof = json.loads((folder / PROOF).read_text())
-        files = dict(proof["files"])
+        files, version = dict(proof["files"]), proof["format"]
+        assert {"fingerprint", "model_type", "dtype", "about"} <= proof.keys() or version != FORMAT
     except FileNotFoundError:
         raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AssertionError):
         raise UserError(f"{folder}: {PROOF} is damaged") from None
-    if proof.get("format") != FORMAT:
-        raise UserError(f"{folder}: adapter format {proof.get('format')} (this version reads {FORMAT})")
+    if version != FORMAT:
+        raise UserError(f"{folder}: adapter format {version} (this version reads {FORMAT})")
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name:
@@ -122,16 +124,17 @@ def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]
         ids = (torch.arange(1, 17) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
     training = model.training
     model.train(False)
-    logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
+    with adapter.continuous():
+        logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
     model.train(training)
     return ids, logits.reshape(-1, logits.shape[-1])[-1].float().cpu().contiguous()
 
 
-def _check_canary(adapter: Adapter, folder: Path) -> None:
+def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
     saved = _read(folder / CANARY)
     _, logits = canary(adapter, saved["input_ids"])
     error = (logits - saved["logits"]).abs().max() / saved["logits"].abs().max().clamp_min(1e-6)
-    if not error <= TOLERANCE.get(adapter.model.dtype, 5e-2):
+    if not error <= max(TOLERANCE[dtype], TOLERANCE[str(adapter.model.dtype).removeprefix("torch.")]):
         raise UserError(
             f"{folder}: the adapter does not compute what it did when it was saved "
             f"(canary logits differ by {error:.1%}); check the model's files and hardware.precision"

@@ -32,7 +32,8 @@ class LoRAConfig(MethodConfig):
 
     def validate(self) -> None:
         require_range("method.rank", self.rank, 1)
-        require_range("method.alpha", self.alpha, 0)
+        if not self.alpha > 0:
+            raise UserError(f"method.alpha: {self.alpha} must be above 0, or the update is nothing")
         require_range("method.dropout", self.dropout, 0, 0.99)
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")

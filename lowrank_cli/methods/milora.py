@@ -12,6 +12,7 @@ above, so that gradients reach the router and an all-equal router with k = N is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,20 +125,23 @@ class MiLoRA(LoRA):
         if state:
             load_moments(self._adam(adapter), state)
 
-    def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def observations(
+        self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Activated parameters for a prompt, on average, and the share of prompts that chose each role, by layer."""
         routing = adapter.routing
         assert routing is not None
-        prompts = int(routing.usage[0].sum()) // routing.k
+        usage = add_up(routing.usage.to(adapter.model.device, copy=True)).cpu()
+        routing.usage.zero_()
+        prompts = int(usage[0].sum()) // routing.k
         if prompts == 0:
             return {}, []
-        shares = routing.usage / prompts  # (L, N)
-        lora = sum(
-            float(shares[layer, column]) * (part.lora_a.numel() + part.lora_b.numel())
+        shares = usage / prompts  # (L, N)
+        idle = sum(
+            (1 - float(shares[layer, column])) * (part.lora_a.numel() + part.lora_b.numel())
             for layer, parts in enumerate(routing.parts)
             for column, part in enumerate(parts)
         )
-        routers = sum(p.numel() for router in routing.routers for p in router.parameters())
         figure = {
             "file": "activated_modules.png",
             "kind": "heatmap",
@@ -147,5 +151,4 @@ class MiLoRA(LoRA):
             "values": shares.tolist(),
             "label": "share of prompts",
         }
-        routing.usage.zero_()
-        return {"activated_parameters": round(lora + routers)}, [figure]
+        return {"activated_parameters": round(adapter.count() - idle)}, [figure]

@@ -45,7 +45,7 @@ class Step:
     number: int  #: of this step, from 1
     total: int  #: steps of the whole run
     adapter: Adapter
-    dev_loss: Callable[[], torch.Tensor]  #: mean loss of the next dev batch, with its graph
+    dev_loss: Callable[[], torch.Tensor]  #: this process's share of the mean loss of a dev batch, with its graph
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
 
 
@@ -64,7 +64,7 @@ class AfterStep(Protocol):
 
 @runtime_checkable
 class AddsLoss(Protocol):
-    """Adds a term to the training loss of the forward pass that just ran."""
+    """Adds a term to the training loss of the forward pass that just ran: of one process's one accumulated batch."""
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor: ...
 
@@ -73,8 +73,10 @@ class AddsLoss(Protocol):
 class Observes(Protocol):
     """Reports what it did on the prompts of an evaluation: flat metrics and figures (see ``report/plots.py``)."""
 
-    def observations(self, adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """What happened since it was last asked, without training passes."""
+    def observations(
+        self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """What happened since it was last asked, without training passes; ``add_up`` sums over processes."""
         ...
 
 

@@ -36,7 +36,7 @@ class Location:
 class Loaded:
     """A model ready to be adapted."""
 
-    model: Any  #: a ``transformers.PreTrainedModel`` on the CPU
+    model: Any  #: a ``transformers.PreTrainedModel`` on the CPU; ``fresh_modules`` names what the checkpoint lacks
     tokenizer: Any  #: its tokenizer; a pad token is set
     name: str
     header: str  #: the line that a run prints first
@@ -106,7 +106,7 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
             )
         with _one_line(f"the tokenizer of {where.source}"):
             tokenizer = _tokenizer(where.source, arguments)
-    _check_complete(network, report, model)
+    network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)
     return Loaded(network, tokenizer, model.name, _header(model, where, network), _max_positions(network))
 
@@ -236,8 +236,11 @@ def _tokenizer(source: str, arguments: dict[str, Any]):
     return tokenizer
 
 
-def _check_complete(network, report, model: ModelConfig) -> None:
-    """Only an encoder's head and pooler may be new; any other weight without a value would stay random."""
+def _fresh_modules(network, report, model: ModelConfig) -> tuple[str, ...]:
+    """Names of the modules that are new: they have to be trained and saved with an adapter.
+
+    Only an encoder's head and pooler may be; any other weight without a value would stay random.
+    """
     inside = f"{network.base_model_prefix}."
 
     def may_be_new(name: str) -> bool:
@@ -255,6 +258,8 @@ def _check_complete(network, report, model: ModelConfig) -> None:
                 f"model: the checkpoint of {model.name} holds {name} as {tuple(stored)}, "
                 f"but its config.json asks for {tuple(wanted)}"
             )
+    new = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    return tuple(sorted({name.rpartition(".")[0] for name in new}))
 
 
 def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
@@ -264,8 +269,14 @@ def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
     if tokenizer.pad_token_id is None or (model.kind == "causal" and tokenizer.eos_token_id is None):
         raise UserError(f"model: the tokenizer of {model.name} names no end-of-sequence token")
     network.config.pad_token_id = tokenizer.pad_token_id
-    if model.kind == "causal":
-        network.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.kind == "causal":  # how answers are decoded is the run's choice, not the checkpoint's
+        from transformers import GenerationConfig
+
+        network.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
 
 def _header(model: ModelConfig, where: Location, network) -> str:

@@ -17,7 +17,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AfterStep, Method
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, read_json
 
 STATE = "state.json"
 
@@ -60,7 +60,7 @@ def load(
     folder: Path, accelerator: Accelerator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
 ) -> dict[str, Any]:
     """Put everything back as :func:`save` found it and return ``progress``; UserError where a file was altered."""
-    progress = json.loads((folder / STATE).read_text())
+    progress = read_json(folder / STATE)
     for name, expected in progress.pop("files").items():
         if state.sha256(folder / name) != expected:
             raise UserError(f"{folder / name} was truncated or altered (its SHA-256 is not the one saved with it)")

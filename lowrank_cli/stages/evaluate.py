@@ -57,9 +57,7 @@ def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
 def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[dict[str, Any]], Observed]:
     """Metrics named ``<split>/<metric>``, the predictions, and what the method observed on this split."""
     examples = {"dev": session.task.dev, "test": session.task.test}[split]
-    observes = session.adapter is not None and isinstance(session.method, Observes)
-    if observes:
-        session.method.observations(session.adapter)  # forget what came before
+    _observe(session)  # forget what came before
     shown = session.accelerator.is_main_process
     with progress.bar(f"evaluating {split}", len(examples), shown=shown) as bar:
         records = predict(session, examples, demonstrations=demonstrations(session), tick=bar.advance)
@@ -68,8 +66,14 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
     metrics["total_parameters"] = sum(p.numel() for p in session.model.parameters())
     metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
     metrics["activated_parameters"] = metrics["trainable_parameters"]
-    observed = Observed(*session.method.observations(session.adapter)) if observes else Observed()
-    return metrics, records, observed
+    return metrics, records, _observe(session)
+
+
+def _observe(session: Session) -> Observed:
+    method, adapter = session.method, session.adapter
+    if adapter is None or not isinstance(method, Observes):
+        return Observed()
+    return Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
 
 
 def demonstrations(session: Session) -> list[Example]:

@@ -79,6 +79,7 @@ def _generate(session: Session, batch: Sequence[Example], prompts: list[str], sh
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
     )
     texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for text in texts:
@@ -88,7 +89,10 @@ def _generate(session: Session, batch: Sequence[Example], prompts: list[str], sh
 def _choose(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
     """Score every candidate answer by its tokens' summed log probability; the prompt is computed once for all."""
     tokenizer = session.tokenizer
-    options = [encode.candidates(tokenizer, p, e.choices) for p, e in zip(prompts, batch, strict=True)]
+    options = [
+        ended(encode.candidates(tokenizer, prompt, example.choices), tokenizer.eos_token_id)
+        for prompt, example in zip(prompts, batch, strict=True)
+    ]
     room = session.room(shots)
     ids = [
         encode.encode_prompt(tokenizer, prompt, encode.prompt_room(choices, room))
@@ -104,6 +108,13 @@ def _choose(session: Session, batch: Sequence[Example], prompts: list[str], shot
             "choice": choice,
             "log_probabilities": [round(value, 5) for value in row],
         }
+
+
+def ended(candidates: list[list[int]], eos: int) -> list[list[int]]:
+    """The candidates, with EOS behind each where one is the beginning of another and would always score higher."""
+    if any(a == b[: len(a)] for a in candidates for b in candidates if a is not b):
+        return [[*candidate, eos] for candidate in candidates]
+    return candidates
 
 
 @torch.no_grad()

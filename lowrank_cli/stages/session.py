@@ -138,5 +138,7 @@ def _accelerator(hardware: HardwareConfig) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may be set otherwise
     accelerator = Accelerator(cpu=hardware.device == "cpu")
+    if hardware.device == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     assert accelerator.num_processes == world == hardware.processes, "processes must be started by torchrun"
     return accelerator

@@ -2,6 +2,7 @@
 
 A step is one optimizer update over ``train.batch_size`` examples, however many processes and accumulated batches
 share them: its loss is the mean over all its response tokens, so the number of processes changes rounding only.
+(A method's own loss term is a mean over prompts of what each batch of each process gives by itself.)
 What a step sees is a function of (seed, step), so a killed run continues bit for bit from its last checkpoint.
 """
 
@@ -51,7 +52,9 @@ class Trainer:
         lengths = [len(example.input_ids) for example in self.train_data]
         self.batches = Batches(lengths, self.settings.batch_size, self.config.seed)
         self.dev_batches = Batches(
-            [len(example.input_ids) for example in self.dev_data], self.settings.batch_size, self.config.seed
+            [len(example.input_ids) for example in self.dev_data],
+            self.settings.batch_size // self.settings.gradient_accumulation,  # no more memory than a training batch
+            self.config.seed,
         )
         self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
         if self.settings.max_steps is not None:
@@ -120,7 +123,7 @@ class Trainer:
                 objective = loss * world
                 if isinstance(session.method, AddsLoss):
                     extra = session.method.extra_loss(self.adapter)
-                    objective = objective + extra * part.counts / len(shares)
+                    objective = objective + extra * part.counts * len(part.indices) * world / len(indices)
             objective.backward()
             total += loss.detach()
         mean = accelerator.reduce(total, reduction="sum").item()
@@ -152,13 +155,13 @@ class Trainer:
         return self.settings.learning_rate * (self.total + 1 - step) / (self.total + 1 - warmup)
 
     def _dev_batch_loss(self, step: int) -> Tensor:
-        """Mean loss of this process's share of the dev batch that belongs to ``step``."""
-        accelerator = self.accelerator
-        (part,) = share(self.dev_batches[step - 1], accelerator.process_index, accelerator.num_processes, 1)
-        rows = [self.dev_data[i] for i in part.indices]
+        """This process's share of the dev batch that belongs to ``step``: averaged over processes, its mean loss."""
+        indices, world = self.dev_batches[step - 1], self.accelerator.num_processes
+        weight = sum(self.session.weight(self.dev_data[i]) for i in indices)
+        (part,) = share(indices, self.accelerator.process_index, world, 1)
         with self.session.autocast():
-            loss = self.session.loss_sum(self.session.model, self.session.batch(rows))
-        return loss / sum(self.session.weight(row) for row in rows)
+            batch = self.session.batch([self.dev_data[i] for i in part.indices])
+            return self.session.loss_sum(self.session.model, batch) * part.counts * world / weight
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="mean")

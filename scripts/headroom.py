@@ -90,7 +90,10 @@ def cell(found: dict | None) -> str:
 
 def table(results: dict) -> str:
     """The Markdown table."""
-    lines = ["| task | metric | chance | zero-shot | 8-shot, mean (range) | LoRA | full fine-tuning |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | metric | chance | zero-shot | 8-shot, mean (range) | LoRA | full fine-tuning |",
+        "|---" * 7 + "|",
+    ]
     for task, parts in results.items():
         name = next(iter(parts.values()))["metric"]
         chance = f"{CHANCE[task] * 100:.1f}" if task in CHANCE else "0"

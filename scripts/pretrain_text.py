@@ -20,30 +20,39 @@ ANSWER = 1.0
 NUMBERS = (0, 50)  #: range of the numbers in pretraining
 SEPARATORS = ("\n\n", "\n\n", "\n")
 
-LATE = 1.4  #: progress from which the last mixture holds and loss falls on what can be known only
+#: progress at which each phase begins; from ``late`` on, loss falls on what can be known only
+PHASES = {"curriculum": 0.0, "late": 1.4, "passages": 2.25, "questions": 3.4, "close": 4.0}
 
-#: kind of document -> share at the start, where the curriculum ends (progress 1), and late
+#: kind of document -> share at the start, where the curriculum ends (progress 1), and in each later phase
 MIXTURE = {
-    "copy": (0.15, 0.03, 0.02),
-    "lookup": (0.25, 0.05, 0.03),
-    "episode": (0.30, 0.54, 0.45),
-    "natural": (0.20, 0.18, 0.30),
-    "choice": (0.02, 0.06, 0.05),
-    "arithmetic": (0.03, 0.06, 0.06),
-    "describe": (0.02, 0.03, 0.03),
-    "instruct": (0.03, 0.05, 0.06),
+    "copy": (0.15, 0.03, 0.02, 0.02, 0.01, 0.02),
+    "lookup": (0.25, 0.05, 0.03, 0.02, 0.01, 0.02),
+    "episode": (0.30, 0.54, 0.45, 0.40, 0.25, 0.45),
+    "natural": (0.20, 0.18, 0.30, 0.26, 0.55, 0.25),
+    "choice": (0.02, 0.06, 0.05, 0.14, 0.10, 0.10),
+    "arithmetic": (0.03, 0.06, 0.06, 0.07, 0.04, 0.08),
+    "describe": (0.02, 0.03, 0.03, 0.02, 0.01, 0.02),
+    "instruct": (0.03, 0.05, 0.06, 0.07, 0.03, 0.06),
 }
 
 _WORDS = vocabulary()
 
 
+def phase(progress: float) -> int:
+    """Number of the phase, 0 for the curriculum."""
+    return sum(progress >= begin for begin in PHASES.values()) - 1
+
+
 def document(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     """One document; ``progress`` moves the mixture, and up to 1 the number of shots from short to long."""
-    late, part = progress >= LATE, min(1.0, progress)
-    weights = [last if late else start + (end - start) * part for start, end, last in MIXTURE.values()]
+    now, part = phase(progress), min(1.0, progress)
+    if now:
+        weights = [shares[now + 1] for shares in MIXTURE.values()]
+    else:
+        weights = [start + (end - start) * part for start, end, *_ in MIXTURE.values()]
     kind = rng.choices(list(MIXTURE), weights)[0]
     pieces = globals()[f"_{kind}"](rng, lexicon, progress)
-    return [(text, weight if weight > PLAIN else LATE_PLAIN) for text, weight in pieces] if late else pieces
+    return [(text, weight if weight > PLAIN else LATE_PLAIN) for text, weight in pieces] if now else pieces
 
 
 def _copy(rng: Random, lexicon: Lexicon, progress: float) -> Document:
@@ -86,20 +95,21 @@ def _shots(
     return pieces
 
 
-#: family -> how often an episode draws it
+#: family -> how often an episode draws it, up to the phase ``late`` and in each phase after it
 _EPISODES = {
-    "sentiment": 4,
-    "yesno": 4,
-    "entailment": 4,
-    "category": 3,
-    "topic": 3,
-    "polarity": 2,
-    "same": 1,
-    "mentioned": 2,
-    "opposite": 1,
-    "larger": 1,
-    "negated": 1,
-    "tense": 1,
+    "sentiment": (4, 5, 3, 6),
+    "yesno": (4, 7, 10, 6),
+    "entailment": (4, 4, 2, 4),
+    "category": (3, 1, 0.5, 1),
+    "topic": (3, 2, 0.5, 2),
+    "polarity": (2, 2, 0.5, 1),
+    "same": (1, 0.5, 0.5, 0.5),
+    "mentioned": (2, 2, 3, 2),
+    "opposite": (1, 0.5, 0.5, 0.5),
+    "larger": (1, 0.5, 0.5, 0.5),
+    "negated": (1, 0.5, 0.3, 0.3),
+    "tense": (1, 0.5, 0.3, 0.3),
+    "stated": (0, 5, 8, 4),
 }
 
 #: families of one short line, with which episodes begin
@@ -109,7 +119,7 @@ _EASY = ("category", "polarity", "same", "topic", "negated", "tense", "sentiment
 def _family(rng: Random, progress: float) -> Family:
     easy = rng.random() > 0.3 + progress
     names = [name for name in _EPISODES if not easy or name in _EASY]
-    return FAMILIES[rng.choices(names, [_EPISODES[name] for name in names])[0]]
+    return FAMILIES[rng.choices(names, [_EPISODES[name][max(0, phase(progress) - 1)] for name in names])[0]]
 
 
 def _episode(rng: Random, lexicon: Lexicon, progress: float) -> Document:
@@ -118,10 +128,10 @@ def _episode(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     number = len(family.classes)
     classes = rng.sample(range(number), min(number, rng.choice((2, 2, 2, 3, 4))))
     words = dict(zip(classes, rng.sample(EPISODE_LABELS, len(classes)), strict=True))
-    long = family.name in ("yesno", "entailment")
+    long = family.name in ("yesno", "stated", "entailment")
     longest = 8 + round((4 if long else 8) * min(1.0, progress))
     pieces = _shots(rng, lexicon, family, rng.randrange(4, longest), classes, words)
-    return _unknown(pieces) if progress >= LATE else pieces
+    return _unknown(pieces) if phase(progress) else pieces
 
 
 def _unknown(pieces: Document) -> Document:
@@ -136,10 +146,10 @@ def _unknown(pieces: Document) -> Document:
 
 def _natural(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     """Examples answered by natural words."""
-    family = _family(rng, progress + 0.3)
+    family = _family(rng, progress + 0.3 if not phase(progress) else progress)
     classes = list(range(len(family.classes)))
     words = dict(zip(classes, rng.choice(family.natural), strict=True))
-    count = rng.randrange(2, 10) if progress >= LATE else rng.choice((1, 2, 4))
+    count = rng.randrange(2, 10) if phase(progress) else rng.choice((1, 2, 4))
     return _shots(rng, lexicon, family, count, classes, words)
 
 

@@ -2,10 +2,10 @@
 
     python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR
 
-The documents of step ``i`` are a function of the seed and ``i`` alone, so a run continued with ``--resume`` sees the same
-text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a
-checkpoint is written to ``--work``. The length of the run is counted in steps; docs/bundled_model.md names the command
-that made the bundled files.
+The documents of a block of steps are a function of the seed and the block's number alone, so a run continued with
+``--resume`` sees the same text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations
+is printed and a checkpoint is written to ``--work``. docs/bundled_model.md names the commands that made the bundled
+files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pretrain_text import document  # noqa: E402
+from pretrain_text import document
 
-from lowrank_cli.tasks.tiny import generate  # noqa: E402
-from lowrank_cli.tasks.tiny.families import FAMILIES  # noqa: E402
-from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary  # noqa: E402
+from lowrank_cli.tasks.tiny import generate
+from lowrank_cli.tasks.tiny.families import FAMILIES
+from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 BLOCK = 32  #: steps whose documents are made at once; a few more where batches come out smaller
@@ -215,7 +215,6 @@ def make_batches(seed: int, block: int, progress: float, tokens: int, steps: int
 
 def weighted_loss(model, ids, weights):
     """Weighted mean of the next-token cross-entropy; also the plain mean over the answers."""
-    import torch
     from torch.nn import functional
 
     logits = model(input_ids=ids[:, :-1]).logits  # (B, T-1, V)
@@ -277,7 +276,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of one step")
-    parser.add_argument("--curriculum", type=float, default=0.25, help="share of the steps in which episodes grow")
+    parser.add_argument("--curriculum", type=int, default=900, help="steps of progress 1, see pretrain_text.py")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
@@ -322,7 +321,7 @@ def main() -> None:
         return save(model, args.out)
 
     def submit(pool, index):
-        progress = index * BLOCK / (args.steps * args.curriculum)
+        progress = index * BLOCK / args.curriculum
         return pool.submit(make_batches, args.seed, index, progress, args.tokens, BLOCK)
 
     log = (args.work / "log.jsonl").open("a")

@@ -11,7 +11,7 @@ from random import Random
 
 from lowrank_cli.errors import require_choice
 from lowrank_cli.tasks.tiny.answers import INSTRUCTIONS, choice, description, instruction, number_problem
-from lowrank_cli.tasks.tiny.families import FAMILIES
+from lowrank_cli.tasks.tiny.families import FAMILIES, turned
 from lowrank_cli.tasks.tiny.lexicon import Lexicon
 
 NAMES = (
@@ -29,6 +29,9 @@ SIZES = {"train": 2048, "dev": 256, "test": 512}
 
 #: Chance that a content word is one whose meaning pretraining never showed.
 HELD_WORDS = 0.3
+
+#: Share of tiny_sentiment that says one thing and then the opposite.
+TURNED = 0.3
 
 #: tiny_arithmetic works on these numbers (pretraining: 0 … 49).
 NUMBERS = (50, 100)
@@ -67,7 +70,8 @@ def _row(name: str, rng: Random, lexicon: Lexicon, index: int) -> dict:
     family = FAMILIES.get(name.removeprefix("tiny_"))
     if family is not None:
         label = index % len(family.classes)
-        return {**family.make(rng, lexicon, label), "label": label}
+        make = turned if name == "tiny_sentiment" and rng.random() < TURNED else family.make
+        return {**make(rng, lexicon, label), "label": label}
     if name == "tiny_choice":
         return choice(rng, lexicon, index % 4)
     if name == "tiny_arithmetic":

@@ -51,6 +51,17 @@ def sentiment(rng: Random, lexicon: Lexicon, label: int) -> Columns:
     return {"sentence": text}
 
 
+def turned(rng: Random, lexicon: Lexicon, label: int) -> Columns:
+    """A review whose last word on the thing is the opposite of its first; never in pretraining."""
+    first, last = ("bad", "good") if label else ("good", "bad")
+    thing, second = lexicon.words("thing", 2)
+    if rng.random() < 0.5:
+        text = f"The {thing} was {lexicon.word(first)} but the {second} was {lexicon.word(last)}."
+    else:
+        text = f"{lexicon.people(1)[0]} called the {thing} {lexicon.word(first)}, then {lexicon.word(last)}."
+    return {"sentence": text}
+
+
 @dataclass(frozen=True)
 class Fact:
     """``name relation color item``"""
@@ -89,9 +100,20 @@ def yesno(rng: Random, lexicon: Lexicon, label: int) -> Columns:
     return {"passage": " ".join(fact.text for fact in known), "question": question}
 
 
+def stated(rng: Random, lexicon: Lexicon, label: int) -> Columns:
+    """Like :func:`yesno` about one or two facts, where a question of class 0 names a thing that nobody has."""
+    known = facts(rng, lexicon, rng.choice((1, 2)))
+    asked = rng.choice(known)
+    item = asked.item
+    while not label and item in [fact.item for fact in known]:
+        item = lexicon.word("item")
+    question = f"Does {asked.name} {asked.relation[0]} {article(item)}?"
+    return {"passage": " ".join(fact.text for fact in known), "question": question}
+
+
 def entailment(rng: Random, lexicon: Lexicon, label: int) -> Columns:
     """Premise and hypothesis; class 0 follows, 1 is left open, 2 conflicts."""
-    name, other = lexicon.people(2)
+    name, _ = lexicon.people(2)
     if rng.random() < 0.5:
         state, opposite = lexicon.opposites()
         thing, second = lexicon.words("item", 2)
@@ -186,6 +208,12 @@ def tense(rng: Random, lexicon: Lexicon, label: int) -> Columns:
 _WORD = ("{word} ->", "Word: {word}\nLabel:", "Input: {word}\nOutput:", "{word} :")
 _PAIR = ("{first} {second} ->", "Pair: {first}, {second}\nLabel:", "Input: {first} {second}\nOutput:")
 _TEXT = ("Text: {sentence}\nLabel:", "Input: {sentence}\nOutput:", "{sentence} ->", "Sentence: {sentence}\nAnswer:")
+_STATED = (("false", "true"), ("wrong", "correct"))
+_QUESTION = (
+    "{passage}\nQuestion: {question}\nAnswer:",
+    "Passage: {passage}\nQuestion: {question}\nLabel:",
+    "Input: {passage} {question}\nOutput:",
+)
 
 FAMILIES = {
     family.name: family
@@ -197,17 +225,8 @@ FAMILIES = {
             ("Review: {sentence}\nSentiment:", *_TEXT),
             sentiment,
         ),
-        Family(
-            "yesno",
-            ("not stated", "stated"),
-            (("false", "true"), ("wrong", "correct")),
-            (
-                "{passage}\nQuestion: {question}\nAnswer:",
-                "Passage: {passage}\nQuestion: {question}\nLabel:",
-                "Input: {passage} {question}\nOutput:",
-            ),
-            yesno,
-        ),
+        Family("yesno", ("not stated", "stated"), _STATED, _QUESTION, yesno),
+        Family("stated", ("not stated", "stated"), _STATED, _QUESTION, stated),
         Family(
             "entailment",
             ("follows", "open", "conflicts"),

@@ -254,6 +254,20 @@ def test_given_splits(tmp_path):
     assert (len(task.train), len(task.dev), len(task.test)) == (3, 4, 5)
 
 
+def test_a_split_must_not_be_empty(tmp_path):
+    path = write(tmp_path / "data", train=reviews(9), validation=reviews(1, 100))
+    with pytest.raises(UserError) as error:
+        tasks.load(config("sst2", path=path))
+    assert str(error.value) == f"task: {path} leaves no example for test (train 9, dev 1, test 0)"
+
+
+def test_training_must_not_be_empty(tmp_path):
+    rows = [{"meaning_representation": "one", "human_reference": f"{n}"} for n in range(splits.SMALL)]  # one prompt
+    path = write(tmp_path / "data", train=rows, validation=rows[:1])
+    with pytest.raises(UserError, match=r"leaves no example for train \(train 0, dev 1, test 1\)$"):
+        tasks.load(config("e2e_nlg", path=path))
+
+
 def test_limits_are_nested():
     few, more = splits.limited(100, 5), splits.limited(100, 9)
     assert len(few) == 5 and set(few) < set(more) and more == sorted(more)
@@ -284,7 +298,8 @@ def test_template_hash_follows_what_shapes_prompts_and_answers():
     base = template_hash(config("sst2"))
     assert base == template_hash(config("sst2", limit=3, path="elsewhere", max_length=9))
     changes = [{"template": "{sentence}"}, {"label_words": ["bad", "good"]}, {"text": ["sentence", "label"]}]
-    assert len({base, *(template_hash(config("sst2", **change)) for change in changes)}) == 4
+    changes.append({"label_values": ["1", "0"]})  # reverses what the words mean
+    assert len({base, *(template_hash(config("sst2", **change)) for change in changes)}) == 5
 
 
 def test_hub_out_of_reach_is_one_line_within_seconds():
@@ -292,6 +307,21 @@ def test_hub_out_of_reach_is_one_line_within_seconds():
     with pytest.raises(UserError, match=r"^task.hub: 'stanfordnlp/sst2' is not in the local cache .* task.path=FOLDER"):
         tasks.load(config("sst2"))
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("parquet", [True, False], ids=["cached", "not cached"])
+def test_a_data_set_with_a_loading_script_is_looked_up_in_the_cache_as_parquet(monkeypatch, parquet):
+    import datasets
+
+    def load(repository, subset, revision=None):
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found sst2.py")
+        if not parquet:
+            raise ConnectionError("offline")
+        return {"train": revision}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert sources._load_cached("a/b", None) == ({"train": "refs/convert/parquet"} if parquet else None)
 
 
 def test_cached_data_set_needs_no_network(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import evaluate
 
 from lowrank_cli.errors import require_choice
 
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 10-4 the second number is 4
 
 
 class _Metric(evaluate.Metric):

@@ -101,11 +101,9 @@ def _hub(repository: str, subset: str | None) -> Source:
 
 
 def _load_cached(repository: str, subset: str | None):
-    import datasets
-
     with _offline():
         try:
-            return datasets.load_dataset(repository, subset)
+            return _load(repository, subset)
         except (OSError, ValueError):  # not cached, or not this subset
             return None
 
@@ -147,6 +145,13 @@ def _probe(repository: str) -> None:
 
 
 def _download(repository: str, subset: str | None):
+    try:
+        return _load(repository, subset)
+    except ValueError as error:  # such as an unknown subset
+        raise UserError(f"task.subset: {repository}: {error}") from error
+
+
+def _load(repository: str, subset: str | None):
     import datasets
 
     try:
@@ -156,5 +161,3 @@ def _download(repository: str, subset: str | None):
             raise
         # The Hub converts repositories that hold a loading script to Parquet, in a branch of this name.
         return datasets.load_dataset(repository, subset, revision="refs/convert/parquet")
-    except ValueError as error:  # such as an unknown subset
-        raise UserError(f"task.subset: {repository}: {error}") from error

@@ -59,7 +59,7 @@ def load(config: TaskConfig) -> Task:
     On dev and test, free answers to one and the same prompt become one example with several references.
 
     Raises:
-        UserError: data missing, malformed or unlike the config (file and line named).
+        UserError: data missing, malformed or unlike the config (file and line named), or too few for three splits.
     """
     _check_template(config)
     source = sources.open_source(config)
@@ -77,6 +77,11 @@ def load(config: TaskConfig) -> Task:
         train, dev, test = _pick(train, kept), _pick(train, taken), held_out[0]
         dev = _merge(dev) if free else dev
     train, dev, test = (_pick(part, splits.limited(len(part), config.limit)) for part in (train, dev, test))
+    sizes = {"train": len(train), "dev": len(dev), "test": len(test)}
+    empty = [name for name, size in sizes.items() if not size]
+    if empty:
+        counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"task: {source.where} leaves no example for {' and '.join(empty)} ({counts})")
     return Task(
         config=config,
         name=config.name,
@@ -97,6 +102,7 @@ def template_hash(config: TaskConfig) -> str:
         "template": config.template,
         "text": list(config.text),
         "label_words": list(config.label_words),
+        "label_values": list(config.label_values),
         "option": OPTION,
     }
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()

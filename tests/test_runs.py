@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,33 @@ def test_how_a_run_ends():
     run.finish({"test/accuracy": 0.5})
     again = Run.open(run.path)
     assert again.done and again.metrics == {"test/accuracy": 0.5} and again.info["peak_memory_bytes"] > 1e6
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system counts from the start")
+def test_peak_memory_is_each_runs_own():
+    large = create()
+    large.begin()
+    held = bytearray(b"x") * 2**28  # 256 MiB, every page written
+    del held
+    large.finish({})
+    small = create()
+    small.begin()
+    small.finish({})
+    assert large.info["peak_memory_bytes"] - small.info["peak_memory_bytes"] > 2**27
+
+
+def test_a_process_lives_until_it_ends():
+    from lowrank_cli.runs.process import began, is_alive, this_process
+
+    me = this_process()
+    assert is_alive(me) and not is_alive(None)
+    assert not is_alive({**me, "host": "another"}) and not is_alive({**me, "began": -1})
+    with subprocess.Popen(["sleep", "60"]) as other:
+        record = {**me, "pid": other.pid, "began": began(other.pid)}
+        assert is_alive(record)
+        other.kill()
+        other.wait()
+    assert not is_alive(record)
 
 
 def test_a_silent_run_writes_nothing():

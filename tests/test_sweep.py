@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from command import one_line, runs
 
+from lowrank_cli.runs import this_process
+from lowrank_cli.runs.process import began
+
 pytestmark = pytest.mark.usefixtures("fake_stages")
 STEPS = ("train.max_steps=3", "train.warmup=0.1")
 
@@ -28,6 +31,7 @@ def states(sweep: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination(lrk):
     ended = lrk("train", "-m", "method=lora,milora", "seed=0,1", *STEPS, "name=try")
     assert ended.code == 0, ended.err
@@ -73,6 +77,7 @@ def test_resume_runs_only_what_is_not_done(lrk):
     assert "a sweep of train, not of evaluate" in lrk("evaluate", "--resume", str(sweep)).err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(lrk):
     ended = lrk("train", "-m", "train.warmup=0.1,1,0.2", "train.max_steps=3")
     (sweep,) = runs()
@@ -86,6 +91,25 @@ def test_ctrl_c_keeps_what_is_done(lrk):
     assert set(states(sweep).values()) == {"done"}
 
 
+def test_a_sweep_that_another_process_works_on_is_left_alone(lrk):
+    lrk("train", "-m", "train.learning_rate=0.1,2", *STEPS)
+    (sweep,) = runs()
+    asked, job = ledger(sweep), sweep / ledger(sweep)["jobs"][1]["id"] / "run.json"
+    failed = json.loads(job.read_text())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        living = {**this_process(), "pid": other.pid, "began": began(other.pid)}
+        for at, record, name in ((sweep / "sweep.json", asked, sweep), (job, failed, job.parent)):
+            at.write_text(json.dumps({**record, "status": "running", "process": living}))
+            ended = lrk("train", "--resume", str(sweep))
+            assert (ended.code, ended.out) == (2, "")
+            assert ended.err == f"error: --resume: '{name}' is running (process {other.pid}); end that first\n"
+            at.write_text(json.dumps(record))
+        other.kill()
+    Path("mended").touch()
+    assert lrk("train", "--resume", str(sweep)).code == 0 and "process" not in ledger(sweep)
+
+
+@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side(lrk):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     ended = lrk("train", "-m", "train.learning_rate=0.1,2", "seed=0,1", *STEPS, *launcher)
@@ -104,7 +128,7 @@ def test_a_sweep_of_evaluations(lrk):
     assert ended.code == 0, ended.err
     assert list(states(runs()[1])) == ["shots0-seed0", "shots0-seed1", "shots4-seed0", "shots4-seed1"]
     saved = [path.read_text() for path in runs()[1].glob("*/config.yaml")]
-    assert all(f"run: {runs()[0]}" in text and "name: lora" in text for text in saved)
+    assert all(f"run: {runs()[0].absolute()}" in text and "name: lora" in text for text in saved)
     names = ",".join(str(path) for path in sorted(runs()[0].parent.glob("*lora*")))
     assert lrk("evaluate", "-m", f"run={names}").code == 0
 

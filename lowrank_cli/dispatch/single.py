@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.dispatch import recipe, stage
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs import Run, discard
+from lowrank_cli.runs import Run, discard, is_alive, this_process
 
 
 def handler(verb: str) -> ModuleType:
@@ -46,10 +47,18 @@ def resume(verb: str, folder: str) -> None:
         raise UserError(f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {folder}")
     if run.done:
         raise UserError(f"--resume: '{folder}' is finished")
+    refuse_running(folder, run.info)
     try:
         handler(verb).work(run, restore(run))
     finally:
         show(run)
+
+
+def refuse_running(folder: str, record: dict[str, Any]) -> None:
+    """Two processes must not write into one folder. ``record`` is what the folder says of itself."""
+    process = record.get("process")
+    if process != this_process() and is_alive(process):
+        raise UserError(f"--resume: '{folder}' is running (process {process['pid']}); end that first")
 
 
 def take_back(path: Path, outputs: str) -> None:

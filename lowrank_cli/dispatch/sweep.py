@@ -7,7 +7,6 @@ so in its own folder at once and lets the others go on; whatever is not done can
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -20,11 +19,22 @@ from rich.console import Console
 
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override
-from lowrank_cli.dispatch.single import handler
+from lowrank_cli.dispatch.single import handler, refuse_running
 from lowrank_cli.dispatch.stage import Interrupted
 from lowrank_cli.errors import LrkError, UserError, WorkFailed
 from lowrank_cli.report import tables
-from lowrank_cli.runs import DONE, INTERRUPTED, PENDING, RUNNING, Run, config_hash, new_folder, read_json, write_json
+from lowrank_cli.runs import (
+    DONE,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
+    Run,
+    config_hash,
+    new_folder,
+    read_json,
+    this_process,
+    write_json,
+)
 
 LEDGER = "sweep.json"
 
@@ -86,8 +96,12 @@ def resume(verb: str, folder: str) -> None:
     ledger = read_json(Path(folder) / LEDGER)
     if ledger["stage"] != verb:
         raise UserError(f"--resume: '{folder}' is a sweep of {ledger['stage']}, not of {verb}")
-    if all(run.done for run in _jobs(Path(folder), ledger)):
+    jobs = _jobs(Path(folder), ledger)
+    if all(run.done for run in jobs):
         raise UserError(f"--resume: all jobs of '{folder}' are finished")
+    refuse_running(folder, ledger)
+    for run in jobs:
+        refuse_running(tables.shown(run.path), run.info)
     _work(Path(folder), ledger)
 
 
@@ -99,9 +113,9 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
     jobs = _jobs(folder, ledger)
     again = f"continue with: lrk {ledger['stage']} -m --resume {tables.shown(folder)}"
     status = INTERRUPTED
-    write_json(folder / LEDGER, {**ledger, "status": RUNNING, "pid": os.getpid()})
+    write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
     try:
-        todo = [job.path for job in jobs if not job.done]
+        todo = [job.path.absolute() for job in jobs if not job.done]
         Launcher(ledger["launcher"]).launch(run_job, folder, todo)
         status = DONE
     except KeyboardInterrupt:
@@ -129,7 +143,7 @@ def run_job(job: Job) -> None:
     run = Run.open(job.folder)
     terminal = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
-        if read_json(run.path.parent / LEDGER)["pid"] == os.getpid():
+        if read_json(run.path.parent / LEDGER)["process"] == this_process():
             terminal.print(f"job {run.path.name}")
         else:  # several at once: each writes into its own file
             log = stack.enter_context(run.file("log.txt").open("a", encoding="utf-8", buffering=1))

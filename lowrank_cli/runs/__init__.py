@@ -14,7 +14,8 @@ and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, 
 from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write_json
 from lowrank_cli.runs.folders import all_runs, discard, find
 from lowrank_cli.runs.place import new_folder
-from lowrank_cli.runs.provenance import ROOT, config_hash, peak_memory_bytes
+from lowrank_cli.runs.process import is_alive, peak_memory_bytes, this_process
+from lowrank_cli.runs.provenance import ROOT, config_hash
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "config_hash",
     "discard",
     "find",
+    "is_alive",
     "new_folder",
     "peak_memory_bytes",
     "read_json",
+    "this_process",
     "write_json",
 ]

@@ -17,7 +17,8 @@ import yaml
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs.files import atomic_write, read_json, write_json
 from lowrank_cli.runs.place import new_folder
-from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, peak_memory_bytes
+from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
+from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions
 
 DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "running", "pending"
 
@@ -168,7 +169,8 @@ class Run:
         for key in ("error", "exit_code", "ended"):
             self.info.pop(key, None)
         self._began = time.monotonic()
-        self.update(status=RUNNING, **{"resumed" if again else "started": _now()})
+        reset_peak_memory()
+        self.update(status=RUNNING, process=this_process(), **{"resumed" if again else "started": _now()})
 
     def finish(self, metrics: Mapping[str, float]) -> None:
         self.write_json("metrics.json", dict(metrics))
@@ -182,6 +184,7 @@ class Run:
 
     def _end(self, status: str, **fields: Any) -> None:
         took = time.monotonic() - self._began
+        self.info.pop("process", None)
         before = self.info.get("seconds", 0)  # where this resumes an earlier process
         self.update(
             status=status,

@@ -1,0 +1,55 @@
+"""The process that works on a run: whether it still lives, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other one, on other machines and later ones of its number too."""
+    return {"host": platform.node(), "pid": os.getpid(), "began": began(os.getpid())}
+
+
+def is_alive(process: Mapping[str, Any] | None) -> bool:
+    """Whether what :func:`this_process` once returned still runs; never for another machine, where nobody can tell."""
+    return process is not None and process["host"] == platform.node() and began(process["pid"]) == process["began"]
+
+
+def began(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks since boot (without /proc: 0); None where there is no process."""
+    if Path("/proc/self/stat").exists():
+        with suppress(OSError):
+            state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            return None if state in "ZX" else int(fields[18])  # proc_pid_stat(5): fields 3 and 22
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # it is another user's
+        pass
+    return 0
+
+
+def reset_peak_memory() -> None:
+    """Let :func:`peak_memory_bytes` count from now on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc_pid_clear_refs(5): the peak
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process since :func:`reset_peak_memory`; without Linux' /proc, since it started."""
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

@@ -26,16 +26,16 @@ EXAMPLES = {
     ],
     "evaluate": [
         "lrk evaluate",
-        "lrk evaluate run=outputs/latest evaluate.num_beams=3",
+        "lrk evaluate run=outputs/latest evaluate.split=dev",
         "lrk evaluate method=none task=tiny_yesno evaluate.shots=8",
         "lrk evaluate -m method=none evaluate.shots=0,4,8",
     ],
     "run": [
         "lrk run recipe=milora",
-        "lrk run recipe=milora task=tiny_entailment seed=1",
+        "lrk run recipe=milora task=tiny_arithmetic seed=1",
         "lrk run --resume outputs/latest",
     ],
-    "compare": ["lrk compare outputs", "lrk compare outputs/latest --baseline lora --output comparison"],
+    "compare": ["lrk compare", "lrk compare outputs/latest --baseline lora --output comparison"],
     "list": ["lrk list", "lrk list tasks", "lrk list runs"],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
 }
@@ -189,7 +189,10 @@ def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: 
 
 @app.command(cls=Verb)
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN_OR_FOLDER...", help="runs, sweeps, or folders of them")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN_OR_FOLDER]...", help="runs, sweeps, or folders of them; else all of --outputs"),
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
     output: Annotated[
@@ -202,7 +205,7 @@ def compare(
 
     from lowrank_cli.report.compare import compare as compared
 
-    Console().print(compared(runs, baseline, metric, output, outputs))
+    Console().print(compared(runs or [], baseline, metric, output, outputs))
 
 
 @app.command("list", cls=Verb)

@@ -83,6 +83,10 @@ class TaskConfig:
             require_range("task.limit", self.limit, 1)
         if self.answer == "labels" and len(self.label_words) < 2:
             raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
+        for key in ("label_words", "label_values"):
+            words = [word.casefold() for word in getattr(self, key)]
+            if len(set(words)) < len(words):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
 
@@ -117,7 +121,7 @@ class TrainConfig:
     epochs: float = MISSING  #: passes over the training set
     max_steps: Optional[int] = MISSING  #: bound on steps; replaces ``epochs`` in the schedule where smaller
     batch_size: int = MISSING  #: examples of one step, over all processes and accumulated batches
-    gradient_accumulation: int = MISSING  #: batches summed into one step; must divide ``batch_size``
+    gradient_accumulation: int = MISSING  #: batches summed into one step; times processes it divides ``batch_size``
     max_grad_norm: float = MISSING  #: gradients are clipped to this norm; 0 turns clipping off
     eval_every: int = MISSING  #: steps between dev evaluations
     patience: int = MISSING  #: evaluations without a better dev loss before training stops; 0 never stops
@@ -128,34 +132,39 @@ class TrainConfig:
         require_range("train.learning_rate", self.learning_rate, 0)
         require_range("train.weight_decay", self.weight_decay, 0)
         require_range("train.warmup", self.warmup, 0, 1)
-        require_range("train.epochs", self.epochs, 0)
+        if not self.epochs > 0:
+            raise UserError(f"train.epochs: {self.epochs} is out of range (allowed: above 0)")
         for key in ("batch_size", "gradient_accumulation", "eval_every", "log_every"):
             require_range(f"train.{key}", getattr(self, key), 1)
         for key in ("max_grad_norm", "patience", "checkpoint_every"):
             require_range(f"train.{key}", getattr(self, key), 0)
         if self.max_steps is not None:
             require_range("train.max_steps", self.max_steps, 1)
-        if self.batch_size % self.gradient_accumulation:
-            raise UserError(
-                f"train.gradient_accumulation: {self.gradient_accumulation} does not divide "
-                f"train.batch_size={self.batch_size}"
-            )
 
 
 @dataclass
-class EvaluateConfig:
+class PredictConfig:
     """How answers are predicted."""
 
-    split: str = MISSING  #: ``dev`` or ``test``
     batch_size: int = MISSING  #: prompts of one batch
     num_beams: int = MISSING  #: 1 is greedy decoding
     shots: int = MISSING  #: demonstrations from the training set in front of each prompt
 
     def validate(self) -> None:
-        require_choice("evaluate.split", self.split, ("dev", "test"))
         require_range("evaluate.batch_size", self.batch_size, 1)
         require_range("evaluate.num_beams", self.num_beams, 1)
         require_range("evaluate.shots", self.shots, 0)
+
+
+@dataclass
+class EvaluateConfig(PredictConfig):
+    """What an evaluation of its own measures; training ends with both splits."""
+
+    split: str = MISSING  #: ``dev`` or ``test``
+
+    def validate(self) -> None:
+        super().validate()
+        require_choice("evaluate.split", self.split, ("dev", "test"))
 
 
 @dataclass
@@ -169,7 +178,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     method: Any = MISSING  #: a :class:`MethodConfig`
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    evaluate: PredictConfig = field(default_factory=PredictConfig)
 
 
 @dataclass
@@ -183,6 +192,7 @@ class TrainRun(RunConfig):
 class EvaluateRun(RunConfig):
     """``lrk evaluate``."""
 
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: Optional[str] = MISSING  #: a training run's folder; null takes the newest finished one
 
 

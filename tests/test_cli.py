@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import yaml
 from command import one_line, runs, shell
 
 from lowrank_cli import cli
+from lowrank_cli.report.compare import collect
+from lowrank_cli.runs import Run, this_process
+from lowrank_cli.runs.process import began
 
 
 def info(path: Path) -> dict:
@@ -60,6 +65,7 @@ def test_each_verb_explains_itself(lrk, verb):
         assert all(option in ended.out for option in ("--dry-run", "--config-dir", "--resume", "--multirun"))
 
 
+@pytest.mark.slow
 def test_examples_of_the_help_are_valid(lrk, fake_stages):
     lrk("train", "method=milora")
     lrk("train", "method=lora")
@@ -141,7 +147,12 @@ MISTAKES = {
     ): "hydra/launcher: unknown value 'joblb'; did you mean 'joblib'?",
     ("train", "-m", "seed=0,1", "hydra.launcher.n_job=2"): "hydra.launcher.n_job: unknown key",
     ("train", "-m", "hydra.sweep.dir=x"): "hydra.sweep.dir=x: of Hydra's own keys only",
+    ("train", "evaluate.num_beams=3"): "evaluate.num_beams: 3 beams search for generated text, but",
+    ("train", "model=minilm", "evaluate.shots=2"): "evaluate.shots: 2 examples would stand in a prompt, and",
+    ("evaluate", "method=none", "model=minilm"): "method: 'none' would leave the head of the encoder minilm random",
+    ("train", "train.gradient_accumulation=3"): "train.batch_size: 16 cannot be shared by hardware.processes=1 times",
     ("compare", "nowhere"): "",
+    ("compare",): "compare: there is no folder 'outputs'",
 }
 
 
@@ -174,7 +185,7 @@ def test_a_run_from_start_to_end(lrk, fake_stages):
     assert (path / "plots" / "loss.png").is_file()
     ended = lrk("evaluate")
     assert ended.code == 0 and info(runs()[1])["choices"] == info(path)["choices"]
-    assert yaml.safe_load((runs()[1] / "config.yaml").read_text())["run"] == str(path)
+    assert yaml.safe_load((runs()[1] / "config.yaml").read_text())["run"] == str(path.absolute())
     assert "2 run" not in lrk("list", "runs").out and lrk("list", "runs").out.count("done") == 2
 
 
@@ -225,6 +236,65 @@ def test_a_killed_run_is_continued(lrk, fake_stages):
     assert lrk("train", "--resume", str(path)).code == 0
 
 
+def test_a_run_is_the_same_from_every_directory(lrk, fake_stages, monkeypatch):
+    Path("data").mkdir()
+    lrk("train", "task.path=data", "train.warmup=1", "train.max_steps=3")
+    path = runs()[0].absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert lrk("train", "--resume", str(path)).code == 0
+    ended = lrk("evaluate", f"run={os.path.relpath(path)}", f"outputs={path.parents[1]}")
+    assert ended.code == 0, ended.err
+    (evaluated,) = [run for run in path.parent.iterdir() if run != path]
+    saved = yaml.safe_load((evaluated / "config.yaml").read_text())
+    assert (saved["run"], saved["task"]["path"]) == (str(path), str(path.parents[2] / "data"))
+
+
+def test_an_evaluation_is_paired_by_the_seed_of_its_training_from_every_directory(lrk, fake_stages, monkeypatch):
+    lrk("train", "seed=3")
+    lrk("evaluate", f"run={runs()[0]}", "seed=5")
+    outputs = Path("outputs").absolute()
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert {result.seed for result in collect([str(outputs)], "outputs")[0]} == {3}
+
+
+@pytest.fixture
+def other_process():
+    """Another living process, and what run.json would say of it."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process, {**this_process(), "pid": process.pid, "began": began(process.pid)}
+        process.kill()
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(lrk, fake_stages, other_process):
+    process, record = other_process
+    lrk("train", "train.warmup=1", "train.max_steps=3")
+    (path,) = runs()
+    assert "process" not in info(path)
+    living = {**info(path), "status": "running", "process": record}
+    (path / "run.json").write_text(json.dumps(living))
+    ended = lrk("train", "--resume", str(path))
+    assert (ended.code, ended.out) == (2, "") and info(path) == living
+    assert ended.err == f"error: --resume: '{path}' is running (process {process.pid}); end that first\n"
+    (path / "run.json").write_text(json.dumps({**living, "process": {**record, "began": -1}}))  # its number came back
+    assert lrk("train", "--resume", str(path)).code == 0
+
+
+def test_a_run_says_which_process_works_on_it(lrk, fake_stages):
+    seen = {}
+    log = Run.log
+
+    def watching(run, row):
+        seen.update(info(run.path))
+        log(run, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "log", watching)
+        lrk("train", "train.max_steps=1")
+    assert seen["process"] == this_process() and seen["process"]["pid"] == os.getpid()
+
+
 # ---------------------------------------------------------------------------------------------- end to end
 
 
@@ -239,5 +309,5 @@ def test_train_evaluate_and_compare_for_real(lrk):
     assert lrk("evaluate", "evaluate.split=dev").code == 0
     first, second = (json.loads((run / "metrics.json").read_text()) for run in runs())
     assert first["dev/accuracy"] == second["dev/accuracy"]
-    ended = lrk("compare", "outputs", "--output", "comparison")
+    ended = lrk("compare", "--output", "comparison")
     assert ended.code == 0 and "milora" in ended.out and any(Path("comparison").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -77,13 +78,29 @@ def test_the_configuration_of_a_run_comes_back_from_its_folder():
 @pytest.mark.parametrize("value", ["my data", "a(b),c", "it's", "a=b", "é", "back\\slash", "end\\", "[x]", "{y}"])
 def test_a_path_may_hold_any_character(value):
     composed = config.compose("train", [f"task.path={value}", f"outputs={value}"])
-    assert composed.config.task.path == composed.config.outputs == value
+    assert composed.config.outputs == value
+    assert composed.config.task.path == os.path.abspath(value)
 
 
 def test_a_path_may_start_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert config.compose("train", ["model.path=~/models"]).config.model.path == "/home/someone/models"
     assert config.compose("train", ["model.path=null"]).config.model.path is None
+
+
+@pytest.mark.parametrize("spelling", ["data", "./data", "data/", "'data'", "other/../data", "{here}/data"])
+def test_a_folder_that_is_read_is_saved_in_one_spelling(spelling):
+    here = os.getcwd()
+    plain = config.compose("train", [f"task.path={here}/data"])
+    composed = config.compose("train", [f"task.path={spelling.replace('{here}', here)}"])
+    assert composed.resolved == plain.resolved and composed.inputs == {"task.path": f"{here}/data"}
+
+
+def test_a_folder_named_in_the_users_file_is_saved_absolute():
+    Path("mine/task").mkdir(parents=True)
+    text = (folders.conf_folder() / "task" / "sst2.yaml").read_text().replace("path: null", "path: data")
+    Path("mine/task/own.yaml").write_text(text)
+    assert config.compose("train", ["task=own"], "mine").config.task.path == os.path.abspath("data")
 
 
 # --------------------------------------------------------------------------------------------- where it lies
@@ -157,7 +174,10 @@ MISTAKES = {
     "name=..": "name: '..' cannot be part of a folder's name",
     "method.name=lora": "method.name: 'lora' does not go with the schema 'MiLoRAConfig'",
     "method.name=foo": "method.name: unknown value 'foo' (allowed: full, lora, milora, none)",
-    "train.gradient_accumulation=3": "train.gradient_accumulation: 3 does not divide train.batch_size=16",
+    "train.epochs=0": "train.epochs: 0.0 is out of range (allowed: above 0)",
+    "evaluate.split=dev": "evaluate.split: unknown key",
+    "task.label_words=[yes,Yes]": "task.label_words: ['yes', 'Yes'] names a label twice",
+    "task.label_values=[a,a]": "task.label_values: ['a', 'a'] names a label twice",
 }
 
 
@@ -204,8 +224,13 @@ def test_evaluate_takes_groups_and_values_from_the_newest_run():
     run = trained(["method=lora", "method.rank=3", "task=tiny_choice", "task.limit=9", "model.path=x", "seed=5"])
     composed = config.compose("evaluate", ["task.limit=4", "evaluate.num_beams=2"])
     used = composed.config
-    assert (used.method.rank, used.task.name, used.task.limit, used.model.path) == (3, "tiny_choice", 4, "x")
-    assert (used.run, used.evaluate.num_beams, used.seed) == (str(run.path), 2, 0)
+    assert (used.method.rank, used.task.name, used.task.limit, used.model.path) == (
+        3,
+        "tiny_choice",
+        4,
+        os.path.abspath("x"),
+    )
+    assert (used.run, used.evaluate.num_beams, used.seed) == (str(run.path.absolute()), 2, 0)
     assert composed.choices == {**run.info["choices"]}
     assert "_from_run" not in yaml.safe_dump(composed.resolved)
 
@@ -214,7 +239,7 @@ def test_evaluate_finds_the_run_of_a_method():
     lora = trained(["method=lora", "method.rank=3"])
     trained([])
     used = config.compose("evaluate", ["method=lora"]).config
-    assert used.run == str(lora.path) and used.method.rank == 3
+    assert used.run == str(lora.path.absolute()) and used.method.rank == 3
     assert "start one with: lrk train method=full" in refused(["method=full"], "evaluate")
 
 
@@ -229,8 +254,8 @@ def test_switching_a_group_replaces_its_values():
 def test_a_run_in_the_users_words():
     path = Path("my outputs (old), 2")
     run = trained([f"outputs={path}"])
-    assert config.compose("evaluate", [f"run={run.path}"]).config.run == str(run.path)
-    assert config.compose("evaluate", [f"outputs={path}"]).config.run == str(run.path)
+    assert config.compose("evaluate", [f"run={run.path}"]).config.run == str(run.path.absolute())
+    assert config.compose("evaluate", [f"outputs={path}"]).config.run == str(run.path.absolute())
 
 
 def test_the_frozen_model_needs_no_run():

@@ -12,6 +12,7 @@ from command import one_line, runs
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.dispatch import recipe
 from lowrank_cli.errors import UserError
+from lowrank_cli.runs import Run
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 SHORT = ("train.max_steps=3", "train.warmup=0.1")
@@ -58,7 +59,17 @@ def test_the_papers_settings():
         None,
     )
     assert (used.train.eval_every, used.train.patience, used.task.max_length) == (200, 10, 768)
-    assert test.config.evaluate.num_beams == 3 and test.config.task.max_length == 768
+    assert test.config.evaluate.num_beams == 1 and test.config.task.max_length == 768  # BoolQ's answers are scored
+    generated = recipe.check("run", ["recipe=milora_llama2_7b", "task=gsm8k", "evaluate.num_beams=3"], None)
+    assert recipe.parts(generated, None)[1][1].config.evaluate.num_beams == 3
+
+
+def test_beams_of_the_shipped_recipe_want_generated_answers():
+    (_, train), (_, test) = recipe.parts(recipe.check("run", ["recipe=milora"], None), None)
+    assert (train.config.task.answer, test.config.evaluate.num_beams) == ("free", 3)
+    with pytest.raises(UserError, match=r"stage 'test': evaluate\.num_beams: 3 beams .* set evaluate\.num_beams=1"):
+        recipe.check("run", ["recipe=milora", "task=tiny_choice"], None)
+    recipe.check("run", ["recipe=milora", "task=tiny_choice", "evaluate.num_beams=1"], None)
 
 
 def test_stages_run_in_a_row(lrk):
@@ -69,7 +80,7 @@ def test_stages_run_in_a_row(lrk):
     small, base, again = (saved(path, folder) for folder in ("01-small", "02-base", "03-again"))
     assert (small["method"]["rank"], small["task"]["limit"], small["train"]["max_steps"]) == (2, 9, 3)
     assert (base["method"]["name"], base["run"], base["task"]["name"]) == ("none", None, "tiny_yesno")
-    assert again["run"] == str(path / "01-small")
+    assert again["run"] == str((path / "01-small").absolute())
     assert (again["method"]["rank"], again["task"]["name"], again["task"]["limit"]) == (2, "tiny_choice", 3)
     assert json.loads((path / "metrics.json").read_text())["test/accuracy"] == 0.5
     assert json.loads((path / "run.json").read_text())["status"] == "done"
@@ -122,7 +133,36 @@ def test_a_recipe_moves_with_its_folder(lrk):
     Path("mended").touch()
     moved = runs()[0].rename("moved")
     assert lrk("run", "--resume", "moved").code == 0
-    assert saved(moved, "02-test")["run"] == "moved/01-train"
+    assert saved(moved, "02-test")["run"] == str(Path("moved/01-train").absolute())
+
+
+def test_a_recipe_is_continued_from_another_directory(lrk, monkeypatch):
+    Path("data").mkdir()
+    text = TWO + "  - {name: last, stage: train, overrides: [task.path='data', train.learning_rate=2]}\n"
+    assert lrk("run", *write(text), *SHORT, "model.path=data").code == 1
+    path, data = runs()[0].absolute(), str(Path("data").absolute())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    Path("mended").touch()
+    (path / "04-last" / "run.json").unlink()  # as if it had not begun
+    ended = lrk("run", "--resume", str(path))
+    assert ended.code == 0, ended.err
+    last = saved(path, "04-last")
+    assert (last["task"]["path"], last["model"]["path"]) == (data, data)
+    assert saved(path, "03-again")["model"]["path"] == data
+
+
+def test_peak_memory_is_the_largest_stages(lrk, monkeypatch):
+    monkeypatch.setattr("lowrank_cli.runs.run.peak_memory_bytes", iter([9, 5, 3]).__next__)
+    lrk("run", "recipe=milora", *SHORT)
+    folders = [runs()[0], *sorted(runs()[0].glob("*/"))]
+    assert [Run.open(folder).info["peak_memory_bytes"] for folder in folders] == [9, 9, 5]
+
+
+def test_a_split_is_for_the_stages_that_evaluate_only(lrk):
+    lrk("run", "recipe=milora", *SHORT, "evaluate.split=dev", "evaluate.batch_size=3")
+    train, test = (saved(runs()[0], folder)["evaluate"] for folder in ("01-train", "02-test"))
+    assert (test["split"], test["batch_size"], train["batch_size"]) == ("dev", 3, 3) and "split" not in train
 
 
 MISTAKES = {

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ VERBS: dict[str, type] = {
     "evaluate": schema.EvaluateRun,
     "run": schema.RecipeRun,
 }
-PATHS = ("run", "outputs", "model.path", "task.path")
+INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
+PATHS = (*INPUTS, "outputs")
 READS = {"evaluate": "train"}  # verb: the stage whose run it reads
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
@@ -44,6 +45,12 @@ class Composed:
     resolved: dict[str, Any]  #: the same as plain values: what config.yaml holds
     choices: dict[str, str]  #: which file of each group
     overrides: list[str]  #: as the user gave them
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The folders that are read, by their keys."""
+        found = {key: reduce(lambda at, name: getattr(at, name, None), key.split("."), self.config) for key in INPUTS}
+        return {key: path for key, path in found.items() if path}
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,17 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
 
 
 def compose(
-    verb: str, overrides: Sequence[str], config_dir: str | None = None, source: Source | None = None
+    verb: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    source: Source | None = None,
+    later: tuple[str, ...] = (),
 ) -> Composed:
     """Compose, resolve and validate the configuration of one run.
 
     A verb that reads an earlier run takes its groups from that run, except those that the overrides switch.
-    ``source`` stands in for a run that does not exist yet (a recipe is checked before it starts).
+    ``source`` stands in for a run that does not exist yet (a recipe is checked before it starts), and so do paths
+    that begin with one of ``later``.
     """
     load = loader(config_dir)
     asked = list(overrides)
@@ -103,6 +115,7 @@ def compose(
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
+        _make_absolute(cfg, later)
         with open_dict(cfg):
             del cfg["hydra"]
         return _finish(verb, cfg, choices, asked)
@@ -187,6 +200,14 @@ def _adopt(source: Source, parsed: list[Override]) -> list[str]:
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
     own = [item.input_line for item in parsed if item.key_or_group not in adopted]
     return [*(f"{group}={FROM_RUN}" for group in adopted), *own]
+
+
+def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
+    """Folders that are read are the same from every directory, and one folder has one spelling."""
+    for key in INPUTS:
+        path = OmegaConf.select(cfg, key)
+        if path and not path.startswith(later):
+            OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))
 
 
 def _literal_path(override: str) -> str:

@@ -62,7 +62,8 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     evaluation = config.evaluate
     shots = f", {evaluation.shots} shots" if evaluation.shots else ""
     beams = f", {evaluation.num_beams} beams" if evaluation.num_beams > 1 else ""
-    rows.append(("evaluation", f"{evaluation.split}, batches of {evaluation.batch_size}{beams}{shots}"))
+    split = getattr(evaluation, "split", "dev and test")
+    rows.append(("evaluation", f"{split}, batches of {evaluation.batch_size}{beams}{shots}"))
     if getattr(config, "run", None):
         rows.append(("adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]

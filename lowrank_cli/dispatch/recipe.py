@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import RenderableType
 
@@ -31,15 +31,17 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     """Compose the recipe, hand the other overrides to its stages, and check every stage."""
     own = [item for item in overrides if _root(item) in _keys(RecipeRun) or "=" not in item]
     composed = compose(verb, own, config_dir)
-    entries = composed.resolved["recipe"]["stages"]
+    values = composed.resolved
+    entries = values["recipe"]["stages"]
     for override in overrides:
         if override not in own:
-            takers = [entry for entry in entries if _takes(entry, _root(override))]
+            takers = [entry for entry in entries if _takes(entry, override.partition("=")[0])]
             for entry in takers or entries[:1]:  # composing the first stage then names the nearest key
                 entry["overrides"].append(override)
-    composed = rebuild(verb, composed.resolved, composed.choices, overrides)
-    parts(composed, config_dir)
-    return composed
+    composed = rebuild(verb, values, composed.choices, overrides)
+    for entry, (_, part) in zip(entries, parts(composed, config_dir), strict=True):
+        entry["overrides"] = _settled(entry["overrides"], part.inputs)
+    return rebuild(verb, values, composed.choices, overrides)
 
 
 def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
@@ -82,7 +84,7 @@ def work(run: Run, composed: Composed) -> None:
     """Run the stages that are not done, in order; the last one's metrics are the recipe's."""
     run.begin()
     ledger = run.read_json(LEDGER)
-    folders = {item["name"]: run.path / item["folder"] for item in ledger["stages"]}
+    folders = {item["name"]: run.path.absolute() / item["folder"] for item in ledger["stages"]}
     with stage.recorded(run):
         for item, entry in zip(ledger["stages"], composed.config.recipe.stages, strict=True):
             part = _open(folders[entry.name])
@@ -96,6 +98,7 @@ def work(run: Run, composed: Composed) -> None:
             finally:
                 item["status"] = part.info["status"]
                 run.write_json(LEDGER, ledger)
+            run.update(peak_memory_bytes=max(r.info.get("peak_memory_bytes", 0) for r in (run, part)))
         run.finish(part.metrics)
 
 
@@ -117,16 +120,32 @@ def _keys(kind: Any) -> set[str]:
     return {item.name for item in fields(kind)}
 
 
-def _takes(entry: dict[str, Any], root: str) -> bool:
+def _knows(kind: Any, key: str) -> bool:
+    """Whether a schema holds a dotted key; what a section without a schema holds is left to composing."""
+    name, _, rest = key.partition(".")
+    section = get_type_hints(kind).get(name)
+    return section is not None and (not rest or not is_dataclass(section) or _knows(section, rest))
+
+
+def _takes(entry: dict[str, Any], key: str) -> bool:
     """Whether a stage's verb knows the key, and does not take it from an earlier stage."""
-    inherits = root in GROUPS and _inherited(entry["overrides"]) is not None
-    return entry["stage"] in VERBS and root in _keys(VERBS[entry["stage"]]) and not inherits
+    inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None
+    return entry["stage"] in VERBS and _knows(VERBS[entry["stage"]], key) and not inherits
 
 
 def _inherited(overrides: list[str]) -> str | None:
     """The stage whose run this one reads."""
     found = [re.fullmatch(r"run=\{(.*)\}", override) for override in overrides]
     return next((match[1] for match in reversed(found) if match), None)
+
+
+def _settled(overrides: list[str], inputs: dict[str, str]) -> list[str]:
+    """The overrides with each folder as it was checked: the recipe may be continued from another directory."""
+    given = {override.partition("=")[0] for override in overrides}
+    own = set() if _inherited(overrides) is not None else {"model.path", "task.path"}  # a YAML may name them
+    folders = {key: path for key, path in inputs.items() if key in given | own}
+    rest = [override for override in overrides if override.partition("=")[0] not in folders]
+    return [*rest, *(f"{key}={path}" for key, path in folders.items())]
 
 
 def _filled(override: str, folders: dict[str, Path]) -> str:

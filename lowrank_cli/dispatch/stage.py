@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -35,7 +36,7 @@ def check(
 
     Paths that begin with one of ``later`` need not exist yet.
     """
-    composed = compose(verb, overrides, config_dir, source)
+    composed = compose(verb, overrides, config_dir, source, later)
     config = composed.config
     can = methods.capabilities(config.method.name)
     if verb not in can:
@@ -43,7 +44,8 @@ def check(
         raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
     for key, path in (("model.path", config.model.path), ("task.path", config.task.path)):
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
-            raise UserError(f"{key}: there is no folder '{path}'")
+            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
+    _refuse_what_would_do_nothing(config, can)
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if config.train.batch_size % (accumulated * processes):
@@ -52,6 +54,27 @@ def check(
                 f"times train.gradient_accumulation={accumulated}"
             )
     return composed
+
+
+def _refuse_what_would_do_nothing(config: Any, can: set[str]) -> None:
+    """Values that the chosen model, task or method has no use for."""
+    asked, task = config.evaluate, config.task
+    if asked.num_beams > 1 and task.answer != "free":
+        raise UserError(
+            f"evaluate.num_beams: {asked.num_beams} beams search for generated text, but the answers of {task.name} "
+            f"are scored (task.answer={task.answer}); set evaluate.num_beams=1"
+        )
+    if config.model.kind == "encoder":
+        if asked.shots:
+            raise UserError(
+                f"evaluate.shots: {asked.shots} examples would stand in a prompt, and the encoder {config.model.name} "
+                f"has none; set evaluate.shots=0"
+            )
+        if "train" not in can:
+            raise UserError(
+                f"method: '{config.method.name}' would leave the head of the encoder {config.model.name} random; "
+                f"train it, or take a causal model"
+            )
 
 
 def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:

@@ -199,13 +199,13 @@ def test_without_a_new_enough_python(checkout, present):
 def test_test_script_passes_arguments_on_and_reports_every_failure(checkout, tmp_path):
     assert checkout.call("-k", "a b", script="test", cwd=tmp_path)[0] == 0
     calls = (checkout.root / "calls").read_text().splitlines()
-    assert [line.split()[0] for line in calls] == ["ruff", "mypy", "pytest"]
+    assert [line.split()[0] for line in calls] == ["ruff", "ruff", "mypy", "pytest"]
     assert calls[-1].endswith(" -k a b")
 
-    code, _, err = checkout.call(script="test", BROKEN="ruff")
+    code, _, err = checkout.call(script="test", BROKEN="mypy")
     assert code == 1
-    assert err.splitlines()[-1] == "failed: ruff"
-    assert len((checkout.root / "calls").read_text().splitlines()) == 6
+    assert err.splitlines()[-1] == "failed: mypy"
+    assert len((checkout.root / "calls").read_text().splitlines()) == 8
 
 
 def test_wheel_holds_configs_and_bundled_files(tmp_path, monkeypatch):

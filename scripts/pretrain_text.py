@@ -21,18 +21,18 @@ NUMBERS = (0, 50)  #: range of the numbers in pretraining
 SEPARATORS = ("\n\n", "\n\n", "\n")
 
 #: progress at which each phase begins; from ``late`` on, loss falls on what can be known only
-PHASES = {"curriculum": 0.0, "late": 1.4, "passages": 2.25, "questions": 3.4, "close": 4.0}
+PHASES = {"curriculum": 0.0, "late": 1.4, "passages": 2.25}
 
 #: kind of document -> share at the start, where the curriculum ends (progress 1), and in each later phase
 MIXTURE = {
-    "copy": (0.15, 0.03, 0.02, 0.02, 0.01, 0.02),
-    "lookup": (0.25, 0.05, 0.03, 0.02, 0.01, 0.02),
-    "episode": (0.30, 0.54, 0.45, 0.40, 0.25, 0.45),
-    "natural": (0.20, 0.18, 0.30, 0.26, 0.55, 0.25),
-    "choice": (0.02, 0.06, 0.05, 0.14, 0.10, 0.10),
-    "arithmetic": (0.03, 0.06, 0.06, 0.07, 0.04, 0.08),
-    "describe": (0.02, 0.03, 0.03, 0.02, 0.01, 0.02),
-    "instruct": (0.03, 0.05, 0.06, 0.07, 0.03, 0.06),
+    "copy": (0.15, 0.03, 0.02, 0.02),
+    "lookup": (0.25, 0.05, 0.03, 0.02),
+    "episode": (0.30, 0.54, 0.45, 0.40),
+    "natural": (0.20, 0.18, 0.30, 0.26),
+    "choice": (0.02, 0.06, 0.05, 0.14),
+    "arithmetic": (0.03, 0.06, 0.06, 0.07),
+    "describe": (0.02, 0.03, 0.03, 0.02),
+    "instruct": (0.03, 0.05, 0.06, 0.07),
 }
 
 _WORDS = vocabulary()
@@ -95,21 +95,21 @@ def _shots(
     return pieces
 
 
-#: family -> how often an episode draws it, up to the phase ``late`` and in each phase after it
+#: family -> how often an episode draws it, up to the phase ``late`` and after it
 _EPISODES = {
-    "sentiment": (4, 5, 3, 6),
-    "yesno": (4, 7, 10, 6),
-    "entailment": (4, 4, 2, 4),
-    "category": (3, 1, 0.5, 1),
-    "topic": (3, 2, 0.5, 2),
-    "polarity": (2, 2, 0.5, 1),
-    "same": (1, 0.5, 0.5, 0.5),
-    "mentioned": (2, 2, 3, 2),
-    "opposite": (1, 0.5, 0.5, 0.5),
-    "larger": (1, 0.5, 0.5, 0.5),
-    "negated": (1, 0.5, 0.3, 0.3),
-    "tense": (1, 0.5, 0.3, 0.3),
-    "stated": (0, 5, 8, 4),
+    "sentiment": (4, 5),
+    "bound": (4, 7),
+    "entailment": (4, 4),
+    "category": (3, 1),
+    "topic": (3, 2),
+    "polarity": (2, 2),
+    "same": (1, 0.5),
+    "mentioned": (2, 2),
+    "opposite": (1, 0.5),
+    "larger": (1, 0.5),
+    "negated": (1, 0.5),
+    "tense": (1, 0.5),
+    "stated": (0, 5),
 }
 
 #: families of one short line, with which episodes begin
@@ -128,7 +128,7 @@ def _episode(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     number = len(family.classes)
     classes = rng.sample(range(number), min(number, rng.choice((2, 2, 2, 3, 4))))
     words = dict(zip(classes, rng.sample(EPISODE_LABELS, len(classes)), strict=True))
-    long = family.name in ("yesno", "stated", "entailment")
+    long = family.name in ("bound", "stated", "entailment")
     longest = 8 + round((4 if long else 8) * min(1.0, progress))
     pieces = _shots(rng, lexicon, family, rng.randrange(4, longest), classes, words)
     return _unknown(pieces) if phase(progress) else pieces
@@ -202,3 +202,71 @@ def _instruct(rng: Random, lexicon: Lexicon, progress: float) -> Document:
         pieces.append((f"Input: {row['input']}\nTask: {row['instruction']}\nOutput:", PLAIN))
         pieces += [(f" {row['answer']}", ANSWER), ("\n\n", PLAIN)]
     return pieces[:-1]
+
+
+_GAPS = (
+    "Input: {}\nOutput:",
+    "Sentence: {}\nAnswer:",
+    "Word: {}\nLabel:",
+    "{} is",
+    "{} =>",
+    "Review: {}\nSentiment:",
+    "Text: {}\nClass:",
+    "Premise: {}\nRelation:",
+    "Question: {}\nAnswer:",
+)
+_AROUND = ("{}", "the {}", "the {} one", "a {} thing", "it was {}", "the story was {} again", "{} and {}")
+_BRIDGED = (*("sentiment",) * 3, "topic", "category", "polarity", "negated", "entailment", "bound")
+_FAINT = 0.02
+
+
+def bridge(rng: Random, lexicon: Lexicon, progress: float) -> Document:
+    """One document of the last stage, which learns to carry a key over the words between it and its label.
+
+    ``progress`` (0 … 1) moves from lookups to episodes; what is left is the main stage's phase ``late``.
+    """
+    progress = min(1.0, progress)
+    draw, lookups = rng.random(), 0.55 - 0.3 * progress
+    if draw < lookups:
+        return _gap_lookup(rng, progress)
+    if draw < lookups + 0.25 + 0.25 * progress:
+        return _bridged_episode(rng, lexicon)
+    return document(rng, lexicon, 1.6)
+
+
+def _gap_lookup(rng: Random, progress: float) -> Document:
+    """Keys that come again with their label; more and more words stand around a key and before the label."""
+    keys = rng.sample(_WORDS, rng.randrange(2, 6))
+    labels = rng.sample(EPISODE_LABELS, rng.choice((2, 2, 3)))
+    table = {key: labels[i % len(labels)] for i, key in enumerate(keys)}
+    template, separator = rng.choice(_GAPS), rng.choice(SEPARATORS)
+    around = _AROUND[: 1 + int(progress * 6)]
+    if rng.random() < 0.5:
+        around = (rng.choice(around),)
+    pieces: Document = []
+    known: set[str] = set()
+    for _ in range(rng.randrange(8, 16)):
+        key = rng.choice(keys)
+        pieces.append((template.format(rng.choice(around).replace("{}", key)), _FAINT))
+        pieces.append((f" {table[key]}", ANSWER if key in known else _FAINT))
+        pieces.append((separator, _FAINT))
+        known.add(key)
+    return pieces
+
+
+def _bridged_episode(rng: Random, lexicon: Lexicon) -> Document:
+    """Demonstrations with arbitrary label words; a class counts from its second time on."""
+    family = FAMILIES[rng.choice(_BRIDGED)]
+    number = len(family.classes)
+    classes = rng.sample(range(number), min(number, rng.choice((2, 2, 3))))
+    words = dict(zip(classes, rng.sample(EPISODE_LABELS, len(classes)), strict=True))
+    template, separator = rng.choice(family.templates), rng.choice(SEPARATORS)
+    pieces: Document = []
+    known: set[int] = set()
+    for _ in range(rng.randrange(6, 14)):
+        label = rng.choice(classes)
+        pieces.append((template.format(**family.make(rng, lexicon, label)), _FAINT))
+        pieces.append((f" {words[label]}", ANSWER if label in known else _FAINT))
+        pieces.append((separator, _FAINT))
+        known.add(label)
+    return pieces

@@ -1,11 +1,11 @@
 """Pretrain the bundled model: its tokenizer and a small Llama, on text that this repository generates.
 
-    python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR
+    python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR --stage main --steps 3600
 
-The documents of a block of steps are a function of the seed and the block's number alone, so a run continued with
-``--resume`` sees the same text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations
-is printed and a checkpoint is written to ``--work``. docs/bundled_model.md names the commands that made the bundled
-files.
+The stage ``main`` starts anew, ``bridge`` starts from the weights that ``main`` left in ``--work``. The documents of a
+block of steps are a function of the seed and the block alone, so a run continued with ``--resume`` sees the same
+text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a checkpoint
+is written to ``--work``. docs/bundled_model.md names the commands that made the bundled files.
 """
 
 from __future__ import annotations
@@ -16,22 +16,52 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pretrain_text import document
+from pretrain_text import bridge, document
 
 from lowrank_cli.tasks.tiny import generate
 from lowrank_cli.tasks.tiny.families import FAMILIES
 from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-BLOCK = 32  #: steps whose documents are made at once; a few more where batches come out smaller
-LONGEST = 512  #: tokens of a pretraining document; longer ones lose their end
+VOCABULARY = 1536  #: tokens
+TOKENS = 4096  #: tokens of one step
+CURRICULUM = 900  #: steps of ``main`` in which progress goes from 0 to 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage makes its batches and its steps."""
+
+    text: Callable  #: (rng, lexicon, progress) -> document
+    longest: int  #: tokens of a document; longer ones lose their end
+    block: int  #: steps whose documents are made at once; a few more where batches come out smaller
+    end_weight: float  #: weight of the end token in the loss
+    slack: float  #: a batch may have this many times TOKENS
+    learning_rate: float  #: peak
+    warmup: int  #: steps
+    floor: float  #: share of the peak at the end of the cosine
+    weight_decay: float  #: of the matrices
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * cosine)
+
+
+STAGES = {
+    "main": Stage(document, 512, 32, 1.0, 1.02, 3e-3, 150, 0.02, 0.1),
+    "bridge": Stage(bridge, 384, 8, 0.1, 1.0, 2e-3, 50, 0.03, 0.05),
+}
+
 
 #: label words of the probe: those of conf/task/tiny_*.yaml
 PROBES = {
@@ -41,7 +71,7 @@ PROBES = {
 }
 
 
-def build_tokenizer(folder: Path, seed: int, size: int):
+def build_tokenizer(folder: Path, seed: int):
     """Byte-level BPE in which every word of the lexicon is one token after a space.
 
     Digits stand alone, and a capitalised word is cut after its second letter, so that a name is two tokens.
@@ -60,7 +90,7 @@ def build_tokenizer(folder: Path, seed: int, size: int):
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=VOCABULARY,
         special_tokens=[PAD, BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -82,20 +112,20 @@ def build_tokenizer(folder: Path, seed: int, size: int):
     return fast
 
 
-def build_model(tokenizer, args):
+def build_model(tokenizer, seed: int):
     """A Llama with grouped-query attention and tied embeddings, freshly initialised."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 32,
-        num_key_value_heads=args.hidden // 64,
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=32,
-        intermediate_size=args.intermediate,
+        intermediate_size=320,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=True,
@@ -111,7 +141,7 @@ def build_model(tokenizer, args):
                 weight *= 0.1
                 weight[0] = 0  # the constant dimension of start_copying
     start_copying(model, 0, sharpness=8, gain=0.1)
-    start_copying(model, args.layers // 2, sharpness=50, gain=0.3)
+    start_copying(model, 3, sharpness=50, gain=0.3)
     return model
 
 
@@ -176,28 +206,31 @@ def _start_worker(folder: str) -> None:
     from tokenizers import Tokenizer
 
     _TOKENIZER = Tokenizer.from_file(f"{folder}/tokenizer.json")
-    os.nice(5)
 
 
-def make_batches(seed: int, block: int, progress: float, tokens: int, steps: int) -> list[tuple[list, list]]:
-    """``steps`` batches of about ``tokens`` tokens: lists of (B, T) ids and loss weights, rows of like length."""
-    rng = Random(f"pretrain {seed} {block}")
+def make_batches(name: str, seed: int, start: int, progress: float) -> list[tuple[list, list]]:
+    """One block of batches: lists of (B, T) ids and loss weights, rows of like length.
+
+    ``start`` names the block: its number in ``main``, its first step in ``bridge``.
+    """
+    stage = STAGES[name]
+    rng = Random(f"pretrain {seed} {start}" if name == "main" else f"mine {start}" + (f" {seed}" if seed else ""))
     lexicon = Lexicon(rng, "pretrain", 0.0)
     bos, eos = _TOKENIZER.token_to_id(BOS), _TOKENIZER.token_to_id(EOS)
     documents, total = [], 0
-    while total < tokens * steps:
+    while total < TOKENS * stage.block:
         ids, weights = [bos], [0.0]
-        for text, weight in document(rng, lexicon, progress):
+        for text, weight in stage.text(rng, lexicon, progress):
             piece = _TOKENIZER.encode(text, add_special_tokens=False).ids
             ids += piece
             weights += [weight] * len(piece)
-        ids, weights = (ids + [eos])[:LONGEST], (weights + [1.0])[:LONGEST]
+        ids, weights = (ids + [eos])[: stage.longest], (weights + [stage.end_weight])[: stage.longest]
         documents.append((ids, weights))
         total += len(ids)
     documents.sort(key=lambda pair: len(pair[0]))
     batches: list[list] = [[]]
     for pair in documents:
-        if batches[-1] and (len(batches[-1]) + 1) * len(pair[0]) > tokens * 1.02:
+        if batches[-1] and (len(batches[-1]) + 1) * len(pair[0]) > TOKENS * stage.slack:
             batches.append([])
         batches[-1].append(pair)
     rng.shuffle(batches)
@@ -272,20 +305,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model and tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and the log")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True)
+    parser.add_argument("--steps", type=int, required=True, help="length of the cosine schedule")
+    parser.add_argument("--stop", type=int, help="end at this step, to be continued by --resume")
+    parser.add_argument("--resume", action="store_true", help="continue the stage from its checkpoint in --work")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of one step")
-    parser.add_argument("--curriculum", type=int, default=900, help="steps of progress 1, see pretrain_text.py")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--intermediate", type=int, default=320)
-    parser.add_argument("--vocabulary", type=int, default=1536)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--probe-steps", type=int, default=256, help="steps between probes")
-    parser.add_argument("--stop", type=int, help="end at this step, to be continued by --resume")
-    parser.add_argument("--init-only", action="store_true", help="write tokenizer and fresh model, do not train")
     return parser.parse_args()
 
 
@@ -296,47 +322,46 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    state_file = args.work / "state.pt"
-    if args.resume:
-        tokenizer = AutoTokenizer.from_pretrained(args.out)
-    else:
+    stage, state_file = STAGES[args.stage], args.work / f"{args.stage}.pt"
+    if args.stage == "main" and not args.resume:
         args.out.mkdir(parents=True, exist_ok=True)
-        tokenizer = build_tokenizer(args.out, args.seed, args.vocabulary)
-    model = build_model(tokenizer, args)
+        tokenizer = build_tokenizer(args.out, args.seed)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.out)
+    model = build_model(tokenizer, args.seed)
     print(f"parameters {sum(p.numel() for p in model.parameters()):,}, vocabulary {len(tokenizer)}", flush=True)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=args.learning_rate,
+        [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
-    step = index = 0
+    step = block = 0
     if args.resume:
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        step, index = state["step"], state["block"]
-    elif args.init_only:
-        return save(model, args.out)
+        step, block = state["step"], state["block"]
+    elif args.stage == "bridge":
+        model.load_state_dict(torch.load(args.work / "main.pt", weights_only=True)["model"])
 
-    def submit(pool, index):
-        progress = index * BLOCK / args.curriculum
-        return pool.submit(make_batches, args.seed, index, progress, args.tokens, BLOCK)
+    def submit(step: int, block: int):
+        if args.stage == "main":
+            return pool.submit(make_batches, "main", args.seed, block, block * stage.block / CURRICULUM)
+        return pool.submit(make_batches, "bridge", args.seed, step, 2 * step / args.steps)
 
+    last = args.stop or args.steps
     log = (args.work / "log.jsonl").open("a")
     began, probed = time.monotonic(), step
     model.train()
     with ProcessPoolExecutor(1, initializer=_start_worker, initargs=(str(args.out),)) as pool:
-        waiting = submit(pool, index)
-        last = args.stop or args.steps
+        waiting = submit(step, block)
         while step < last:
-            batches, index = waiting.result(), index + 1
-            waiting = submit(pool, index)
-            for ids, weights in batches:
-                rate = min(1.0, (step + 1) / 150) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+            batches, block = waiting.result(), block + 1
+            waiting = submit(step + len(batches), block)
+            for ids, weights in batches[: last - step]:
                 for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * rate
+                    group["lr"] = stage.rate(step, args.steps)
                 loss, answers = weighted_loss(model, torch.tensor(ids), torch.tensor(weights))
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -345,18 +370,19 @@ def main() -> None:
                 step += 1
                 if step % 20 == 0:
                     row = {
+                        "stage": args.stage,
                         "step": step,
                         "loss": round(loss.item(), 4),
                         "answers": round(answers.item(), 4),
                         "norm": round(norm.item(), 2),
                         "seconds": round(time.monotonic() - began),
                     }
-                    print(row, file=log, flush=True)
+                    print(json.dumps(row), file=log, flush=True)
             if step >= probed + args.probe_steps or step >= last:
                 probed = step
                 row = {"step": step, "seconds": round(time.monotonic() - began), "loss": round(loss.item(), 3)}
                 print(json.dumps(row | probe(model, tokenizer)), flush=True)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "block": index}
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "block": block}
                 torch.save(state, args.work / "state.part")
                 os.replace(args.work / "state.part", state_file)
     save(model, args.out)

@@ -75,6 +75,10 @@ class Fact:
     def text(self) -> str:
         return f"{self.name} {self.relation[1]} {article(self.color)} {self.item}."
 
+    @property
+    def denied(self) -> str:
+        return f"{self.name} does not {self.relation[0]} {article(self.color)} {self.item}."
+
 
 def facts(rng: Random, lexicon: Lexicon, count: int) -> list[Fact]:
     """Facts about different people and different things."""
@@ -84,6 +88,15 @@ def facts(rng: Random, lexicon: Lexicon, count: int) -> list[Fact]:
 
 
 def yesno(rng: Random, lexicon: Lexicon, label: int) -> Columns:
+    """A question about one of one to three facts, each stated or denied; class 1 asks for a stated one."""
+    known = facts(rng, lexicon, rng.choice((1, 1, 2, 3)))
+    asked = rng.choice(known)
+    true = [bool(label) if fact is asked else rng.random() < 0.5 for fact in known]
+    passage = " ".join(fact.text if said else fact.denied for fact, said in zip(known, true, strict=True))
+    return {"passage": passage, "question": f"Does {asked.name} {asked.relation[0]} {article(asked.item)}?"}
+
+
+def bound(rng: Random, lexicon: Lexicon, label: int) -> Columns:
     """A question about two or three facts; class 1 asks for a stated fact.
 
     A question of class 0 names another thing (half of them), or a thing that another person of the passage has.
@@ -101,7 +114,7 @@ def yesno(rng: Random, lexicon: Lexicon, label: int) -> Columns:
 
 
 def stated(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """Like :func:`yesno` about one or two facts, where a question of class 0 names a thing that nobody has."""
+    """Like :func:`bound` about one or two facts, where a question of class 0 names a thing that nobody has."""
     known = facts(rng, lexicon, rng.choice((1, 2)))
     asked = rng.choice(known)
     item = asked.item
@@ -225,7 +238,8 @@ FAMILIES = {
             ("Review: {sentence}\nSentiment:", *_TEXT),
             sentiment,
         ),
-        Family("yesno", ("not stated", "stated"), _STATED, _QUESTION, yesno),
+        Family("yesno", ("denied", "stated"), _STATED, ("Question: {question}\nText: {passage}\nAnswer:",), yesno),
+        Family("bound", ("not stated", "stated"), _STATED, _QUESTION, bound),
         Family("stated", ("not stated", "stated"), _STATED, _QUESTION, stated),
         Family(
             "entailment",

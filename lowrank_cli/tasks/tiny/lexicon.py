@@ -7,7 +7,11 @@ Names are built from two syllables; which pairs belong to pretraining, train, de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: Label words of the ``tiny_*`` tasks: never a label, nor used with their meaning, in pretraining.
 HELD_LABELS = ("yes", "no", "positive", "negative", "entailment", "neutral", "contradiction", "A", "B", "C", "D")
@@ -116,11 +120,13 @@ OPPOSITES = {
 class Lexicon:
     """Draws words for one user: ``pretrain``, ``train``, ``dev`` or ``test``.
 
-    ``held`` is the chance that a drawn word is a held-out one (0 in pretraining).
+    ``held`` is the chance that a drawn word is a held-out one (0 in pretraining). The last quarter of the held-out
+    words is never drawn for ``train``: dev and test have a few that nothing was said about.
     """
 
     def __init__(self, rng: Random, user: str, held: float):
         self.rng, self.held = rng, held
+        self.met = 0.75 if user == "train" else 1.0
         buckets = _BUCKETS[user]
         self.names = [
             first + second
@@ -129,9 +135,13 @@ class Lexicon:
             if (i + j) % 10 in buckets
         ]
 
+    def _draw(self, seen: Sequence[T], held: Sequence[T]) -> T:
+        if self.rng.random() < self.held:
+            return self.rng.choice(held[: max(1, int(len(held) * self.met))])
+        return self.rng.choice(seen)
+
     def word(self, kind: str) -> str:
-        seen, held = WORDS[kind]
-        return self.rng.choice(held if self.rng.random() < self.held else seen)
+        return self._draw(*WORDS[kind])
 
     def words(self, kind: str, count: int) -> list[str]:
         """Distinct words of one kind."""
@@ -143,10 +153,10 @@ class Lexicon:
         return found
 
     def relation(self) -> tuple[str, str, str]:
-        return self.rng.choice(RELATIONS["held" if self.rng.random() < self.held else "seen"])
+        return self._draw(RELATIONS["seen"], RELATIONS["held"])
 
     def opposites(self) -> tuple[str, str]:
-        pair = self.rng.choice(OPPOSITES["held" if self.rng.random() < self.held else "seen"])
+        pair = self._draw(OPPOSITES["seen"], OPPOSITES["held"])
         return pair if self.rng.random() < 0.5 else (pair[1], pair[0])
 
     def people(self, count: int) -> list[str]:

@@ -109,10 +109,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=tuple(PARTS), choices=tuple(PARTS))
     parser.add_argument("--draws", type=int, default=5, help="draws of the demonstrations")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict = {}
     for part in args.parts:
         for task in args.tasks:
-            results.setdefault(task, {})[part] = measure(part, task, args.draws, args.outputs.absolute())
+            found = measure(part, task, args.draws, args.outputs.absolute())
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results.setdefault(task, {})[part] = found
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             ordered = {task: results[task] for task in TASKS if task in results}
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")

@@ -66,7 +66,7 @@ STAGES = {
 #: label words of the probe: those of conf/task/tiny_*.yaml
 PROBES = {
     "sentiment": ("negative", "positive"),
-    "yesno": ("no", "yes"),
+    "yesno": ("negative", "positive"),
     "entailment": ("entailment", "neutral", "contradiction"),
 }
 

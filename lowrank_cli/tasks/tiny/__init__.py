@@ -34,7 +34,7 @@ HELD_WORDS = 0.3
 TURNED = 0.3
 
 #: tiny_arithmetic works on these numbers (pretraining: 0 … 49).
-NUMBERS = (50, 100)
+NUMBERS = (50, 80)
 
 
 def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict[str, list[dict]]:

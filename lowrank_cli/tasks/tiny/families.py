@@ -88,8 +88,8 @@ def facts(rng: Random, lexicon: Lexicon, count: int) -> list[Fact]:
 
 
 def yesno(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """A question about one of one to three facts, each stated or denied; class 1 asks for a stated one."""
-    known = facts(rng, lexicon, rng.choice((1, 1, 2, 3)))
+    """A question about one of one or two facts, each stated or denied; class 1 asks for a stated one."""
+    known = facts(rng, lexicon, rng.choice((1, 1, 1, 2)))
     asked = rng.choice(known)
     true = [bool(label) if fact is asked else rng.random() < 0.5 for fact in known]
     passage = " ".join(fact.text if said else fact.denied for fact, said in zip(known, true, strict=True))

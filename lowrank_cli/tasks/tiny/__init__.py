@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from random import Random
 
 from lowrank_cli.errors import require_choice
-from lowrank_cli.tasks.tiny.answers import INSTRUCTIONS, choice, description, instruction, number_problem
+from lowrank_cli.tasks.tiny.answers import INSTRUCTIONS, category_question, description, instruction, number_problem
 from lowrank_cli.tasks.tiny.families import FAMILIES, turned
 from lowrank_cli.tasks.tiny.lexicon import Lexicon
 
@@ -73,7 +73,7 @@ def _row(name: str, rng: Random, lexicon: Lexicon, index: int) -> dict:
         make = turned if name == "tiny_sentiment" and rng.random() < TURNED else family.make
         return {**make(rng, lexicon, label), "label": label}
     if name == "tiny_choice":
-        return choice(rng, lexicon, index % 4)
+        return category_question(rng, lexicon, index % 4)
     if name == "tiny_arithmetic":
         return number_problem(rng, lexicon, *NUMBERS, plain=False)
     if name == "tiny_data2text":

@@ -13,7 +13,7 @@ from lowrank_cli.tasks.tiny.lexicon import Lexicon
 
 
 def choice(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> dict:
-    """A question about stated facts with ``options`` things to choose from; number ``label`` is right.
+    """For pretraining: a question about stated facts with ``options`` things to choose from; number ``label`` is right.
 
     Half of the questions have a second person's thing among the wrong options.
     """
@@ -31,6 +31,26 @@ def choice(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> dict:
     rng.shuffle(wrong)
     choices = [*wrong[:label], right, *wrong[label:]]
     return {"passage": " ".join(fact.text for fact in known), "question": question, "choices": choices, "answer": label}
+
+
+#: kind of word -> how a question names it
+KINDS = {
+    "animal": "an animal",
+    "fruit": "a fruit",
+    "city": "a town",
+    "job": "a job",
+    "sport": "a sport",
+    "weather": "a kind of weather",
+    "music": "an instrument",
+}
+
+
+def category_question(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> dict:
+    """``options`` words of as many kinds; number ``label`` is of the kind that is asked for."""
+    kinds = rng.sample(list(KINDS), options)
+    name = lexicon.people(1)[0]
+    question = f"{name} picked {KINDS[kinds[label]]}. What did {name} pick?"
+    return {"question": question, "choices": [lexicon.word(kind) for kind in kinds], "answer": label}
 
 
 def number_problem(rng: Random, lexicon: Lexicon, low: int, high: int, plain: bool) -> dict:

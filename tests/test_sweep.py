@@ -129,8 +129,7 @@ def test_a_sweep_of_evaluations(lrk):
     assert list(states(runs()[1])) == ["shots0-seed0", "shots0-seed1", "shots4-seed0", "shots4-seed1"]
     saved = [path.read_text() for path in runs()[1].glob("*/config.yaml")]
     assert all(f"run: {runs()[0].absolute()}" in text and "name: lora" in text for text in saved)
-    names = ",".join(str(path) for path in sorted(runs()[0].parent.glob("*lora*")))
-    assert lrk("evaluate", "-m", f"run={names}").code == 0
+    assert lrk("evaluate", "-m", f"run={runs()[0]},{runs()[0]}").code == 0
 
 
 def test_a_sweep_of_recipes(lrk):
@@ -145,6 +144,16 @@ def test_a_sweep_of_recipes(lrk):
 def test_equal_jobs_run_once(lrk):
     lrk("train", "-m", "seed=0,0", *STEPS)
     assert len(ledger(runs()[0])["jobs"]) == 1
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "run"])
+def test_a_sweep_over_nothing_is_refused(lrk, verb):
+    assert one_line(lrk(verb, "-m", "hydra/launcher=joblib", "seed=1")).startswith("-m: nothing to sweep over; give")
+
+
+def test_one_job_is_named_in_the_singular(lrk):
+    ended = lrk("train", "-m", "train.learning_rate=2,2", *STEPS)
+    assert "error: 1 of 1 job is not done; " in ended.err and "1 job, 1 not done" in ended.out
 
 
 def test_nothing_starts_where_one_job_is_wrong(lrk):

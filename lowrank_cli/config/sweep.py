@@ -32,6 +32,8 @@ def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -
     with explained(Failure(load, verb, list(overrides))):
         parsed = OverridesParser.create(config_loader=load).parse_overrides(list(overrides))
         refuse_strange(parsed)
+        if not any(override.is_sweep_override() for override in parsed):
+            raise UserError("-m: nothing to sweep over; give a key several values, such as seed=0,1,2, or leave out -m")
         return BasicSweeper.split_arguments(parsed, None)[0]
 
 

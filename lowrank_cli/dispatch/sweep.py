@@ -135,7 +135,8 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
         Console().print(tables.jobs_table(jobs))
     if failed:
-        raise WorkFailed(f"{len(failed)} of {len(jobs)} jobs are not done; {again}")
+        jobs_are = f"{tables.jobs_of(len(jobs))} {'is' if len(failed) == 1 else 'are'}"
+        raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")
 
 
 def run_job(job: Job) -> None:

@@ -57,6 +57,11 @@ def duration(seconds: float) -> str:
     return f"{days}d {hours:02d}h"
 
 
+def jobs_of(number_of_jobs: int) -> str:
+    """``1 job``, ``2 jobs``."""
+    return f"{number_of_jobs} job{'s' * (number_of_jobs != 1)}"
+
+
 def number(value: Any) -> str:
     """A metric's value: four decimals below 10, two above, three digits where it is tiny."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -196,7 +201,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     results = [job.metrics if job.done else {} for job in jobs]
     columns = metrics if metrics is not None else quality({name: None for row in results for name in row})[:2]
     unfinished = [job for job in jobs if not job.done]
-    heading = f"{len(jobs)} jobs" + (f", {len(unfinished)} not done" if unfinished else "")
+    heading = jobs_of(len(jobs)) + (f", {len(unfinished)} not done" if unfinished else "")
     table = _table(heading, ["job", *varying, "status", *columns, "time"], folding=["job", *varying])
     for job, row, result in zip(jobs, overrides, results, strict=True):
         cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job.info)]

@@ -44,7 +44,7 @@ def make(tmp_path):
 
 def text(renderable, width=100):
     console = Console(width=width, file=io.StringIO())
-    console.print(renderable)
+    console.print(renderable, crop=False)
     return console.file.getvalue()
 
 
@@ -169,6 +169,22 @@ def test_stages_table_shows_stages_that_wait(make):
     shown = text(tables.stages_table([("fit", run), ("check", None)], "milora"), width=200)
     assert "test/accuracy 0.9125, dev/accuracy 0.9000" in shown
     assert "waiting" in shown and "milora" in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_path_and_no_job_is_folded(make, width):
+    names = [f"120000-sweep/1234abc{i}-milora-learning_rate0.00{i}-rank8-seed{i}-and-more-words" for i in (1, 2)]
+    runs = [make(name, overrides=[f"train.learning_rate=0.00{name[20]}"]) for name in names]
+    for run in runs:
+        run.finish(METRICS)
+    folder = f"{tables.shown(runs[0].path.parent)}/"
+    for table in (tables.runs_table(runs), tables.jobs_table(runs), tables.stages_table([("fit", runs[0])], folder)):
+        shown = text(table, width)
+        assert runs[0].path.name in shown.split() and "0.9125" in shown.replace(",", "").split()
+    assert folder in text(tables.runs_table(runs), width).split()
+    assert folder in text(tables.stages_table([], folder), width).split()
+    short = make("120001-sweep/1234abcd-milora-seed1")
+    assert all(len(line) <= 80 for line in text(tables.jobs_table([short]), 80).splitlines())
 
 
 HEATMAP = {

@@ -73,7 +73,7 @@ def print_list(what: str, outputs: str, config_dir: str | None) -> None:
     """The choices of a group with their first comment line, or the runs."""
     console = Console(highlight=False)
     if what == "runs":
-        console.print(tables.runs_table(all_runs(outputs)))
+        console.print(tables.runs_table(all_runs(outputs)), crop=False)
         return
     group = what.removesuffix("s") if what != "hardware" else what
     table = Table(title=f"{group}=", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))

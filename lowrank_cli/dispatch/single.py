@@ -70,4 +70,4 @@ def take_back(path: Path, outputs: str) -> None:
 def show(run: Run) -> None:
     """The table at the end."""
     if run.path.is_dir():
-        Console().print(handler(run.info["stage"]).summary(run))
+        Console().print(handler(run.info["stage"]).summary(run), crop=False)

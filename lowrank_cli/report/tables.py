@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -177,16 +179,16 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     """``lrk list runs``: one line a run in the order given, under the folder that runs stand in."""
     if not runs:
         return Text("no runs yet; start one with: lrk train")
-    table = _table(None, ["run", "stage", "status", "seed", "result", "time"], folding=["run", "result"])
-    table.padding, table.columns[4].max_width = (0, 1, 0, 0), 24  # a run's name needs the space
+    columns = ["run", "stage", "status", "seed", "result", "time"]
+    table = _Fitted(None, columns, leave_out=["seed", "time", "stage"], gap=1, widest_result=24)
     folder = None
     for run in runs:
         if run.path.parent != folder:
             folder = run.path.parent
-            add(table, Text(f"{shown(folder)}/", style="dim"))
+            table.rows.append([Text(f"{shown(folder)}/", style="dim")])
         seed = run.info.get("seed")
         cells = _stage(run), _status(run.info), NONE if seed is None else str(seed), _outcome(run, 1)
-        add(table, f"  {run.path.name}", *cells, _seconds(run.info))
+        table.rows.append([f"  {run.path.name}", *cells, _seconds(run.info)])
     return table
 
 
@@ -202,31 +204,26 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     columns = metrics if metrics is not None else quality({name: None for row in results for name in row})[:2]
     unfinished = [job for job in jobs if not job.done]
     heading = jobs_of(len(jobs)) + (f", {len(unfinished)} not done" if unfinished else "")
-    table = _table(heading, ["job", *varying, "status", *columns, "time"], folding=["job", *varying])
+    leave_out = [*reversed(varying), "time", *reversed(columns[1:])]  # a job's name says what varies
+    table = _Fitted(heading, ["job", *varying, "status", *columns, "time"], leave_out)
     for job, row, result in zip(jobs, overrides, results, strict=True):
         cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job.info)]
         cells += [number(result[name]) if name in result else NONE for name in columns]
-        add(table, job.path.name, *cells, _seconds(job.info))
+        table.rows.append([job.path.name, *cells, _seconds(job.info)])
     errors = {job.path.name: first_line(job.info["error"]) for job in unfinished if job.info.get("error")}
-    return Group(table, *(Text(f"{name}: {error}", style="red") for name, error in errors.items()))
+    lines = (Text(f"{name}: {error}", style="red", overflow="ignore") for name, error in errors.items())
+    return Group(table, *lines)
 
 
 def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None = None) -> RenderableType:
     """A recipe: its stages by name, each with its run, or None while it has not started."""
-    table = _table(heading, ["stage", "verb", "status", "result", "time", "run"], folding=["result", "run"])
+    table = _Fitted(heading, ["stage", "verb", "status", "result", "time", "run"], leave_out=["time", "verb"])
     for name, run in stages:
         if run is None:
-            add(table, name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE)
+            table.rows.append([name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE])
         else:
-            add(
-                table,
-                name,
-                _stage(run),
-                _status(run.info),
-                _outcome(run, 2),
-                _seconds(run.info),
-                shown(run.path),
-            )
+            cells = _stage(run), _status(run.info), _outcome(run, 2), _seconds(run.info)
+            table.rows.append([name, *cells, run.path.name])
     return table
 
 
@@ -235,15 +232,45 @@ def add(table: Table, *cells: str | Text) -> None:
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def _table(heading: str | None, columns: Sequence[str], folding: Sequence[str]) -> Table:
-    """A bare table; ``folding`` columns give way first where the terminal is narrow."""
-    title = None if heading is None else Text(heading, style="bold")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in columns:
-        right = column in ("seed", "time")
-        header = Text(column.replace("/", "/\n").replace(".", ".\n"))
-        table.add_column(header, overflow="fold", no_wrap=column not in folding, justify="right" if right else "left")
-    return table
+@dataclass
+class _Fitted:
+    """A bare table that folds no word: columns are left out where the terminal is narrow, and the rest runs over.
+
+    Print it with ``crop=False``. Only ``result`` is wrapped, between its words.
+    """
+
+    heading: str | None
+    columns: Sequence[str]
+    leave_out: Sequence[str]  #: columns that can go, the first goes first
+    gap: int = 2  #: characters between columns
+    widest_result: int = 48  #: characters
+    rows: list[list[str | Text]] = field(default_factory=list)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.heading is not None:
+            yield Text(self.heading, style="bold", no_wrap=True, overflow="ignore")
+        for gone in range(len(self.leave_out) + 1):
+            table = self._table(self.leave_out[:gone])
+            needed = console.measure(table, options=options.update(width=10_000)).minimum
+            if needed <= options.max_width:
+                break
+        yield from console.render(table, options.update(width=max(needed, options.max_width)))
+
+    def _table(self, gone: Sequence[str]) -> Table:
+        table = Table(box=None, padding=(0, self.gap, 0, 0))
+        shown = [i for i, column in enumerate(self.columns) if column not in gone]
+        for column in (self.columns[i] for i in shown):
+            justify: JustifyMethod = "right" if column in ("seed", "time") else "left"
+            table.add_column(Text(column.replace("/", "/\n").replace(".", ".\n")), justify=justify, overflow="fold")
+        for row in self.rows:
+            add(table, *(row[i] for i in shown if i < len(row)))
+        for i, made in zip(shown, table.columns, strict=True):
+            if self.columns[i] == "result":
+                made.max_width = self.widest_result
+            else:
+                made.no_wrap = True
+                made.min_width = max((cell_len(str(row[i])) for row in self.rows if i < len(row)), default=0)
+        return table
 
 
 def _split(override: str) -> tuple[str, str]:

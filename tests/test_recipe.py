@@ -85,6 +85,7 @@ def test_stages_run_in_a_row(lrk):
     assert json.loads((path / "metrics.json").read_text())["test/accuracy"] == 0.5
     assert json.loads((path / "run.json").read_text())["status"] == "done"
     assert all(name in ended.out for name in ("small", "base", "again"))
+    assert f"{path}\n" in ended.out and ended.out.endswith(f"  next: lrk compare {path}\n")
     assert "train.max_steps=3" in saved(path, ".")["recipe"]["stages"][0]["overrides"]
     assert (path / "01-small" / "plots" / "loss.png").is_file()
 

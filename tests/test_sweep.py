@@ -142,7 +142,8 @@ def test_a_sweep_of_recipes(lrk):
 
 
 def test_equal_jobs_run_once(lrk):
-    lrk("train", "-m", "seed=0,0", *STEPS)
+    ended = lrk("train", "-m", "seed=0,0", *STEPS)
+    assert f"  folder: {runs()[0]}\n  next: lrk compare {runs()[0]}\n" in ended.out
     assert len(ledger(runs()[0])["jobs"]) == 1
 
 
@@ -153,6 +154,7 @@ def test_a_sweep_over_nothing_is_refused(lrk, verb):
 
 def test_one_job_is_named_in_the_singular(lrk):
     ended = lrk("train", "-m", "train.learning_rate=2,2", *STEPS)
+    assert f"  folder: {runs()[0]}\n" in ended.out and "next:" not in ended.out
     assert "error: 1 of 1 job is not done; " in ended.err and "1 job, 1 not done" in ended.out
 
 

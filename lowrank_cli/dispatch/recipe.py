@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from lowrank_cli import stages
 from lowrank_cli.config.composition import VERBS, Composed, Source, compose, rebuild, restore
@@ -103,9 +103,9 @@ def work(run: Run, composed: Composed) -> None:
 
 
 def summary(run: Run) -> RenderableType:
-    """One line for each stage."""
+    """One line for each stage, and what to do next."""
     listed = [(item["name"], _open(run.path / item["folder"])) for item in run.read_json(LEDGER)["stages"]]
-    return tables.stages_table(listed, tables.shown(run.path))
+    return Group(tables.stages_table(listed, tables.shown(run.path)), *tables.next_steps(run))
 
 
 def _open(folder: Path) -> Run | None:

@@ -133,7 +133,7 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         failed = [job for job in jobs if not job.done]
         status = "failed" if status == DONE and failed else status
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
-        Console().print(tables.jobs_table(jobs), crop=False)
+        Console().print(tables.end_of_sweep(folder, jobs), crop=False)
     if failed:
         jobs_are = f"{tables.jobs_of(len(jobs))} {'is' if len(failed) == 1 else 'are'}"
         raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")

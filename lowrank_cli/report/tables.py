@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -113,7 +114,22 @@ def end_of_run(run: Run) -> RenderableType:
         add(grid, "holds", ", ".join(held))
     border = STATUS_STYLES.get(info.get("status", ""), "none")
     panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
-    return Group(panel, *(Text(f"  next: {command}") for command in _next(run)))
+    return Group(panel, *next_steps(run))
+
+
+def next_steps(run: Run) -> list[Text]:
+    """What to type after a run or a recipe."""
+    return [_whole(f"  next: {command}") for command in _next(run)]
+
+
+def end_of_sweep(folder: Path, jobs: Sequence[Run]) -> RenderableType:
+    """The jobs, where they lie, and what to do next; an error says how to continue those that are not done."""
+    compare = [_whole(f"  next: lrk compare {shown(folder)}")] if all(job.done for job in jobs) else []
+    return Group(jobs_table(jobs), _whole(f"  folder: {shown(folder)}"), *compare)
+
+
+def _whole(line: str) -> Text:
+    return Text(line, no_wrap=True, overflow="ignore")
 
 
 def run_title(info: dict[str, Any]) -> str:
@@ -164,6 +180,8 @@ def _next(run: Run) -> Iterable[str]:
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and stage == "train":
         return [f"lrk evaluate run={where}"]
+    if status == "done" and stage == "run":
+        return [f"lrk compare {where}"]
     return [f"lrk compare {shown(run.path.parent)}"] if status == "done" else []
 
 

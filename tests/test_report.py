@@ -246,6 +246,24 @@ def test_the_best_dev_step_is_marked():
     assert "best dev: 1.5 at step 2" in [entry.get_text() for entry in legends]
 
 
+@pytest.mark.parametrize(
+    "losses, marker, scale",
+    [
+        ([2.0], "o", "linear"),
+        ([2.0, 1.8, 1.5], "o", "linear"),
+        ([9.0] + [1.0] * 40, "None", "log"),
+        ([9.0] + [0.0] * 9, "o", "linear"),
+        ([math.nan, math.nan], "o", "linear"),
+    ],
+)
+def test_the_axes_suit_the_losses(losses, marker, scale):
+    figure = plots.loss([{"step": step, "train/loss": value} for step, value in enumerate(losses, 1)], "")
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    assert (axes.get_lines()[0].get_marker(), axes.get_yscale(), axes.get_xlim()[0]) == (marker, scale, 0)
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_nothing_to_draw(make):
     run = make()
     assert plots.draw(run) == []

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lowrank_cli.report.tables import run_title
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+FEW_POINTS = 30  #: with fewer each train loss is marked
+FALL = 5  #: times the last train losses; a first one above that gets a logarithmic axis
 ANNOTATED_CELLS = 300  #: a heatmap with more cells shows colours only
 TRAIN, DEV, RATE, GRID = "#6f86a3", "#c8502d", "#eef2e6", "#dddddd"
 
@@ -86,7 +89,10 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     if crowded:
         axes.plot(steps, values, color=TRAIN, linewidth=0.8, alpha=0.4)
         values = _smooth(values, len(values) // 40)
-    axes.plot(steps, values, color=TRAIN, linewidth=1.5, label="train (smoothed)" if crowded else "train")
+    label, marker = ("train (smoothed)", None) if crowded else ("train", "o" if len(steps) <= FEW_POINTS else None)
+    axes.plot(steps, values, color=TRAIN, linewidth=1.5, marker=marker, markersize=3.5, label=label)
+    if _falls_far(values):
+        axes.set_yscale("log")
     steps, values = _series(history, "dev/loss")
     if steps:
         axes.plot(steps, values, color=DEV, linewidth=1.8, marker="o", markersize=3.5, label="dev")
@@ -107,10 +113,17 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     axes.set_title(heading, fontsize=10, loc="left")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
     return figure
+
+
+def _falls_far(values: list[float]) -> bool:
+    """Whether the first losses are so far above the last that a linear axis would flatten the rest."""
+    finite = [value for value in values if math.isfinite(value)]
+    return len(finite) > 1 and min(finite) > 0 and finite[0] > FALL * median(finite[-5:])
 
 
 def _smooth(values: list[float], reach: int) -> list[float]:

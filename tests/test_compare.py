@@ -334,6 +334,8 @@ def test_errors_name_what_is_wrong(add, tmp_path):
         run_compare(add, metric="test/acc")
     with pytest.raises(UserError, match="there is no folder 'dax'; did you mean 'day'"):
         run_compare(add, ["dax"])
+    with pytest.raises(UserError, match=r"there is no folder '/hom'$"):
+        run_compare(add, ["/hom"])
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="is no run and holds none"):

@@ -143,21 +143,23 @@ def _unknown_key(key: str, failure: Failure) -> str:
 
 
 def _suggest(key: str, keys: list[str]) -> str:
-    """The key that was meant: the same name in another section, else the most similar one."""
-    leaf = key.rpartition(".")[2]
-    same = [known for known in keys if known.rpartition(".")[2] == leaf]
-    if same:
-        return f"; did you mean '{same[0]}'?"
-    section = key.rpartition(".")[0]
+    """The key that was meant: within a section its own keys only, else the same or the most similar name anywhere."""
+    section, _, leaf = key.rpartition(".")
     siblings = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
-    close = nearest(leaf, siblings).replace("'", f"'{section}.", 1) if siblings else ""
-    if not close:
-        close = nearest(key, keys)
+    same = [known for known in keys if known.rpartition(".")[2] == leaf]
+    listed = f" ({section} has: {', '.join(siblings)})" if siblings else ""
+    if same:
+        return f"; did you mean '{same[0]}'?{listed}"
+    if siblings:
+        short = [name for name in siblings if "".join(word[:1] for word in name.split("_")) == leaf]  # lr
+        close = f"; did you mean '{short[0]}'?" if short else nearest(leaf, siblings)
+        return close.replace("'", f"'{section}.", 1) + listed
+    close = nearest(key, [known for known in keys if known.count(".") == key.count(".")])
     if not close:
         tails = {known.rpartition(".")[2]: known for known in keys}
         match = difflib.get_close_matches(leaf, tails, n=1, cutoff=0.6)
         close = f"; did you mean '{tails[match[0]]}'?" if match else ""
-    return close + (f" ({section} has: {', '.join(siblings)})" if siblings else "")
+    return close
 
 
 def _value(error: BaseException, failure: Failure) -> str:

@@ -112,6 +112,8 @@ def _locate(path: str, outputs: str) -> Path:
     for folder in (Path(path), Path(outputs) / path):
         if folder.is_dir():
             return folder.resolve()
+    if Path(path).is_absolute():
+        raise UserError(f"compare: there is no folder '{path}'")
     parents = [parent for parent in (Path(path).parent, (Path(outputs) / path).parent) if parent.is_dir()]
     siblings = [entry.name for parent in parents for entry in parent.iterdir() if entry.is_dir()]
     raise UserError(f"compare: there is no folder '{path}'{nearest(Path(path).name, siblings)}")

@@ -67,7 +67,7 @@ def snapshot() -> set[Path]:
         (["train", "hardware=gpu"], ["cuda", "hardware=cpu"]),
         (["train", "model=llama2_7b"], ["Llama-2-7b-hf", "model=llama", "model.path", "hf auth login"]),
         (["train", "task=sst2"], ["sst2", "task.path"]),
-        (["train", "--resume", "nowhere"], ["'nowhere'"]),
+        (["train", "--resume", "nowhere"], ["--resume: there is no folder 'nowhere'"]),
         (["evaluate", "run=nowhere"], ["'nowhere'"]),
         (["evaluate"], ["no finished run", "lrk train"]),
         (["evaluate", "method=none", "evaluate.shots=99", "task.limit=8"], ["evaluate.shots: 99", "8"]),

@@ -127,7 +127,7 @@ MISTAKES = {
     ("train", "task.path=nowhere"): "task.path: there is no folder 'nowhere'",
     ("train", "hardware.processes=3"): "train.batch_size: 16 cannot be shared by hardware.processes=3",
     ("train", "--config-dir", "nowhere"): "--config-dir: there is no folder 'nowhere'",
-    ("train", "--resume", "nowhere"): "run: there is no folder 'nowhere'",
+    ("train", "--resume", "nowhere"): "--resume: there is no folder 'nowhere'",
     (
         "train",
         "--resume",

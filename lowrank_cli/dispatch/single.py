@@ -41,7 +41,7 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str)
 
 def resume(verb: str, folder: str) -> None:
     """Continue the run in ``folder`` with its own configuration."""
-    run = Run.open(folder)
+    run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
     if used != verb:
         raise UserError(f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {folder}")

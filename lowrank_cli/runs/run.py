@@ -77,21 +77,21 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writes: bool = True) -> Run:
-        """The run in an existing folder; :class:`UserError` where there is none."""
+    def open(cls, path: str | os.PathLike[str], *, writes: bool = True, key: str = "run") -> Run:
+        """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none."""
         path = Path(path)
         if path.is_symlink():
             path = path.parent / path.readlink()  # ``latest`` moves on, the run's own name does not
         if not path.is_dir():
-            raise UserError(f"run: there is no folder '{path}' (lrk list runs shows what there is)")
+            raise UserError(f"{key}: there is no folder '{path}' (lrk list runs shows what there is)")
         try:
             info = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             if (path / "sweep.json").is_file():
-                raise UserError(f"run: '{path}' is a sweep; name one of its jobs") from None
-            raise UserError(f"run: '{path}' is not a run folder (it holds no run.json)") from None
+                raise UserError(f"{key}: '{path}' is a sweep; name one of its jobs") from None
+            raise UserError(f"{key}: '{path}' is not a run folder (it holds no run.json)") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"run: '{path / 'run.json'}' cannot be read: {error}") from None
+            raise UserError(f"{key}: '{path / 'run.json'}' cannot be read: {error}") from None
         return cls(path, info, writes=writes)
 
     def file(self, relative: str | os.PathLike[str]) -> Path:

@@ -276,7 +276,14 @@ def test_no_winner_where_intervals_overlap_or_seeds_are_few(add, values, best):
     rows, markdown, shown = run_compare(add)
     assert [row["method"] for row in rows if row["best"] == "True"] == ([best] if best else [])
     assert (f"| {best} ★ |" in markdown) == ("★ the interval" in markdown) == ("★" in shown) == bool(best)
-    assert ("No row is marked best" in markdown) == (best is None)
+    assert ("No row is marked best" in markdown) == (best is None and len(values) > 1)
+
+
+def test_footnotes_stand_only_where_they_apply(add):
+    add("lora", 1, 0.8)
+    add("milora", 1, 0.9)
+    _, markdown, _ = run_compare(add)
+    assert "n counts seeds" in markdown and "interval:" not in markdown and "marked best" not in markdown
 
 
 def test_lower_is_better_for_losses(add):

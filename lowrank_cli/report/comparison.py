@@ -110,18 +110,23 @@ def _known(show: Callable[[float], str], value: float | None) -> str:
 
 def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) -> list[str]:
     """Footnotes: what the columns mean and which runs are not in them."""
-    lines = [
-        "n counts seeds. interval: of the median, 95 % by order statistics from 6 seeds on; below, the range "
-        "of the seeds, which covers the median with probability 1 - 2^(1-n): 75 % for 3 seeds, 94 % for 5."
-    ]
+    rows = [row for section in sections for row in section.rows]
+    repeated = any(len(row.values) > 1 for row in rows)
+    lines = ["n counts seeds."]
+    if repeated:
+        lines[0] += (
+            " interval: of the median, 95 % by order statistics from 6 seeds on; below, the range "
+            "of the seeds, which covers the median with probability 1 - 2^(1-n): 75 % for 3 seeds, 94 % for 5."
+        )
     if baseline is not None:
         lines.append(
             f"vs {baseline}: mean difference over pairs of the same seed, two-sided p of the sign-flip test; "
             "n pairs cannot give p below 2^(1-n), so 0.05 needs 6."
         )
-    starred = any(row.best for section in sections for row in section.rows)
+    starred = any(row.best for row in rows)
     rule = "the interval lies beyond every other row's, with at least 3 seeds in each"
-    lines.append(f"{STAR} {rule}." if starred else f"No row is marked best: that needs that {rule}.")
+    if repeated and any(len(section.rows) > 1 for section in sections):
+        lines.append(f"{STAR} {rule}." if starred else f"No row is marked best: that needs that {rule}.")
     aside = {
         "not finished": unfinished,
         "without the metric": sum(section.without_metric for section in sections),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -74,4 +75,9 @@ def one_line(ended: Ended) -> str:
 
 def runs() -> list[Path]:
     """Run folders under outputs, in the order they were made."""
-    return sorted(path for path in Path("outputs").glob("*/*") if path.parent.name != "latest")
+
+    def started(path: Path) -> tuple[str, Path]:
+        file = path / "run.json"  # a sweep has none
+        return (json.loads(file.read_text())["started"] if file.is_file() else "", path)
+
+    return sorted((path for path in Path("outputs").glob("*/*") if path.parent.name != "latest"), key=started)

@@ -76,8 +76,9 @@ def one_line(ended: Ended) -> str:
 def runs() -> list[Path]:
     """Run folders under outputs, in the order they were made."""
 
-    def started(path: Path) -> tuple[str, Path]:
-        file = path / "run.json"  # a sweep has none
-        return (json.loads(file.read_text())["started"] if file.is_file() else "", path)
+    def made(path: Path) -> tuple[str, str, str]:
+        file = path / "run.json"  # a sweep has none, and takes longer to start than a run of the same second
+        started = json.loads(file.read_text())["started"] if file.is_file() else "later"
+        return path.parent.name, path.name[:6], started
 
-    return sorted((path for path in Path("outputs").glob("*/*") if path.parent.name != "latest"), key=started)
+    return sorted((path for path in Path("outputs").glob("*/*") if path.parent.name != "latest"), key=made)

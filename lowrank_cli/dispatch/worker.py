@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from lowrank_cli.config.composition import restore
 from lowrank_cli.dispatch.stage import perform
 from lowrank_cli.errors import LrkError
 from lowrank_cli.runs import Run
+
+GRACE = 3  # s that the recording process gets to write down how the work failed
 
 
 def main() -> None:
@@ -17,8 +20,12 @@ def main() -> None:
     run = Run.open(folder, writes=os.environ["RANK"] == "0")
     try:
         perform(run, restore(run), "--resume" in flags)
-    except LrkError as error:
-        sys.exit(error.exit_code)
+    except BaseException as error:
+        if not run.writes:  # the first process to end takes the others along; let the one that records go first
+            time.sleep(GRACE)
+        if isinstance(error, LrkError):
+            sys.exit(error.exit_code)
+        raise
 
 
 if __name__ == "__main__":

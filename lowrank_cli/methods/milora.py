@@ -97,7 +97,7 @@ class MiLoRA(LoRA):
         if not self.config.bilevel:
             return
         optimizer = self._adam(step.adapter)
-        coefficients = [step.adapter.trained[name] for name in sorted(step.adapter.deferred)]
+        coefficients = optimizer.param_groups[0]["params"]
         gradients = torch.autograd.grad(step.dev_loss(), coefficients)
         for parameter, gradient in zip(coefficients, gradients, strict=True):
             parameter.grad = step.average(gradient)

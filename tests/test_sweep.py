@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,19 @@ def test_a_sweep_runs_every_combination(lrk):
     assert info["command"] == f"lrk train method=lora seed=0 {' '.join(STEPS)} name=try"
     assert info["config_hash"].startswith(job.name.partition("-")[0])
     assert not list(Path().glob("multirun*")) and not list(sweep.rglob(".hydra"))
+
+
+def test_libraries_keep_their_logging(lrk):
+    class Handler(logging.Handler):
+        closed = False
+
+        def close(self):
+            self.closed = True
+            super().close()
+
+    handler, logger = Handler(), logging.getLogger("a.library")
+    assert lrk("train", "-m", "seed=0,1", "train.max_steps=1").code == 0
+    assert not handler.closed and not logger.disabled
 
 
 def test_a_failed_job_spares_the_others(lrk):

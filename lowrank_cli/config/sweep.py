@@ -61,8 +61,8 @@ class Launcher:
             f"hydra.sweep.dir={quoted(str(folder))}",
             "hydra.sweep.subdir=.",
             "hydra.output_subdir=null",
-            "hydra/hydra_logging=disabled",
-            "hydra/job_logging=disabled",
+            "hydra/hydra_logging=none",
+            "hydra/job_logging=none",
         ]
         with explained(Failure(self._loader, "_job", self._overrides)):
             return self._loader.load_configuration("_job", [*self._overrides, *fixed], RunMode.MULTIRUN)

@@ -1,7 +1,8 @@
 """Pretraining text of the bundled model: documents of (text, weight) pieces, drawn from a seed.
 
-A piece's weight is its share in the loss: 1 for an answer that can be known, a little for the rest. Held-out label
-words and held-out content words stand only in lists to be copied.
+A piece's weight is its share in the loss: 1 for an answer that can be known, a little for the rest. Held-out content
+words stand only in lists to be copied and as keys of lookups, held-out label words also as labels of lookups: there
+they are words like others, and nothing says what they mean.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from random import Random
 
 from lowrank_cli.tasks.tiny.answers import INSTRUCTIONS, choice, description, facts, instruction, number_problem
 from lowrank_cli.tasks.tiny.families import FAMILIES, Family
-from lowrank_cli.tasks.tiny.lexicon import EPISODE_LABELS, Lexicon, vocabulary
+from lowrank_cli.tasks.tiny.lexicon import EPISODE_LABELS, HELD_LABELS, SPARE_LABELS, Lexicon, vocabulary
 
 Document = list[tuple[str, float]]
 
@@ -36,6 +37,7 @@ MIXTURE = {
 }
 
 _WORDS = vocabulary()
+_LOOKUP_LABELS = (*EPISODE_LABELS, *HELD_LABELS, *SPARE_LABELS)
 
 
 def phase(progress: float) -> int:
@@ -65,7 +67,7 @@ def _copy(rng: Random, lexicon: Lexicon, progress: float) -> Document:
 def _lookup(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     """Pairs of a key and a label word that come again: the same key has the same label."""
     keys = rng.sample(_WORDS, rng.randrange(2, 7))
-    labels = rng.sample(EPISODE_LABELS, rng.choice((2, len(keys))))
+    labels = rng.sample(_LOOKUP_LABELS, rng.choice((2, len(keys))))
     table = {key: labels[i % len(labels)] for i, key in enumerate(keys)}
     template = rng.choice(FAMILIES["category"].templates)
     separator = rng.choice(SEPARATORS)
@@ -216,7 +218,13 @@ _GAPS = (
     "Question: {}\nAnswer:",
 )
 _AROUND = ("{}", "the {}", "the {} one", "a {} thing", "it was {}", "the story was {} again", "{} and {}")
-_BRIDGED = (*("sentiment",) * 3, "topic", "category", "polarity", "negated", "entailment", "bound")
+_BRIDGED = (*("sentiment",) * 3, *("entailment",) * 4, "topic", "topic", "category", "polarity", "negated", "stated")
+_ORDERS = (
+    "Task: {order}\nInput: {given}\nOutput:",
+    "Input: {given}\nTask: {order}\nOutput:",
+    "Order: {order}\nGiven: {given}\nAnswer:",
+    "{order} | {given} =>",
+)
 _FAINT = 0.02
 
 
@@ -226,18 +234,20 @@ def bridge(rng: Random, lexicon: Lexicon, progress: float) -> Document:
     ``progress`` (0 … 1) moves from lookups to episodes; what is left is the main stage's phase ``late``.
     """
     progress = min(1.0, progress)
-    draw, lookups = rng.random(), 0.55 - 0.3 * progress
+    draw, lookups = rng.random(), 0.55 - 0.35 * progress
     if draw < lookups:
         return _gap_lookup(rng, progress)
-    if draw < lookups + 0.25 + 0.25 * progress:
+    if draw < lookups + 0.25 + 0.2 * progress:
         return _bridged_episode(rng, lexicon)
+    if draw < lookups + 0.25 + 0.3 * progress:
+        return _coded_orders(rng, lexicon)
     return document(rng, lexicon, 1.6)
 
 
 def _gap_lookup(rng: Random, progress: float) -> Document:
     """Keys that come again with their label; more and more words stand around a key and before the label."""
     keys = rng.sample(_WORDS, rng.randrange(2, 6))
-    labels = rng.sample(EPISODE_LABELS, rng.choice((2, 2, 3)))
+    labels = rng.sample(_LOOKUP_LABELS, rng.choice((2, 2, 3)))
     table = {key: labels[i % len(labels)] for i, key in enumerate(keys)}
     template, separator = rng.choice(_GAPS), rng.choice(SEPARATORS)
     around = _AROUND[: 1 + int(progress * 6)]
@@ -258,7 +268,7 @@ def _bridged_episode(rng: Random, lexicon: Lexicon) -> Document:
     """Demonstrations with arbitrary label words; a class counts from its second time on."""
     family = FAMILIES[rng.choice(_BRIDGED)]
     number = len(family.classes)
-    classes = rng.sample(range(number), min(number, rng.choice((2, 2, 3))))
+    classes = rng.sample(range(number), min(number, rng.choice((2, 2, 3, 4))))
     words = dict(zip(classes, rng.sample(EPISODE_LABELS, len(classes)), strict=True))
     template, separator = rng.choice(family.templates), rng.choice(SEPARATORS)
     pieces: Document = []
@@ -269,4 +279,21 @@ def _bridged_episode(rng: Random, lexicon: Lexicon) -> Document:
         pieces.append((f" {words[label]}", ANSWER if label in known else _FAINT))
         pieces.append((separator, _FAINT))
         known.add(label)
+    return pieces
+
+
+def _coded_orders(rng: Random, lexicon: Lexicon) -> Document:
+    """Instructions named by arbitrary words; one counts from its second time on."""
+    names = rng.sample(list(INSTRUCTIONS), rng.randrange(2, 5))
+    orders = {name: " ".join(rng.sample(EPISODE_LABELS, rng.randrange(1, 6))) for name in names}
+    template, separator = rng.choice(_ORDERS), rng.choice(SEPARATORS)
+    pieces: Document = []
+    known: set[str] = set()
+    for _ in range(rng.randrange(5, 11)):
+        name = rng.choice(names)
+        row = instruction(rng, lexicon, name, plain=True)
+        pieces.append((template.format(order=orders[name], given=row["input"]), _FAINT))
+        pieces.append((f" {row['answer']}", ANSWER if name in known else _FAINT))
+        pieces.append((separator, _FAINT))
+        known.add(name)
     return pieces

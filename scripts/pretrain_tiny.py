@@ -68,6 +68,7 @@ PROBES = {
     "sentiment": ("negative", "positive"),
     "yesno": ("negative", "positive"),
     "entailment": ("entailment", "neutral", "contradiction"),
+    "topic": ("food", "work", "climate", "leisure"),
 }
 
 
@@ -214,7 +215,7 @@ def make_batches(name: str, seed: int, start: int, progress: float) -> list[tupl
     ``start`` names the block: its number in ``main``, its first step in ``bridge``.
     """
     stage = STAGES[name]
-    rng = Random(f"pretrain {seed} {start}" if name == "main" else f"mine {start}" + (f" {seed}" if seed else ""))
+    rng = Random(f"{name} {seed} {start}")
     lexicon = Lexicon(rng, "pretrain", 0.0)
     bos, eos = _TOKENIZER.token_to_id(BOS), _TOKENIZER.token_to_id(EOS)
     documents, total = [], 0

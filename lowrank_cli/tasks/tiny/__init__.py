@@ -19,6 +19,7 @@ NAMES = (
     "tiny_choice",
     "tiny_sentiment",
     "tiny_entailment",
+    "tiny_topic",
     "tiny_arithmetic",
     "tiny_data2text",
     "tiny_instruct",
@@ -32,6 +33,9 @@ HELD_WORDS = 0.3
 
 #: Share of tiny_sentiment that says one thing and then the opposite.
 TURNED = 0.3
+
+#: Topics that tiny_topic tells apart, in the order of its label words.
+TOPICS = ("fruit", "job", "weather", "sport")
 
 #: tiny_arithmetic works on these numbers (pretraining: 0 … 49).
 NUMBERS = (50, 80)
@@ -68,6 +72,9 @@ def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict
 
 def _row(name: str, rng: Random, lexicon: Lexicon, index: int) -> dict:
     family = FAMILIES.get(name.removeprefix("tiny_"))
+    if name == "tiny_topic":
+        label = index % len(TOPICS)
+        return {**family.make(rng, lexicon, family.classes.index(TOPICS[label])), "label": label}
     if family is not None:
         label = index % len(family.classes)
         make = turned if name == "tiny_sentiment" and rng.random() < TURNED else family.make

@@ -253,7 +253,7 @@ FAMILIES = {
             entailment,
         ),
         Family("category", _TOPICS, (_TOPICS,), _WORD, category),
-        Family("topic", _TOPICS, (_TOPICS,), _TEXT, topic),
+        Family("topic", _TOPICS, (_TOPICS,), ("Sentence: {sentence}\nTopic:", *_TEXT), topic),
         Family("polarity", ("bad", "good"), (("bad", "good"),), _WORD, polarity),
         Family("same", ("different", "same"), (("different", "same"), ("false", "true")), _PAIR, same),
         Family(

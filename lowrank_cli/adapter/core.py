@@ -94,8 +94,16 @@ class Adapter:
             linear.unmerge()
 
 
-def inject(model: PreTrainedModel, sites: list[Site], *, rank: int, alpha: float, dropout: float) -> Adapter:
-    """Freeze a loaded ``model`` and put a fresh :class:`LowRank` at each site; a classification head trains in full.
+def inject(
+    model: PreTrainedModel,
+    sites: list[Site],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    kind: type[LowRank] = LowRank,
+) -> Adapter:
+    """Freeze a loaded ``model`` and put a fresh module of ``kind`` at each site; a classification head trains in full.
 
     Exactly the same function as before, until it is trained. Raises UserError where ``rank`` exceeds a matrix.
     """
@@ -110,11 +118,10 @@ def inject(model: PreTrainedModel, sites: list[Site], *, rank: int, alpha: float
         linear = adapter.linears.get(site.path)
         if linear is None:
             linear = adapter.linears[site.path] = _wrap(model, site.path)
-        part = LowRank(site.in_features, site.out_features, rank, alpha, dropout, linear.weight.device)
+        part = kind(site.in_features, site.out_features, rank, alpha, dropout, linear.weight.device)
         linear.add(site.label, part, site.span)
         adapter.modules[site.key] = part
-        adapter.trained[f"{site.key}.lora_A.weight"] = part.lora_a
-        adapter.trained[f"{site.key}.lora_B.weight"] = part.lora_b
+        adapter.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
     for name in head_names(model):
         adapter.train_also(model.get_submodule(name), name)
     return adapter

@@ -57,6 +57,13 @@ class LowRank(nn.Module):
     def rank(self) -> int:
         return self.lora_a.shape[0]
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by the names under which they are saved (those of the PEFT library)."""
+        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
+
+    def attach(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Called once with the frozen weight (O, I) that this module updates, and its bias (O,), where it has one."""
+
     def hidden(self, x: Tensor) -> Tensor:
         """w ⊙ g ⊙ (A drop(x)): (B, T, I) -> (B, T, R)."""
         if self.dropout and self.training:
@@ -72,14 +79,9 @@ class LowRank(nn.Module):
         return h
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        """``y`` (B * T, O) += the update for ``x`` (B, T, I), in place, in one matrix product."""
+        """``y`` (B * T, O), the frozen output, += the update for ``x`` (B, T, I), in place, in one matrix product."""
         h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
         y.addmm_(h, self.lora_b.to(y.dtype).t(), alpha=self.scale)
-
-    def update(self, x: Tensor) -> Tensor:
-        """The update alone: (..., I) -> (..., O)."""
-        h = self.hidden(x)
-        return F.linear(h, self.lora_b.to(h.dtype)) * self.scale
 
     def delta(self) -> Tensor:
         """ΔW = s · B diag(g) A, (O, I), fp32. Refused while a gate differs from row to row."""
@@ -132,18 +134,21 @@ class AdaptedLinear(nn.Module):
         """Attach ``part`` to the whole output or to a span of it."""
         self.parts[name] = part
         self.spans[name] = span
+        bias = getattr(self.base, "bias", None)
+        part.attach(self.rows(span), bias if bias is None or span is None else bias[slice(*span)])
+
+    def rows(self, span: tuple[int, int] | None) -> Tensor:
+        """The base's weight as (O, I), or the rows of it that a span covers: a view."""
+        weight = self.weight.t() if isinstance(self.base, Conv1D) else self.weight
+        return weight if span is None else weight[slice(*span)]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:
             return self.base(x)
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self.updates:
-            if part.skip:
-                continue
-            if span is None:
-                part.add_to(y, x)
-            else:
-                y[:, slice(*span)] += part.update(x).flatten(0, -2).to(y.dtype)
+            if not part.skip:
+                part.add_to(y if span is None else y[:, slice(*span)], x)
         return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
@@ -152,9 +157,8 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             return
         self._unmerged = self.weight.detach().to("cpu", copy=True)
-        weight = self.weight.t() if isinstance(self.base, Conv1D) else self.weight  # (O, I)
         for part, span in self.updates:
-            rows = weight if span is None else weight[slice(*span)]
+            rows = self.rows(span)
             rows.copy_(rows.float() + part.delta())
 
     @torch.no_grad()

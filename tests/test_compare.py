@@ -144,7 +144,7 @@ def test_rows_hold_median_interval_test_and_costs(add):
     assert float(first["mean_difference"]) == pytest.approx((0.01 + 0.02 + 0.03) / 3)
     assert float(first["p_value"]) == 0.25 and first["pairs"] == "3"
     assert second["pairs"] == "" and second["p_value"] == ""
-    assert (second["seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
+    assert (second["train_seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
     assert first["seeds"] == "0 1 2" and first["metric"] == "test/accuracy"
     assert "| milora | 3 | 0.8500 | 0.8100–0.8600 | +0.0200 | 0.250 (3) | 262k | 81.9k | 3m 20s | 512 MiB |" in markdown
     assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – | – |" in markdown
@@ -211,7 +211,7 @@ def test_an_evaluation_joins_its_training(add):
     add("lora", 1, 0.9, stage="evaluate", run=training.path, **{"test/loss": 1.0})
     rows, _, _ = run_compare(add)
     (row,) = rows
-    assert (row["seeds"], row["median"], row["seconds"], row["metric"]) == ("3", "0.9", "90.0", "test/accuracy")
+    assert (row["seeds"], row["median"], row["train_seconds"], row["metric"]) == ("3", "0.9", "90.0", "test/accuracy")
     add("lora", 1, 0.95, stage="evaluate", run=training.path, config={"evaluate.num_beams": 4})
     rows, _, _ = run_compare(add)
     assert {row["setting"]: row["median"] for row in rows} == {

@@ -230,7 +230,7 @@ def test_evaluate_takes_groups_and_values_from_the_newest_run():
         4,
         os.path.abspath("x"),
     )
-    assert (used.run, used.evaluate.num_beams, used.seed) == (str(run.path.absolute()), 2, 0)
+    assert (used.run, used.evaluate.num_beams, used.seed) == (str(run.path.absolute()), 2, 5)
     assert composed.choices == {**run.info["choices"]}
     assert "_from_run" not in yaml.safe_dump(composed.resolved)
 

@@ -204,7 +204,7 @@ def test_test_script_passes_arguments_on_and_reports_every_failure(checkout, tmp
 
     code, _, err = checkout.call(script="test", BROKEN="mypy")
     assert code == 1
-    assert err.splitlines()[-1] == "failed: mypy"
+    assert err.splitlines()[-1] == "failed: types"
     assert len((checkout.root / "calls").read_text().splitlines()) == 8
 
 

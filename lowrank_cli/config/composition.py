@@ -94,7 +94,7 @@ def compose(
 ) -> Composed:
     """Compose, resolve and validate the configuration of one run.
 
-    A verb that reads an earlier run takes its groups from that run, except those that the overrides switch.
+    A verb that reads an earlier run takes its groups and its seed from that run, except what the overrides switch.
     ``source`` stands in for a run that does not exist yet (a recipe is checked before it starts), and so do paths
     that begin with one of ``later``.
     """
@@ -199,7 +199,8 @@ def _adopt(source: Source, parsed: list[Override]) -> list[str]:
         node = {"defaults": [f"_{schema_name}", "_self_"], **section}
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
     own = [item.input_line for item in parsed if item.key_or_group not in adopted]
-    return [*(f"{group}={FROM_RUN}" for group in adopted), *own]
+    seed = [] if "seed" in given else [f"seed={source.resolved['seed']}"]
+    return [*(f"{group}={FROM_RUN}" for group in adopted), *seed, *own]
 
 
 def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:

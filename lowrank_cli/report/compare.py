@@ -52,7 +52,7 @@ class Result:
     started: str
     config: dict[str, str]  #: dotted key → value as JSON, without ``IRRELEVANT``
     metrics: dict[str, float]
-    seconds: float | None
+    seconds: float | None  #: of training
     memory: int | None
     source: Path | None  #: the training run that an evaluation read
 
@@ -135,7 +135,7 @@ def _result(run: Run) -> Result:
         started=info.get("started", ""),
         config={key: value for key, value in _flat(config) if key not in IRRELEVANT},
         metrics=metrics,
-        seconds=metrics.get("train/seconds", info.get("seconds")),
+        seconds=metrics.get("train/seconds"),
         memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
         source=source,
     )

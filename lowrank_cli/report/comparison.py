@@ -15,7 +15,7 @@ from lowrank_cli.report.tables import NONE, add, count, duration, number, size
 
 STAR = "★"
 LABELS = ("method", "setting")
-COSTS = ("trainable", "activated", "time", "memory")
+COSTS = ("trainable", "activated", "train time", "memory")
 
 
 @dataclass
@@ -77,7 +77,7 @@ def cells(section: Section, baseline: str | None) -> tuple[list[str], list[list[
         "p (pairs)": (baseline is not None, _test),
         "trainable": (True, lambda row: _known(count, row.trainable)),
         "activated": (parts, lambda row: _known(count, row.activated)),
-        "time": (True, lambda row: _known(duration, row.seconds)),
+        "train time": (True, lambda row: _known(duration, row.seconds)),
         "memory": (True, lambda row: _known(size, row.memory)),
     }
     columns = {header: column for header, column in columns.items() if column[0]}
@@ -214,7 +214,7 @@ def csv_text(sections: Sequence[Section], baseline: str | None) -> str:
                 "p_value": row.p_value,
                 "trainable_parameters": row.trainable,
                 "activated_parameters": row.activated,
-                "seconds": row.seconds,
+                "train_seconds": row.seconds,
                 "peak_memory_bytes": row.memory,
                 "seeds": " ".join(map(str, row.values)),
                 "values": " ".join(map(str, row.values.values())),

@@ -16,21 +16,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lowrank_cli.tasks import tiny
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "headroom.json"
 
-TASKS = (
-    "tiny_yesno",
-    "tiny_choice",
-    "tiny_sentiment",
-    "tiny_entailment",
-    "tiny_arithmetic",
-    "tiny_data2text",
-    "tiny_instruct",
-)
-
 #: accuracy of guessing; free answers cannot be guessed
-CHANCE = {"tiny_yesno": 1 / 2, "tiny_choice": 1 / 4, "tiny_sentiment": 1 / 2, "tiny_entailment": 1 / 3}
+CHANCE = {
+    "tiny_yesno": 1 / 2,
+    "tiny_choice": 1 / 4,
+    "tiny_sentiment": 1 / 2,
+    "tiny_entailment": 1 / 3,
+    "tiny_topic": 1 / 4,
+}
 
 TRAINING = ["train.epochs=6", "train.max_steps=null", "train.eval_every=128", "train.checkpoint_every=0"]
 
@@ -105,7 +103,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs", type=Path, required=True, help="new folder for the run folders")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=tiny.NAMES, choices=tiny.NAMES)
     parser.add_argument("--parts", nargs="+", default=tuple(PARTS), choices=tuple(PARTS))
     parser.add_argument("--draws", type=int, default=5, help="draws of the demonstrations")
     args = parser.parse_args()
@@ -116,7 +114,7 @@ def main() -> None:
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results.setdefault(task, {})[part] = found
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            ordered = {task: results[task] for task in TASKS if task in results}
+            ordered = {task: results[task] for task in tiny.NAMES if task in results}
             RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     print(table(results))
 

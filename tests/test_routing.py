@@ -176,7 +176,7 @@ def test_the_task_loss_reaches_every_router_parameter():
 
 
 def step(adapter, dev_loss):
-    return Step(1, 10, adapter, dev_loss, lambda tensor: tensor)
+    return Step(1, 10, adapter, 1e-3, dev_loss, lambda tensor: tensor)
 
 
 def test_the_bilevel_step_moves_the_activations_by_dev_loss_and_nothing_else():

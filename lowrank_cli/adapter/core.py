@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,21 +66,30 @@ class Adapter:
 
     @contextmanager
     def continuous(self) -> Iterator[None]:
-        """Every module on, weighted by its router: no hard choice that rounding could turn over."""
-        if self.routing is None:
-            yield
-            return
-        k, self.routing.k = self.routing.k, self.routing.usage.shape[1]
-        usage, routed = self.routing.usage.clone(), self.routing.routed
+        """Every module and expert on, weighted by its router: no hard choice that rounding could turn over."""
+        routing = self.routing
+        before = (routing.k, routing.usage.clone(), routing.routed) if routing else None
         try:
+            if routing:
+                routing.k = routing.usage.shape[1]
+            self._soften(True)
             yield
         finally:
-            self.routing.k, self.routing.usage, self.routing.routed = k, usage, routed
+            self._soften(False)
+            if routing and before:
+                routing.k, routing.usage, routing.routed = before
+
+    def _soften(self, soft: bool) -> None:
+        for part in self.modules.values():
+            part.soft = soft
 
     def merge(self) -> None:
         """Fold all updates into the base weights. Raises UserError where that would not be the same function."""
         if self.routing:
             raise UserError("merge: the modules are chosen prompt by prompt, so no single weight equals them")
+        for part in self.modules.values():
+            if part.unmergeable:
+                raise UserError(f"merge: {part.unmergeable}, so no single weight equals them")
         embedding = self.model.get_input_embeddings().weight
         for path, linear in self.linears.items():
             if linear.weight is embedding:
@@ -101,17 +110,19 @@ def inject(
     rank: int,
     alpha: float,
     dropout: float,
-    kind: type[LowRank] = LowRank,
+    kind: Callable[..., LowRank] = LowRank,
+    rank_key: str = "rank",
 ) -> Adapter:
     """Freeze a loaded ``model`` and put a fresh module of ``kind`` at each site; a classification head trains in full.
 
-    Exactly the same function as before, until it is trained. Raises UserError where ``rank`` exceeds a matrix.
+    Exactly the same function as before, until it is trained. Raises UserError where ``rank``, which the method's key
+    ``rank_key`` set, exceeds a matrix.
     """
     for site in sites:
         if rank > min(site.in_features, site.out_features):
             raise UserError(
-                f"method.rank: {rank} is above the matrix '{site.key}' of {site.out_features} × {site.in_features} "
-                f"(allowed: 1 to {min(site.in_features, site.out_features)})"
+                f"method.{rank_key}: {rank} is above the matrix '{site.key}' of {site.out_features} × "
+                f"{site.in_features} (allowed: 1 to {min(site.in_features, site.out_features)})"
             )
     adapter = Adapter(model, {site.key: site for site in sites})
     for site in sites:

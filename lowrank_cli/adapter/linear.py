@@ -27,12 +27,16 @@ class LowRank(nn.Module):
     ``lora_a`` (R, I) is Kaiming-uniform, ``lora_b`` (O, R) zero, so a fresh module changes nothing, exactly.
     Both are kept in fp32 and computed in the dtype of the input, so that training in bf16 has fp32 masters.
 
-    Three transient settings belong to whoever runs the model, not to the adapter, and are never saved:
+    Four transient settings belong to whoever runs the model, not to the adapter, and are never saved:
 
     - ``rank_gate``: g, (R,) for all rows or (B, R) row by row; None is all ones.
     - ``module_gate``: w, (B,) row by row or (B, T) token by token; None is all ones.
     - ``skip``: compute nothing (for a module whose gate is zero in every row).
+    - ``soft``: make no hard choice that rounding could turn over (LoRA makes none).
     """
+
+    #: Why no single weight equals this kind of module, where none does.
+    unmergeable = ""
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class LowRank(nn.Module):
         self.rank_gate: Tensor | None = None
         self.module_gate: Tensor | None = None
         self.skip = False
+        self.soft = False
 
     @property
     def rank(self) -> int:
@@ -83,11 +88,14 @@ class LowRank(nn.Module):
         h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
         y.addmm_(h, self.lora_b.to(y.dtype).t(), alpha=self.scale)
 
-    def delta(self) -> Tensor:
-        """ΔW = s · B diag(g) A, (O, I), fp32. Refused while a gate differs from row to row."""
+    def columns(self) -> Tensor:
+        """B diag(g), (O, R). Refused while a gate differs from row to row."""
         assert self.module_gate is None and (self.rank_gate is None or self.rank_gate.dim() == 1)
-        b = self.lora_b if self.rank_gate is None else self.lora_b * self.rank_gate
-        return self.scale * (b.float() @ self.lora_a.float())
+        return self.lora_b if self.rank_gate is None else self.lora_b * self.rank_gate
+
+    def delta(self) -> Tensor:
+        """ΔW = s · B diag(g) A, (O, I), fp32."""
+        return self.scale * (self.columns().float() @ self.lora_a.float())
 
 
 def _over_tokens(gate: Tensor, h: Tensor) -> Tensor:

@@ -40,13 +40,21 @@ class Adapts(Protocol):
 
 @dataclass
 class Step:
-    """What :class:`AfterStep` sees once an optimizer step is done."""
+    """What :class:`BeforeStep` and :class:`AfterStep` see of one optimizer step."""
 
     number: int  #: of this step, from 1
     total: int  #: steps of the whole run
     adapter: Adapter
+    learning_rate: float  #: of this step
     dev_loss: Callable[[], torch.Tensor]  #: this process's share of the mean loss of a dev batch, with its graph
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
+
+
+@runtime_checkable
+class BeforeStep(Protocol):
+    """Sees the weights together with their gradients (averaged over processes, clipped) before the optimizer steps."""
+
+    def before_step(self, step: Step) -> None: ...
 
 
 @runtime_checkable
@@ -60,6 +68,15 @@ class AfterStep(Protocol):
         ...
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """Changes what is left of the adapter while it trains, down to its budget."""
+
+    def settled(self) -> bool:
+        """Whether the budget is reached: no earlier adapter is kept as the best, and none counts for patience."""
+        ...
 
 
 @runtime_checkable

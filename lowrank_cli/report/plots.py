@@ -96,6 +96,7 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     steps, values = _series(history, "dev/loss")
     if steps:
         axes.plot(steps, values, color=DEV, linewidth=1.8, marker="o", markersize=3.5, label="dev")
+    steps, values = _series((row for row in history if not row.get("above_budget")), "dev/loss")
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if finite:
         value, step = min(finite)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import WorkFailed
-from lowrank_cli.methods.protocol import AddsLoss, AfterStep, Step
+from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Settles, Step
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.stages import checkpoint, progress
@@ -136,16 +136,19 @@ class Trainer:
         return mean
 
     def _update(self, step: int) -> None:
-        """Clip, step, and let the method act."""
+        """Clip, step, and let the method act before and after."""
         if self.settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.inner, self.settings.max_grad_norm)
+        rate, method = self.learning_rate(step), self.session.method
+        now = Step(step, self.total, self.adapter, rate, lambda: self._dev_batch_loss(step), self._average)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = rate
+        if isinstance(method, BeforeStep):
+            method.before_step(now)
         self.optimizer.step()
         self.session.model.zero_grad()
-        method = self.session.method
         if isinstance(method, AfterStep):
-            method.after_step(Step(step, self.total, self.adapter, lambda: self._dev_batch_loss(step), self._average))
+            method.after_step(now)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up over the first ``warmup`` share of the steps, then linear decay to 0."""
@@ -186,9 +189,14 @@ class Trainer:
     def _evaluate(self, step: int, bar: progress.Bar) -> bool:
         """Dev loss, the best adapter saved, and whether patience is over."""
         loss = self.dev_loss()
-        self.run.log({"step": step, "dev/loss": loss})
+        method = self.session.method
+        settled = not isinstance(method, Settles) or method.settled()
+        self.run.log({"step": step, "dev/loss": loss} | ({} if settled else {"above_budget": True}))
         if not math.isfinite(loss):
             raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
+        if not settled:
+            bar.say(f"step {step}/{self.total}: dev loss {loss:.4f} (above the budget, not kept)")
+            return False
         best = self.progress["best_loss"]
         better = best is None or loss < best
         bar.say(f"step {step}/{self.total}: dev loss {loss:.4f}" + (", the best so far" if better else ""))

@@ -47,11 +47,11 @@ class TaskConfig:
     """One data set with its prompt, its answers, its splits and its metric.
 
     ``answer`` is ``labels`` (one fixed set of ``label_words``), ``choices`` (each row lists its own, answered by
-    letter) or ``free`` (generated text).
+    letter), ``free`` (generated text) or ``mix`` (several tasks trained together, each with its own answers).
     """
 
     name: str = MISSING
-    answer: str = MISSING  #: ``labels``, ``choices`` or ``free``
+    answer: str = MISSING  #: ``labels``, ``choices``, ``free`` or ``mix``
     template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
     text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
     target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
@@ -59,7 +59,7 @@ class TaskConfig:
     label_values: list[str] = (
         MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
     )
-    metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu`` or ``rouge_l``
+    metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu``, ``rouge_l``; ``mean`` of a mix
     extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
     max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
     max_new_tokens: int = MISSING  #: longest generated answer, in tokens
@@ -72,11 +72,19 @@ class TaskConfig:
     dev_split: str = MISSING
     test_split: str = MISSING
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
+    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: the tasks of a ``mix``, by the names of their metrics
 
     def validate(self) -> None:
-        require_choice("task.answer", self.answer, ("labels", "choices", "free"))
+        require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
+        if (self.answer == "mix") != bool(self.parts):
+            raise UserError("task.parts: task.answer=mix names its tasks there, another answer has none")
+        for part in self.parts.values():
+            if part.parts:
+                raise UserError(f"task.parts: '{part.name}' is a mix itself; name its parts instead")
+            part.validate()
         require_choice("task.splits", self.splits, ("paper", "given"))
-        require_choice("task.metric", self.metric, ("accuracy", "exact_match", "number_match", "bleu", "rouge_l"))
+        metrics = ("mean",) if self.answer == "mix" else ("accuracy", "exact_match", "number_match", "bleu", "rouge_l")
+        require_choice("task.metric", self.metric, metrics)
         require_range("task.max_length", self.max_length, 2)
         require_range("task.max_new_tokens", self.max_new_tokens, 1)
         if self.limit is not None:
@@ -89,6 +97,29 @@ class TaskConfig:
                 raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+
+def mix() -> TaskConfig:
+    """What the YAML of a mix starts from: nothing of its own but its parts, its name and its lengths."""
+    return TaskConfig(
+        answer="mix",
+        template="",
+        text=[],
+        target="",
+        label_words=[],
+        label_values=[],
+        metric="mean",
+        extract=None,
+        hub=None,
+        subset=None,
+        path=None,
+        generator=None,
+        splits="given",
+        train_split="",
+        dev_split="",
+        test_split="",
+        limit=None,
+    )
 
 
 @dataclass

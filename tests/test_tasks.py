@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lowrank_cli import tasks
+from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
@@ -83,7 +84,7 @@ def test_rows_read_as(name):
 def test_every_task_file_fits_the_schema_and_describes_itself():
     for file in CONF.glob("*.yaml"):
         assert file.read_text().startswith("# ")
-        assert config(file.stem).name == file.stem
+        assert compose("train", [f"task={file.stem}"]).config.task.name == file.stem
 
 
 @pytest.mark.parametrize(

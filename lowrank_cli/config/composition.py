@@ -77,6 +77,7 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     groups = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
     for group, node in {**groups, "recipe": schema.RecipeConfig}.items():
         store.store(group=group, name=f"_{group}", node=node)
+    store.store(group="task", name="_mix", node=schema.mix())
     for name, node in methods.config_classes().items():
         store.store(group="method", name=f"_{name}", node=node)
     search_path = create_config_search_path(f"file://{folders[-1]}")
@@ -205,7 +206,8 @@ def _adopt(source: Source, parsed: list[Override]) -> list[str]:
 
 def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
     """Folders that are read are the same from every directory, and one folder has one spelling."""
-    for key in INPUTS:
+    parts = OmegaConf.select(cfg, "task.parts") or ()
+    for key in (*INPUTS, *(f"task.parts.{name}.path" for name in parts)):
         path = OmegaConf.select(cfg, key)
         if path and not path.startswith(later):
             OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))

@@ -42,7 +42,9 @@ def check(
     if verb not in can:
         has = ", ".join(sorted(can)) or "none"
         raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
-    for key, path in (("model.path", config.model.path), ("task.path", config.task.path)):
+    folders = {"model.path": config.model.path, "task.path": config.task.path}
+    folders |= {f"task.parts.{name}.path": part.path for name, part in config.task.parts.items()}
+    for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
             raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
     _refuse_what_would_do_nothing(config, can)
@@ -59,7 +61,7 @@ def check(
 def _refuse_what_would_do_nothing(config: Any, can: set[str]) -> None:
     """Values that the chosen model, task or method has no use for."""
     asked, task = config.evaluate, config.task
-    if asked.num_beams > 1 and task.answer != "free":
+    if asked.num_beams > 1 and all(part.answer != "free" for part in task.parts.values() or [task]):
         raise UserError(
             f"evaluate.num_beams: {asked.num_beams} beams search for generated text, but the answers of {task.name} "
             f"are scored (task.answer={task.answer}); set evaluate.num_beams=1"

@@ -45,11 +45,12 @@ class Loaded:
 
 def check_task(model: ModelConfig, task: TaskConfig) -> None:
     """Raise unless a model of this kind can answer the task."""
-    if model.kind == "encoder" and task.answer != "labels":
-        raise UserError(
-            f"model.kind: {model.name} is an encoder and predicts labels, but task={task.name} has "
-            f"task.answer={task.answer}; choose a causal model (model=llama) or a task with labels"
-        )
+    for part in task.parts.values() or [task]:
+        if model.kind == "encoder" and part.answer != "labels":
+            raise UserError(
+                f"model.kind: {model.name} is an encoder and predicts labels, but task={part.name} has "
+                f"task.answer={part.answer}; choose a causal model (model=llama) or a task with labels"
+            )
 
 
 def locate(model: ModelConfig) -> Location:

@@ -144,12 +144,13 @@ def run_title(info: dict[str, Any]) -> str:
 def _learned(metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     for name in quality(metrics):
         split, _, what = name.partition("/")
+        part, _, metric = what.rpartition("/")  # of a mix: the task that it is measured on
         text = Text(number(metrics[name]), style="bold" if split == "test" else "")
         if name == "dev/loss" and "best_step" in metrics:
             text.append(f"  (best at step {metrics['best_step']} of {metrics.get('train/steps', '?')})")
-        elif f"{split}/examples" in metrics:
+        elif f"{split}/examples" in metrics and not part:
             text.append(f"  ({metrics[f'{split}/examples']} examples)")
-        yield f"{split} {what.replace('_', ' ')}", text
+        yield " ".join(filter(None, (split, part, metric.replace("_", " ")))), text
 
 
 def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from lowrank_cli.schema import TaskConfig
 from lowrank_cli.stages.session import Session
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example
@@ -36,35 +37,49 @@ def predict(
     prompts = with_demonstrations(examples, demonstrations)
     mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
     order = sorted(mine, key=lambda index: len(prompts[index]))
-    answer = _classify if session.encoder else _generate if session.task.answer == "free" else _choose
+    scored = [index for index in order if examples[index].choices]
+    generated = [index for index in order if not examples[index].choices]
     records = []
     with session.autocast():
-        for start in range(0, len(order), evaluate.batch_size):
-            rows = order[start : start + evaluate.batch_size]
-            batch = [examples[row] for row in rows]
-            answers = answer(session, batch, [prompts[row] for row in rows], len(demonstrations))
-            for row, example, found in zip(rows, batch, answers, strict=True):
-                records.append({"index": row, "prompt": example.prompt, **found, "references": example.references})
-            tick(len(rows) * accelerator.num_processes)
+        for answer, part in ((_classify if session.encoder else _choose, scored), (_generate, generated)):
+            for start in range(0, len(part), evaluate.batch_size):
+                rows = part[start : start + evaluate.batch_size]
+                batch = [examples[row] for row in rows]
+                answers = answer(session, batch, [prompts[row] for row in rows], len(demonstrations))
+                for row, example, found in zip(rows, batch, answers, strict=True):
+                    mixed = {"task": example.part} if example.part else {}
+                    asked = {"index": row, **mixed, "prompt": example.prompt}
+                    records.append({**asked, **found, "references": example.references})
+                tick(len(rows) * accelerator.num_processes)
     return sorted(gather_object(records), key=lambda record: record["index"])
 
 
 def score(session: Session, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The task's metrics of :func:`predict`'s records."""
+    """The task's metrics of :func:`predict`'s records; of a mix each part's, ``<part>/<metric>``, and their ``mean``."""
     from lowrank_cli.tasks import metrics  # importing evaluate takes seconds
 
-    predictions = [record["prediction"] for record in records]
-    references = [list(record["references"]) for record in records]
-    return metrics.compute(session.task.metric, predictions, references, extract=session.config.task.extract)
+    def of(task: TaskConfig, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+        predictions = [record["prediction"] for record in records]
+        references = [list(record["references"]) for record in records]
+        return metrics.compute(task.metric, predictions, references, extract=task.extract)
+
+    task = session.config.task
+    if not task.parts:
+        return of(task, records)
+    found = {}
+    for name, part in task.parts.items():
+        own = [record for record in records if record["task"] == name]
+        found |= {f"{name}/{metric}": value for metric, value in (of(part, own) if own else {}).items()}
+    return {"mean": sum(found.values()) / len(found), **found}
 
 
 def _classify(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
     encoded = session.batch(session.encode(batch))
-    labels = encoded.pop("labels").tolist()
-    chosen = session.model(**encoded).logits.argmax(dim=-1).tolist()  # (B, labels) -> (B,)
-    words = session.task.label_words
-    for label, choice in zip(labels, chosen, strict=True):
-        yield {"prediction": words[choice], "label": label, "choice": choice}
+    del encoded["labels"]
+    logits = session.model(**encoded).logits  # (B, labels)
+    for example, row in zip(batch, logits, strict=True):
+        choice = int(row[example.first : example.first + len(example.choices)].argmax())
+        yield {"prediction": example.choices[choice].strip(), "label": example.label, "choice": choice}
 
 
 def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:

@@ -93,7 +93,7 @@ def encode_text(tokenizer, example: Example, max_length: int) -> EncodedText:
     """The text or the pair with the encoder's special tokens; of a pair the longer is cut first."""
     row = tokenizer(*example.text, truncation="longest_first", max_length=max_length)
     assert example.label is not None, "an encoder predicts labels"
-    return EncodedText(row["input_ids"], row.get("token_type_ids"), example.label)
+    return EncodedText(row["input_ids"], row.get("token_type_ids"), example.first + example.label)
 
 
 def collate_causal(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:

@@ -36,6 +36,8 @@ class Example:
     label: int | None  #: index of the answer in ``choices``
     text: tuple[str, ...]  #: what an encoder reads: a text, or a pair
     references: tuple[str, ...]  #: every right answer
+    part: str = ""  #: of a mix: the task that it comes from
+    first: int = 0  #: index of the first of ``choices`` among the task's ``label_words``
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Task:
 
     config: TaskConfig
     name: str
-    answer: str  #: ``labels``, ``choices`` or ``free``
-    label_words: tuple[str, ...]
+    answer: str  #: ``labels``, ``choices``, ``free`` or ``mix``
+    label_words: tuple[str, ...]  #: of a mix: those of all its parts, one after the other
     train: list[Example]
     dev: list[Example]
     test: list[Example]
@@ -61,6 +63,8 @@ def load(config: TaskConfig) -> Task:
     Raises:
         UserError: data missing, malformed or unlike the config (file and line named), or too few for three splits.
     """
+    if config.answer == "mix":
+        return _mix(config)
     _check_template(config)
     source = sources.open_source(config)
     names = splits.names(config, source.splits, source.where)
@@ -95,8 +99,32 @@ def load(config: TaskConfig) -> Task:
     )
 
 
+def _mix(config: TaskConfig) -> Task:
+    """The parts' examples, split by split; ``task.limit`` caps a split of the whole mix."""
+    splits_of: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
+    words: list[str] = []
+    for name, part in config.parts.items():
+        task = load(part)
+        for split, found in splits_of.items():
+            found += [replace(example, part=name, first=len(words)) for example in getattr(task, split)]
+        words += task.label_words
+    limited = {split: _pick(found, splits.limited(len(found), config.limit)) for split, found in splits_of.items()}
+    return Task(
+        config=config,
+        name=config.name,
+        answer=config.answer,
+        label_words=tuple(words),
+        **limited,
+        template_hash=template_hash(config),
+        metric=config.metric,
+    )
+
+
 def template_hash(config: TaskConfig) -> str:
     """SHA-256 over all that shapes prompts and answers; data, limits and metric do not enter."""
+    if config.parts:
+        parts = {name: template_hash(part) for name, part in config.parts.items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     shape = {
         "answer": config.answer,
         "template": config.template,

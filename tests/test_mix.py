@@ -1,0 +1,107 @@
+"""Tasks trained together: a mix of other tasks, each answered and measured in its own way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from lowrank_cli import tasks
+from lowrank_cli.config.composition import compose
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.models.load import BUNDLED
+from lowrank_cli.runs import Run
+
+QUICK = ["hardware.threads=1", "train.max_steps=2", "train.batch_size=8", "train.checkpoint_every=0"]
+
+
+def mix(*parts: str) -> list[str]:
+    """A user's own mix, as overrides that choose it."""
+    lines = ["defaults:", "  - _mix", *(f"  - {part}@parts.{part}" for part in parts)]
+    lines += ["  - _self_", "name: mine", "max_length: 96", "max_new_tokens: 4"]
+    Path("groups/task").mkdir(parents=True, exist_ok=True)
+    Path("groups/task/mine.yaml").write_text("\n".join(lines) + "\n")
+    return ["task=mine"]
+
+
+def load(overrides: list[str]) -> tasks.Task:
+    return tasks.load(compose("train", overrides, "groups").config.task)
+
+
+def test_every_split_holds_the_parts_examples():
+    mixed = load(mix("tiny_yesno", "tiny_topic"))
+    alone = {name: load([f"task={name}"]) for name in ("tiny_yesno", "tiny_topic")}
+    for split in ("train", "dev", "test"):
+        found = [(example.part, example.prompt) for example in getattr(mixed, split)]
+        assert found == [(name, e.prompt) for name, task in alone.items() for e in getattr(task, split)]
+    assert mixed.label_words == alone["tiny_yesno"].label_words + alone["tiny_topic"].label_words
+    assert {example.first for example in mixed.test} == {0, 2}
+
+
+def test_limits_of_a_part_and_of_the_whole():
+    task = load([*mix("tiny_yesno", "tiny_topic"), "task.parts.tiny_topic.limit=8"])
+    assert sum(example.part == "tiny_topic" for example in task.train) == 8
+    task = load([*mix("tiny_yesno", "tiny_topic"), "task.limit=40"])
+    assert len(task.train) == 40 and {example.part for example in task.train} == {"tiny_yesno", "tiny_topic"}
+
+
+def test_a_template_of_any_part_changes_the_mix():
+    plain, other = load(mix("tiny_yesno")), load([*mix("tiny_yesno"), "task.parts.tiny_yesno.template='{question}'"])
+    assert plain.template_hash != other.template_hash
+
+
+@pytest.mark.slow
+def test_scored_and_generated_parts_are_measured_one_by_one():
+    overrides = [*mix("tiny_topic", "tiny_arithmetic"), "method=milora", "task.limit=24", *QUICK]
+    single.start("train", overrides, "groups", "lrk train")
+    run = Run.open("outputs/latest")
+    parts = [run.metrics[f"test/{name}"] for name in ("tiny_topic/accuracy", "tiny_arithmetic/number_match")]
+    assert run.metrics["test/mean"] == pytest.approx(sum(parts) / 2)
+    records = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+    assert [record["index"] for record in records] == list(range(24))
+    for record in records:
+        assert ("log_probabilities" in record) == (record["task"] == "tiny_topic")
+    single.start("evaluate", [f"run={run.path.resolve()}", "task=tiny_topic", "task.limit=8"], None, "lrk evaluate")
+    assert "test/accuracy" in Run.open("outputs/latest").metrics
+
+
+@pytest.mark.slow
+def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    small = dict(vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertForSequenceClassification(BertConfig(**small, max_position_embeddings=96)).save_pretrained(folder)
+    model = ["model=minilm", f"model.path={folder}", "method=lora"]
+    overrides = [*mix("tiny_yesno", "tiny_topic"), *model, "task.limit=32", *QUICK]
+    single.start("train", overrides, "groups", "lrk train")
+    for line in (Path("outputs/latest") / "predictions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        words = {"tiny_yesno": ("negative", "positive"), "tiny_topic": ("food", "work", "climate", "leisure")}
+        assert record["prediction"] in words[record["task"]]
+    with pytest.raises(UserError, match="task=tiny_choice has task.answer=choices"):
+        single.start("train", [*mix("tiny_yesno", "tiny_choice"), *model, *QUICK], "groups", "lrk train")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=tiny_yesno", "task.answer=mix", "task.metric=mean"], "task.parts: task.answer=mix names its tasks"),
+        (["task=tiny_mix", "task.parts.tiny_choice.metric=bleau"], "task.metric: .* did you mean 'bleu'"),
+        (["task=tiny_mix", "task.parts.tiny_choise.limit=3"], "tiny_choise"),
+        (["task=tiny_mix", "task.parts.tiny_choice.path=nowhere"], "task.parts.tiny_choice.path: there is no folder"),
+    ],
+)
+def test_mistakes_are_one_line(overrides, message):
+    with pytest.raises(UserError, match=message):
+        single.start("train", overrides, None, "lrk train")
+    assert not Path("outputs").exists()
+
+
+def test_a_mix_of_mixes_is_refused():
+    with pytest.raises(UserError, match="is a mix itself"):
+        compose("train", mix("tiny_mix"), "groups")

@@ -74,8 +74,10 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
     for file in BUNDLED.glob("tokenizer*"):
         shutil.copy(file, folder)
     size = len(AutoTokenizer.from_pretrained(folder))
-    small = dict(vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    BertForSequenceClassification(BertConfig(**small, max_position_embeddings=96)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
     model = ["model=minilm", f"model.path={folder}", "method=lora"]
     overrides = [*mix("tiny_yesno", "tiny_topic"), *model, "task.limit=32", *QUICK]
     single.start("train", overrides, "groups", "lrk train")
@@ -83,7 +85,7 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
         record = json.loads(line)
         words = {"tiny_yesno": ("negative", "positive"), "tiny_topic": ("food", "work", "climate", "leisure")}
         assert record["prediction"] in words[record["task"]]
-    with pytest.raises(UserError, match="task=tiny_choice has task.answer=choices"):
+    with pytest.raises(UserError, match=r"task=tiny_choice has task\.answer=choices"):
         single.start("train", [*mix("tiny_yesno", "tiny_choice"), *model, *QUICK], "groups", "lrk train")
 
 

@@ -55,7 +55,7 @@ def predict(
 
 
 def score(session: Session, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The task's metrics of :func:`predict`'s records; of a mix each part's, ``<part>/<metric>``, and their ``mean``."""
+    """The task's metric of :func:`predict`'s records; of a mix each part's, ``<part>/<metric>``, and their ``mean``."""
     from lowrank_cli.tasks import metrics  # importing evaluate takes seconds
 
     def of(task: TaskConfig, records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -81,6 +81,7 @@ FAMILIES = {
 ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
 SETTINGS = {
     "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
+    "pissa": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
     "milora": {
         "rank": 4,
         "alpha": 8,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from command import one_line, runs, shell
 
-from lowrank_cli import cli
+from lowrank_cli import cli, methods
 from lowrank_cli.report.compare import collect
 from lowrank_cli.runs import Run, this_process
 from lowrank_cli.runs.process import began
@@ -60,7 +60,7 @@ def test_each_verb_explains_itself(lrk, verb):
     ended = lrk(verb, "--help")
     assert ended.code == 0 and "Examples:\n  lrk " in ended.out and ended.err == ""
     if verb in ("train", "evaluate", "check"):
-        assert "method={full, lora, milora, none}" in ended.out and "tiny_yesno" in ended.out
+        assert f"method={{{', '.join(methods.names())}}}" in ended.out and "tiny_yesno" in ended.out
     if verb in cli.STAGES:
         assert all(option in ended.out for option in ("--dry-run", "--config-dir", "--resume", "--multirun"))
 

@@ -133,8 +133,9 @@ def test_a_checkout_is_used_where_it_lies():
 
 # ------------------------------------------------------------------------------------------------- mistakes
 
+METHODS = ", ".join(methods.names())
 MISTAKES = {
-    "method=milra": "method: unknown value 'milra'; did you mean 'milora'? (allowed: full, lora, milora, none)",
+    "method=milra": "method: unknown value 'milra'; did you mean 'milora'? (allowed: " + METHODS,
     "model=lama": "model: unknown value 'lama'; did you mean 'llama'? (allowed:",
     "task=tiny_yesn": "task: unknown value 'tiny_yesn'; did you mean 'tiny_yesno'? (allowed:",
     "hardware=gpus": "hardware: unknown value 'gpus'; did you mean 'gpu'? (allowed: cpu, gpu, multi_gpu)",
@@ -167,13 +168,13 @@ MISTAKES = {
     "seed=range(3)": "seed=range(3): several values; sweep over them with -m",
     "+train.extra=1": "+train.extra=1: keys can be neither added nor removed",
     "~method": "~method: keys can be neither added nor removed",
-    "method=null": "method: choose one of full, lora, milora, none",
+    "method=null": "method: choose one of " + METHODS,
     "method@other=lora": "method@other: a group goes to its own section; write method=NAME",
     "hydra/launcher=joblib": "hydra/launcher=joblib: hydra/launcher and hydra.launcher.* belong to a sweep (-m)",
     "name=a/b": "name: 'a/b' cannot be part of a folder's name",
     "name=..": "name: '..' cannot be part of a folder's name",
     "method.name=lora": "method.name: 'lora' does not go with the schema 'MiLoRAConfig'",
-    "method.name=foo": "method.name: unknown value 'foo' (allowed: full, lora, milora, none)",
+    "method.name=foo": "method.name: unknown value 'foo' (allowed: " + METHODS,
     "train.epochs=0": "train.epochs: 0.0 is out of range (allowed: above 0)",
     "evaluate.split=dev": "evaluate.split: unknown key",
     "task.label_words=[yes,Yes]": "task.label_words: ['yes', 'Yes'] names a label twice",

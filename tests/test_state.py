@@ -156,7 +156,9 @@ def test_the_peft_library_loads_lora_with_equal_logits(saved, family):
     torch.testing.assert_close(model(input_ids=ids).logits, adapter.model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "family"), [("milora", "llama"), ("lora", "gpt2"), ("full", "llama")])
+@pytest.mark.parametrize(
+    ("name", "family"), [("milora", "llama"), ("lora", "gpt2"), ("pissa", "llama"), ("full", "llama")]
+)
 def test_what_peft_would_compute_differently_has_no_peft_config(saved, name, family):
     _, folder = saved(name, family)
     assert not (folder / state.CONFIG).exists()

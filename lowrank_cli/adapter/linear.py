@@ -66,14 +66,26 @@ class LowRank(nn.Module):
         """The trained tensors by the names under which they are saved (those of the PEFT library)."""
         return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
 
+    def constants(self) -> dict[str, Tensor]:
+        """What does not train and must be saved all the same, by name."""
+        return {}
+
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
         """Called once with the frozen weight (O, I) that this module updates, and its bias (O,), where it has one."""
+
+    def down(self) -> Tensor:
+        """A of the update, (R, I); R may exceed ``rank``."""
+        return self.lora_a
+
+    def up(self) -> Tensor:
+        """B of the update, (O, R)."""
+        return self.lora_b
 
     def hidden(self, x: Tensor) -> Tensor:
         """w ⊙ g ⊙ (A drop(x)): (B, T, I) -> (B, T, R)."""
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h = F.linear(x, self.lora_a.to(x.dtype))  # (B, T, I) @ (I, R) -> (B, T, R)
+        h = F.linear(x, self.down().to(x.dtype))  # (B, T, I) @ (I, R) -> (B, T, R)
         if self.rank_gate is not None:
             gate = self.rank_gate
             h = h * (gate if gate.dim() == 1 else _over_tokens(gate, h)).to(h.dtype)
@@ -85,17 +97,17 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """``y`` (B * T, O), the frozen output, += the update for ``x`` (B, T, I), in place, in one matrix product."""
-        h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
-        y.addmm_(h, self.lora_b.to(y.dtype).t(), alpha=self.scale)
+        h = self.hidden(x).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        y.addmm_(h, self.up().to(y.dtype).t(), alpha=self.scale)
 
     def columns(self) -> Tensor:
         """B diag(g), (O, R). Refused while a gate differs from row to row."""
         assert self.module_gate is None and (self.rank_gate is None or self.rank_gate.dim() == 1)
-        return self.lora_b if self.rank_gate is None else self.lora_b * self.rank_gate
+        return self.up() if self.rank_gate is None else self.up() * self.rank_gate
 
     def delta(self) -> Tensor:
         """ΔW = s · B diag(g) A, (O, I), fp32."""
-        return self.scale * (self.columns().float() @ self.lora_a.float())
+        return self.scale * (self.columns().float() @ self.down().float())
 
 
 def _over_tokens(gate: Tensor, h: Tensor) -> Tensor:

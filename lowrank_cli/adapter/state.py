@@ -34,24 +34,31 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor by its saved name, on the CPU."""
-    return {PREFIX + name: p.detach().to("cpu").contiguous() for name, p in adapter.trained.items()}
+    """Every trained tensor and every constant of the modules by its saved name, on the CPU."""
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
+
+
+def _named(adapter: Adapter) -> dict[str, Tensor]:
+    constants = {
+        f"{key}.{name}": tensor for key, part in adapter.modules.items() for name, tensor in part.constants().items()
+    }
+    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **constants}.items()}
 
 
 @torch.no_grad()
 def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
     """Copy ``saved`` into the adapter. Raises UserError on missing, unexpected or differently shaped tensors."""
-    expected = {PREFIX + name: parameter for name, parameter in adapter.trained.items()}
+    expected = _named(adapter)
     missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
     if missing or unexpected:
         which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
         raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
-    for name, parameter in expected.items():
-        if parameter.shape != saved[name].shape:
+    for name, tensor in expected.items():
+        if tensor.shape != saved[name].shape:
             raise UserError(
-                f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(parameter.shape)}"
+                f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(tensor.shape)}"
             )
-        parameter.copy_(saved[name])
+        tensor.copy_(saved[name])
 
 
 def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
@@ -145,7 +152,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any] | None:
     """What stock PEFT needs to load this adapter, or None where it would not be the same function."""
     parts = {key: (part.rank, part.scale * part.rank) for key, part in adapter.modules.items()}
     packed = any(site.span is not None for site in adapter.sites.values())
-    if adapter.routing is not None or packed or len(set(parts.values())) != 1:
+    constant = any(part.constants() for part in adapter.modules.values())
+    if adapter.routing is not None or packed or constant or len(set(parts.values())) != 1:
         return None
     rank, alpha = next(iter(parts.values()))
     heads = head_names(adapter.model)

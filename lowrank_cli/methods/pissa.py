@@ -1,0 +1,39 @@
+"""PiSSA: LoRA on the principal singular components (Meng et al., NeurIPS 2024, arXiv 2404.02948, section 3).
+
+    W = U S Vᵀ;   B₀ = U[:, :R] S[:R]^½,   A₀ = S[:R]^½ V[:, :R]ᵀ,   y = (W − s·B₀A₀) x + s·B A x
+
+The published setting is s = 1 (alpha = rank); another s divides B₀A₀, as in the PEFT library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_cli.methods.lora import LoRA, LoRAConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.core import Adapter
+
+
+@dataclass
+class PiSSAConfig(LoRAConfig):
+    """LoRA's settings; ``rank`` counts principal components."""
+
+
+class PiSSA(LoRA):
+    """Trains the principal components of each target linear, and freezes the rest of it."""
+
+    Config = PiSSAConfig
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """As LoRA, with the module's factors taken from the weight."""
+        from lowrank_cli.adapter.core import inject
+        from lowrank_cli.adapter.families import find_sites
+        from lowrank_cli.adapter.spectrum import Principal
+
+        config = self.config
+        sites = find_sites(model, list(config.target_modules))
+        return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=Principal)

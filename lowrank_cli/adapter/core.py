@@ -21,7 +21,8 @@ class Adapter:
 
     ``modules`` maps a site's key to its low-rank module; ``trained`` maps the name under which a tensor is saved to
     the parameter, and holds every parameter that may change; ``deferred`` are those of ``trained`` that the method
-    steps itself (the main optimizer leaves them alone).
+    steps itself (the main optimizer leaves them alone). ``initial_ranks`` are those of the injected modules; ``emptied`` are
+    modules that have lost all of theirs since and left the model (see :mod:`lowrank_cli.adapter.ranks`).
     """
 
     def __init__(self, model: PreTrainedModel, sites: dict[str, Site]):
@@ -29,6 +30,8 @@ class Adapter:
         self.sites = sites
         self.modules: dict[str, LowRank] = {}
         self.linears: dict[str, AdaptedLinear] = {}
+        self.emptied: dict[str, LowRank] = {}
+        self.initial_ranks: dict[str, int] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.deferred: set[str] = set()
         self.routing: PromptRouting | None = None
@@ -46,6 +49,30 @@ class Adapter:
     def count(self) -> int:
         """How many trained numbers there are."""
         return sum(parameter.numel() for parameter in self.trained.values())
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of every module in the model, by its key."""
+        return {key: part.rank for key, part in self.modules.items()}
+
+    def attach(self, site: Site, part: LowRank) -> None:
+        """Put ``part`` at ``site``, to be trained."""
+        linear = self.linears.get(site.path)
+        if linear is None:
+            linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
+            _place(self.model, site.path, linear)
+        linear.add(site.label, part, site.span)
+        self.modules[site.key] = part
+        self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
+
+    def detach(self, site: Site) -> LowRank:
+        """Take the module at ``site`` out of the model; a linear without any is the bare one again."""
+        part, linear = self.modules.pop(site.key), self.linears[site.path]
+        for name in part.tensors():
+            del self.trained[f"{site.key}.{name}"]
+        linear.remove(site.label)
+        if not linear.parts:
+            _place(self.model, site.path, self.linears.pop(site.path).base)
+        return part
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -126,23 +153,17 @@ def inject(
             )
     adapter = Adapter(model, {site.key: site for site in sites})
     for site in sites:
-        linear = adapter.linears.get(site.path)
-        if linear is None:
-            linear = adapter.linears[site.path] = _wrap(model, site.path)
-        part = kind(site.in_features, site.out_features, rank, alpha, dropout, linear.weight.device)
-        linear.add(site.label, part, site.span)
-        adapter.modules[site.key] = part
-        adapter.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
+        device = model.get_submodule(site.path).weight.device
+        adapter.attach(site, kind(site.in_features, site.out_features, rank, alpha, dropout, device))
+    adapter.initial_ranks = adapter.ranks()
     for name in head_names(model):
         adapter.train_also(model.get_submodule(name), name)
     return adapter
 
 
-def _wrap(model: nn.Module, path: str) -> AdaptedLinear:
+def _place(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    linear = AdaptedLinear(model.get_submodule(path))
-    setattr(model.get_submodule(parent), name, linear)
-    return linear
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _inputs_in_fp32(module: nn.Module, args: tuple) -> tuple:

@@ -38,6 +38,9 @@ class LowRank(nn.Module):
     #: Why no single weight equals this kind of module, where none does.
     unmergeable = ""
 
+    #: The axis that counts ranks, for each of :meth:`tensors` that has one; none: they are not scored or changed.
+    rank_axes = {"lora_A.weight": 0, "lora_B.weight": 1}
+
     def __init__(
         self,
         in_features: int,
@@ -69,6 +72,19 @@ class LowRank(nn.Module):
     def constants(self) -> dict[str, Tensor]:
         """What does not train and must be saved all the same, by name."""
         return {}
+
+    @torch.no_grad()
+    def resize(self, keep: Tensor, fresh: int) -> None:
+        """Keep the ranks ``keep`` (their indices) and append ``fresh`` ones, which change nothing; ``scale`` stays.
+
+        A fresh row of A is Gaussian with the variance of LoRA's initial values, its column of B is zero. The
+        parameters remain the same objects.
+        """
+        tensors = self.tensors()
+        for name, axis in self.rank_axes.items():
+            tensors[name].data = resized(tensors[name].data, axis, keep, fresh)
+            tensors[name].grad = None
+        nn.init.normal_(self.lora_a[len(keep) :], std=(3 * self.lora_a.shape[1]) ** -0.5)
 
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
         """Called once with the frozen weight (O, I) that this module updates, and its bias (O,), where it has one."""
@@ -108,6 +124,14 @@ class LowRank(nn.Module):
     def delta(self) -> Tensor:
         """ΔW = s · B diag(g) A, (O, I), fp32."""
         return self.scale * (self.columns().float() @ self.down().float())
+
+
+def resized(tensor: Tensor, axis: int, keep: Tensor, fresh: int) -> Tensor:
+    """The slices ``keep`` of ``tensor`` along ``axis``, and ``fresh`` slices of zeros behind them."""
+    kept = tensor.index_select(axis, keep.to(tensor.device))
+    shape = list(kept.shape)
+    shape[axis] = fresh
+    return torch.cat([kept, kept.new_zeros(shape)], dim=axis)
 
 
 def _over_tokens(gate: Tensor, h: Tensor) -> Tensor:
@@ -156,6 +180,11 @@ class AdaptedLinear(nn.Module):
         self.spans[name] = span
         bias = getattr(self.base, "bias", None)
         part.attach(self.rows(span), bias if bias is None or span is None else bias[slice(*span)])
+
+    def remove(self, name: str) -> None:
+        """Take the part ``name`` off again."""
+        assert not self.merged
+        del self.parts[name], self.spans[name]
 
     def rows(self, span: tuple[int, int] | None) -> Tensor:
         """The base's weight as (O, I), or the rows of it that a span covers: a view."""

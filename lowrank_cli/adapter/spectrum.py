@@ -27,6 +27,8 @@ class Window(LowRank):
     machines, so a decomposition done again would not be the same function.
     """
 
+    rank_axes = {}  # a rank stands twice in the update, trained and at the start
+
     start_a: Tensor  #: A₀ (R, I), fp32
     start_b: Tensor  #: B₀ (O, R), fp32
 

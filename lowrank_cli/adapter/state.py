@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import head_names
+from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
 
 FORMAT = 1
@@ -74,6 +75,7 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
         "model_type": adapter.model.config.model_type,
         "fingerprint": adapter.fingerprint,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "ranks": adapter.ranks() if adapter.ranks() != adapter.initial_ranks else None,
         "about": about,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
     }
@@ -81,8 +83,9 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
 
 
 def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """Put the adapter of ``folder`` into a freshly adapted model and return its ``about``.
+    """Put the adapter of ``folder`` into an adapted model and return its ``about``.
 
+    Where ranks had changed, the modules first get the ranks that the folder records.
     Raises UserError for a file that is missing, truncated or altered, for another base model, for tensors that do not
     fit, and where the canary's logits differ from those at saving time.
     """
@@ -92,6 +95,8 @@ def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
             f"{folder}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
             f"{proof['fingerprint'][:12]}; loaded: '{adapter.model.config.model_type}' {adapter.fingerprint[:12]})"
         )
+    changed = proof.get("ranks")
+    rebuild(adapter, adapter.initial_ranks if changed is None else changed, str(folder))
     assign(adapter, _read(folder / WEIGHTS), str(folder))
     _check_canary(adapter, folder, proof["dtype"])
     return proof["about"]

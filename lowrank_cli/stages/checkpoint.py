@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter import ranks, state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AfterStep, Method
@@ -45,7 +45,9 @@ def save(
         for name, tensors in groups.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
         hashes = {f"{name}.safetensors": state.sha256(folder / f"{name}.safetensors") for name in groups}
-        (folder / STATE).write_text(json.dumps({**progress, "files": hashes}, indent=2) + "\n")
+        (folder / STATE).write_text(
+            json.dumps({**progress, "ranks": adapter.ranks(), "files": hashes}, indent=2) + "\n"
+        )
     for older in final.parent.glob("step-*"):
         if older != final:
             shutil.rmtree(older, ignore_errors=True)
@@ -64,6 +66,7 @@ def load(
     for name, expected in progress.pop("files").items():
         if state.sha256(folder / name) != expected:
             raise UserError(f"{folder / name} was truncated or altered (its SHA-256 is not the one saved with it)")
+    ranks.rebuild(adapter, progress.pop("ranks"), str(folder), optimizer)
     state.assign(adapter, load_file(folder / "trained.safetensors"), str(folder))
     state.load_moments(optimizer, load_file(folder / "optimizer.safetensors"))
     if isinstance(method, AfterStep):

@@ -1,0 +1,90 @@
+"""Ranks that change while a model trains: pruned, added, and rebuilt before an adapter is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.linear import LowRank, resized
+from lowrank_cli.errors import UserError
+
+
+def resize(
+    adapter: Adapter,
+    plan: Mapping[str, tuple[list[int], int]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Give each module of ``plan`` the ranks (indices to keep, how many fresh ones); the others stay as they are.
+
+    A module without ranks leaves the model, ``adapter.trained`` and the optimizer. Where ``optimizer`` is given, its
+    state stays with the ranks that stay. A fresh rank has no first moment, and as second moment the mean over the
+    module's kept ranks: a reconstruction, because Adam counts its steps for a whole tensor, and zeros beside a large
+    count would make the first updates several times the learning rate.
+    """
+    for key, (keep, fresh) in plan.items():
+        part = adapter.modules[key]
+        chosen = torch.tensor(keep, dtype=torch.long)
+        if optimizer is not None:
+            _carry(part, chosen, fresh, optimizer)
+        part.resize(chosen, fresh)
+        if part.rank == 0:
+            adapter.emptied[key] = adapter.detach(adapter.sites[key])
+            if optimizer is not None:
+                _forget(part, optimizer)
+
+
+def rebuild(
+    adapter: Adapter, wanted: Mapping[str, int], source: str, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Give every module the rank that ``wanted`` names, and none to the rest, so that saved tensors fit.
+
+    What the tensors hold is left to loading. Raises UserError for a module or a rank that the model cannot have.
+    """
+    if wanted == adapter.ranks():
+        return
+    for key, rank in wanted.items():
+        site = adapter.sites.get(key)
+        if site is None:
+            raise UserError(f"{source}: has '{key}', which this method does not make")
+        if not 1 <= rank <= min(site.in_features, site.out_features):
+            raise UserError(f"{source}: rank {rank} of '{key}' does not fit {site.out_features} × {site.in_features}")
+        if key in adapter.emptied:
+            adapter.attach(site, adapter.emptied.pop(key))
+    plan = {}
+    for key, rank in adapter.ranks().items():
+        new = wanted.get(key, 0)
+        plan[key] = (list(range(min(rank, new))), max(0, new - rank))
+    resize(adapter, plan, optimizer)
+    _in_order(adapter)
+
+
+def _in_order(adapter: Adapter) -> None:
+    """Modules and trained tensors in the order of the sites, which optimizers count them by."""
+    adapter.modules = {key: adapter.modules[key] for key in adapter.sites if key in adapter.modules}
+    own = {f"{key}.{name}": p for key, part in adapter.modules.items() for name, p in part.tensors().items()}
+    adapter.trained = own | {name: p for name, p in adapter.trained.items() if name not in own}
+
+
+def _carry(part: LowRank, keep: torch.Tensor, fresh: int, optimizer: torch.optim.Optimizer) -> None:
+    """Resize the optimizer's moments of ``part`` as the tensors are about to be."""
+    tensors = part.tensors()
+    for name, axis in part.rank_axes.items():
+        state = optimizer.state.get(tensors[name], {})
+        for moment, value in state.items():
+            if value.shape != tensors[name].shape:  # the step count
+                continue
+            state[moment] = resized(value, axis, keep, fresh)
+            if moment == "exp_avg_sq" and fresh and len(keep):
+                kept, new = state[moment].split([len(keep), fresh], dim=axis)
+                new.copy_(kept.mean(dim=axis, keepdim=True).expand_as(new))
+
+
+def _forget(part: LowRank, optimizer: torch.optim.Optimizer) -> None:
+    """Drop the parameters of ``part`` from the optimizer."""
+    gone = {id(parameter) for parameter in part.tensors().values()}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in part.tensors().values():
+        optimizer.state.pop(parameter, None)

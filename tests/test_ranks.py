@@ -1,0 +1,133 @@
+"""Ranks that change: what stays equal, what the optimizer keeps, what is saved and rebuilt."""
+
+import pytest
+import small
+import torch
+from torch import nn
+
+from lowrank_cli.adapter import state
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.ranks import rebuild, resize
+from lowrank_cli.errors import UserError
+
+Q0, D1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def logits(adapter):
+    with torch.no_grad():
+        return adapter.model(input_ids=small.ids()).logits
+
+
+def optimized(adapter):
+    """An AdamW that has taken two steps on the adapter."""
+    optimizer = torch.optim.AdamW(adapter.trained.values(), lr=1e-2)
+    for _ in range(2):
+        adapter.model(input_ids=small.ids()).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_inserted_ranks_change_nothing(family):
+    adapter = small.adapted("lora", family)
+    before = logits(adapter)
+    resize(adapter, {key: (list(range(4)), 2) for key in adapter.modules})
+    assert set(adapter.ranks().values()) == {6}
+    torch.testing.assert_close(logits(adapter), before, atol=1e-6, rtol=1e-6)
+    for part in adapter.modules.values():
+        assert part.lora_a[4:].std() > 0
+        part.rank_gate = torch.tensor([0.0] * 4 + [1.0] * 2)
+    assert torch.equal(logits(adapter), small.model(family)(input_ids=small.ids()).logits)
+
+
+def test_fresh_ranks_have_the_variance_of_the_first_ones():
+    adapter = small.adapted()
+    torch.manual_seed(0)
+    resize(adapter, {key: ([], 16) for key in adapter.modules})
+    rows = torch.cat([part.lora_a for part in adapter.modules.values() if part.lora_a.shape[1] == 32])
+    assert rows.std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.05)
+
+
+def test_a_pruned_rank_is_a_closed_gate_and_the_scale_stays():
+    adapter = small.adapted()
+    scale = adapter.modules[Q0].scale
+    adapter.modules[Q0].rank_gate = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    gated = logits(adapter)
+    adapter.modules[Q0].rank_gate = None
+    resize(adapter, {Q0: ([0, 2], 0)})
+    torch.testing.assert_close(logits(adapter), gated)
+    assert adapter.modules[Q0].scale == scale
+    assert adapter.trained[f"{Q0}.lora_A.weight"].shape == (2, 32)
+
+
+def test_ranks_that_stay_keep_their_optimizer_state():
+    adapter, whole = small.adapted(), small.adapted()
+    optimizer, other = optimized(adapter), optimized(whole)
+    resize(adapter, {Q0: ([3, 1], 1)}, optimizer)
+    for one, model in ((optimizer, adapter), (other, whole)):
+        for parameter in model.trained.values():
+            parameter.grad = torch.ones_like(parameter)
+        one.step()
+    mine, theirs = adapter.modules[Q0], whole.modules[Q0]
+    assert torch.equal(mine.lora_a[:2], theirs.lora_a[[3, 1]])
+    assert torch.equal(mine.lora_b[:, :2], theirs.lora_b[:, [3, 1]])
+    moments = optimizer.state[mine.lora_a]
+    assert torch.equal(moments["exp_avg"][2], torch.full((32,), 0.1))  # (1 - β1) · 1, from zero
+    rate = (mine.lora_b[:, 2]).abs() / 1e-2
+    assert 0 < rate.max() < 3  # no fresh rank runs ahead of the learning rate
+
+
+def test_a_module_without_ranks_is_gone():
+    adapter = small.adapted()
+    optimizer = optimized(adapter)
+    before = len(optimizer.param_groups[0]["params"])
+    resize(adapter, {D1: ([], 0)}, optimizer)
+    assert isinstance(adapter.model.get_submodule(D1), nn.Linear)
+    assert not any(name.startswith(D1) for name in adapter.trained)
+    assert len(optimizer.param_groups[0]["params"]) == before - 2 == len(optimizer.state)
+    adapter.model(input_ids=small.ids()).logits.sum().backward()
+    optimizer.step()
+
+
+def test_a_packed_linear_keeps_its_other_roles():
+    adapter = small.adapted("lora", "gpt2")
+    path = "transformer.h.0.attn.c_attn"
+    resize(adapter, {f"{path}.K": ([], 0)})
+    linear = adapter.model.get_submodule(path)
+    assert isinstance(linear, AdaptedLinear) and list(linear.parts) == ["Q", "V"]
+    resize(adapter, {f"{path}.Q": ([], 0), f"{path}.V": ([], 0)})
+    assert not isinstance(adapter.model.get_submodule(path), AdaptedLinear)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_an_adapter_of_other_ranks_is_saved_and_loaded(tmp_path, family):
+    adapter = small.adapted("lora", family)
+    first, second, *_, last = adapter.modules
+    resize(adapter, {first: ([1], 0), second: ([0, 1, 2, 3], 3), last: ([], 0)})
+    state.save(adapter, tmp_path, {})
+    assert not any(f"{last}.lora" in name for name in state.load_file(tmp_path / state.WEIGHTS))
+    fresh = small.adapted("lora", family, trained=False)
+    state.load(fresh, tmp_path)
+    assert fresh.ranks() == adapter.ranks()
+    assert torch.equal(logits(fresh), logits(adapter))
+
+
+def test_loading_brings_emptied_modules_back(tmp_path):
+    """The best adapter may be older than the last pruning."""
+    adapter = small.adapted()
+    before, order = logits(adapter), list(adapter.trained)
+    state.save(adapter, tmp_path, {})
+    resize(adapter, {Q0: ([], 0), D1: ([1, 2], 0)})
+    assert Q0 not in adapter.ranks()
+    state.load(adapter, tmp_path)
+    assert torch.equal(logits(adapter), before)
+    assert list(adapter.trained) == order
+
+
+def test_ranks_that_do_not_fit_are_refused():
+    adapter = small.adapted()
+    with pytest.raises(UserError, match="has 'elsewhere', which this method does not make"):
+        rebuild(adapter, {"elsewhere": 2}, "file")
+    with pytest.raises(UserError, match="rank 33 of .* does not fit 32 × 32"):
+        rebuild(adapter, {Q0: 33}, "file")

@@ -129,5 +129,5 @@ def test_ranks_that_do_not_fit_are_refused():
     adapter = small.adapted()
     with pytest.raises(UserError, match="has 'elsewhere', which this method does not make"):
         rebuild(adapter, {"elsewhere": 2}, "file")
-    with pytest.raises(UserError, match="rank 33 of .* does not fit 32 × 32"):
+    with pytest.raises(UserError, match=r"rank 33 of .* does not fit 32 × 32"):
         rebuild(adapter, {Q0: 33}, "file")

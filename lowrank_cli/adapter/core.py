@@ -21,8 +21,8 @@ class Adapter:
 
     ``modules`` maps a site's key to its low-rank module; ``trained`` maps the name under which a tensor is saved to
     the parameter, and holds every parameter that may change; ``deferred`` are those of ``trained`` that the method
-    steps itself (the main optimizer leaves them alone). ``initial_ranks`` are those of the injected modules; ``emptied`` are
-    modules that have lost all of theirs since and left the model (see :mod:`lowrank_cli.adapter.ranks`).
+    steps itself (the main optimizer leaves them alone). ``initial_ranks`` are those of the injected modules;
+    ``emptied`` are modules that have lost all ranks since and left the model (:mod:`lowrank_cli.adapter.ranks`).
     """
 
     def __init__(self, model: PreTrainedModel, sites: dict[str, Site]):
@@ -153,7 +153,7 @@ def inject(
             )
     adapter = Adapter(model, {site.key: site for site in sites})
     for site in sites:
-        device = model.get_submodule(site.path).weight.device
+        device = next(model.get_submodule(site.path).parameters()).device
         adapter.attach(site, kind(site.in_features, site.out_features, rank, alpha, dropout, device))
     adapter.initial_ranks = adapter.ranks()
     for name in head_names(model):

@@ -1,0 +1,114 @@
+"""Scores of ranks from gradients: approximations of the ablation, and the alternatives that ALoRA is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.scoring.ablation import evaluating
+from lowrank_cli.scoring.probe import Batch, Probe, row_losses
+
+PIECES = 8  #: parts of the batch that smoothing and gate training see one after the other
+SMOOTHING = 0.85  #: β1 = β2 of AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512, section 4 and appendix)
+GATE_PASSES = 4  #: passes over the batch in which relaxed gates are trained
+GATE_RATE = 0.01  #: Adam's learning rate of relaxed gates
+
+
+def taylor(adapter: Adapter, probe: Probe) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """∂S/∂g_i at g = 1 and at g = 0, (R,) for each module: S(M) − S(M∖i) and S(M_i) − S(M_0) to first order.
+
+    Cost: two forward and backward passes over the batch, whatever the number of ranks.
+    """
+    found = []
+    with evaluating(adapter):
+        for value in (1.0, 0.0):
+            gates = {k: torch.full_like(p.lora_a[:, 0], value, requires_grad=True) for k, p in adapter.modules.items()}
+            with _opened(adapter, gates):
+                found.append(_gradients(adapter, probe, probe.groups(), gates))
+    return found[0], found[1]
+
+
+def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
+    """AdaLoRA's smoothed |w · ∂L/∂w|, (R,) for each module: summed over A and B, each the mean over a rank's weights.
+
+    Ī ← β1 Ī + (1 − β1) I,  Ū ← β2 Ū + (1 − β2) |I − Ī|,  s = Ī · Ū   (equations 8 to 11). Reconstruction: the smoothing
+    runs over parts of the fixed batch, where AdaLoRA's runs over training steps; LoRA has no singular values to add.
+    """
+    tensors = {
+        (key, name): tensor
+        for key, part in adapter.modules.items()
+        for name, tensor in part.tensors().items()
+        if name in part.rank_axes
+    }
+    mean = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in tensors.items()}
+    spread = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in tensors.items()}
+    with evaluating(adapter):
+        for piece in probe.pieces(PIECES):
+            gradients = _gradients(adapter, probe, [piece], tensors)
+            for at, gradient in gradients.items():
+                now = (tensors[at].detach() * gradient).abs()
+                mean[at].lerp_(now, 1 - SMOOTHING)
+                spread[at].lerp_((now - mean[at]).abs(), 1 - SMOOTHING)
+    scores = {key: torch.zeros(part.rank, device=part.lora_a.device) for key, part in adapter.modules.items()}
+    for (key, name), value in mean.items():
+        axis = adapter.modules[key].rank_axes[name]
+        scores[key] += (value * spread[key, name]).movedim(axis, 0).flatten(1).mean(dim=1)  # (R, …) -> (R,)
+    return scores
+
+
+def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
+    """a_i, (R,) for each module, of gates relaxed to 2 · sigmoid(a), which start at a = 0 and follow the dev loss.
+
+    Reconstruction: ALoRA's paper names bi-level optimisation. Here the levels alternate in rounds, the weights on
+    training batches between two scorings, the gates on dev batches (Adam) at a scoring, weights held.
+    """
+    levels = {key: torch.zeros_like(p.lora_a[:, 0], requires_grad=True) for key, p in adapter.modules.items()}
+    optimizer = torch.optim.Adam(levels.values(), lr=GATE_RATE)
+    with evaluating(adapter):
+        for piece in probe.pieces(PIECES) * GATE_PASSES:
+            with _opened(adapter, {key: 2 * level.sigmoid() for key, level in levels.items()}):
+                gradients = _gradients(adapter, probe, [piece], levels)
+            for key, level in levels.items():
+                level.grad = -gradients[key]
+            optimizer.step()
+    return {key: level.detach() for key, level in levels.items()}
+
+
+def magnitude(adapter: Adapter) -> dict[str, Tensor]:
+    """s · ‖B_i‖ · ‖A_i‖, (R,) for each module: the Frobenius norm of what a rank adds to the weight. Needs no data."""
+    return {
+        key: (part.scale * part.lora_a.norm(dim=1) * part.lora_b.norm(dim=0)).detach()
+        for key, part in adapter.modules.items()
+    }
+
+
+def _gradients(adapter: Adapter, probe: Probe, batches: list[Batch], wanted: dict) -> dict:
+    """∂S/∂w of every tensor in ``wanted``, over ``batches`` of all processes."""
+    total = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in wanted.items()}
+    with torch.enable_grad():
+        for batch in batches:
+            with probe.autocast():
+                loss = row_losses(adapter.model, batch).sum()
+            found = torch.autograd.grad(-loss, list(wanted.values()))
+            for at, gradient in zip(wanted, found, strict=True):
+                total[at] += gradient
+            probe.tick(len(batch["labels"]))
+    weight = probe.weight()
+    return {at: probe.add_up(gradient) / weight for at, gradient in total.items()}
+
+
+@contextmanager
+def _opened(adapter: Adapter, gates: dict[str, Tensor]) -> Iterator[None]:
+    """Rank gates of every module inside; what they were afterwards."""
+    before = {key: part.rank_gate for key, part in adapter.modules.items()}
+    try:
+        for key, gate in gates.items():
+            adapter.modules[key].rank_gate = gate
+        yield
+    finally:
+        for key, gate in before.items():
+            adapter.modules[key].rank_gate = gate

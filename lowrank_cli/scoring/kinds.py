@@ -1,0 +1,69 @@
+"""Every kind of score under one name: a number for each live rank of an adapter, the higher the more it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.errors import UserError, require_choice
+from lowrank_cli.scoring import gradients
+from lowrank_cli.scoring.ablation import ablate, ranks_of
+from lowrank_cli.scoring.probe import Probe
+
+KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
+
+
+@dataclass
+class Scores:
+    """``values[key][i]`` scores rank i of a module; ``parts`` are what the values were made of, where there are any.
+
+    ``whole`` and ``bare`` are S with the whole adapter and without it, for the kinds that measure them.
+    """
+
+    kind: str
+    values: dict[str, list[float]]
+    parts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    whole: float | None = None
+    bare: float | None = None
+
+
+def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
+    """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0)."""
+    require_choice("score.kind", kind, KINDS)
+    if adapter.routing is not None or not adapter.modules:
+        raise UserError("score: needs low-rank modules that every prompt uses (method=lora, alora, …)")
+    if kind == "ab":
+        return _ab(adapter, probe)
+    if kind == "taylor":
+        there, away = (_plain(found) for found in gradients.taylor(adapter, probe))
+        values = {key: [a + b for a, b in zip(row, away[key], strict=True)] for key, row in there.items()}
+        return Scores(kind, values, {"slope_at_1": there, "slope_at_0": away})
+    if kind == "magnitude":
+        return Scores(kind, _plain(gradients.magnitude(adapter)))
+    return Scores(kind, _plain({"sensitivity": gradients.sensitivity, "dnas": gradients.dnas}[kind](adapter, probe)))
+
+
+def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:
+    """What ``probe.tick`` will count up to."""
+    passes = {
+        "ab": 2 * sum(adapter.ranks().values()),
+        "taylor": 2,
+        "sensitivity": 1,
+        "dnas": gradients.GATE_PASSES,
+        "magnitude": 0,
+    }
+    return passes[kind] * probe.rows
+
+
+def _ab(adapter: Adapter, probe: Probe) -> Scores:
+    found = ablate(adapter, probe, ranks_of(adapter))
+    without, alone = (
+        {key: [of[key, rank] for rank in range(part.rank)] for key, part in adapter.modules.items()}
+        for of in (found.without, found.alone)
+    )
+    values = {key: [found.whole - a + b for a, b in zip(row, alone[key], strict=True)] for key, row in without.items()}
+    return Scores("ab", values, {"without": without, "alone": alone}, found.whole, found.bare)
+
+
+def _plain(values: dict) -> dict[str, list[float]]:
+    return {key: value.double().tolist() for key, value in values.items()}

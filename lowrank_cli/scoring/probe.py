@@ -1,0 +1,108 @@
+"""What scores are measured on: a fixed batch, in groups of like length, and the loss of each of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.linear import AdaptedLinear
+
+Batch = dict[str, Tensor]
+IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
+PADDING = 0.2  #: largest share of padding in a group
+
+
+@dataclass
+class Probe:
+    """A fixed batch of dev examples and how to run it.
+
+    ``batch`` is right-padded, with ``labels`` (B, T) of a causal model or (B,) of an encoder; where several processes
+    work, each holds its share, and ``add_up`` sums over them.
+    """
+
+    batch: Batch
+    tokens: int  #: of one forward pass, at most (one row is always possible): what bounds memory
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
+    tick: Callable[[int], None] = field(default=lambda rows: None)  #: called with the rows that are done
+
+    @property
+    def rows(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def weight(self) -> float:
+        """What the summed loss is divided by: response tokens, or examples, of all processes."""
+        labels = self.batch["labels"]
+        own = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+        return self.add_up(torch.tensor(float(own), dtype=torch.float64, device=labels.device)).item()
+
+    def groups(self) -> list[Batch]:
+        """The batch in parts of like length, each without needless padding and within ``tokens``."""
+        lengths = self.batch["attention_mask"].sum(dim=1).tolist()
+        order = sorted(range(self.rows), key=lambda row: -lengths[row])
+        groups: list[list[int]] = []
+        for row in order:
+            longest = lengths[groups[-1][0]] if groups else 0
+            if not groups or lengths[row] < (1 - PADDING) * longest or (len(groups[-1]) + 1) * longest > self.tokens:
+                groups.append([])
+            groups[-1].append(row)
+        return [self._take(rows, lengths[rows[0]]) for rows in groups]
+
+    def pieces(self, count: int) -> list[Batch]:
+        """The batch in at most ``count`` parts of equal size, in its own order."""
+        lengths = self.batch["attention_mask"].sum(dim=1).tolist()
+        rows = torch.arange(self.rows).chunk(count)
+        return [self._take(part.tolist(), max(lengths[row] for row in part)) for part in rows]
+
+    def _take(self, rows: list[int], longest: int) -> Batch:
+        index = torch.tensor(rows, device=self.batch["labels"].device)
+        taken = {key: value[index] for key, value in self.batch.items()}
+        return {key: value[:, :longest] if value.dim() == 2 else value for key, value in taken.items()}
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """``times`` copies of the rows, one copy of all behind another."""
+    return {key: tile(value, times) for key, value in batch.items()}
+
+
+def tile(tensor: Tensor, times: int) -> Tensor:
+    """(B, …) -> (times * B, …)."""
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+
+def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy of each row (B,), fp32, summed over its response tokens; the LM head sees only their positions."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return F.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+    inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
+    following = labels[:, 1:]  # (B, T - 1)
+    answered = following != IGNORED
+    with _only(model, answered):
+        logits = model(**inputs, use_cache=False).logits
+    if logits.dim() == 3:
+        logits = logits[answered]  # (B, T, V) -> (N, V)
+    losses = F.cross_entropy(logits.float(), following[answered], reduction="none")  # (N,)
+    rows = answered.nonzero()[:, 0]  # (N,)
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+@contextmanager
+def _only(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """The LM head gets the hidden states (B, T, D) at ``positions`` (B, T) only, as (N, D)."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or isinstance(head, AdaptedLinear):  # row gates need whole rows
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions],))
+    try:
+        yield
+    finally:
+        hook.remove()

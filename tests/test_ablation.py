@@ -1,0 +1,144 @@
+"""The fast ablation engine against the plain loop: two passes for each rank."""
+
+import pytest
+import small
+import torch
+from torch.nn import functional as F
+
+from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.errors import UserError
+from lowrank_cli.scoring.ablation import ablate, ranks_of
+from lowrank_cli.scoring.probe import IGNORED, Probe
+
+
+def dev_batch(family, rows=5):
+    """Right-padded rows of several lengths; a causal model answers with its last tokens."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = [12, 5, 9, 11, 5][:rows]
+    ids = torch.zeros(rows, max(lengths), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(3, small.VOCABULARY, (length,), generator=generator)
+        mask[row, :length] = 1
+        labels[row, length - 1 - row % 3 : length] = ids[row, length - 1 - row % 3 : length]
+    if family in ("bert", "roberta", "llama_classifier"):
+        labels = torch.arange(rows) % 3
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@torch.no_grad()
+def plain(adapter, batch):
+    """S of the whole batch, as the adapter's gates stand."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits, labels = adapter.model(**inputs).logits, batch["labels"]
+    if labels.dim() == 1:
+        return -F.cross_entropy(logits, labels).item()
+    return -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED).item()
+
+
+def naive(adapter, batch, units):
+    """S(M∖i) and S(M_i), one unit and one pass after the other."""
+
+    def gates(value):
+        for part in adapter.modules.values():
+            part.rank_gate = torch.full((part.rank,), value)
+
+    without, alone = {}, {}
+    for found, others in ((without, 1.0), (alone, 0.0)):
+        for key, rank in units:
+            gates(others)
+            adapter.modules[key].rank_gate[slice(None) if rank is None else rank] = 1.0 - others
+            found[key, rank] = plain(adapter, batch)
+    gates(0.0)
+    bare = plain(adapter, batch)
+    for part in adapter.modules.values():
+        part.rank_gate = None
+    return plain(adapter, batch), bare, without, alone
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [
+        *(("llama", tokens) for tokens in (1, 150, 10_000)),
+        *((family, 150) for family in ("gpt2", "opt", "bert", "roberta", "gemma", "llama_classifier")),
+    ],
+)
+def test_the_engine_equals_the_naive_loop(family, tokens):
+    adapter = small.adapted("lora", family)
+    with torch.no_grad():
+        for head in (p for name, p in adapter.trained.items() if "lora_" not in name):
+            head.mul_(20)  # or no rank would matter to a random classifier
+    batch = dev_batch(family)
+    resize(adapter, {key: ([0, 2], 0) for key in list(adapter.modules)[::3]})
+    units = ranks_of(adapter)
+    found = ablate(adapter, Probe(batch, tokens), units)
+    whole, bare, without, alone = naive(adapter, batch, units)
+    assert found.whole == pytest.approx(whole, abs=1e-5)
+    assert found.bare == pytest.approx(bare, abs=1e-5)
+    for unit in units:
+        assert found.without[unit] == pytest.approx(without[unit], abs=1e-5), unit
+        assert found.alone[unit] == pytest.approx(alone[unit], abs=1e-5), unit
+    assert max(abs(whole - value) for value in without.values()) > 2e-3  # there was something to measure
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"target_modules": ["V", "D"]}),  # linears that are not adapted are reused too
+        ("gpt2", {"target_modules": ["c_attn", "U"]}),  # a packed linear by name has no role
+        ("llama", {"target_modules": ["lm_head", "O"]}),
+        ("qwen3", {}),
+        ("llama", {"dropout": 0.5}),
+    ],
+)
+def test_whole_modules_and_odd_targets(family, settings):
+    adapter = small.adapted("lora", family, **settings)
+    adapter.model.train()
+    batch = dev_batch(family)
+    units = [(key, rank) for key in adapter.modules for rank in (None, 1)]
+    found = ablate(adapter, Probe(batch, 200), units)
+    assert adapter.model.training
+    adapter.model.eval()
+    _, _, without, alone = naive(adapter, batch, units)
+    for unit in units:
+        assert found.without[unit] == pytest.approx(without[unit], abs=1e-5), unit
+        assert found.alone[unit] == pytest.approx(alone[unit], abs=1e-5), unit
+
+
+def test_the_model_is_as_before():
+    adapter = small.adapted()
+    before = adapter.model(input_ids=small.ids()).logits
+    hooks = [len(module._forward_hooks) for module in adapter.model.modules()]
+    ticks = []
+    ablate(adapter, Probe(dev_batch("llama"), 100, tick=ticks.append), ranks_of(adapter))
+    assert sum(ticks) == 2 * 5 * len(ranks_of(adapter))
+    assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
+    assert hooks == [len(module._forward_hooks) for module in adapter.model.modules()]
+    assert not any("forward" in vars(module) for module in adapter.model.modules())
+
+
+def test_far_fewer_layers_run_than_in_the_naive_loop():
+    """Counted, not timed: rows × layers computed, a pass over five rows of two layers being 10."""
+    adapter = small.adapted()
+    rows = []
+    for layer in adapter.model.model.layers:
+        layer.mlp.down_proj.base.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    batch = dev_batch("llama")
+    units = ranks_of(adapter)
+    ablate(adapter, Probe(batch, 10_000), units)
+    naive_tokens = 2 * len(units) * 2 * batch["input_ids"].numel()
+    assert sum(rows) < 0.6 * naive_tokens
+
+
+def test_groups_of_like_length_cover_the_batch():
+    probe = Probe(dev_batch("llama"), 24)
+    groups = probe.groups()
+    assert sorted(length for group in groups for length in group["attention_mask"].sum(1).tolist()) == [5, 5, 9, 11, 12]
+    assert all(group["input_ids"].numel() <= 24 for group in groups)
+    assert all(group["attention_mask"].sum() >= 0.8 * group["attention_mask"].numel() for group in groups)
+    assert [len(piece["labels"]) for piece in probe.pieces(2)] == [3, 2]
+
+
+def test_routed_modules_are_refused():
+    with pytest.raises(UserError, match="prompt by prompt"):
+        ablate(small.adapted("milora"), Probe(dev_batch("llama"), 100), [])

@@ -1,0 +1,109 @@
+"""Kinds of scores: what each measures, and how far the cheap ones agree with the ablation."""
+
+import pytest
+import small
+import torch
+from test_ablation import dev_batch, naive
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.scoring.ablation import ranks_of
+from lowrank_cli.scoring.kinds import KINDS, rows_to_run, score
+from lowrank_cli.scoring.probe import Probe
+
+
+def flat(scores):
+    return torch.tensor([value for row in scores.values.values() for value in row])
+
+
+def spearman(one, other):
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def random_adapter(scale=0.05):
+    adapter = small.adapted()
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.mul_(scale / 0.2 * torch.linspace(0, 2, 4))
+    return adapter
+
+
+def test_ab_is_the_papers_formula():
+    adapter = small.adapted()
+    batch = dev_batch("llama")
+    whole, bare, without, alone = naive(adapter, batch, ranks_of(adapter))
+    found = score("ab", adapter, Probe(batch, 300))
+    expected = [whole - without[unit] + alone[unit] for unit in ranks_of(adapter)]
+    assert flat(found).tolist() == pytest.approx(expected, abs=1e-5)
+    assert (found.whole, found.bare) == (pytest.approx(whole, abs=1e-5), pytest.approx(bare, abs=1e-5))
+
+
+def test_taylor_approximates_the_ablation():
+    for scale, correlation, difference in ((0.05, 0.95, 0.5), (0.01, 0.99, 0.05)):
+        adapter = random_adapter(scale)
+        exact, cheap = (score(kind, adapter, Probe(dev_batch("llama"), 300)) for kind in ("ab", "taylor"))
+        assert spearman(flat(exact), flat(cheap)) > correlation
+        effect = flat(exact) - exact.bare
+        assert (flat(cheap) - effect).norm() < difference * effect.norm()  # an error of second order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_adds_nothing_scores_lowest(kind):
+    """Its column of B is zero. Sensitivity and gates then have no gradient there; ablation finds no difference."""
+    adapter = random_adapter(0.2)
+    probe = Probe(dev_batch("llama"), 300)
+    found = score(kind, adapter, probe)
+    assert found.values.keys() == adapter.modules.keys()
+    for row in found.values.values():
+        nothing = found.bare if kind == "ab" else 0.0
+        assert row[0] == pytest.approx(nothing, abs=1e-5)
+    if kind in ("sensitivity", "magnitude"):
+        assert all(row[0] < min(row[1:]) for row in found.values.values())
+
+
+def test_relaxed_gates_follow_the_dev_loss():
+    """A gate opens where opening lowers the loss: its sign is mostly that of the slope at 1."""
+    adapter = random_adapter()
+    gates, slopes = (score(kind, adapter, Probe(dev_batch("llama"), 300)) for kind in ("dnas", "taylor"))
+    slope = torch.tensor([value for row in slopes.parts["slope_at_1"].values() for value in row])
+    used = slope.abs() > slope.abs().median()
+    assert (flat(gates)[used].sign() == slope[used].sign()).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_changes_nothing_and_counts_its_rows(kind):
+    adapter = small.adapted("lora", dropout=0.3)
+    adapter.model.train()
+    weights = {name: p.clone() for name, p in adapter.trained.items()}
+    ticks = []
+    probe = Probe(dev_batch("llama"), 300, tick=ticks.append)
+    first, second = score(kind, adapter, probe), score(kind, adapter, probe)
+    assert sum(ticks) == 2 * rows_to_run(kind, adapter, probe)
+    assert first == second and adapter.model.training
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in adapter.trained.items())
+    assert all(part.rank_gate is None and not part.skip for part in adapter.modules.values())
+
+
+def test_two_processes_that_share_the_batch_find_the_same():
+    """Each has some of the rows, and sums over both."""
+    adapter = small.adapted()
+    batch = dev_batch("llama")
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, 5))]
+    for kind in ("ab", "taylor"):
+        sums, own = [], []
+        for half in halves:
+            seen = []
+            probe = Probe(half, 300, add_up=lambda tensor, seen=seen: (seen.append(tensor.clone()), tensor)[1])
+            own.append(score(kind, adapter, probe))
+            sums.append(seen)
+        totals = iter([a + b for a, b in zip(*sums, strict=True)])
+        together = score(kind, adapter, Probe(halves[0], 300, add_up=lambda tensor: next(totals)))
+        whole = score(kind, adapter, Probe(batch, 300))
+        torch.testing.assert_close(flat(together), flat(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_what_has_no_ranks_is_refused():
+    with pytest.raises(UserError, match="needs low-rank modules that every prompt uses"):
+        score("ab", small.adapted("milora"), Probe(dev_batch("llama"), 100))
+    with pytest.raises(UserError, match=r"score.kind: unknown value 'abl'.*'ab'"):
+        score("abl", small.adapted(), Probe(dev_batch("llama"), 100))

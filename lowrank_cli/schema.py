@@ -13,6 +13,9 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_choice, require_range
 
+#: What a rank can be scored by; see :mod:`lowrank_cli.scoring.kinds`.
+SCORE_KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
+
 
 @dataclass
 class MethodConfig:

@@ -17,6 +17,7 @@ import random
 import statistics
 import subprocess
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.config.composition import compose
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs.provenance import cpu_name, package_versions
+from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.ablation import ranks_of
-from lowrank_cli.scoring.kinds import KINDS, score
+from lowrank_cli.scoring.kinds import score
 from lowrank_cli.scoring.probe import IGNORED, Batch, Probe
 from lowrank_cli.tasks import encode
 
@@ -151,8 +153,8 @@ def main() -> None:
         for part, values in zip(("without", "alone"), plain, strict=True)
         for (key, rank), value in zip(sampled, values, strict=True)
     )
-    values = {kind: sum(score(kind, adapter, probe).values.values(), []) for kind in KINDS if kind != "ab"}
-    own = sum(exact.values.values(), [])
+    values = {kind: [*chain(*score(kind, adapter, probe).values.values())] for kind in SCORE_KINDS if kind != "ab"}
+    own = [*chain(*exact.values.values())]
     record = {
         "command": "python scripts/bench_score.py",
         "settings": {key: value for key, value in vars(args).items() if key != "out"},

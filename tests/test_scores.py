@@ -6,8 +6,9 @@ import torch
 from test_ablation import dev_batch, naive
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.ablation import ranks_of
-from lowrank_cli.scoring.kinds import KINDS, rows_to_run, score
+from lowrank_cli.scoring.kinds import rows_to_run, score
 from lowrank_cli.scoring.probe import Probe
 
 
@@ -47,7 +48,7 @@ def test_taylor_approximates_the_ablation():
         assert (flat(cheap) - effect).norm() < difference * effect.norm()  # an error of second order
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCORE_KINDS)
 def test_a_rank_that_adds_nothing_scores_lowest(kind):
     """Its column of B is zero. Sensitivity and gates then have no gradient there; ablation finds no difference."""
     adapter = random_adapter(0.2)
@@ -70,7 +71,7 @@ def test_relaxed_gates_follow_the_dev_loss():
     assert (flat(gates)[used].sign() == slope[used].sign()).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SCORE_KINDS)
 def test_scoring_changes_nothing_and_counts_its_rows(kind):
     adapter = small.adapted("lora", dropout=0.3)
     adapter.model.train()
@@ -97,13 +98,14 @@ def test_two_processes_that_share_the_batch_find_the_same():
             own.append(score(kind, adapter, probe))
             sums.append(seen)
         totals = iter([a + b for a, b in zip(*sums, strict=True)])
-        together = score(kind, adapter, Probe(halves[0], 300, add_up=lambda tensor: next(totals)))
+        together = score(kind, adapter, Probe(halves[0], 300, add_up=lambda tensor, totals=totals: next(totals)))
         whole = score(kind, adapter, Probe(batch, 300))
         torch.testing.assert_close(flat(together), flat(whole), atol=1e-5, rtol=1e-4)
 
 
 def test_what_has_no_ranks_is_refused():
-    with pytest.raises(UserError, match="needs low-rank modules that every prompt uses"):
-        score("ab", small.adapted("milora"), Probe(dev_batch("llama"), 100))
+    for name in ("milora", "pissa"):
+        with pytest.raises(UserError, match="serve every prompt"):
+            score("ab", small.adapted(name), Probe(dev_batch("llama"), 100))
     with pytest.raises(UserError, match=r"score.kind: unknown value 'abl'.*'ab'"):
         score("abl", small.adapted(), Probe(dev_batch("llama"), 100))

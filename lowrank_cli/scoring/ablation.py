@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
-from lowrank_cli.scoring.probe import Batch, Probe, repeated, row_losses
+from lowrank_cli.scoring.probe import Probe, repeated, row_losses
 from lowrank_cli.scoring.reuse import STAGES, Reuse, answering
 
 Unit = tuple[str, int | None]  #: a module's key and one of its ranks; None is the whole module

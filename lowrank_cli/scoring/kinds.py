@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError, require_choice
+from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring import gradients
 from lowrank_cli.scoring.ablation import ablate, ranks_of
 from lowrank_cli.scoring.probe import Probe
-
-KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
 
 
 @dataclass
@@ -29,9 +28,9 @@ class Scores:
 
 def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
     """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0)."""
-    require_choice("score.kind", kind, KINDS)
-    if adapter.routing is not None or not adapter.modules:
-        raise UserError("score: needs low-rank modules that every prompt uses (method=lora, alora, …)")
+    require_choice("score.kind", kind, SCORE_KINDS)
+    if adapter.routing is not None or not adapter.modules or not all(p.rank_axes for p in adapter.modules.values()):
+        raise UserError("score: needs low-rank modules whose ranks add up and serve every prompt (as those of LoRA)")
     if kind == "ab":
         return _ab(adapter, probe)
     if kind == "taylor":

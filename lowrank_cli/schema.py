@@ -76,6 +76,7 @@ class TaskConfig:
     test_split: str = MISSING
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
     parts: dict[str, TaskConfig] = field(default_factory=dict)  #: the tasks of a ``mix``, by the names of their metrics
+    templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
 
     def validate(self) -> None:
         require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
@@ -220,6 +221,7 @@ class TrainRun(RunConfig):
     """``lrk train``."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
+    run: Optional[str] = MISSING  #: an adapted run that a calibrating method stands on; null is the pretrained model
 
 
 @dataclass

@@ -13,11 +13,12 @@ from lowrank_cli.adapter import state
 from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import WorkFailed
+from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.runs import Run
 from lowrank_cli.stages.train import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
-TRAINABLE = [name for name in methods.names() if "train" in methods.capabilities(name)]
+TRAINABLE = [name for name in methods.names() if methods.can(name, Adapts)]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 QUICK = [
     "model=llama",

@@ -24,6 +24,7 @@ from lowrank_cli import methods, runs, schema
 from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.errors import UserError, require_choice, require_range
+from lowrank_cli.methods.protocol import Calibrates
 
 VERBS: dict[str, type] = {
     "train": schema.TrainRun,
@@ -32,7 +33,8 @@ VERBS: dict[str, type] = {
 }
 INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
 PATHS = (*INPUTS, "outputs")
-READS = {"evaluate": "train"}  # verb: the stage whose run it reads
+READS = {"evaluate": "train", "train": "train"}  # verb: the stage whose run it reads
+NEWEST = ("evaluate",)  # verbs that read the newest run where none is named
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -109,7 +111,7 @@ def compose(
             given = {item.key_or_group: item.value() for item in parsed}
             source = source or _find_source(verb, load, given)
             if source is not None:
-                overrides = _adopt(source, parsed)
+                overrides = _adopt(verb, load, source, parsed)
     with explained(Failure(load, verb, overrides)):
         cfg = load.load_configuration(verb, overrides, RunMode.RUN)
         choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
@@ -171,14 +173,16 @@ def _validate(config: Any) -> None:
 
 
 def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> Source | None:
-    """The run that the overrides name, or the newest fitting one; None for a method that is never trained."""
+    """The run that the overrides name, or for evaluation the newest fitting one; None where none is read."""
     wanted = {group: given[group] for group in ("method", "model") if group in given}
     if not all(load.repository.config_exists(f"{group}/{choice}") for group, choice in wanted.items()):
         return None  # composing says which choices there are
     primary = load.repository.load_config(verb).config
     path, outputs = given.get("run", primary.get("run")), given.get("outputs", primary.get("outputs"))
+    if path is None and verb not in NEWEST:
+        return None
     if "method" in wanted:
-        name = load.repository.load_config(f"method/{wanted['method']}").config.get("name")
+        name = _method_name(load, wanted["method"])
         if name in methods.names() and "train" not in methods.capabilities(name):
             if path is not None:
                 raise UserError(f"run: method={wanted['method']} is never trained, so it has no run")
@@ -187,13 +191,22 @@ def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> So
     return Source(str(run.path), run.config(), run.info.get("choices", {}))
 
 
-def _adopt(source: Source, parsed: list[Override]) -> list[str]:
-    """Overrides that choose the source's sections where the user leaves the choice alone, then the user's."""
+def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:
+    return load.repository.load_config(f"method/{choice}").config.get("name")
+
+
+def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Override]) -> list[str]:
+    """Overrides that choose the source's sections where the user leaves the choice alone, then the user's.
+
+    The method is the source's own, or one that calibrates its model; training always has a method of its own.
+    """
     given = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
-    if given.get("method", method) != method:
-        raise UserError(f"method: '{source.path}' was trained with '{method}', not '{given['method']}'")
+    fresh = verb == "train" or given.get("method", method) != method
+    if fresh:
+        _check_calibrates(verb, load, source, given.get("method"))
     adopted = [group for group in GROUPS if given.get(group) in (None, source.choices.get(group))]
+    adopted = [group for group in adopted if group != "method" or not fresh]
     for group in adopted:
         section = source.resolved[group]
         schema_name = section["name"] if group == "method" else group
@@ -202,6 +215,21 @@ def _adopt(source: Source, parsed: list[Override]) -> list[str]:
     own = [item.input_line for item in parsed if item.key_or_group not in adopted]
     seed = [] if "seed" in given else [f"seed={source.resolved['seed']}"]
     return [*(f"{group}={FROM_RUN}" for group in adopted), *seed, *own]
+
+
+def _check_calibrates(verb: str, load: ConfigLoaderImpl, source: Source, choice: str | None) -> None:
+    """Refuse a method of its own, other than one that works on a trained model as it is."""
+    able = [name for name in methods.names() if methods.can(name, Calibrates)]
+    if choice is not None and load.repository.config_exists(f"method/{choice}"):
+        if _method_name(load, choice) in able:
+            return
+        if verb != "train":
+            raise UserError(f"method: '{source.path}' was trained with '{source.choices['method']}', not '{choice}'")
+    raise UserError(
+        f"run: method={choice} trains from the pretrained model; on a trained run stands method={' or '.join(able)}"
+        if choice
+        else f"run: name the method that is to stand on '{source.path}' (method={' or '.join(able)})"
+    )
 
 
 def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_cli import methods
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.folders import description, files
+from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import all_runs
 
@@ -52,7 +54,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
         ("task", f"{task.name} ({data}; {task.answer}, {task.metric}{f', limit {task.limit}' if task.limit else ''})"),
         ("hardware", f"{hardware.processes} × {hardware.device}, {hardware.precision}"),
     ]
-    if composed.verb == "train":
+    if composed.verb == "train" and methods.can(config.method.name, Adapts):
         train = config.train
         steps = f"{train.epochs:g} epochs" + (f", at most {train.max_steps} steps" if train.max_steps else "")
         share = train.batch_size // (train.gradient_accumulation * hardware.processes)

@@ -15,6 +15,7 @@ from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
 from lowrank_cli.errors import LrkError, UserError
+from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import PENDING, Run
 
@@ -47,7 +48,7 @@ def check(
     for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
             raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
-    _refuse_what_would_do_nothing(config, can)
+    _refuse_what_would_do_nothing(config)
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if config.train.batch_size % (accumulated * processes):
@@ -58,7 +59,7 @@ def check(
     return composed
 
 
-def _refuse_what_would_do_nothing(config: Any, can: set[str]) -> None:
+def _refuse_what_would_do_nothing(config: Any) -> None:
     """Values that the chosen model, task or method has no use for."""
     asked, task = config.evaluate, config.task
     if asked.num_beams > 1 and all(part.answer != "free" for part in task.parts.values() or [task]):
@@ -72,7 +73,7 @@ def _refuse_what_would_do_nothing(config: Any, can: set[str]) -> None:
                 f"evaluate.shots: {asked.shots} examples would stand in a prompt, and the encoder {config.model.name} "
                 f"has none; set evaluate.shots=0"
             )
-        if "train" not in can:
+        if not methods.can(config.method.name, Adapts):
             raise UserError(
                 f"method: '{config.method.name}' would leave the head of the encoder {config.model.name} random; "
                 f"train it, or take a causal model"

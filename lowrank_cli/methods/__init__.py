@@ -35,7 +35,12 @@ def config_classes() -> dict[str, type[MethodConfig]]:
 
 def capabilities(name: str) -> set[str]:
     """The stages that method ``name`` can run."""
-    return {stage for stage, need in STAGE_NEEDS.items() if issubclass(_class(name), need)}
+    return {stage for stage, needs in STAGE_NEEDS.items() if can(name, *needs)}
+
+
+def can(name: str, *capabilities: type) -> bool:
+    """Whether method ``name`` has one of these capabilities of :mod:`lowrank_cli.methods.protocol`."""
+    return issubclass(_class(name), capabilities)
 
 
 def create(config: MethodConfig) -> Method:

@@ -7,8 +7,9 @@ imported inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from lowrank_cli.schema import MethodConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.calibration.ida import TokenRule
 
 
 class Method:
@@ -97,5 +99,46 @@ class Observes(Protocol):
         ...
 
 
-#: What each stage of a recipe asks of a method.
-STAGE_NEEDS: dict[str, type] = {"train": Adapts, "evaluate": Method}
+@dataclass(frozen=True)
+class Plan:
+    """The demonstrations that a :class:`Calibrates` asks for. D is the set that all of them are drawn from."""
+
+    choice: str  #: ``random``, ``similar``, ``dissimilar`` or ``imbalanced``
+    share: float | None  #: of the first label in D and among the demonstrations, where ``imbalanced``
+    examples: int | None  #: size of D; None for all training examples
+    draws: int  #: sets of demonstrations
+    permutations: int  #: orders of each set
+    templates: int  #: wordings, the task's own first
+    answered: bool  #: features are read behind a demonstration's answer, not behind its prompt
+    normalize_length: bool  #: answers are compared by their mean score over tokens, not by the sum
+
+
+@runtime_checkable
+class Calibrates(Protocol):
+    """Answers in context with a model that it leaves as it is: ``train`` fits tensors that are no weights."""
+
+    def plan(self) -> Plan: ...
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
+        """What is to be kept of D: features (n, D) that the language model's head reads, labels (n,)."""
+        ...
+
+    def rule(self, fitted: dict[str, torch.Tensor], head: torch.Tensor, tokens: Sequence[int]) -> TokenRule:
+        """How logits score the answers' ``tokens``, under a head (V, D)."""
+        ...
+
+    def probes(self, texts: Sequence[str], rng: Random) -> tuple[list[str], list[int]]:
+        """What is asked besides the queries: texts to stand in for an input, and indices into D's own ``texts``."""
+        ...
+
+    def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Answer scores (N, C), higher is better, given those of the probes (M, C)."""
+        ...
+
+    def variants(self) -> dict[str, dict[float, Calibrates]]:
+        """For each key whose curve is asked for, the method with each value of it; all use the same fitted tensors."""
+        ...
+
+
+#: What each stage of a recipe asks of a method: one of these capabilities.
+STAGE_NEEDS: dict[str, tuple[type, ...]] = {"train": (Adapts, Calibrates), "evaluate": (Method,)}

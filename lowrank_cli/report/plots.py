@@ -28,7 +28,8 @@ def draw(run: Run) -> list[Path]:
 
     An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
     where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells; ``lines`` draws each
-    row as a line over the numbers in ``columns``. Optional ``row_label`` and ``column_label`` name the axes.
+    row as a line over the numbers in ``columns``; ``box`` draws the values of each row, which may differ in number, as
+    a box with its points. Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -36,7 +37,7 @@ def draw(run: Run) -> list[Path]:
     if any("train/loss" in row or "dev/loss" in row for row in history):
         pictures["loss.png"] = loss(history, run_title(run.info))
     if (run.path / "figures.json").is_file():
-        kinds = {"heatmap": heatmap, "lines": lines}
+        kinds = {"heatmap": heatmap, "lines": lines, "box": box}
         pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
@@ -184,6 +185,28 @@ def lines(entry: dict[str, Any]) -> Figure:
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def box(entry: dict[str, Any]) -> Figure:
+    """Each row's values as a box from quartile to quartile, whiskers to the extremes, the mean and every point."""
+    figure, axes = _figure(max(3.6, 1.1 * len(entry["rows"]) + 1.6), 4.2)
+    places = range(1, len(entry["rows"]) + 1)
+    axes.boxplot(
+        entry["values"],
+        positions=list(places),
+        whis=(0, 100),
+        widths=0.5,
+        showmeans=True,
+        medianprops={"color": DEV},
+        meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": DEV, "markersize": 5},
+    )
+    for place, values in zip(places, entry["values"], strict=True):
+        axes.plot([place] * len(values), values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
+    axes.set_xticks(list(places), [f"{name}\n(n = {len(v)})" for name, v in zip(entry["rows"], entry["values"])])
+    axes.set_title(textwrap.fill(entry["title"], 60), fontsize=11, loc="left")
+    axes.set_ylabel(entry.get("label", ""))
+    _plain(axes)
     return figure
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import random
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.protocol import Observes
+from lowrank_cli.methods.protocol import Calibrates, Observes
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
-from lowrank_cli.stages import progress
-from lowrank_cli.stages.predict import predict, score
-from lowrank_cli.stages.session import Session, start
+from lowrank_cli.stages import calibrate, progress
+from lowrank_cli.stages.demonstrations import draw
+from lowrank_cli.stages.predict import predict, score, write_answers
+from lowrank_cli.stages.session import Session, foundation, start
 from lowrank_cli.tasks.task import Example, template_hash
 
 
@@ -29,19 +27,30 @@ class Observed:
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
-    folder = Path(config.run) / "adapter" if config.run else None
-    if folder:
-        check_template(config.task, state.read_proof(folder)["about"])
+    below = foundation(config)
+    if below:
+        check_template(config.task, state.read_proof(below / "adapter")["about"])
     session = start(config)
-    if session.adapter is not None:
-        assert folder is not None, "composition finds a run for every method that trains"
-        state.load(session.adapter, folder)
+    load_adapter(session)
+    if isinstance(session.method, Calibrates):
+        fitted = calibrate.fitted(session)
+        session.greet()
+        metrics = calibrate.evaluate(session, run, fitted, config.evaluate.split)
+        session.note_device(run)
+        return metrics
     demonstrations(session)
     session.greet()
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
     session.note_device(run)
     return {**metrics, **observed.metrics}
+
+
+def load_adapter(session: Session) -> None:
+    """Fill the adapter from the run that holds its weights."""
+    if session.adapter is not None:
+        assert session.foundation is not None, "composition finds a run for every method that trains"
+        state.load(session.adapter, session.foundation / "adapter")
 
 
 def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
@@ -78,14 +87,4 @@ def _observe(session: Session) -> Observed:
 
 def demonstrations(session: Session) -> list[Example]:
     """``evaluate.shots`` training examples, drawn by the run's seed; the same in front of every prompt."""
-    shots = session.config.evaluate.shots
-    if shots > len(session.task.train):
-        raise UserError(f"evaluate.shots: {shots} are asked for, the training set has {len(session.task.train)}")
-    return random.Random(session.config.seed).sample(session.task.train, shots)
-
-
-def write_answers(run: Run, records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
-    """``predictions.jsonl``, and ``figures.json`` where there is something to draw."""
-    run.write_text("predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    if figures:
-        run.write_json("figures.json", figures)
+    return draw(session.task.train, session.config.evaluate.shots, session.config.seed)

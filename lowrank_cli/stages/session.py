@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Session:
     adapter: Adapter | None  #: None for a method that adapts nothing
     header: str  #: the line a run prints first
     max_positions: int | None  #: longest input in tokens, where the model has a position table
+    foundation: Path | None  #: the run that holds the adapter's weights; None where there is none yet
 
     @property
     def device(self) -> torch.device:
@@ -102,16 +104,21 @@ class Session:
 
 
 def start(config: RunConfig) -> Session:
-    """Load everything that ``config`` names, seeded. Raises UserError before anything slow where it can."""
+    """Load everything that ``config`` names, seeded. Raises UserError before anything slow where it can.
+
+    The adapter is still as it was made: :func:`lowrank_cli.stages.evaluate.load_adapter` fills it from the foundation.
+    """
     accelerator = _accelerator(config.hardware)
     method = methods.create(config.method)
+    below = foundation(config)
+    adapts = method if below is None or isinstance(method, Adapts) else _method_of(below)
     check_task(config.model, config.task)
     task = tasks.load(config.task)
     torch.manual_seed(config.seed)
     labels = len(task.label_words) if config.model.kind == "encoder" else None
     loaded = load(config.model, config.hardware, labels)
     model = loaded.model.to(accelerator.device)
-    adapter = method.adapt(model) if isinstance(method, Adapts) else None
+    adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     return Session(
         config,
         accelerator,
@@ -122,7 +129,25 @@ def start(config: RunConfig) -> Session:
         adapter,
         header=loaded.header,
         max_positions=loaded.max_positions,
+        foundation=below,
     )
+
+
+def foundation(config: RunConfig) -> Path | None:
+    """The run whose adapter ``config`` works with: ``config.run``, or what that one stands on in turn."""
+    path = getattr(config, "run", None)
+    while path is not None:
+        saved = Run.open(path).config()
+        if methods.can(saved["method"]["name"], Adapts):
+            return Path(path)
+        path = saved["run"]
+    return None
+
+
+def _method_of(run: Path) -> Method:
+    """The method of an earlier run, as it was configured."""
+    values = Run.open(run).config()["method"]
+    return methods.create(methods.config_classes()[values["name"]](**values))
 
 
 def _accelerator(hardware: HardwareConfig) -> Accelerator:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import WorkFailed
-from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Settles, Step
+from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Calibrates, Settles, Step
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import TrainRun
-from lowrank_cli.stages import checkpoint, progress
-from lowrank_cli.stages.evaluate import evaluate_split, write_answers
+from lowrank_cli.stages import calibrate, checkpoint, progress
+from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
+from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.session import Session, start
 from lowrank_cli.tasks.batches import Batches, share
 
@@ -32,10 +33,16 @@ from lowrank_cli.tasks.batches import Batches, share
 def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Train, keep the best adapter in ``run``'s folder, and return its metrics on dev and test.
 
+    A method that calibrates instead of training fits in one pass: it starts again where it was interrupted.
+
     Raises UserError where the input does not fit, WorkFailed for a loss that is not finite, KeyboardInterrupt after
     Ctrl-C once a checkpoint is written.
     """
-    return Trainer(start(config), run).fit(resume)
+    session = start(config)
+    if isinstance(session.method, Calibrates):
+        load_adapter(session)
+        return calibrate.train(session, run)
+    return Trainer(session, run).fit(resume)
 
 
 class Trainer:

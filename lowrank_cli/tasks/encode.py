@@ -80,7 +80,13 @@ def encode_prompt(tokenizer, prompt: str, room: int) -> list[int]:
     Raises:
         UserError: no room for a token of the prompt.
     """
-    return _truncate(tokenizer, _tokens(tokenizer, [prompt])[0], room)
+    return encode_prompts(tokenizer, [prompt], [room])[0]
+
+
+def encode_prompts(tokenizer, prompts: Sequence[str], rooms: Sequence[int]) -> list[list[int]]:
+    """:func:`encode_prompt` of each prompt with its room."""
+    rows = _tokens(tokenizer, list(prompts)) if prompts else []
+    return [_truncate(tokenizer, row, room) for row, room in zip(rows, rooms, strict=True)]
 
 
 def candidates(tokenizer, prompt: str, choices: Sequence[str]) -> list[list[int]]:

@@ -162,6 +162,14 @@ def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Examp
     return found
 
 
+def content_free(config: TaskConfig, text: str) -> Example:
+    """The prompt of a task with labels when ``text`` stands in every column: nothing to answer."""
+    row = dict.fromkeys((field for _, field, _, _ in string.Formatter().parse(config.template) if field), text)
+    prompt = _prompt(config.template, row, "", "content-free input")
+    space = "" if prompt[-1:].isspace() else " "
+    return Example(prompt, "", tuple(space + word for word in config.label_words), None, (text,), ())
+
+
 # Each returns (options text, label, choices, references) of one row.
 
 

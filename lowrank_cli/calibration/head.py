@@ -1,0 +1,21 @@
+"""The language model's head as the matrix that the closed form works with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.linear import AdaptedLinear
+
+
+@torch.no_grad()
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The head's weight (V, D) in fp32, an adapter's update of it included."""
+    head = model.get_output_embeddings()
+    weight = head.weight.detach().float()
+    if isinstance(head, AdaptedLinear):
+        weight = weight.clone()
+        for part, span in head.updates:
+            weight[slice(*(span or (None,)))] += part.delta()
+    return weight

@@ -1,0 +1,89 @@
+"""IDA-Softmax: the expected inverse probability of an answer over infinitely many augmented features.
+
+Zhou et al., "Enhancing In-Context Learning via Implicit Demonstration Augmentation", ACL 2024. With h what the language
+model's head (w_k, b_k) reads, and μ, Σ mean and covariance of the demonstrations' features, h̃ ~ N(h + λμ, λΣ) and
+
+    q(y) = E[1 / p(y | h̃)] = Σ_k exp( Δw_kᵀ(h + λμ) + Δb_k + (λ/2) Δw_kᵀ Σ Δw_k ),   Δw_k = w_k − w_y, Δb_k = b_k − b_y
+
+The prediction is argmin_y log q(y) + τ log π_y, where π_y is the share of answer y among the demonstrations. All but h
+is known beforehand: with Σ = FᵀF and logits z = W h + b,
+
+    −log q(y) = z_y − logsumexp_k( z_k + o_yk ),   o_yk = λ (w_k − w_y)ᵀμ + (λ/2) ‖F w_k − F w_y‖²
+
+so a query costs one sum of two (V,) vectors for each answer token, and o = 0 (λ = 0) is the plain log-softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Scores of tokens (N, C) under logits (N, V): (N, C), higher is better.
+TokenRule = Callable[[Tensor, Tensor], Tensor]
+
+CHUNK = 8192  #: rows of the head that are projected at a time: bounds memory to CHUNK × R numbers
+
+
+def log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The plain rule: log p of each token. logits (N, V), tokens (N, C) -> (N, C)."""
+    return logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the demonstrations' features say; all fp32."""
+
+    mean: Tensor  #: μ, (D,)
+    factor: Tensor  #: F with FᵀF = Σ, (R, D), R at most the number of demonstrations and D
+    shares: Tensor  #: π, (C,): each label's share of the demonstrations
+
+
+def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
+    """Mean, factor of the covariance (divided by n, as the paper's) and class shares of features (n, D).
+
+    With more demonstrations than D the factor is the triangular one of a QR decomposition: the same Σ in D rows.
+    """
+    features = features.double()
+    mean = features.mean(dim=0)  # (n, D) -> (D,)
+    factor = (features - mean) / len(features) ** 0.5  # (n, D)
+    if factor.shape[0] > factor.shape[1]:
+        factor = torch.linalg.qr(factor, mode="r").R  # (n, D) -> (D, D)
+    shares = torch.bincount(labels, minlength=classes).double() / len(labels)  # (C,)
+    return Statistics(mean.float(), factor.float(), shares.float())
+
+
+def offsets(head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Tensor) -> Tensor:
+    """o of each answer token: head (V, D), tokens (Y,) -> (Y, V).
+
+    Differences of projections are squared, not the projections: with real heads the terms reach thousands.
+    """
+    head, mean, factor = head.float(), mean.to(head.device), factor.to(head.device)
+    shift = head @ mean  # (V, D) @ (D,) -> (V,)
+    chosen = head[tokens] @ factor.t()  # (Y, D) @ (D, R) -> (Y, R)
+    parts = [
+        torch.cdist(chosen, rows @ factor.t(), compute_mode="donot_use_mm_for_euclid_dist")  # (Y, R), (c, R) -> (Y, c)
+        for rows in head.split(CHUNK)
+    ]
+    quadratic = torch.cat(parts, dim=1).square()  # (Y, V)
+    return strength * (shift - shift[tokens, None]) + 0.5 * strength * quadratic
+
+
+class IdaSoftmax:
+    """The rule −log q(y) for the answer ``tokens``: fitted once, then applied to any logits."""
+
+    def __init__(self, head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Iterable[int]):
+        self.tokens = torch.tensor(sorted(set(tokens)), device=head.device)  # (Y,)
+        self.offsets = offsets(head, mean, factor, strength, self.tokens)  # (Y, V)
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """−log q of tokens (N, C) that this rule was made for, under logits (N, V): (N, C)."""
+        place = torch.searchsorted(self.tokens, tokens.contiguous())  # (N, C)
+        columns = []
+        for column in place.unbind(dim=1):  # one answer at a time: (N, V) numbers, not (N, C, V)
+            same = bool((column == column[0]).all())
+            moved = logits + self.offsets[column[0] if same else column]  # (N, V)
+            columns.append(moved.logsumexp(dim=-1))
+        return logits.gather(1, tokens) - torch.stack(columns, dim=1)

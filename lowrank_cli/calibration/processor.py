@@ -1,0 +1,77 @@
+"""IDAICL inside ``transformers``' ``generate``: only the answers can be said, each scored by its IDA-Softmax.
+
+    processor = AnswerProcessor.from_folder("RUN/statistics", model, tokenizer.eos_token_id)
+    model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0, …)
+
+The sum of a finished answer's scores is −Σ log q of its tokens − τ log π: with as many beams as answers (``beams``) no
+answer is lost and the best one is returned. Where the answers' first tokens differ and are all there is, greedy
+decoding gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.calibration import store
+from lowrank_cli.calibration.head import head_weight
+from lowrank_cli.calibration.ida import IdaSoftmax, TokenRule
+from lowrank_cli.errors import UserError
+
+
+class AnswerProcessor(LogitsProcessor):
+    """Restricts one call of ``generate`` to ``answers`` (token ids); ``bonus`` (C,) is added once for each answer.
+
+    The answer begins where the first scores are asked for, so each call of ``generate`` needs its own processor or
+    :meth:`reset`.
+    """
+
+    def __init__(self, rule: TokenRule, answers: Sequence[Sequence[int]], bonus: Sequence[float], eos: int):
+        self.rule, self.eos = rule, eos
+        self.beams = len(answers)
+        #: what was said -> what can follow, whether it is scored, and what is added to its score
+        self.following: dict[tuple[int, ...], dict[int, tuple[bool, float]]] = {}
+        ends = [tuple(answer) if answer[-1] == eos else (*answer, eos) for answer in answers]
+        for answer, end, more in zip(answers, ends, bonus, strict=True):
+            decided = next(n for n in range(1, len(end) + 1) if sum(other[:n] == end[:n] for other in ends) == 1)
+            for at, token in enumerate(end):
+                added = more if at + 1 == decided else 0.0
+                self.following.setdefault(end[:at], {})[token] = (at < len(answer), added)
+        self.reset()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, model: PreTrainedModel, eos: int, template: int = 0) -> AnswerProcessor:
+        """From the ``statistics`` folder of a run, for the model that it was fitted with (its adapter applied)."""
+        tensors, about = store.load(Path(folder))
+        if about["adapter"] is None and fingerprint(model) != about["fingerprint"]:
+            raise UserError(f"{folder}: these statistics belong to another model ({about['model']})")
+        settings, shares = about["method"], tensors[f"{template}.shares"]
+        tokens = {token for answer in about["answers"] for token in answer}
+        mean, factor = tensors[f"{template}.mean"], tensors[f"{template}.factor"]
+        rule = IdaSoftmax(head_weight(model), mean, factor, settings["strength"], tokens)
+        return cls(rule, about["answers"], (-settings["tau"] * shares.log()).tolist(), eos)
+
+    def reset(self) -> None:
+        """Forget where the last answers began."""
+        self.start: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of the next token (N, V); log probabilities or logits, since a constant cancels."""
+        if self.start is None:
+            self.start = input_ids.shape[1]
+        out = torch.full_like(scores, -torch.inf)
+        for row, said in enumerate(input_ids[:, self.start :].tolist()):
+            follow = self.following.get(tuple(said))
+            if follow is None:  # ended before, or a beam that was never alive
+                out[row, self.eos] = 0.0
+                continue
+            for token, (scored, added) in follow.items():
+                chosen = torch.tensor([[token]], device=scores.device)
+                value = self.rule(scores[row : row + 1].float(), chosen).item() if scored else 0.0
+                out[row, token] = value + added
+        return out

@@ -1,0 +1,164 @@
+"""IDAICL: in-context learning as if the demonstrations had been augmented infinitely often; no weights change.
+
+Zhou et al., "Enhancing In-Context Learning via Implicit Demonstration Augmentation", ACL 2024. With μ and Σ of the
+demonstrations' features and the share π_y of each answer among them, the prediction for logits z = W h + b is
+
+    ŷ = argmax_y  −log q(y) − τ log π_y,    −log q(y) = z_y − logsumexp_k( z_k + λ Δw_kᵀμ + (λ/2) Δw_kᵀ Σ Δw_k )
+
+(see ``calibration/ida.py``). ``train`` fits μ, Σ and π, once for each template; ``evaluate`` predicts with them, with
+``evaluate.shots`` demonstrations in the prompt: 0 uses the statistics only. λ = τ = 0 is plain in-context learning.
+``calibration`` puts the methods that the paper compares with under the same demonstrations.
+
+Reconstruction: the paper takes a demonstration's feature at its last position and leaves open whether that is behind
+its answer (``features: answer``, a demonstration is an answered example) or in front (``features: prompt``).
+An answer of several tokens adds the scores of its tokens, each by the rule above with the same μ and Σ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TYPE_CHECKING, Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_choice, require_range
+from lowrank_cli.methods.protocol import Calibrates, Method, Plan
+from lowrank_cli.schema import MethodConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowrank_cli.calibration.ida import TokenRule
+
+CALIBRATIONS = ("ida", "none", "conca", "dconca", "proca")
+CHOICES = ("random", "similar", "dissimilar", "imbalanced")
+
+
+@dataclass
+class IDAICLConfig(MethodConfig):
+    """How answers are scored, which demonstrations stand in the prompt, and over how many of them to report."""
+
+    #: ``ida``; ``none`` (plain in-context learning); ``conca``, ``dconca`` (divided by what content-free inputs give);
+    #: ``proca`` (a mixture over the answers' probabilities)
+    calibration: str = MISSING
+    strength: float = MISSING  #: λ of ``ida``: how far features are augmented, at least 0
+    tau: float = MISSING  #: τ of ``ida``: how much the answers' shares in D are made up for
+    normalize_length: bool = MISSING  #: compare answers by their mean score over tokens, not by the sum
+    features: str = MISSING  #: a demonstration's feature is read behind its ``answer``, or behind its ``prompt``
+    examples: Optional[int] = MISSING  #: size of D, a random part of the training set; null takes all of it
+    #: ``random``; the most ``similar`` or ``dissimilar`` to each query (cosine of features behind the prompts, the
+    #: extreme one last); ``imbalanced``: random with a given ``share``
+    demonstrations: str = MISSING
+    share: Optional[float] = MISSING  #: of the first label, in D and among the demonstrations, where ``imbalanced``
+    draws: int = MISSING  #: sets of demonstrations; set i is that of seed + i
+    permutations: int = MISSING  #: orders of each set, the drawn one first
+    templates: int = MISSING  #: wordings of the task (``task.template``, then ``task.templates``)
+    probes: int = MISSING  #: content-free texts of ``dconca``; unlabelled examples of ``proca``
+    strengths: list[float] = MISSING  #: values of ``strength`` for a curve, each evaluated like the run's own
+    taus: list[float] = MISSING  #: values of ``tau`` for a curve
+
+    def validate(self) -> None:
+        require_choice("method.calibration", self.calibration, CALIBRATIONS)
+        require_choice("method.features", self.features, ("answer", "prompt"))
+        require_choice("method.demonstrations", self.demonstrations, CHOICES)
+        require_range("method.strength", self.strength, 0)
+        require_range("method.tau", self.tau, 0)
+        for key in ("draws", "permutations", "templates", "probes"):
+            require_range(f"method.{key}", getattr(self, key), 1)
+        for key in ("strengths", "taus"):
+            for value in getattr(self, key):
+                require_range(f"method.{key}", value, 0)
+            if getattr(self, key) and self.calibration != "ida":
+                raise UserError(f"method.{key}: a curve of calibration=ida; method.calibration is {self.calibration}")
+        if self.examples is not None:
+            require_range("method.examples", self.examples, 2)
+        if self.calibration == "proca" and self.demonstrations in ("similar", "dissimilar"):
+            raise UserError(
+                f"method.demonstrations: proca asks examples of D, whose most {self.demonstrations} is known"
+            )
+        if (self.share is not None) != (self.demonstrations == "imbalanced"):
+            raise UserError(
+                f"method.share: {self.share} with method.demonstrations={self.demonstrations}; "
+                f"a share goes with method.demonstrations=imbalanced, and only with it"
+            )
+        if self.share is not None:
+            require_range("method.share", self.share, 0, 1)
+        if self.draws > 1 and self.demonstrations in ("similar", "dissimilar"):
+            raise UserError(
+                f"method.draws: {self.draws}, but {self.demonstrations} demonstrations are not drawn; set 1"
+            )
+
+
+class IDAICL(Method):
+    """Fits the statistics of the demonstrations and scores answers with them."""
+
+    Config = IDAICLConfig
+    config: IDAICLConfig
+
+    def plan(self) -> Plan:
+        c = self.config
+        return Plan(
+            choice=c.demonstrations,
+            share=c.share,
+            examples=c.examples,
+            draws=c.draws,
+            permutations=c.permutations,
+            templates=c.templates,
+            answered=c.features == "answer",
+            normalize_length=c.normalize_length,
+        )
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
+        """μ, the factor of Σ, and π."""
+        from lowrank_cli.calibration.ida import statistics
+
+        found = statistics(features, labels, classes)
+        missing = [index for index, share in enumerate(found.shares.tolist()) if share == 0]
+        if missing and self.config.calibration == "ida" and self.config.tau > 0:
+            raise UserError(
+                f"method.examples: label {missing[0]} has no example among the {len(labels)} demonstrations, "
+                f"so its share cannot be made up for; take more, or set method.tau=0"
+            )
+        return vars(found)
+
+    def rule(self, fitted: dict[str, torch.Tensor], head: torch.Tensor, tokens: Sequence[int]) -> TokenRule:
+        from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax
+
+        if self.config.calibration != "ida":
+            return log_softmax
+        return IdaSoftmax(head, fitted["mean"], fitted["factor"], self.config.strength, tokens)
+
+    def probes(self, texts: Sequence[str], rng: Random) -> tuple[list[str], list[int]]:
+        """ConCa's content-free input; D-ConCa's random words of the domain, as many as a text has on average."""
+        from lowrank_cli.calibration.contextual import CONTENT_FREE, random_texts
+
+        kind, count = self.config.calibration, self.config.probes
+        if kind == "conca":
+            return [CONTENT_FREE], []
+        if kind == "dconca":
+            return random_texts(texts, count, rng), []
+        if kind == "proca":
+            return [], rng.sample(range(len(texts)), min(count, len(texts)))
+        return [], []
+
+    def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        from lowrank_cli.calibration import contextual, prototypes
+
+        kind = self.config.calibration
+        if kind == "ida":
+            return scores - self.config.tau * fitted["shares"].log().to(scores)
+        if kind in ("conca", "dconca"):
+            return scores - contextual.bias(probes)
+        if kind == "proca":
+            return prototypes.fit(probes, seed=0).posterior(scores)
+        return scores
+
+    def variants(self) -> dict[str, dict[float, Calibrates]]:
+        c = self.config
+        curves: dict[str, dict[float, Calibrates]] = {
+            "strength": {value: IDAICL(replace(c, strength=value)) for value in sorted(c.strengths)},
+            "tau": {value: IDAICL(replace(c, tau=value)) for value in sorted(c.taus)},
+        }
+        return {key: methods for key, methods in curves.items() if methods}

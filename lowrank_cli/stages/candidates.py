@@ -1,0 +1,172 @@
+"""Scores of candidate answers under prompts: what prompts share runs once, and so does each prompt for its answers.
+
+Demonstrations stand in front of every prompt, so the longest run of tokens that the prompts share is computed once and
+its KV cache is expanded to each batch. Batches hold prompts of alike lengths. How logits become scores is a rule
+(:data:`lowrank_cli.calibration.ida.TokenRule`); the plain one is the log probability.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import DynamicCache
+
+from lowrank_cli.calibration.ida import TokenRule, log_softmax
+from lowrank_cli.stages.session import Session
+from lowrank_cli.tasks import encode
+from lowrank_cli.tasks.task import Example
+
+Tick = Callable[[int], None]
+
+
+class Prefix:
+    """Tokens in front of several prompts, run once."""
+
+    def __init__(self, model: torch.nn.Module, ids: Sequence[int]):
+        self.ids = list(ids)
+        tokens = torch.tensor([self.ids], device=model.device)  # (1, P)
+        self.cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    def expanded(self, rows: int) -> DynamicCache:
+        """The KV cache for a batch of ``rows``; what is appended to it leaves this one as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)  # (1, H, P, d) -> (B, H, P, d), without a copy
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+        return cache
+
+
+def with_demonstrations(examples: Sequence[Example], demonstrations: Sequence[Example]) -> list[str]:
+    """Each example's prompt behind the answered ``demonstrations``, a blank line between two."""
+    shown = "".join(f"{example.prompt}{example.answer}\n\n" for example in demonstrations)
+    return [shown + example.prompt for example in examples]
+
+
+@torch.no_grad()
+def choice_scores(
+    session: Session,
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    shots: int,
+    *,
+    rule_of: Callable[[tuple[int, ...]], TokenRule] = lambda tokens: log_softmax,
+    normalize_length: bool = False,
+    tick: Tick = lambda count: None,
+) -> list[list[float]]:
+    """Scores of each example's choices behind its prompt of ``shots`` demonstrations, in order; for all processes.
+
+    ``rule_of`` gives the rule for all tokens of all choices (sorted, once each).
+    """
+    accelerator, size = session.accelerator, session.config.evaluate.batch_size
+    session.model.eval()
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    options = {index: answers(session, examples[index]) for index in mine}
+    rule = rule_of(tuple(sorted({token for row in options.values() for answer in row for token in answer})))
+    room = session.room(shots)
+    rooms = [encode.prompt_room(options[index], room) for index in mine]
+    rows = dict(zip(mine, encode.encode_prompts(session.tokenizer, [prompts[i] for i in mine], rooms), strict=True))
+    whole = [rows[index] for index, limit in zip(mine, rooms, strict=True) if len(rows[index]) < limit]
+    routed = session.adapter is not None and session.adapter.routing is not None  # by the whole prompt, not by a part
+    shared = common_prefix(whole) if shots and not routed else []
+    found = []
+    with session.autocast():
+        prefix = Prefix(session.model, shared) if shared else None
+        with_it = [index for index in mine if shared and rows[index][: len(shared)] == shared]
+        for group, front in ((with_it, prefix), ([index for index in mine if index not in set(with_it)], None)):
+            order = sorted(group, key=lambda index: len(rows[index]))
+            cut = len(shared) if front else 0
+            for start in range(0, len(order), size):
+                part = order[start : start + size]
+                inputs = encode.collate_prompts([rows[i][cut:] for i in part], session.tokenizer.pad_token_id)
+                inputs = {key: value.to(session.device) for key, value in inputs.items()}
+                scores = candidate_scores(
+                    session.model, **inputs, options=[options[i] for i in part], prefix=front, rule=rule
+                )
+                for index, row in zip(part, scores, strict=True):
+                    lengths = [len(answer) if normalize_length else 1 for answer in options[index]]
+                    found.append((index, [value / length for value, length in zip(row, lengths, strict=True)]))
+                tick(len(part) * accelerator.num_processes)
+    return [row for _, row in sorted(gather_object(found))]
+
+
+def answers(session: Session, example: Example) -> list[list[int]]:
+    """The tokens of each choice behind the example's own prompt."""
+    return ended(encode.candidates(session.tokenizer, example.prompt, example.choices), session.tokenizer.eos_token_id)
+
+
+def ended(candidates: list[list[int]], eos: int) -> list[list[int]]:
+    """The candidates, with EOS behind each where one is the beginning of another and would always score higher."""
+    if any(a == b[: len(a)] for a in candidates for b in candidates if a is not b):
+        return [[*candidate, eos] for candidate in candidates]
+    return candidates
+
+
+def common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """The longest beginning that all rows share and none of them is."""
+    if not rows:
+        return []
+    first, last = min(rows), max(rows)  # in lexicographic order all others lie between these two
+    shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last))]
+    return shared[: min(map(len, rows)) - 1]
+
+
+@torch.no_grad()
+def candidate_scores(
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    options: list[list[list[int]]],
+    prefix: Prefix | None = None,
+    rule: TokenRule = log_softmax,
+) -> list[list[float]]:
+    """Σ of the rule's scores of each candidate's tokens after its left-padded prompt (B, T), behind a common prefix.
+
+    The prompts run once; where a candidate has more than one token, their KV cache is repeated for all C candidates
+    and the rest runs in one more pass. Rows with fewer candidates are filled up and cut again.
+    """
+    device, width = input_ids.device, len(options)
+    tokens, present = _stacked(options, device)  # (B, C, K)
+    most, longest = tokens.shape[1:]
+    past = len(prefix.ids) if prefix else 0
+    positions = past + (attention_mask.cumsum(dim=-1) - 1).clamp_min(0)  # (B, T)
+    seen = torch.cat([attention_mask.new_ones(width, past), attention_mask], dim=1)  # (B, P + T)
+    out = model(
+        input_ids=input_ids,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=prefix.expanded(width) if prefix else None,
+        use_cache=prefix is not None or longest > 1,
+        logits_to_keep=1,
+    )
+    scores = rule(out.logits[:, -1].float(), tokens[:, :, 0])  # (B, V), (B, C) -> (B, C)
+    if longest > 1:
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(most)
+        rest = tokens[:, :, :-1].flatten(0, 1)  # (B, C, K) -> (B * C, K - 1)
+        mask = torch.cat([seen.repeat_interleave(most, dim=0), torch.ones_like(rest)], dim=1)
+        after = positions[:, -1:].repeat_interleave(most, dim=0) + torch.arange(1, longest, device=device)
+        logits = model(input_ids=rest, attention_mask=mask, position_ids=after, past_key_values=cache).logits
+        counted = present[:, :, 1:].flatten()  # (B * C * (K - 1),)
+        later = torch.zeros(counted.shape, device=device)
+        chosen = tokens[:, :, 1:].flatten()[counted, None]  # (n, 1)
+        later[counted] = rule(logits.float().flatten(0, 1)[counted], chosen).squeeze(1)  # (n, V), (n, 1) -> (n,)
+        scores = scores + later.view(width, most, longest - 1).sum(dim=-1)
+    return [scores[b, : len(row)].tolist() for b, row in enumerate(options)]
+
+
+def _stacked(options: list[list[list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The candidates as (B, C, K) tokens, and which of them are there; elsewhere stands the row's first token."""
+    most, longest = max(map(len, options)), max(len(tokens) for row in options for tokens in row)
+    tokens = torch.tensor([row[0][0] for row in options], device=device)[:, None, None].repeat(1, most, longest)
+    present = torch.zeros(len(options), most, longest, dtype=torch.bool, device=device)
+    for b, row in enumerate(options):
+        for c, candidate in enumerate(row):
+            tokens[b, c, : len(candidate)] = torch.tensor(candidate, device=device)
+            present[b, c, : len(candidate)] = True
+    return tokens, present

@@ -1,0 +1,319 @@
+"""IDAICL as users run it: fitted once, exact without augmentation, the same demonstrations for all calibrations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowrank_cli import config
+from lowrank_cli.calibration import store
+from lowrank_cli.calibration.processor import AnswerProcessor
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Plan
+from lowrank_cli.models.load import BUNDLED
+from lowrank_cli.runs import Run
+from lowrank_cli.stages import candidates, demonstrations
+from lowrank_cli.stages.demonstrations import Arrangement
+from lowrank_cli.tasks.task import Example
+
+pytestmark = pytest.mark.slow
+QUICK = ["task=tiny_sentiment", "task.limit=24", "hardware.threads=1"]
+PLAIN = ["method.strength=0", "method.tau=0"]
+
+
+def lrk(verb: str, *overrides: str, outputs="outputs") -> Run:
+    single.start(verb, [*overrides, f"outputs={outputs}"], None, f"lrk {verb}")
+    return Run.open(Run.open(Path(outputs) / "latest").path.absolute())
+
+
+def predictions(run: Run) -> list[dict]:
+    return [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory) -> Run:
+    """Statistics of both wordings, tested behind four arrangements of four demonstrations."""
+    return lrk(
+        "train",
+        *QUICK,
+        "method=idaicl",
+        "evaluate.shots=4",
+        "method.draws=2",
+        "method.templates=2",
+        outputs=tmp_path_factory.mktemp("fitted"),
+    )
+
+
+def test_fitting_keeps_the_statistics_and_reports_the_spread(fitted):
+    tensors, about = store.load(fitted.path / "statistics")
+    assert tensors["0.mean"].shape == (128,) and tensors["1.factor"].shape == (24, 128)
+    assert tensors["0.shares"].sum() == pytest.approx(1)
+    assert about["label_words"] == ["negative", "positive"] and len(about["answers"]) == 2
+    found = json.loads((fitted.path / "arrangements.json").read_text())
+    values = [row["accuracy"] for row in found]
+    assert [(row["template"], row["draw"]) for row in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert fitted.metrics["test/accuracy"] == pytest.approx(sum(values) / 4)
+    assert fitted.metrics["test/accuracy_worst"] == min(values)
+    assert {path.name for path in (fitted.path / "plots").iterdir()} == {"confusion.png", "spread.png"}
+
+
+def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
+    monkeypatch.setattr("lowrank_cli.stages.calibrate.fit", None)
+    again = lrk("evaluate", f"run={fitted.path}", "evaluate.shots=4")
+    assert predictions(again) == predictions(fitted)
+    assert again.metrics["test/accuracy"] == fitted.metrics["test/accuracy"]
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+def test_without_augmentation_and_prior_it_is_plain_in_context_learning(fitted, shots):
+    ours = lrk("evaluate", f"run={fitted.path}", *PLAIN, f"evaluate.shots={shots}", "method.templates=1", "seed=1")
+    vanilla = lrk("evaluate", *QUICK, "method=none", f"evaluate.shots={shots}", "seed=1")
+    assert predictions(ours) == predictions(vanilla)
+    off = lrk("evaluate", f"run={fitted.path}", "method.calibration=none", f"evaluate.shots={shots}", "seed=1")
+    assert predictions(off) == predictions(vanilla)
+
+
+@pytest.mark.parametrize("kind", ["ida", "conca", "dconca", "proca"])
+def test_every_calibration_answers_differently_from_none(fitted, kind):
+    common = [f"run={fitted.path}", "evaluate.shots=2", "method.draws=1", "method.templates=1"]
+    ours = lrk("evaluate", *common, f"method.calibration={kind}")
+    plain = lrk("evaluate", *common, "method.calibration=none")
+    pairs = list(zip(predictions(ours), predictions(plain), strict=True))
+    assert all(a["log_probabilities"] != b["log_probabilities"] and a["label"] == b["label"] for a, b in pairs)
+
+
+def test_demonstrations_run_once_for_all_queries_and_probes(fitted, monkeypatch):
+    made = []
+    make = candidates.Prefix.__init__
+
+    def counting(prefix, model, ids):
+        made.append(len(ids))
+        make(prefix, model, ids)
+
+    monkeypatch.setattr(candidates.Prefix, "__init__", counting)
+    lrk("evaluate", f"run={fitted.path}", "method.calibration=dconca", "evaluate.shots=4", "evaluate.batch_size=5")
+    assert len(made) == 4  # arrangements
+    assert min(made) > 4 * 8  # tokens: the demonstrations, not only what every prompt begins with
+
+
+def test_a_demonstration_too_long_for_the_room_changes_no_other_answer():
+    common = [*QUICK, "method=none", "evaluate.shots=4"]
+    whole = predictions(lrk("evaluate", *common))
+    lengths = sorted(len(record["prompt"]) for record in whole)
+    assert lengths[0] < lengths[-1]
+    cut = predictions(lrk("evaluate", *common, "task.max_length=24"))
+    same = [a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-3) for a, b in zip(whole, cut)]
+    assert any(same) and len(cut) == len(whole)
+
+
+@pytest.mark.parametrize("choice", ["similar", "dissimilar"])
+def test_demonstrations_may_be_chosen_for_each_query(fitted, choice):
+    run = lrk(
+        "evaluate",
+        f"run={fitted.path}",
+        f"method.demonstrations={choice}",
+        "evaluate.shots=2",
+        "method.draws=1",
+        "method.permutations=2",
+        "method.templates=1",
+    )
+    found = json.loads((run.path / "arrangements.json").read_text())
+    assert [row["permutation"] for row in found] == [0, 1] and found[0]["demonstrations"] is None
+
+
+def test_a_share_holds_in_the_statistics_and_in_the_prompts():
+    run = lrk(
+        "train",
+        *QUICK,
+        "task.limit=80",
+        "method=idaicl",
+        "method.demonstrations=imbalanced",
+        "method.share=0.25",
+        "evaluate.shots=8",
+    )
+    tensors, about = store.load(run.path / "statistics")
+    assert tensors["0.shares"].tolist() == pytest.approx([0.25, 0.75], abs=0.02)
+    assert about["share"] == 0.25
+
+
+def test_curves_cover_the_values_asked_for(fitted):
+    run = lrk("evaluate", f"run={fitted.path}", "method.strengths=[0.0,0.5]", "method.taus=[0,1]", "method.templates=1")
+    assert {"strength.png", "tau.png"} <= {path.name for path in (run.path / "plots").iterdir()}
+    curves = {figure["file"]: figure for figure in json.loads((run.path / "figures.json").read_text())}
+    own = run.metrics["test/accuracy"]
+    assert curves["strength.png"]["columns"] == [0.0, 0.5] and curves["strength.png"]["values"][0][1] == own
+    assert curves["tau.png"]["values"][0][1] == own
+
+
+def test_it_stands_on_an_adapter_that_another_method_trained():
+    lora = lrk("train", *QUICK, "method=lora", "train.max_steps=3", "train.learning_rate=0.02", "train.batch_size=8")
+    at_once = lrk("evaluate", "method=idaicl", f"run={lora.path}", "evaluate.shots=2")
+    kept = lrk("train", "method=idaicl", f"run={lora.path}", "evaluate.shots=2")
+    again = lrk("evaluate", f"run={kept.path}", "evaluate.shots=2")
+    assert predictions(at_once) == predictions(kept) == predictions(again)
+    bare = lrk("evaluate", f"run={lora.path}", "evaluate.shots=2")
+    plain = lrk("evaluate", f"run={kept.path}", "evaluate.shots=2", *PLAIN)
+    assert predictions(plain) == predictions(bare)
+    assert plain.metrics["trainable_parameters"] == bare.metrics["trainable_parameters"] > 0
+    frozen = lrk("evaluate", *QUICK, "method=none", "evaluate.shots=2")
+    assert predictions(frozen) != predictions(bare)
+    (lora.path / "adapter" / "lrk.json").write_text((lora.path / "adapter" / "lrk.json").read_text() + "\n")
+    with pytest.raises(UserError, match="were fitted with adapter"):
+        lrk("evaluate", f"run={kept.path}")
+
+
+def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(fitted):
+    run = lrk("evaluate", f"run={fitted.path}", "evaluate.shots=0", "method.templates=1", "task.limit=8")
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED).eval()
+    processor = AnswerProcessor.from_folder(fitted.path / "statistics", model, tokenizer.eos_token_id)
+    prompts = tokenizer([row["prompt"] for row in predictions(run)], padding=True, return_tensors="pt")
+    made = model.generate(
+        input_ids=prompts["input_ids"],
+        attention_mask=prompts["attention_mask"],
+        logits_processor=[processor],
+        num_beams=processor.beams,
+        length_penalty=0.0,
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    said = tokenizer.batch_decode(made[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [text.strip() for text in said] == [row["prediction"] for row in predictions(run)]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(UserError, match="belong to another model"):
+        AnswerProcessor.from_folder(fitted.path / "statistics", model, tokenizer.eos_token_id)
+
+
+def test_prompts_of_a_routed_adapter_are_never_cut():
+    """MiLoRA routes by the whole prompt, so its demonstrations have no cache of their own."""
+    milora = lrk("train", *QUICK, "method=milora", "train.max_steps=2", "train.batch_size=8")
+    run = lrk("evaluate", "method=idaicl", f"run={milora.path}", "evaluate.shots=2", *PLAIN)
+    assert predictions(run) == predictions(lrk("evaluate", f"run={milora.path}", "evaluate.shots=2"))
+
+
+# ------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.features=prompt"], "were fitted with answered True, not False; fit them again"),
+        (["method.templates=3"], "were fitted with templates"),
+        (["method.templates=99"], r"method.templates: 99, but task=tiny_sentiment has \d+ of them"),
+        (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
+        (["evaluate.shots=25"], "evaluate.shots: 25 are asked for, there are 24 demonstrations"),
+    ],
+)
+def test_statistics_of_something_else_are_refused(fitted, overrides, message):
+    with pytest.raises(UserError, match=message):
+        lrk("evaluate", f"run={fitted.path}", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.calibration=idaa"], "method.calibration: unknown value 'idaa'; did you mean 'ida'?"),
+        (["method.strength=-1"], "method.strength: -1.0 is out of range"),
+        (["method.share=0.5"], "method.share: 0.5 with method.demonstrations=random"),
+        (["method.demonstrations=imbalanced"], "method.share: None with method.demonstrations=imbalanced"),
+        (["method.demonstrations=similar", "method.draws=2"], "method.draws: 2, but similar demonstrations"),
+        (["method.taus=[1]", "method.calibration=none"], "method.taus: a curve of calibration=ida"),
+        (["model=minilm"], "method: 'idaicl' would leave the head of the encoder minilm random"),
+    ],
+)
+def test_values_that_do_not_go_together(overrides, message):
+    with pytest.raises(UserError) as caught:
+        single.preview("train", ["method=idaicl", "task=tiny_sentiment", *overrides], None)
+    assert str(caught.value).startswith(message)
+
+
+def test_only_what_calibrates_stands_on_a_run():
+    composed = config.compose("train", ["method=lora"])
+    run = Run.create(
+        "outputs", stage="train", config=composed.resolved, choices=composed.choices, overrides=[], command=""
+    )
+    run.finish({})
+    used = config.compose("train", ["method=idaicl", f"run={run.path}", "seed=3"]).config
+    assert (used.method.name, used.run, used.seed) == ("idaicl", str(run.path.absolute()), 3)
+    for overrides, message in (
+        (
+            ["method=milora"],
+            "run: method=milora trains from the pretrained model; on a trained run stands method=idaicl",
+        ),
+        ([], "run: name the method that is to stand on"),
+        (["method=idaical"], "method: unknown value 'idaical'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            config.compose("train", [f"run={run.path}", *overrides])
+        assert str(caught.value).startswith(message)
+    with pytest.raises(UserError, match="was trained with 'lora', not 'milora'"):
+        config.compose("evaluate", [f"run={run.path}", "method=milora"])
+
+
+# ------------------------------------------------------------------------------------------ choosing demonstrations
+
+
+def example(number: int, label: int) -> Example:
+    return Example(f"q{number}", "", (), label, (f"q{number}",), ())
+
+
+def plan(**values) -> Plan:
+    usual = {
+        "choice": "random",
+        "share": None,
+        "examples": None,
+        "draws": 1,
+        "permutations": 1,
+        "templates": 1,
+        "answered": True,
+        "normalize_length": False,
+    }
+    return Plan(**(usual | values))
+
+
+EXAMPLES = [example(number, number % 2) for number in range(40)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_pool_is_the_largest_with_the_share(share):
+    found = demonstrations.pool(EXAMPLES, plan(choice="imbalanced", share=share), 0)
+    first = sum(e.label == 0 for e in found)
+    assert first == round(len(found) * share) and len(found) >= 20
+    assert len(set(map(id, found))) == len(found)
+    shown = demonstrations.chosen(plan(choice="imbalanced", share=share), 10, Arrangement(0, 0, 0), found, 0)
+    assert sum(e.label == 0 for e in shown) == round(10 * share)
+
+
+def test_a_limited_pool_is_drawn_by_the_seed():
+    limited = plan(examples=5)
+    found = demonstrations.pool(EXAMPLES, limited, 1)
+    assert len(found) == 5 and found == demonstrations.pool(EXAMPLES, limited, 1)
+    assert found != demonstrations.pool(EXAMPLES, limited, 2)
+
+
+def test_orders_keep_the_set_and_sets_follow_the_seed():
+    many = plan(draws=2, permutations=3, templates=2)
+    first, second, third = (
+        demonstrations.chosen(many, 6, Arrangement(0, draw, order), EXAMPLES, 4)
+        for draw, order in [(0, 0), (0, 1), (1, 0)]
+    )
+    assert first != second and sorted(e.prompt for e in first) == sorted(e.prompt for e in second)
+    assert third == demonstrations.draw(EXAMPLES, 6, 5) and set(third) != set(first)
+    assert len(demonstrations.arrangements(many, 6)) == 12
+    assert len(demonstrations.arrangements(many, 1)) == 4  # one demonstration has one order
+    assert len(demonstrations.arrangements(many, 0)) == 2
+
+
+def test_the_nearest_comes_last():
+    features = torch.eye(4)
+    queries = torch.tensor([[1.0, 0.5, 0.1, 0.0]])
+    assert demonstrations.nearest(plan(choice="similar"), 2, features, queries) == [[1, 0]]
+    assert demonstrations.nearest(plan(choice="dissimilar"), 2, features, queries) == [[2, 3]]

@@ -136,7 +136,7 @@ MISTAKES = {
     ): "--resume: a run continues with its own configuration; leave out seed=1",
     ("evaluate",): "run: no finished run under 'outputs'; start one with: lrk train",
     ("evaluate", "run=nowhere"): "run: there is no folder 'nowhere'",
-    ("run",): "recipe: missing; choose one of milora",
+    ("run",): "recipe: missing; choose one of ",
     ("train", "-m", "seed=0,1", "method.rank=0"): "method.rank: 0 is out of range",
     ("train", "-m", "method=lora,milra"): "method: unknown value 'milra'; did you mean 'milora'?",
     (

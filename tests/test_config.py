@@ -213,7 +213,7 @@ def test_a_mistake_in_the_users_file_names_it(text):
 
 
 def test_run_needs_a_recipe():
-    assert refused([], "run").startswith("recipe: missing; choose one of milora")
+    assert refused([], "run").startswith("recipe: missing; choose one of ")
     assert refused(["recipe=milra"], "run").startswith("recipe: unknown value 'milra'; did you mean 'milora'?")
 
 

@@ -17,7 +17,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
 from lowrank_cli.tasks.batches import Batches, batch_indices, share
-from lowrank_cli.tasks.task import template_hash
+from lowrank_cli.tasks.task import content_free, template_hash
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "task"
 
@@ -57,6 +57,14 @@ ROWS = {
         {"question": "Hot water?", "choices": OPTIONS, "answer": 1},
         {"question_stem": "Hot water?", "choices": {"text": OPTIONS, "label": list("ABC")}, "answerKey": "B"},
     ],
+    "sst5": [{"text": "fine", "label": 3, "label_text": "positive"}],
+    "mr": [{"text": "fine", "label": 1}],
+    "cr": [{"text": "fine", "label": 1, "label_text": "positive"}],
+    "amazon": [{"label": 1, "title": "Good", "content": "fine"}],
+    "subj": [{"text": "fine", "label": 1, "label_text": "subjective"}],
+    "agnews": [{"text": "A bank lends.", "label": 2}],
+    "dbpedia": [{"label": 5, "title": "Boat", "content": "A boat."}],
+    "cb": [{"premise": "It rains.", "hypothesis": "it is wet", "idx": 1, "label": 2}],
     "gsm8k": [{"question": "2 + 2?", "answer": "Add.\n#### 4"}],
     "e2e_nlg": [{"meaning_representation": "name : Zizzi", "human_reference": "It is Zizzi ."}],
 }
@@ -67,6 +75,14 @@ READ = {
     "boolq": ("Question: is ice cold\nAnswer:", " yes", 1),
     "arc_easy": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
     "openbookqa": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
+    "sst5": ("Review: fine\nSentiment:", " good", 3),
+    "mr": ("Review: fine\nSentiment:", " positive", 1),
+    "cr": ("Review: fine\nSentiment:", " positive", 1),
+    "amazon": ("Review: fine\nSentiment:", " positive", 1),
+    "subj": ("Input: fine\nType:", " subjective", 1),
+    "agnews": ("Article: A bank lends.\nTopic:", " business", 2),
+    "dbpedia": ("Article: A boat.\nKind:", " vehicle", 5),
+    "cb": ("It rains.\nQuestion: it is wet\nTrue, false or neither?\nAnswer:", " neither", 2),
     "gsm8k": ("Question: 2 + 2?\nAnswer:", " Add.\n#### 4", None),
     "e2e_nlg": ("name : Zizzi\nIn words:", " It is Zizzi .", None),
 }
@@ -79,6 +95,19 @@ def test_rows_read_as(name):
         assert example.references == (example.answer[1:],)
         if example.label is not None:
             assert example.choices[example.label] == example.answer
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_wording_of_a_task_reads_its_rows(name):
+    templates = [config(name).template, *config(name).templates]
+    prompts = [tasks.examples(config(name, template=text), ROWS[name], "rows")[0].prompt for text in templates]
+    assert len(set(prompts)) == len(prompts)
+    if name in ("sst2", "sst5", "mr", "cr", "amazon"):
+        assert len(prompts) >= 6
+    if config(name).answer == "labels":
+        assert {content_free(config(name, template=text), "N/A").prompt.count("N/A") >= 1 for text in templates} == {
+            True
+        }
 
 
 def test_every_task_file_fits_the_schema_and_describes_itself():

@@ -79,14 +79,13 @@ FAMILIES = {
 }
 #: Roles a family has, in the order of a layer's sites.
 ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
+_LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]}
 SETTINGS = {
-    "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
-    "pissa": {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]},
-    "milora": {
-        "rank": 4,
-        "alpha": 8,
-        "dropout": 0.0,
-        "target_modules": ["all"],
+    "lora": _LORA,
+    "dora": _LORA,
+    "pissa": _LORA,
+    "milora": _LORA
+    | {
         "k": 3,
         "load_balance": 0.01,
         "bilevel": True,
@@ -116,6 +115,9 @@ def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, 
         with torch.no_grad():
             for part in adapter.modules.values():
                 part.lora_b.normal_(std=0.2)
+                for name, parameter in part.tensors().items():
+                    if name == "lora_magnitude_vector":
+                        parameter.mul_(torch.rand_like(parameter) + 0.5)
             for router in adapter.routing.routers if adapter.routing else []:
                 router.pooler.weight.normal_()
                 router.projection.weight.normal_(std=3.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class LowRank(nn.Module):
     def constants(self) -> dict[str, Tensor]:
         """What does not train and must be saved all the same, by name."""
         return {}
+
+    def peft_options(self) -> dict[str, Any] | None:
+        """What this kind sets in PEFT's LoRA configuration; None where PEFT does not compute the same function."""
+        return None if self.constants() or self.unmergeable else {}
 
     @torch.no_grad()
     def resize(self, keep: Tensor, fresh: int) -> None:

@@ -155,12 +155,13 @@ def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
 
 def peft_config(adapter: Adapter) -> dict[str, Any] | None:
     """What stock PEFT needs to load this adapter, or None where it would not be the same function."""
-    parts = {key: (part.rank, part.scale * part.rank) for key, part in adapter.modules.items()}
+    parts = [(part.rank, part.scale * part.rank, part.peft_options()) for part in adapter.modules.values()]
     packed = any(site.span is not None for site in adapter.sites.values())
-    constant = any(part.constants() for part in adapter.modules.values())
-    if adapter.routing is not None or packed or constant or len(set(parts.values())) != 1:
+    if adapter.routing is not None or packed or not parts or any(part != parts[0] for part in parts):
         return None
-    rank, alpha = next(iter(parts.values()))
+    rank, alpha, options = parts[0]
+    if options is None:
+        return None
     heads = head_names(adapter.model)
     return {
         "peft_type": "LORA",
@@ -174,6 +175,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any] | None:
         "bias": "none",
         "lora_dropout": next(iter(adapter.modules.values())).dropout,
         "inference_mode": True,
+        **options,
     }
 
 

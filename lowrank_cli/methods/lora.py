@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.linear import LowRank
 
 
 @dataclass
@@ -52,4 +53,10 @@ class LoRA(Method):
 
         config = self.config
         sites = find_sites(model, list(config.target_modules))
-        return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+        return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
+
+    def kind(self) -> type[LowRank]:
+        """The kind of low-rank module."""
+        from lowrank_cli.adapter.linear import LowRank
+
+        return LowRank

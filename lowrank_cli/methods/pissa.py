@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.linear import LowRank
 
 
 @dataclass
@@ -28,12 +26,7 @@ class PiSSA(LoRA):
 
     Config = PiSSAConfig
 
-    def adapt(self, model: PreTrainedModel) -> Adapter:
-        """As LoRA, with the module's factors taken from the weight."""
-        from lowrank_cli.adapter.core import inject
-        from lowrank_cli.adapter.families import find_sites
+    def kind(self) -> type[LowRank]:
         from lowrank_cli.adapter.spectrum import Principal
 
-        config = self.config
-        sites = find_sites(model, list(config.target_modules))
-        return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=Principal)
+        return Principal

@@ -1,0 +1,117 @@
+"""The low-rank module with magnitude and direction apart: DoRA (Liu et al., ICML 2024, arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli.adapter.linear import LowRank
+
+#: Smallest squared norm of V's rows, relative to W's: below it the Gram identity is fp32 rounding only.
+FLOOR = 1e-6
+#: The same for a row of zeros, whose direction is undefined.
+ZERO_ROW = 1e-30
+
+
+class Decomposed(LowRank):
+    """y = (m / n) ⊙ (V x) + bias,   V = W + s · B diag(g) A,   n = ‖V‖ row by row (equation 5 of the paper).
+
+    ``magnitude`` m (O,), in fp32, starts as ‖W‖, so that m / n is exactly 1. As an update of the frozen output, with
+    the gate w of the module:
+
+        y = W x + bias + w ⊙ ((m/n − 1) ⊙ (W x) + (m/n) ⊙ s · B (g ⊙ (A drop(x))))
+
+    The gradient treats n as a constant (section 4.3). Dropout acts on the input of A only.
+
+    V is never formed: n² = ‖W‖² + 2 s ⟨W, B diag(g) A⟩ + s² ‖B diag(g) A‖², each term from products of the rank's
+    size. W and its norms are taken as they are when the module is attached; a model is moved to its device before.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device | None = None,
+    ):
+        super().__init__(in_features, out_features, rank, alpha, dropout, device)
+        self.magnitude = nn.Parameter(torch.empty(out_features, device=device))
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None  # versions of the parameters, what they gave
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return super().tensors() | {"lora_magnitude_vector": self.magnitude}
+
+    def peft_options(self) -> dict[str, Any]:
+        return {"use_dora": True}
+
+    @torch.no_grad()
+    def attach(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
+        self._squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (O, I) -> (O,)
+        self.magnitude.copy_(self._squares.sqrt())
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """n: (O,), or (B, O) where ``rank_gate`` differs from row to row; fp32."""
+        weight, a, gate = self._weight, self.lora_a, self.rank_gate
+        b = self.lora_b if gate is None else self.lora_b * gate.unsqueeze(-2)  # (O, R) or, row by row, (B, O, R)
+        with torch.autocast(weight.device.type, enabled=False):
+            along = (weight @ a.to(weight.dtype).t()).float()  # (O, I) @ (I, R) -> (O, R)
+            cross = (along * b).sum(dim=-1)  # ⟨W, BA⟩: (..., O, R) -> (..., O)
+            own = ((b @ (a @ a.t())) * b).sum(dim=-1)  # ‖BA‖²: (..., O, R) @ (R, R) -> (..., O)
+        squares = self._squares + 2 * self.scale * cross + self.scale**2 * own
+        return squares.maximum(FLOOR * self._squares + ZERO_ROW).sqrt()
+
+    def _rescaled(self) -> tuple[Tensor, Tensor]:
+        """m / n, (O,) or (B, O), and (m / n) ⊙ B, (O, R) or (B, O, R); kept in evaluation while nothing changes."""
+        if self.training or torch.is_grad_enabled() or self.rank_gate is not None:
+            self._kept = None
+            return self._compute()
+        versions = [(p.data_ptr(), p._version) for p in self.tensors().values()]
+        if self._kept is None or self._kept[0] != versions:
+            self._kept = (versions, self._compute())
+        return self._kept[1]
+
+    def _compute(self) -> tuple[Tensor, Tensor]:
+        ratio = self.magnitude / self.norms()
+        return ratio, ratio.unsqueeze(-1) * self.lora_b
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        ratio, b = self._rescaled()
+        y = self._stretch(y, ratio)
+        h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        b = b.to(y.dtype)
+        if b.dim() == 2:
+            y.addmm_(h, b.t(), alpha=self.scale)
+        else:
+            rows = y.view(len(b), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
+            rows.baddbmm_(h.view(len(b), -1, self.rank), b.mT, alpha=self.scale)
+
+    def _stretch(self, y: Tensor, ratio: Tensor) -> Tensor:
+        """``y`` (B * T, O) += w ⊙ (m/n − 1) ⊙ (W x), in place, where ``y`` is W x + bias; returns it for further use.
+
+        What is done in place through a view, autograd sees in views made afterwards: there it returns a new one.
+        """
+        change = ratio - 1  # exactly 0 at the start
+        gate = self.module_gate
+        if gate is not None:  # (B, 1) or (B, T, 1) times (O,) or (B, O) -> (B, O) or (B, T, O)
+            change = gate.unsqueeze(-1) * (change.unsqueeze(1) if gate.dim() == change.dim() == 2 else change)
+        rows = y
+        if change.dim() > 1:
+            rows = y.view(len(change), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
+            change = change if change.dim() == 3 else change.unsqueeze(1)  # (B, O) -> (B, 1, O)
+        rows.mul_(1 + change)
+        if self._bias is not None:
+            rows.sub_(self._bias * change)
+        return y if rows is y else rows.view(y.shape)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """ΔW = (m/n) ⊙ (W + s · B diag(g) A) − W, (O, I), fp32. Refused while a gate differs from row to row."""
+        update = super().delta()
+        ratio = self._compute()[0].unsqueeze(-1)  # (O, 1)
+        return (ratio - 1) * self._weight + ratio * update

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_cli import methods
 from lowrank_cli.cli import call
 
 SMALL = ["hardware.threads=1", "task.limit=8", "train.max_steps=1", "train.batch_size=4"]
@@ -40,7 +41,7 @@ def snapshot() -> set[Path]:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["train", "method=milroa"], ["method", "'milroa'", "did you mean 'milora'", "full, lora, milora, none"]),
+        (["train", "method=milroa"], ["method", "'milroa'", "did you mean 'milora'", ", ".join(methods.names())]),
         (["train", "model=lama"], ["model", "'lama'", "did you mean 'llama'"]),
         (["train", "task=tiny_sentimnet"], ["task", "did you mean 'tiny_sentiment'"]),
         (["train", "hardware=cpus"], ["hardware", "did you mean 'cpu'"]),

@@ -84,6 +84,20 @@ SETTINGS = {
     "lora": _LORA,
     "dora": _LORA,
     "pissa": _LORA,
+    "lelora": _LORA
+    | {
+        "policy": "learned",
+        "start": 0.0,
+        "phase": 2,
+        "explore": 0.6,
+        "places": 4,
+        "width_limit": 3,
+        "reward": "per_matrix",
+        "probe": 2,
+        "refresh": 0.01,
+        "policy_learning_rate": 0.01,
+        "entropy": 0.01,
+    },
     "milora": _LORA
     | {
         "k": 3,

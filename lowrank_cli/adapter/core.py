@@ -51,8 +51,8 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def ranks(self) -> dict[str, int]:
-        """The rank of every module in the model, by its key."""
-        return {key: part.rank for key, part in self.modules.items()}
+        """The rank of every module in the model that may be resized, by its key."""
+        return {key: part.rank for key, part in self.modules.items() if part.rank_axes}
 
     def attach(self, site: Site, part: LowRank) -> None:
         """Put ``part`` at ``site``, to be trained."""
@@ -87,7 +87,7 @@ class Adapter:
 
     def _enable(self, linears: dict[str, bool], routing: bool) -> None:
         for path, enabled in linears.items():
-            self.linears[path].enabled = enabled
+            self.linears[path].enable(enabled)
         if self.routing:
             self.routing.enabled = routing
 

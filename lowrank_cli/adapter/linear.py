@@ -94,6 +94,15 @@ class LowRank(nn.Module):
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
         """Called once with the frozen weight (O, I) that this module updates, and its bias (O,), where it has one."""
 
+    def fit(self, shapes: dict[str, torch.Size]) -> None:
+        """Called before saved tensors are assigned, with their shapes: a kind whose rank changes takes theirs."""
+
+    def settle(self, weight: Tensor, enabled: bool) -> None:
+        """Called when saved tensors were assigned, and when the adapter is switched on or off.
+
+        A kind that changes the stored ``weight`` (O, I) makes it what it has to be.
+        """
+
     def down(self) -> Tensor:
         """A of the update, (R, I); R may exceed ``rank``."""
         return self.lora_a
@@ -191,10 +200,23 @@ class AdaptedLinear(nn.Module):
         assert not self.merged
         del self.parts[name], self.spans[name]
 
-    def rows(self, span: tuple[int, int] | None) -> Tensor:
-        """The base's weight as (O, I), or the rows of it that a span covers: a view."""
-        weight = self.weight.t() if isinstance(self.base, Conv1D) else self.weight
+    def rows(self, span: tuple[int, int] | None, weight: Tensor | None = None) -> Tensor:
+        """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers: a view."""
+        weight = self.weight if weight is None else weight
+        weight = weight.t() if isinstance(self.base, Conv1D) else weight
         return weight if span is None else weight[slice(*span)]
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all updates on or off."""
+        if enabled != self.enabled:
+            self.enabled = enabled
+            if not self.merged:
+                self.settle()
+
+    def settle(self) -> None:
+        """Let each part make the stored weight what it has to be."""
+        for part, span in self.updates:
+            part.settle(self.rows(span), self.enabled)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:

@@ -11,10 +11,16 @@ needs no restoring; an update far below the precision of a bf16 W is not lost; a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
 
 #: Smaller side of a matrix up to which the decomposition is exact (LAPACK: about 1 s at 768 × 2048 on one core).
 EXACT = 1024
@@ -45,9 +51,12 @@ class Window(LowRank):
     def take(self, u: Tensor, s: Tensor, v: Tensor) -> None:
         """Start from components u (O, R), s (R,), v (R, I): B₀ = u (s / scale)^½, A₀ = (s / scale)^½ v."""
         root = (s / self.scale).sqrt()
-        self.register_buffer("start_a", root.unsqueeze(1) * v, persistent=False)  # (R, I)
-        self.register_buffer("start_b", u * root, persistent=False)  # (O, R)
+        self._begin(u * root, root.unsqueeze(1) * v)  # (O, R), (R, I)
         self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
+
+    def _begin(self, b: Tensor, a: Tensor) -> None:
+        self.register_buffer("start_b", b.detach().clone(), persistent=False)
+        self.register_buffer("start_a", a.detach().clone(), persistent=False)
 
 
 class Principal(Window):
@@ -55,6 +64,65 @@ class Principal(Window):
 
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
         self.take(*principal(weight, self.rank))
+
+
+class Moving(Window):
+    """A window that may be folded into the stored weight and opened elsewhere, with another width.
+
+    What was folded is kept as factors, W = W₀ + folded_b folded_a, in fp32. So W₀ comes back bit for bit (from a copy
+    on the CPU), loading repeats the same product, a bf16 weight is rounded once, not at every fold, and the whole
+    change is a LoRA. Factors that would outgrow the matrix become the matrix itself.
+    """
+
+    folded_a: Tensor  #: (F, I)
+    folded_b: Tensor  #: (O, F)
+
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float, device: torch.device | None = None
+    ):
+        super().__init__(inputs, outputs, rank, alpha, dropout, device)
+        self._pretrained: Tensor | None = None
+        self.fit({"lora_A.weight": torch.Size((rank, inputs)), "folded_A": torch.Size((0, inputs))})
+
+    def constants(self) -> dict[str, Tensor]:
+        return {**super().constants(), "folded_A": self.folded_a, "folded_B": self.folded_b}
+
+    def fit(self, shapes: dict[str, torch.Size]) -> None:
+        rank, folded = shapes["lora_A.weight"][0], shapes["folded_A"][0]
+        a, b = self.lora_a.detach(), self.lora_b.detach()
+        self.take(b.new_zeros(len(b), rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1]))
+        self._keep(b.new_zeros(len(b), folded), a.new_zeros(folded, a.shape[1]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The whole change of the pretrained weight, ΔW = b a: b (O, F + 2R), a (F + 2R, I), fp32."""
+        return torch.cat((self.folded_b, self.scale * self.up()), dim=1), torch.cat((self.folded_a, self.down()))
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> None:
+        """Move the update into the stored ``weight`` (O, I). Same function, same gradients of A and B afterwards."""
+        b, a = self.factors()
+        if len(a) > min(weight.shape):
+            delta = b @ a
+            wide = len(delta) <= delta.shape[1]
+            unit = torch.eye(min(weight.shape), device=delta.device)
+            b, a = (unit, delta) if wide else (delta, unit)
+        self._keep(b, a)
+        self.settle(weight, True)
+        self._begin(self.lora_b, self.lora_a)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor, enabled: bool) -> None:
+        if self._pretrained is None:
+            if not len(self.folded_a):
+                return
+            self._pretrained = weight.detach().to("cpu", copy=True)
+        pretrained = self._pretrained.to(weight.device)
+        folded = enabled and len(self.folded_a)
+        weight.copy_(pretrained.float() + self.folded_b @ self.folded_a if folded else pretrained)
+
+    def _keep(self, b: Tensor, a: Tensor) -> None:
+        self.register_buffer("folded_b", b.detach(), persistent=False)
+        self.register_buffer("folded_a", a.detach(), persistent=False)
 
 
 @torch.no_grad()
@@ -71,3 +139,87 @@ def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vt = torch.svd_lowrank(weight, q=rank + 8, niter=16)
         v = vt.t()
     return u[:, :rank], s[:rank], v[:rank]
+
+
+@dataclass
+class Spectrum:
+    """The decomposition of a matrix (O, I) with k = min(O, I), as far as windows may use it."""
+
+    values: Tensor  #: all singular values (k,), descending
+    index: Tensor  #: (C,) which components are kept, ascending
+    left: Tensor  #: (O, C)
+    right: Tensor  #: (C, I)
+
+    def window(self, start: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The components start … start + width − 1: u (O, R), s (R,), v (R, I)."""
+        at = int(torch.searchsorted(self.index, start))
+        assert width == 0 or int(self.index[at + width - 1]) == start + width - 1
+        return self.left[:, at : at + width], self.values[start : start + width], self.right[at : at + width]
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """uᵢᵀ G vᵢ of the kept components for a gradient G (O, I): (C,), fp32."""
+        return ((self.left.t() @ gradient.float()) * self.right).sum(dim=1)
+
+
+@torch.no_grad()
+def decompose(weight: Tensor, index: Tensor) -> Spectrum:
+    """The spectrum of ``weight`` (O, I) with the components ``index`` (C,).
+
+    Exact where the smaller side is at most ``EXACT``; above it by the eigenvectors of the smaller Gram matrix in fp64,
+    several times as fast and exact but for components below about 1e-7 of the largest.
+    """
+    weight = weight.float()
+    if min(weight.shape) <= EXACT:
+        u, s, v = torch.linalg.svd(weight, full_matrices=False)
+        return Spectrum(s, index, u[:, index].contiguous(), v[index].contiguous())
+    flat = weight if len(weight) <= weight.shape[1] else weight.t()
+    squares, vectors = torch.linalg.eigh(flat.double() @ flat.double().t())
+    s = squares.flip(0).clamp_min(0).sqrt().float()  # eigh: ascending
+    near = vectors.flip(1)[:, index].float()  # (k, C)
+    far = near.t() @ flat / s[index].clamp_min(1e-12).unsqueeze(1)  # (C, max(O, I))
+    if flat is weight:
+        return Spectrum(s, index, near, far)
+    return Spectrum(s, index, far.t().contiguous(), near.t().contiguous())
+
+
+def window(weight: Tensor, place: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The components u (O, R), s (R,), v (R, I) of ``weight`` (O, I) in the window of ``width`` at ``place``."""
+    if place == 0:
+        return principal(weight, width)
+    size = min(weight.shape)
+    start = window_start(place, size, width)
+    return decompose(weight, reachable([place], size, width)).window(start, width)
+
+
+def window_start(place: float, components: int, width: int) -> int:
+    """Where a window of ``width`` starts: ``place`` from 0 (principal components) to 1 (minor ones)."""
+    return math.floor(place * (components - width) + 0.5)
+
+
+def reachable(places: list[float], components: int, width: int) -> Tensor:
+    """Ascending indices of all components in windows at ``places`` of at most ``width``."""
+    starts = (window_start(place, components, width) for place in places)
+    return torch.tensor(sorted({i for start in starts for i in range(start, start + width)}))
+
+
+@contextmanager
+def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, a backward pass hands ``see`` the key and the gradient (O, I) of each adapted weight, one at a time."""
+
+    def watch(linear: AdaptedLinear, keys: dict[tuple[int, int] | None, str]) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            assert gradient is not None
+            for _, span in linear.updates:
+                see(keys[span], linear.rows(span, gradient))
+
+        return hook
+
+    with ExitStack() as undo:
+        for path, linear in adapter.linears.items():
+            keys = {site.span: key for key, site in adapter.sites.items() if site.path == path}
+            linear.weight.requires_grad_(True)
+            undo.callback(linear.weight.requires_grad_, False)
+            handle = linear.weight.register_post_accumulate_grad_hook(watch(linear, keys))  # type: ignore[no-untyped-call]
+            undo.callback(handle.remove)
+        yield

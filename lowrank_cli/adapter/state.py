@@ -54,12 +54,16 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
     if missing or unexpected:
         which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
         raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
-    for name, tensor in expected.items():
+    for key, part in adapter.modules.items():
+        part.fit({name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*part.tensors(), *part.constants())})
+    for name, tensor in _named(adapter).items():
         if tensor.shape != saved[name].shape:
             raise UserError(
                 f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(tensor.shape)}"
             )
         tensor.copy_(saved[name])
+    for linear in adapter.linears.values():
+        linear.settle()
 
 
 def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:

@@ -48,8 +48,12 @@ class Step:
     total: int  #: steps of the whole run
     adapter: Adapter
     learning_rate: float  #: of this step
-    dev_loss: Callable[[], torch.Tensor]  #: this process's share of the mean loss of a dev batch, with its graph
+    #: this process's share of the mean loss of a dev batch, with its graph: this step's own, or that of a given number
+    dev_loss: Callable[..., torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
+    #: drop the optimizer's moments of a parameter that was replaced, perhaps by one of another shape
+    forget: Callable[[torch.nn.Parameter], Any] = lambda parameter: None
+    log: Callable[[dict[str, Any]], None] = lambda row: None  #: a line for history.jsonl
 
 
 @runtime_checkable

@@ -29,7 +29,8 @@ def draw(run: Run) -> list[Path]:
     An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
     where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells; ``lines`` draws each
     row as a line over the numbers in ``columns``; ``box`` draws the values of each row, which may differ in number, as
-    a box with its points. Optional ``row_label`` and ``column_label`` name the axes.
+    a box with its points; ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over
+    the numbers in ``columns``. Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -37,7 +38,7 @@ def draw(run: Run) -> list[Path]:
     if any("train/loss" in row or "dev/loss" in row for row in history):
         pictures["loss.png"] = loss(history, run_title(run.info))
     if (run.path / "figures.json").is_file():
-        kinds = {"heatmap": heatmap, "lines": lines, "box": box}
+        kinds = {"heatmap": heatmap, "lines": lines, "box": box, "bubbles": bubbles}
         pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
@@ -207,6 +208,29 @@ def box(entry: dict[str, Any]) -> Figure:
     axes.set_title(textwrap.fill(entry["title"], 60), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
+    return figure
+
+
+def bubbles(entry: dict[str, Any]) -> Figure:
+    """Each value as the colour of a disc, its area in proportion to ``sizes``, row by row over ``columns``."""
+    rows, columns, sizes = entry["rows"], entry["columns"], _numbers(entry["sizes"])
+    figure, axes = _figure(min(max(0.4 * len(columns), 5.0), 12) + 1.5, min(max(0.22 * len(rows), 2.0), 16) + 1.2)
+    largest = max((size for line in sizes for size in line), default=0) or 1
+    places = [(x, y) for y in range(len(rows)) for x in columns]
+    discs = axes.scatter(
+        [x for x, _ in places],
+        [y for _, y in places],
+        c=[value for line in _numbers(entry["values"]) for value in line],
+        s=[120 * size / largest for line in sizes for size in line],
+        cmap="viridis",
+        vmin=0,
+    )
+    axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(entry.get("column_label", ""))
+    axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
+    _plain(axes)
+    figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""), fontsize=9)
     return figure
 
 

@@ -147,7 +147,16 @@ class Trainer:
         if self.settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.inner, self.settings.max_grad_norm)
         rate, method = self.learning_rate(step), self.session.method
-        now = Step(step, self.total, self.adapter, rate, lambda: self._dev_batch_loss(step), self._average)
+        now = Step(
+            step,
+            self.total,
+            self.adapter,
+            rate,
+            lambda number=step: self._dev_batch_loss(number),
+            self._average,
+            forget=lambda parameter: self.optimizer.state.pop(parameter, None),
+            log=lambda row: self.run.log({"step": step, **row}),
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if isinstance(method, BeforeStep):

@@ -1,0 +1,142 @@
+"""The policy that chooses a window of the spectrum for each matrix, and how rewards teach it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_cli.adapter.families import ROLES, Site
+from lowrank_cli.adapter.spectrum import Spectrum
+
+POINTS = 32  #: singular values a matrix is described by
+NUMBERS = POINTS + len(ROLES) + 7  #: features beside the gradient's share in each band
+HIDDEN = 64
+SPREAD = 0.5  #: standard deviation of the sampled width logits
+MEMORY = 0.7  #: of the averages of rewards, a phase
+
+
+def features(
+    sites: Sequence[Site], spectra: Sequence[Spectrum], drift: Tensor, energy: Tensor, progress: float
+) -> Tensor:
+    """What the policy sees of each matrix: (M, F = 46 + P), free of scale, in units of the spread over matrices.
+
+    Log singular values resampled to 32 points and relative to ‖W‖_F; log of Frobenius (of an entry), spectral and
+    nuclear norm (relative to Frobenius); stable rank; ``drift`` (M,) = ‖W − W₀‖_F / ‖W₀‖_F; ``energy`` (M, P), the
+    gradient's share in each band of the spectrum; depth; role; and ``progress``, the share of training that is done.
+    """
+    depth = max(site.layer or 0 for site in sites) or 1
+    rows = []
+    for site, spectrum in zip(sites, spectra, strict=True):
+        values = spectrum.values.cpu()
+        norm = values.square().sum().sqrt().clamp_min(1e-12)
+        relative = (values / norm).clamp_min(1e-6)
+        curve = F.interpolate(relative.log().view(1, 1, -1), POINTS, mode="linear", align_corners=True).flatten()
+        numbers = torch.stack(
+            [
+                (norm / math.sqrt(site.in_features * site.out_features)).log(),
+                relative[0].log(),
+                (relative.sum() / math.sqrt(len(values))).log(),
+                1 / relative[0].square() / len(values),
+            ]
+        )
+        role = torch.tensor([float(site.role == role) for role in ROLES])
+        rows.append(torch.cat([curve, numbers, role, torch.tensor([(site.layer or 0) / depth])]))
+    table = torch.cat([torch.stack(rows), drift.unsqueeze(1), energy], dim=1)
+    relative = (table - table.mean(dim=0)) / (table.std(dim=0, correction=0) + 1e-6)
+    return torch.cat([relative, torch.full((len(rows), 1), progress)], dim=1)
+
+
+def share_out(logits: Tensor, budget: int, limits: Sequence[int]) -> list[int]:
+    """Widths in proportion to softmax(``logits``) (M,), each at most its limit, that sum to ``budget`` exactly.
+
+    What exceeds a limit is shared among the others; fractions are rounded by the largest remainder.
+    """
+    assert sum(limits) >= budget
+    weights, limit = torch.softmax(logits.double(), dim=0), torch.tensor(limits, dtype=torch.float64)
+    full = torch.zeros_like(limit, dtype=torch.bool)
+    while True:
+        left = budget - limit[full].sum()
+        wanted = torch.where(full, limit, left * weights / weights[~full].sum().clamp_min(1e-300))
+        if not (over := (wanted > limit) & ~full).any():
+            break
+        full |= over
+    widths = wanted.floor()
+    missing = budget - int(widths.sum())
+    remainder = torch.where(widths < limit, wanted - widths, -1.0)
+    widths[remainder.argsort(descending=True, stable=True)[:missing]] += 1
+    return [int(width) for width in widths]
+
+
+class Policy(nn.Module):
+    """One network for all matrices: features to a choice among window places, and to the logit of a width share.
+
+    At the start it is indifferent: places are equally likely, width logits are normal with mean 0.
+    """
+
+    def __init__(self, places: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(NUMBERS + places, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
+        self.heads = nn.Linear(HIDDEN, places + 1)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, F) to log-probabilities of the places (M, P) and means of the width logits (M,)."""
+        out = self.heads(self.body(x))
+        return torch.log_softmax(out[:, :-1], dim=1), out[:, -1]
+
+    @torch.no_grad()
+    def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A place (M,) and a width logit (M,) for each matrix."""
+        log_places, means = self(x)
+        places = torch.multinomial(log_places.exp(), 1, generator=generator).squeeze(1)
+        return places, means + SPREAD * torch.randn(len(x), generator=generator)
+
+    @torch.no_grad()
+    def greedy(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely place and the mean width logit."""
+        log_places, means = self(x)
+        return log_places.argmax(dim=1), means
+
+    def loss(self, x: Tensor, places: Tensor, logits: Tensor, advantage: Tensor, entropy: float) -> Tensor:
+        """REINFORCE (Williams 1992): −mean A log π(choice), less ``entropy`` × the mean entropy of the places."""
+        log_places, means = self(x)
+        chosen = log_places.gather(1, places.unsqueeze(1)).squeeze(1)  # (M, P) -> (M,)
+        normal = -(logits - means).square() / (2 * SPREAD**2)
+        uncertain = -(log_places.exp() * log_places).sum(dim=1)
+        return -(advantage * (chosen + normal)).mean() - entropy * uncertain.mean()
+
+
+class Baseline:
+    """Turns the rewards (M,) of a phase into advantages: less their running mean, in units of their running spread.
+
+    The mean is each matrix's own. Before there is one, it is that of all matrices.
+    """
+
+    def __init__(self, matrices: int):
+        self.mean, self.square = torch.zeros(matrices), torch.zeros(())
+        self.seen = torch.zeros((), dtype=torch.long)
+
+    def advantage(self, reward: Tensor) -> Tensor:
+        seen = int(self.seen)
+        mean = self.mean / (1 - MEMORY**seen) if seen else reward.mean().expand_as(reward)
+        above = reward - mean
+        self.mean = MEMORY * self.mean + (1 - MEMORY) * reward
+        self.square = MEMORY * self.square + (1 - MEMORY) * above.square().mean()
+        self.seen = self.seen + 1
+        return above / (self.square / (1 - MEMORY ** (seen + 1))).sqrt().clamp_min(1e-12)
+
+
+def shares(credit: Tensor, drop: float) -> Tensor:
+    """First-order credits (M,) corrected to sum to the measured ``drop``, each in proportion to its magnitude.
+
+    Where all credits have the sign of the drop this is scaling; it stays defined where they cancel.
+    """
+    size = credit.abs()
+    total = size.sum()
+    weights = size / total if total > 0 else torch.full_like(size, 1 / len(size))
+    return credit + (drop - credit.sum()) * weights

@@ -260,14 +260,14 @@ def test_reinforce_finds_what_is_rewarded(per_matrix):
     kind = torch.arange(8) % 2
     x = torch.zeros(8, 50)
     x[:, 0] = kind * 2.0 - 1
-    policy, baseline, generator = Policy(4), Baseline(8), torch.Generator().manual_seed(0)
+    policy, baseline, generator = Policy(4), Baseline(8 if per_matrix else 1), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
     for _ in range(120):
         places, logits_ = policy.sample(x, generator)
         reward = (places == kind * 3).float() + (2 * kind - 1) * logits_
-        reward = reward if per_matrix else reward.mean().expand(8)
+        reward = reward if per_matrix else reward.mean(dim=0, keepdim=True)
         optimizer.zero_grad()
-        policy.loss(x, places, logits_, baseline.advantage(reward), 0.01).backward()
+        policy.loss(x, places, logits_, baseline.advantage(reward).expand(8), 0.01).backward()
         optimizer.step()
     places, means = policy.greedy(x)
     assert places.tolist() == (kind * 3).tolist()

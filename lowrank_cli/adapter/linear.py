@@ -139,6 +139,11 @@ class LowRank(nn.Module):
         """ΔW = s · B diag(g) A, (O, I), fp32."""
         return self.scale * (self.columns().float() @ self.down().float())
 
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """b (O, R), a (R, I), fp32, whose product is the whole change of the pretrained weight."""
+        return self.scale * self.columns().float(), self.down().float()
+
 
 def resized(tensor: Tensor, axis: int, keep: Tensor, fresh: int) -> Tensor:
     """The slices ``keep`` of ``tensor`` along ``axis``, and ``fresh`` slices of zeros behind them."""

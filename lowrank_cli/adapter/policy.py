@@ -112,22 +112,25 @@ class Policy(nn.Module):
 
 
 class Baseline:
-    """Turns the rewards (M,) of a phase into advantages: less their running mean, in units of their running spread.
+    """Turns the rewards (M,) of a phase into advantages (M,): less their running means, normalised.
 
-    The mean is each matrix's own. Before there is one, it is that of all matrices.
+    Several rewards are standardised over matrices, so that a loss that falls ever more slowly says nothing; one reward
+    for all is divided by the running root mean square of its distance from the mean.
     """
 
-    def __init__(self, matrices: int):
-        self.mean, self.square = torch.zeros(matrices), torch.zeros(())
+    def __init__(self, rewards: int):
+        self.mean, self.square = torch.zeros(rewards), torch.zeros(())
         self.seen = torch.zeros((), dtype=torch.long)
 
     def advantage(self, reward: Tensor) -> Tensor:
         seen = int(self.seen)
-        mean = self.mean / (1 - MEMORY**seen) if seen else reward.mean().expand_as(reward)
+        mean = self.mean / (1 - MEMORY**seen) if seen else reward.mean()
         above = reward - mean
         self.mean = MEMORY * self.mean + (1 - MEMORY) * reward
         self.square = MEMORY * self.square + (1 - MEMORY) * above.square().mean()
         self.seen = self.seen + 1
+        if len(reward) > 1:
+            return (above - above.mean()) / above.std(correction=0).clamp_min(1e-12)
         return above / (self.square / (1 - MEMORY ** (seen + 1))).sqrt().clamp_min(1e-12)
 
 

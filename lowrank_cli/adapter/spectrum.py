@@ -93,9 +93,11 @@ class Moving(Window):
         self.take(b.new_zeros(len(b), rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1]))
         self._keep(b.new_zeros(len(b), folded), a.new_zeros(folded, a.shape[1]))
 
+    @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The whole change of the pretrained weight, ΔW = b a: b (O, F + 2R), a (F + 2R, I), fp32."""
-        return torch.cat((self.folded_b, self.scale * self.up()), dim=1), torch.cat((self.folded_a, self.down()))
+        """b (O, F + 2R), a (F + 2R, I), fp32: what was folded, and the update."""
+        b, a = super().factors()
+        return torch.cat((self.folded_b, b), dim=1), torch.cat((self.folded_a, a))
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:

@@ -56,7 +56,7 @@ class Strategies:
         self.norms = torch.stack([self._weight(m).float().norm().cpu() for m in range(count)])
         self.policy = Policy(places)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
-        self.baseline = Baseline(count)
+        self.baseline = Baseline(count if per_matrix else 1)
         self.choice: dict[str, Tensor] = {}  #: features, places and logits of the phase that runs; its first dev loss
         self.log: dict[str, list[Tensor]] = {}  #: a value for each switch, see :meth:`switch`
         self.seconds = 0.0
@@ -148,7 +148,7 @@ class Strategies:
         self.energy[m] = INERTIA * self.energy[m] + (1 - INERTIA) * share
 
     def _learn(self, rewards: Tensor) -> None:
-        advantage = self.baseline.advantage(rewards)
+        advantage = self.baseline.advantage(rewards if self.per_matrix else rewards[:1]).expand_as(rewards)
         if self.learns:
             made = (self.choice["x"], self.choice["places"], self.choice["logits"])
             self.optimizer.zero_grad()

@@ -154,7 +154,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
         {
             "file": "windows.png",
             "kind": "bubbles",
-            "title": "Window of each matrix: start (colour, 0 principal, 1 minor) and width (size)",
+            "title": "Window of each matrix: its place in the spectrum, and its width as size",
             "rows": names,
             "columns": log["step"],
             "values": [
@@ -162,7 +162,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
                 for m, size in enumerate(strategies.sizes)
             ],
             "sizes": [[widths[m] for widths in log["widths"]] for m in range(len(names))],
-            "label": "place of the window",
+            "label": "place of the window (0 principal … 1 minor components)",
             "column_label": "step",
         },
         {

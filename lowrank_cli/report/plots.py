@@ -226,7 +226,7 @@ def bubbles(entry: dict[str, Any]) -> Figure:
         vmin=0,
     )
     axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
     _plain(axes)

@@ -14,8 +14,8 @@ from typer.core import TyperCommand
 
 from lowrank_cli.errors import LrkError, UserError, unknown
 
-VERBS = ("train", "evaluate", "run", "compare", "list", "check")
-STAGES = ("train", "evaluate", "run")  #: the verbs that take overrides
+VERBS = ("train", "evaluate", "export", "run", "compare", "list", "check")
+STAGES = ("train", "evaluate", "export", "run")  #: the verbs that take overrides
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
     "train": [
@@ -29,6 +29,11 @@ EXAMPLES = {
         "lrk evaluate run=outputs/latest evaluate.split=dev",
         "lrk evaluate method=none task=tiny_yesno evaluate.shots=8",
         "lrk evaluate -m method=none evaluate.shots=0,4,8",
+    ],
+    "export": [
+        "lrk export",
+        "lrk export run=outputs/latest export.format=merged",
+        "lrk export run=outputs/latest export.rank=16 export.max_error=0.05",
     ],
     "run": [
         "lrk run recipe=milora",
@@ -148,6 +153,18 @@ def evaluate(
 ) -> None:
     """Measure a trained run (run=FOLDER, or the newest), or the frozen model (method=none)."""
     _stage("evaluate", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
+def export(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Write a trained adapter (run=FOLDER, or the newest) for other programs, as a LoRA or merged, and prove it."""
+    _stage("export", overrides or [], multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)

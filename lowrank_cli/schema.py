@@ -233,6 +233,33 @@ class EvaluateRun(RunConfig):
 
 
 @dataclass
+class ExportConfig:
+    """What is written for other programs."""
+
+    format: str = MISSING  #: ``lora`` (a PEFT adapter) or ``merged`` (the whole model with the updates in its weights)
+    rank: Optional[int] = MISSING  #: of a LoRA's modules at most: the rest is cut off; null keeps all of the change
+    max_error: float = MISSING  #: largest difference of logits, relative to the largest logit, that is not refused
+
+    def validate(self) -> None:
+        require_choice("export.format", self.format, ("lora", "merged"))
+        if self.rank is not None:
+            require_range("export.rank", self.rank, 1)
+            if self.format == "merged":
+                raise UserError(
+                    "export.rank: merged weights hold the whole change; leave it out, or export.format=lora"
+                )
+        require_range("export.max_error", self.max_error, 0)
+
+
+@dataclass
+class ExportRun(RunConfig):
+    """``lrk export``."""
+
+    export: ExportConfig = field(default_factory=ExportConfig)
+    run: Optional[str] = MISSING  #: a training run's folder; null takes the newest finished one
+
+
+@dataclass
 class StageConfig:
     """One stage of a recipe."""
 

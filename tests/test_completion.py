@@ -46,7 +46,7 @@ def zsh(lrk, monkeypatch):
 def test_verbs(bash, zsh):
     assert bash("tra") == ["train"]
     assert zsh("lrk ev") == ["evaluate"]
-    assert {"train", "evaluate", "run", "compare", "list", "check"} == set(bash(""))
+    assert {"train", "evaluate", "export", "run", "compare", "list", "check"} == set(bash(""))
 
 
 def test_choices_of_a_group(bash, zsh):

@@ -55,6 +55,11 @@ class Decomposed(LowRank):
         self.magnitude.copy_(self._squares.sqrt())
 
     @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        delta = self.delta()  # a row's new length changes all of W: no factors are smaller
+        return delta, torch.eye(delta.shape[1], device=delta.device)
+
+    @torch.no_grad()
     def norms(self) -> Tensor:
         """n: (O,), or (B, O) where ``rank_gate`` differs from row to row; fp32."""
         weight, a, gate = self._weight, self.lora_a, self.rank_gate

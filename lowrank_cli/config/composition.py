@@ -29,12 +29,13 @@ from lowrank_cli.methods.protocol import Calibrates
 VERBS: dict[str, type] = {
     "train": schema.TrainRun,
     "evaluate": schema.EvaluateRun,
+    "export": schema.ExportRun,
     "run": schema.RecipeRun,
 }
 INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
 PATHS = (*INPUTS, "outputs")
-READS = {"evaluate": "train", "train": "train"}  # verb: the stage whose run it reads
-NEWEST = ("evaluate",)  # verbs that read the newest run where none is named
+READS = {"evaluate": "train", "train": "train", "export": "train"}  # verb: the stage whose run it reads
+NEWEST = ("evaluate", "export")  # verbs that read the newest run where none is named
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 

@@ -145,4 +145,4 @@ class Calibrates(Protocol):
 
 
 #: What each stage of a recipe asks of a method: one of these capabilities.
-STAGE_NEEDS: dict[str, tuple[type, ...]] = {"train": (Adapts, Calibrates), "evaluate": (Method,)}
+STAGE_NEEDS: dict[str, tuple[type, ...]] = {"train": (Adapts, Calibrates), "evaluate": (Method,), "export": (Adapts,)}

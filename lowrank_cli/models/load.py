@@ -93,7 +93,7 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
     if model.kind == "encoder":
         factory, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
-    with _quiet(where.local):
+    with quiet(where.local):
         with _one_line(where.source):
             _check_kind(model, where.source, arguments)
             network, report = factory.from_pretrained(
@@ -183,7 +183,7 @@ def _probe(repository: str, revision: str | None) -> None:
 
 
 @contextmanager
-def _quiet(local: bool):
+def quiet(local: bool):
     """No report on new heads (we check them) and, where nothing is downloaded, no progress bars."""
     from transformers.utils import logging
 

@@ -108,7 +108,7 @@ def end_of_run(run: Run) -> RenderableType:
     for name, text in rows:
         add(grid, name, text)
     add(grid, "folder", shown(run.path))
-    contents = ("adapter/", "predictions.jsonl", "plots/", "checkpoints/")
+    contents = ("adapter/", "export/", "predictions.jsonl", "plots/", "checkpoints/")
     held = [name for name in contents if (run.path / name).exists()]
     if held:
         add(grid, "holds", ", ".join(held))
@@ -183,7 +183,7 @@ def _next(run: Run) -> Iterable[str]:
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
-    return [f"lrk compare {shown(run.path.parent)}"] if status == "done" else []
+    return [f"lrk compare {shown(run.path.parent)}"] if status == "done" and stage != "export" else []
 
 
 def first_line(error: Any) -> str:

@@ -3,4 +3,5 @@
 STAGES = {
     "train": "lowrank_cli.stages.train",
     "evaluate": "lowrank_cli.stages.evaluate",
+    "export": "lowrank_cli.stages.export",
 }

@@ -1,0 +1,48 @@
+"""``lrk export``: a trained adapter for other programs, refused where it would not be the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged
+from lowrank_cli.errors import UserError
+from lowrank_cli.models.load import quiet
+from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.schema import ExportRun
+from lowrank_cli.stages.evaluate import load_adapter
+from lowrank_cli.stages.session import start
+
+
+def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+    """Write ``export/`` into ``run``'s folder. Raises UserError above ``export.max_error``."""
+    session = start(config)
+    assert session.adapter is not None
+    load_adapter(session)
+    session.greet()
+    session.model.eval()
+    adapter, asked = session.adapter, config.export
+    metrics: dict[str, float] = {}
+
+    def loaded(folder: Path) -> torch.nn.Module:
+        return type(session.model).from_pretrained(folder, dtype=session.model.dtype).to(session.device).eval()
+
+    with atomic_folder(run.file("export")) as folder:
+        if asked.format == "lora":
+            loras, lost = as_lora(adapter, asked.rank)
+            error = lora_error(adapter, loras)
+            metrics |= {"export/rank": max(len(a) for _, a in loras.values()), "export/weight_error": lost}
+            save_lora(adapter, loras, folder)
+        else:
+            with quiet(True):
+                error = save_merged(adapter, folder, loaded)
+        session.tokenizer.save_pretrained(folder)
+        if not error <= asked.max_error:
+            more = "a larger export.rank (null keeps everything), " if asked.rank else ""
+            raise UserError(
+                f"export.max_error: the exported logits differ by {error:.2g} of the largest (allowed: "
+                f"{asked.max_error:g}); set {more}export.format={'merged' if asked.format == 'lora' else 'lora'}, "
+                f"or a larger export.max_error"
+            )
+    return {**metrics, "export/logit_error": error}

@@ -1,0 +1,95 @@
+"""Adapters for other programs: the same function, or a refusal."""
+
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from test_lelora import moved
+
+from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged, truncate
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs import Run
+
+
+def adapted(name, family):
+    adapter = moved(family)[1] if name == "lelora" else small.adapted(name, family, trained=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.add_(torch.randn_like(part.lora_b) * 0.1)
+    adapter.model.eval()
+    return adapter
+
+
+def test_truncation_is_the_best_approximation_and_knows_its_error():
+    b, a = torch.randn(9, 5), torch.randn(5, 7)
+    u, s, v = torch.linalg.svd(b @ a)
+    low, high, error = truncate(b, a, 2)
+    torch.testing.assert_close(low @ high, (u[:, :2] * s[:2]) @ v[:2], atol=1e-5, rtol=1e-4)
+    assert error == pytest.approx((s[2:].norm() / s.norm()).item(), rel=1e-4)
+    low, high, error = truncate(torch.cat((b, b), dim=1), torch.cat((a, a)), None)
+    assert low.shape == (9, 5) and error < 1e-5
+    torch.testing.assert_close(low @ high, 2 * b @ a, atol=1e-5, rtol=1e-4)
+    low, high, error = truncate(b[:, :0], a[:0], None)
+    assert (low @ high == 0).all() and error == 0
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "lelora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_all_ranks_are_the_same_function_and_fewer_say_how_far_they_are(name, family):
+    adapter = adapted(name, family)
+    before = {path: linear.weight.clone() for path, linear in adapter.linears.items()}
+    loras, error = as_lora(adapter, None)
+    assert error < 1e-5 and lora_error(adapter, loras) < 1e-4
+    one, worse = as_lora(adapter, 1)
+    assert worse > 0.1 and lora_error(adapter, one) > 1e-3
+    assert all(torch.equal(linear.weight, before[path]) for path, linear in adapter.linears.items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lora", "pissa", "lelora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_the_peft_library_loads_the_export_with_equal_logits(name, family, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = adapted(name, family)
+    loras, _ = as_lora(adapter, None)
+    save_lora(adapter, loras, tmp_path)
+    model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
+    expected = adapter.model(input_ids=small.ids()).logits
+    torch.testing.assert_close(model(input_ids=small.ids()).logits, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "lelora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_merged_weights_load_without_us(name, family, tmp_path):
+    adapter = adapted(name, family)
+    expected = adapter.model(input_ids=small.ids()).logits
+    kind = type(adapter.model)
+    error = save_merged(adapter, tmp_path, lambda folder: kind.from_pretrained(folder).eval())
+    assert error < 1e-5
+    found = kind.from_pretrained(tmp_path).eval()(input_ids=small.ids()).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_routes_by_prompt_is_refused():
+    with pytest.raises(UserError, match="prompt by prompt"):
+        as_lora(small.adapted("milora"), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lelora", "dora"])
+def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
+    quick = ["task=tiny_entailment", "task.limit=8", "hardware.threads=1", "train.max_steps=4", "train.batch_size=4"]
+    assert lrk("train", f"method={name}", *quick, "train.eval_every=4").code == 0
+    trained = Path("outputs/latest").resolve()
+    refused = lrk("export", f"run={trained}", "export.rank=1", "export.max_error=1e-6")
+    assert refused.code == 2
+    assert "error: export.max_error: the exported logits differ by" in refused.err
+    assert lrk("export", f"run={trained}", "export.format=merged", "export.rank=2").code == 2
+    for form, file in (("lora", "adapter_model.safetensors"), ("merged", "model.safetensors")):
+        assert lrk("export", f"run={trained}", f"export.format={form}").code == 0
+        run = Run.open("outputs/latest")
+        assert run.metrics["export/logit_error"] < 1e-3
+        assert (run.path / "export" / file).is_file() and (run.path / "export" / "tokenizer.json").is_file()

@@ -1,0 +1,138 @@
+"""What LeLoRA's choices cost in training: one switch of strategies against the steps of a phase.
+
+    python scripts/bench_lelora.py --phase 50 --out docs/results/bench_lelora.json
+
+Two shapes of Llama: that of the bundled model, and one of about 100M parameters with random weights. A step is forward,
+backward and AdamW on one batch; a switch is what happens between two phases: the probe of the dev loss with its
+gradients, rewards, folding, spectra, policy, new windows. Steps and switches alternate; figures are medians. The share
+is switch / (phase × step + switch); the decompositions before the first switch are paid once and stand apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowrank_cli import methods
+from lowrank_cli.config.composition import compose
+from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
+
+#: hidden, intermediate, layers, heads, vocabulary
+SHAPES = {"bundled": (128, 320, 6, 4, 1536), "100m": (768, 2048, 12, 12, 32000)}
+TOKENS = {"bundled": (16, 64), "100m": (4, 128)}  #: batch and length
+
+
+def model(name: str, device: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    hidden, intermediate, layers, heads, vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(config).to(device)
+
+
+def timed(work, device: str) -> float:
+    """Seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(name: str, args: argparse.Namespace) -> dict:
+    """Medians of one shape."""
+    network = model(name, args.device)
+    config = compose("train", ["method=lelora", f"method.phase={args.phase}", *args.overrides]).config.method
+    method = methods.create(config)
+    adapter = method.adapt(network)
+    strategies = method._strategies
+    optimizer = torch.optim.AdamW(list(adapter.trained.values()), lr=1e-3)
+    batch = torch.randint(SHAPES[name][-1], TOKENS[name], generator=torch.Generator().manual_seed(1)).to(args.device)
+    network.train()
+
+    def loss() -> torch.Tensor:
+        logits = network(input_ids=batch, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        network.zero_grad()
+
+    number = 0
+
+    def switch() -> None:
+        nonlocal number
+        number += 1
+        forget = partial(dict.pop, optimizer.state)
+        strategies.switch(
+            number, 0.1, [loss] * config.probe, lambda t: t, lambda parameter: forget(parameter, None), last=False
+        )
+
+    step()
+    first = timed(switch, args.device)
+    steps, switches = [], []
+    for _ in range(args.rounds):
+        steps += [timed(step, args.device) for _ in range(args.steps)]
+        switches.append(timed(switch, args.device))
+    one, between = statistics.median(steps), statistics.median(switches)
+    share = between / (config.phase * one + between)
+    print(
+        f"{name:8} step {one * 1000:7.1f} ms   switch {between * 1000:8.1f} ms   share {share:.1%}  first {first:.1f} s"
+    )
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()) - adapter.count(),
+        "matrices": len(adapter.modules),
+        "step_seconds": one,
+        "switch_seconds": between,
+        "share_of_exploration": share,
+        "share_of_training": share * config.explore,
+        "first_switch_seconds": first,
+        "all_switch_seconds": switches,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the method, as for lrk train")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--phase", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps between two switches")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_intermixed_args()
+    torch.set_num_threads(args.threads)
+    found = {name: measure(name, args) for name in args.shapes}
+    if args.out:
+        record = {
+            "command": "python scripts/bench_lelora.py",
+            "settings": {key: value for key, value in vars(args).items() if key != "out"},
+            "git": git_state(),
+            "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
+            "packages": package_versions(),
+            "shapes": found,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

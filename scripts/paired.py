@@ -1,0 +1,89 @@
+"""One method of a suite against each of the others: paired by task and seed, over the runs of scripts/evidence.py.
+
+    python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR [--metric accuracy]
+
+Prints, and writes to docs/results/<suite>/<group>/paired.json, for each group and each other method: by task the
+medians, their intervals and the mean difference with its sign-flip test; and the test over all tasks together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import yaml
+
+from lowrank_cli.report.statistics import median_interval, sign_flip_test
+from lowrank_cli.runs.provenance import git_state
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def values(folder: Path, metric: str) -> dict[int, float]:
+    """Seed → metric of the finished runs below ``folder``."""
+    found = {}
+    for file in sorted(folder.rglob("metrics.json")):
+        info = json.loads((file.parent / "run.json").read_text())
+        if "latest" not in file.parts and info["status"] == "done":
+            found[info["seed"]] = json.loads(file.read_text())[f"test/{metric}"]
+    return found
+
+
+def against(tasks: list[Path], method: str, other: str, metric: str) -> dict:
+    """The comparison of two methods over the tasks of a group."""
+    record: dict = {"tasks": {}}
+    pooled = []
+    for task in tasks:
+        ours, theirs = values(task / method, metric), values(task / other, metric)
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            continue
+        differences = [ours[seed] - theirs[seed] for seed in seeds]
+        pooled += differences
+        record["tasks"][task.name] = {
+            "seeds": seeds,
+            "medians": [statistics.median(ours.values()), statistics.median(theirs.values())],
+            "intervals": [median_interval(list(ours.values())), median_interval(list(theirs.values()))],
+            "mean_difference": statistics.mean(differences),
+            "p_value": sign_flip_test(differences),
+        }
+    if pooled:
+        record |= {"pairs": len(pooled), "mean_difference": statistics.mean(pooled), "p_value": sign_flip_test(pooled)}
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("method")
+    parser.add_argument("--outputs", type=Path, required=True, help="as given to evidence.py")
+    parser.add_argument("--metric", default="accuracy")
+    args = parser.parse_args()
+    suite = yaml.safe_load(args.suite.read_text())
+    for group in suite["groups"]:
+        folder = args.outputs / "runs" / group
+        if not folder.is_dir():
+            continue
+        tasks = sorted(path for path in folder.iterdir() if path.is_dir())
+        others = [name for name in suite["methods"] if name != args.method]
+        found = {other: against(tasks, args.method, other, args.metric) for other in others}
+        record = {
+            "command": f"python scripts/paired.py {args.suite.name} {args.method} --metric {args.metric}",
+            "git": git_state(),
+            "against": found,
+        }
+        target = ROOT / "docs" / "results" / args.suite.stem / group / "paired.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record, indent=1) + "\n")
+        for other, result in found.items():
+            if "pairs" in result:
+                print(
+                    f"{group}: {args.method} − {other}: {result['mean_difference']:+.4f} "
+                    f"over {result['pairs']} pairs, p = {result['p_value']:.3g}"
+                )
+
+
+if __name__ == "__main__":
+    main()

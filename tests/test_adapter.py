@@ -70,6 +70,33 @@ def test_gradients_equal_those_of_the_plain_formula():
         torch.testing.assert_close(ours, plain.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_laid_out_once_for_decoding_follows_every_change(dtype):
+    part, base = low_rank(), nn.Linear(6, 5).to(dtype)
+    linear = adapted_linear(part, base)
+    x = torch.randn(2, 1, 6).to(dtype)
+
+    def check():
+        with torch.no_grad():
+            found = linear(x)
+            kept = part.factors(dtype)
+            assert all(one is two for one, two in zip(kept, part.factors(dtype), strict=True))
+        expected = base(x).float() + part.scale * (x.float() @ part.lora_a.T) @ part.lora_b.T
+        torch.testing.assert_close(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0.01)
+
+    check()
+    with torch.no_grad():
+        part.lora_b.neg_()
+    check()
+    part.load_state_dict(low_rank().state_dict())
+    check()
+    part.lora_a = nn.Parameter(torch.randn(3, 6))
+    check()
+    part.to(torch.float64).to(torch.float32)
+    part.lora_a.data = part.lora_a.data * 2
+    check()
+
+
 def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     part = low_rank(dropout=0.5)
     x = torch.ones(1, 20000, 6)

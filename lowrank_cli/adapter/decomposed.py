@@ -40,7 +40,6 @@ class Decomposed(LowRank):
     ):
         super().__init__(in_features, out_features, rank, alpha, dropout, device)
         self.magnitude = nn.Parameter(torch.empty(out_features, device=device))
-        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None  # versions of the parameters, what they gave
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"lora_magnitude_vector": self.magnitude}
@@ -71,30 +70,30 @@ class Decomposed(LowRank):
         squares = self._squares + 2 * self.scale * cross + self.scale**2 * own
         return squares.maximum(FLOOR * self._squares + ZERO_ROW).sqrt()
 
-    def _rescaled(self) -> tuple[Tensor, Tensor]:
-        """m / n, (O,) or (B, O), and (m / n) ⊙ B, (O, R) or (B, O, R); kept in evaluation while nothing changes."""
-        if self.training or torch.is_grad_enabled() or self.rank_gate is not None:
-            self._kept = None
-            return self._compute()
-        versions = [(p.data_ptr(), p._version) for p in self.tensors().values()]
-        if self._kept is None or self._kept[0] != versions:
-            self._kept = (versions, self._compute())
-        return self._kept[1]
+    def _rescaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """m / n, (O,) or (B, O), and (m / n) ⊙ Bᵀ, (R, O) or (B, R, O); kept while nothing trains."""
 
-    def _compute(self) -> tuple[Tensor, Tensor]:
-        ratio = self.magnitude / self.norms()
-        return ratio, ratio.unsqueeze(-1) * self.lora_b
+        def compute() -> tuple[Tensor, Tensor]:
+            ratio = self.magnitude / self.norms()
+            return ratio, (ratio.unsqueeze(-1) * self.lora_b).to(dtype).mT
+
+        def laid_out() -> tuple[Tensor, Tensor]:
+            ratio, b = compute()
+            return ratio, b.contiguous()
+
+        if torch.is_grad_enabled() or self.rank_gate is not None:
+            return compute()
+        return self.kept(("rescaled", dtype), laid_out)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        ratio, b = self._rescaled()
+        ratio, b = self._rescaled(y.dtype)
         y = self._stretch(y, ratio)
-        h = self.hidden(x).reshape(-1, self.rank).to(y.dtype)  # (B, T, R) -> (B * T, R)
-        b = b.to(y.dtype)
+        h = self.hidden(x).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
         if b.dim() == 2:
-            y.addmm_(h, b.t(), alpha=self.scale)
+            y.addmm_(h, b, alpha=self.scale)
         else:
             rows = y.view(len(b), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
-            rows.baddbmm_(h.view(len(b), -1, self.rank), b.mT, alpha=self.scale)
+            rows.baddbmm_(h.view(len(b), -1, self.rank), b, alpha=self.scale)
 
     def _stretch(self, y: Tensor, ratio: Tensor) -> Tensor:
         """``y`` (B * T, O) += w ⊙ (m/n − 1) ⊙ (W x), in place, where ``y`` is W x + bias; returns it for further use.
@@ -118,5 +117,5 @@ class Decomposed(LowRank):
     def delta(self) -> Tensor:
         """ΔW = (m/n) ⊙ (W + s · B diag(g) A) − W, (O, I), fp32. Refused while a gate differs from row to row."""
         update = super().delta()
-        ratio = self._compute()[0].unsqueeze(-1)  # (O, 1)
+        ratio = (self.magnitude / self.norms()).unsqueeze(-1)  # (O, 1)
         return (ratio - 1) * self._weight + ratio * update

@@ -14,8 +14,8 @@ from typer.core import TyperCommand
 
 from lowrank_cli.errors import LrkError, UserError, unknown
 
-VERBS = ("train", "evaluate", "export", "run", "compare", "list", "check")
-STAGES = ("train", "evaluate", "export", "run")  #: the verbs that take overrides
+VERBS = ("train", "score", "prune", "evaluate", "export", "run", "compare", "list", "check")
+STAGES = ("train", "score", "prune", "evaluate", "export", "run")  #: the verbs that take overrides
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
     "train": [
@@ -23,6 +23,16 @@ EXAMPLES = {
         "lrk train method=lora task=tiny_sentiment train.max_steps=50 seed=1",
         "lrk train -m method=lora,milora seed=0,1,2 hydra/launcher=joblib",
         "lrk train --resume outputs/latest",
+    ],
+    "score": [
+        "lrk score",
+        "lrk score run=outputs/latest score.kind=taylor",
+        "lrk score method=lora score.batch=16 score.tokens=4096",
+    ],
+    "prune": [
+        "lrk prune prune.drop=42",
+        "lrk prune run=outputs/latest prune.budget=168 prune.per_layer=true",
+        "lrk prune method=lora prune.drop=42 score.kind=taylor",
     ],
     "evaluate": [
         "lrk evaluate",
@@ -141,6 +151,30 @@ def train(
 ) -> None:
     """Train a method on a task, keep the best adapter, and test it."""
     _stage("train", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
+def score(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Score every rank of an adapter (run=FOLDER, or the newest) on dev examples."""
+    _stage("score", overrides or [], multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
+def prune(
+    overrides: Overrides = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Take the ranks with the lowest scores out of an adapter; the smaller one is a run of its own."""
+    _stage("prune", overrides or [], multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)

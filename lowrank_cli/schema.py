@@ -203,6 +203,38 @@ class EvaluateConfig(PredictConfig):
 
 
 @dataclass
+class ScoreConfig:
+    """How ranks are scored, on dev examples."""
+
+    kind: str = (
+        MISSING  #: ``ab`` (exact ablation), ``taylor`` (approximates it), ``sensitivity``, ``dnas``, ``magnitude``
+    )
+    batch: int = MISSING  #: dev examples, drawn by the seed; all of them where there are fewer
+    tokens: int = MISSING  #: of one forward pass, at most: bounds memory
+
+    def validate(self) -> None:
+        require_choice("score.kind", self.kind, SCORE_KINDS)
+        require_range("score.batch", self.batch, 1)
+        require_range("score.tokens", self.tokens, 1)
+
+
+@dataclass
+class PruneConfig:
+    """Which of the lowest ranks go: ``drop`` of them, or all above ``budget``."""
+
+    drop: Optional[int] = MISSING  #: ranks to take out
+    budget: Optional[int] = MISSING  #: ranks to keep, over the whole model
+    per_layer: bool = MISSING  #: as many of each layer, instead of the lowest of the model
+
+    def validate(self) -> None:
+        if (self.drop is None) == (self.budget is None):
+            raise UserError("prune: give one of prune.drop=N (ranks to take out) and prune.budget=N (ranks to keep)")
+        for key in ("drop", "budget"):
+            if getattr(self, key) is not None:
+                require_range(f"prune.{key}", getattr(self, key), 1)
+
+
+@dataclass
 class RunConfig:
     """What every verb that makes a run has."""
 
@@ -213,7 +245,6 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     method: Any = MISSING  #: a :class:`MethodConfig`
-    evaluate: PredictConfig = field(default_factory=PredictConfig)
 
 
 @dataclass
@@ -221,7 +252,9 @@ class TrainRun(RunConfig):
     """``lrk train``."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    run: Optional[str] = MISSING  #: an adapted run that a calibrating method stands on; null is the pretrained model
+    evaluate: PredictConfig = field(default_factory=PredictConfig)
+    #: an adapted run to train on, or that a calibrating method stands on; null is the pretrained model
+    run: Optional[str] = MISSING
 
 
 @dataclass
@@ -229,7 +262,25 @@ class EvaluateRun(RunConfig):
     """``lrk evaluate``."""
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    run: Optional[str] = MISSING  #: a training run's folder; null takes the newest finished one
+    run: Optional[str] = MISSING  #: folder of a run with an adapter; null takes the newest finished one
+
+
+@dataclass
+class ScoreRun(RunConfig):
+    """``lrk score``."""
+
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    run: Optional[str] = MISSING  #: as of ``lrk evaluate``
+
+
+@dataclass
+class PruneRun(RunConfig):
+    """``lrk prune``."""
+
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)  #: used where ``run`` is not a scoring
+    evaluate: PredictConfig = field(default_factory=PredictConfig)
+    run: Optional[str] = MISSING  #: folder of a scoring, or of a run with an adapter; null takes the newest of them
 
 
 @dataclass

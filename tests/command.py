@@ -47,7 +47,7 @@ def fake_stages(monkeypatch):
     """Every verb runs tests/fakes/fake_stage.py, in this process and in those it starts."""
     monkeypatch.setenv("PYTHONPATH", str(FAKES))
     monkeypatch.syspath_prepend(str(FAKES))
-    for verb in ("train", "evaluate"):
+    for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
 
 

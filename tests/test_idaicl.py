@@ -248,7 +248,6 @@ def test_only_what_calibrates_stands_on_a_run():
             ["method=milora"],
             "run: method=milora trains from the pretrained model; on a trained run stands method=idaicl",
         ),
-        ([], "run: name the method that is to stand on"),
         (["method=idaical"], "method: unknown value 'idaical'"),
     ):
         with pytest.raises(UserError) as caught:

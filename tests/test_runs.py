@@ -171,17 +171,17 @@ def test_a_broken_config_names_the_file():
 def test_the_newest_finished_run_is_found():
     first, second, third = create(), create(choices={**CHOICES, "method": "lora"}), create()
     with pytest.raises(UserError, match="no finished run under 'outputs'; start one with: lrk train"):
-        find(None, "train", "outputs")
+        find(None, ("train",), "outputs")
     first.finish({})
     second.finish({})
-    assert find(None, "train", "outputs").path == second.path
-    assert find(None, "train", "outputs", {"method": "milora"}).path == first.path
+    assert find(None, ("train",), "outputs").path == second.path
+    assert find(None, ("train",), "outputs", {"method": "milora"}).path == first.path
     with pytest.raises(UserError, match="lrk train method=full"):
-        find(None, "train", "outputs", {"method": "full"})
+        find(None, ("train",), "outputs", {"method": "full"})
     with pytest.raises(UserError, match=r"not finished .* lrk train --resume"):
-        find(third.path, "train", "outputs")
+        find(third.path, ("train",), "outputs")
     with pytest.raises(UserError, match="is a run of train, not of evaluate"):
-        find(first.path, "evaluate", "outputs")
+        find(first.path, ("evaluate",), "outputs")
 
 
 def test_latest_stands_for_the_folder_it_points_at():
@@ -193,7 +193,7 @@ def test_a_recipe_is_no_training_run():
     run = create("run", {"recipe": "x"})
     run.write_json("recipe.json", {})
     with pytest.raises(UserError, match="is a recipe; name one of its stages"):
-        find(run.path, "train", "outputs")
+        find(run.path, ("train",), "outputs")
 
 
 def test_all_runs_lists_jobs_and_stages_once():

@@ -28,14 +28,18 @@ from lowrank_cli.methods.protocol import Calibrates
 
 VERBS: dict[str, type] = {
     "train": schema.TrainRun,
+    "score": schema.ScoreRun,
+    "prune": schema.PruneRun,
     "evaluate": schema.EvaluateRun,
     "export": schema.ExportRun,
     "run": schema.RecipeRun,
 }
 INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
 PATHS = (*INPUTS, "outputs")
-READS = {"evaluate": "train", "train": "train", "export": "train"}  # verb: the stage whose run it reads
-NEWEST = ("evaluate", "export")  # verbs that read the newest run where none is named
+ADAPTERS = ("train", "prune")  # stages that leave an adapter
+#: Verb: the stages whose runs it reads.
+READS = {"train": ADAPTERS, "score": ADAPTERS, "prune": (*ADAPTERS, "score"), "evaluate": ADAPTERS, "export": ADAPTERS}
+NEWEST = ("score", "prune", "evaluate", "export")  # verbs that read the newest run where none is named
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -199,11 +203,11 @@ def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:
 def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Override]) -> list[str]:
     """Overrides that choose the source's sections where the user leaves the choice alone, then the user's.
 
-    The method is the source's own, or one that calibrates its model; training always has a method of its own.
+    The method is the source's own, or one that calibrates its model.
     """
     given = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
-    fresh = verb == "train" or given.get("method", method) != method
+    fresh = given.get("method", method) != method
     if fresh:
         _check_calibrates(verb, load, source, given.get("method"))
     adopted = [group for group in GROUPS if given.get(group) in (None, source.choices.get(group))]
@@ -227,9 +231,8 @@ def _check_calibrates(verb: str, load: ConfigLoaderImpl, source: Source, choice:
         if verb != "train":
             raise UserError(f"method: '{source.path}' was trained with '{source.choices['method']}', not '{choice}'")
     raise UserError(
-        f"run: method={choice} trains from the pretrained model; on a trained run stands method={' or '.join(able)}"
-        if choice
-        else f"run: name the method that is to stand on '{source.path}' (method={' or '.join(able)})"
+        f"run: method={choice} trains from the pretrained model; on a trained run stands method={' or '.join(able)}, "
+        f"and its own method trains on (leave method out)"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -63,14 +65,23 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
             ("training", f"{steps}, learning rate {train.learning_rate:g}"),
             ("batches", f"{train.batch_size} examples a step = {split}"),
         ]
-    evaluation = config.evaluate
-    shots = f", {evaluation.shots} shots" if evaluation.shots else ""
-    beams = f", {evaluation.num_beams} beams" if evaluation.num_beams > 1 else ""
-    split = getattr(evaluation, "split", "dev and test")
-    rows.append(("evaluation", f"{split}, batches of {evaluation.batch_size}{beams}{shots}"))
+    if hasattr(config, "prune"):
+        prune, where = config.prune, "each layer alike" if config.prune.per_layer else "the lowest of the model"
+        amount = f"{prune.drop} ranks go" if prune.budget is None else f"{prune.budget} ranks stay"
+        rows.append(("pruning", f"{amount}, {where}"))
+    if hasattr(config, "score"):
+        rows.append(("scores", f"{config.score.kind}, {config.score.batch} dev examples"))
+    if hasattr(config, "evaluate"):
+        rows.append(("evaluation", _evaluation(config.evaluate)))
     if getattr(config, "run", None):
-        rows.append(("adapter of", config.run))
+        rows.append(("starts from" if composed.verb == "train" else "adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
+
+
+def _evaluation(asked: Any) -> str:
+    shots = f", {asked.shots} shots" if asked.shots else ""
+    beams = f", {asked.num_beams} beams" if asked.num_beams > 1 else ""
+    return f"{getattr(asked, 'split', 'dev and test')}, batches of {asked.batch_size}{beams}{shots}"
 
 
 def print_list(what: str, outputs: str, config_dir: str | None) -> None:

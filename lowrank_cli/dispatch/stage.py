@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
 from lowrank_cli.errors import LrkError, UserError
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.report import tables
+from lowrank_cli.report import scores, tables
 from lowrank_cli.runs import PENDING, Run
 
 
@@ -61,6 +61,8 @@ def check(
 
 def _refuse_what_would_do_nothing(config: Any) -> None:
     """Values that the chosen model, task or method has no use for."""
+    if not hasattr(config, "evaluate"):
+        return
     asked, task = config.evaluate, config.task
     if asked.num_beams > 1 and all(part.answer != "free" for part in task.parts.values() or [task]):
         raise UserError(
@@ -140,5 +142,5 @@ def recorded(run: Run) -> Iterator[None]:
 
 
 def summary(run: Run) -> RenderableType:
-    """The end-of-run table."""
-    return tables.end_of_run(run)
+    """The end-of-run table, below the scores of ranks where there are any."""
+    return Group(*scores.shown(run), tables.end_of_run(run))

@@ -145,4 +145,10 @@ class Calibrates(Protocol):
 
 
 #: What each stage of a recipe asks of a method: one of these capabilities.
-STAGE_NEEDS: dict[str, tuple[type, ...]] = {"train": (Adapts, Calibrates), "evaluate": (Method,), "export": (Adapts,)}
+STAGE_NEEDS: dict[str, tuple[type, ...]] = {
+    "train": (Adapts, Calibrates),
+    "score": (Adapts,),
+    "prune": (Adapts,),
+    "evaluate": (Method,),
+    "export": (Adapts,),
+}

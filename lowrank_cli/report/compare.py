@@ -27,6 +27,7 @@ from lowrank_cli.runs import Run, atomic_write
 
 MIN_SEEDS = 3  #: below this an interval says nothing, so no row is best
 LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
+ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
 #: Keys that name a run or change its speed, not what it learns or predicts.
 IRRELEVANT = {
     "seed",
@@ -35,6 +36,7 @@ IRRELEVANT = {
     "run",
     "evaluate.split",
     "evaluate.batch_size",
+    "score.tokens",
     "hardware.threads",
     "train.log_every",
     "train.checkpoint_every",
@@ -54,7 +56,7 @@ class Result:
     metrics: dict[str, float]
     seconds: float | None  #: of training
     memory: int | None
-    source: Path | None  #: the training run that an evaluation read
+    source: Path | None  #: the run whose adapter an evaluation read
 
 
 def compare(
@@ -120,25 +122,36 @@ def _locate(path: str, outputs: str) -> Path:
 
 
 def _result(run: Run) -> Result:
-    info, config, source = run.info, run.config(), None
-    seed = info["seed"]
-    if config.get("run"):
-        source = Path(config["run"]).resolve()
-        with suppress(UserError):  # the training may be gone
-            trained = Run.open(source).config()
-            seed = trained["seed"]  # what an evaluation measures was made with the training's seed
-            config["train"] = trained["train"]
+    info = run.info
+    config, stages = _lineage(run)
+    if stages:
+        config["adapter"] = " + ".join(stages)
+    measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
     metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     return Result(
         **{group: info["choices"][group] for group in ("method", "model", "task")},
-        seed=seed,
+        seed=config["seed"],
         started=info.get("started", ""),
         config={key: value for key, value in _flat(config) if key not in IRRELEVANT},
         metrics=metrics,
         seconds=metrics.get("train/seconds"),
         memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
-        source=source,
+        source=Path(measured).resolve() if measured else None,
     )
+
+
+def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """A run's settings on top of those of the runs that its adapter came from, and the stages that made the adapter.
+
+    The seed is that of the first training.
+    """
+    config = run.config()
+    stages = [run.info["stage"]] if run.info.get("stage") in ADAPTERS else []
+    if config.get("run"):
+        with suppress(UserError):  # what came before may be gone
+            earlier, made = _lineage(Run.open(config["run"]))
+            return {**earlier, **config, "seed": earlier["seed"]}, made + stages
+    return config, stages
 
 
 def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -179,8 +179,10 @@ def _next(run: Run) -> Iterable[str]:
     stage, status, where = run.info.get("stage"), run.info.get("status"), shown(run.path)
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
-    if status == "done" and stage == "train":
+    if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
+    if status == "done" and stage == "score":
+        return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
     return [f"lrk compare {shown(run.path.parent)}"] if status == "done" and stage != "export" else []

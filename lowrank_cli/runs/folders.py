@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,23 +41,24 @@ def all_runs(outputs: str | os.PathLike[str]) -> list[Run]:
 
 def find(
     path: str | os.PathLike[str] | None,
-    stage: str,
+    stages: Sequence[str],
     outputs: str | os.PathLike[str],
     choices: Mapping[str, str] | None = None,
 ) -> Run:
-    """The finished run of ``stage`` at ``path``, or else the newest one whose groups were ``choices``."""
+    """The finished run of one of ``stages`` at ``path``, or else the newest one whose groups were ``choices``."""
     if path is None:
         wanted = (choices or {}).items()
         for run in reversed(all_runs(outputs)):
-            if run.done and run.info.get("stage") == stage and wanted <= run.info.get("choices", {}).items():
+            if run.done and run.info.get("stage") in stages and wanted <= run.info.get("choices", {}).items():
                 return run
-        command = " ".join(["lrk", stage, *(f"{key}={value}" for key, value in wanted)])
+        command = " ".join(["lrk", stages[0], *(f"{key}={value}" for key, value in wanted)])
         raise UserError(f"run: no finished run under '{outputs}'; start one with: {command}")
     run = Run.open(path)
     if (run.path / "recipe.json").is_file():
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")
-    if run.info.get("stage") != stage:
-        raise UserError(f"run: '{path}' is a run of {run.info.get('stage')}, not of {stage}")
+    stage = run.info.get("stage")
+    if stage not in stages:
+        raise UserError(f"run: '{path}' is a run of {stage}, not of {' or '.join(stages)}")
     if not run.done:
         raise UserError(
             f"run: '{path}' is not finished (it is {run.info.get('status')}); "

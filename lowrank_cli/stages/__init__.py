@@ -2,6 +2,8 @@
 
 STAGES = {
     "train": "lowrank_cli.stages.train",
+    "score": "lowrank_cli.stages.score",
+    "prune": "lowrank_cli.stages.prune",
     "evaluate": "lowrank_cli.stages.evaluate",
     "export": "lowrank_cli.stages.export",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import HardwareConfig, RunConfig
+from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages import progress
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
@@ -92,6 +94,20 @@ class Session:
             batch.pop("prompt_mask", None)
         return {key: value.to(self.device) for key, value in batch.items()}
 
+    def probe(self, size: int, tokens: int) -> Probe:
+        """This process's share of a fixed batch of ``size`` dev examples (all, where there are fewer) to score on."""
+        dev, world = self.task.dev, self.accelerator.num_processes
+        if min(size, len(dev)) < world:
+            raise UserError(f"score.batch: {min(size, len(dev))} dev examples cannot be shared by {world} processes")
+        chosen = random.Random(self.config.seed).sample(dev, min(size, len(dev)))
+        mine = self.encode(chosen[self.accelerator.process_index :: world])
+        return Probe(
+            self.batch(mine),
+            tokens,
+            self.autocast,
+            lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
+        )
+
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
@@ -137,8 +153,9 @@ def foundation(config: RunConfig) -> Path | None:
     """The run whose adapter ``config`` works with: ``config.run``, or what that one stands on in turn."""
     path = getattr(config, "run", None)
     while path is not None:
-        saved = Run.open(path).config()
-        if methods.can(saved["method"]["name"], Adapts):
+        run = Run.open(path)
+        saved = run.config()
+        if methods.can(saved["method"]["name"], Adapts) and run.info["stage"] != "score":
             return Path(path)
         path = saved["run"]
     return None

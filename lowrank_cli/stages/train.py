@@ -39,8 +39,9 @@ def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]
     Ctrl-C once a checkpoint is written.
     """
     session = start(config)
-    if isinstance(session.method, Calibrates):
+    if session.foundation is not None:
         load_adapter(session)
+    if isinstance(session.method, Calibrates):
         return calibrate.train(session, run)
     return Trainer(session, run).fit(resume)
 

@@ -1,0 +1,116 @@
+"""lrk score and lrk prune as users run them: train, score, prune, evaluate, train on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from command import one_line
+
+from lowrank_cli.adapter import state
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.report.compare import collect
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import PruneConfig
+from lowrank_cli.stages.prune import amount, chosen
+
+QUICK = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1"]
+TRAIN = ["train.max_steps=3", "train.batch_size=8", "train.eval_every=3", "train.log_every=1"]
+
+
+def lrk_run(verb: str, *overrides: str) -> Run:
+    single.start(verb, list(overrides), None, f"lrk {verb}")
+    return Run.open("outputs/latest")
+
+
+def ramp(adapter):
+    """Scores 0, 1, 2, … in the order of modules and ranks."""
+    numbers = iter(range(1000))
+    return {key: [float(next(numbers)) for _ in range(rank)] for key, rank in adapter.ranks().items()}
+
+
+def test_the_lowest_ranks_of_the_model_go():
+    adapter = small.adapted()  # 2 layers × 7 modules × 4 ranks
+    keep = chosen(PruneConfig(drop=6, budget=None, per_layer=False), adapter, ramp(adapter))
+    assert list(keep.values())[:3] == [[], [2, 3], [0, 1, 2, 3]]
+    assert sum(map(len, keep.values())) == 50
+    assert chosen(PruneConfig(drop=None, budget=50, per_layer=False), adapter, ramp(adapter)) == keep
+
+
+def test_each_layer_gives_the_same_number():
+    adapter = small.adapted()
+    keep = chosen(PruneConfig(drop=6, budget=None, per_layer=True), adapter, ramp(adapter))
+    layers = [sum(len(ranks) for key, ranks in keep.items() if f"layers.{layer}." in key) for layer in (0, 1)]
+    assert layers == [25, 25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((56, None, False), "prune.drop: 56 is out of range .allowed: 1 to 55"),
+        ((None, 60, False), "prune.budget: 60 is out of range .*the adapter has 56"),
+        ((3, None, True), "prune.drop: 3 takes 3 ranks out, which 2 layers cannot share"),
+    ],
+)
+def test_amounts_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        amount(PruneConfig(*settings), small.adapted())
+
+
+def test_mistakes_are_one_line(lrk):
+    assert "give one of prune.drop=N" in one_line(
+        lrk("check", "prune", "prune.drop=1", "prune.budget=2", "method=none")
+    )
+    assert "did you mean 'taylor'" in one_line(lrk("check", "score", "score.kind=tailor", "method=none"))
+    assert "no finished run" in one_line(lrk("score"))
+
+
+@pytest.mark.slow
+def test_train_score_prune_evaluate_and_train_on():
+    trained = lrk_run("train", *QUICK, *TRAIN, "method=lora", "method.rank=4", "train.learning_rate=1e-2")
+    scored = lrk_run("score", "score.batch=4")
+    record = scored.read_json("scores.json")
+    assert record["kind"] == "ab" and len(record["modules"]) == 42
+    for module in record["modules"]:
+        parts = zip(module["scores"], module["without"], module["alone"], strict=True)
+        assert all(abs(s - (record["whole"] - a + b)) < 1e-9 for s, a, b in parts)
+    assert scored.metrics["score/ranks"] == 168 and (scored.path / "plots" / "scores.png").is_file()
+
+    pruned = lrk_run("prune", "prune.budget=100")  # of the scoring, the newest
+    assert pruned.config()["run"] == str(scored.path.absolute())
+    ranks = json.loads((pruned.path / "adapter" / state.PROOF).read_text())["ranks"]
+    assert sum(ranks.values()) == pruned.metrics["ranks"] == 100
+    worst = sorted(score for module in record["modules"] for score in module["scores"])[68]
+    kept = {m["module"]: sum(score >= worst for score in m["scores"]) for m in record["modules"]}
+    assert {key: rank for key, rank in kept.items() if rank} == ranks
+    assert pruned.metrics["trainable_parameters"] < trained.metrics["trainable_parameters"]
+
+    direct = lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4")
+    files = [state.load_file(run.path / "adapter" / state.WEIGHTS) for run in (pruned, direct)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+
+    evaluated = lrk_run("evaluate", f"run={pruned.path}")
+    assert evaluated.metrics["test/accuracy"] == pruned.metrics["test/accuracy"]
+    further = lrk_run("train", f"run={pruned.path}", *TRAIN, "train.learning_rate=1e-3")
+    assert further.metrics["trainable_parameters"] == pruned.metrics["trainable_parameters"]
+    assert further.history()[0]["train/loss"] < trained.history()[0]["train/loss"]  # not from the start
+
+    results, unfinished = collect(["outputs"], "outputs")
+    made = [json.loads(result.config["adapter"]) for result in results]
+    assert sorted(made) == ["train", "train + prune", "train + prune", "train + prune + train"]
+    assert unfinished == 0
+
+
+@pytest.mark.slow
+def test_scores_of_another_adapter_are_refused():
+    lrk_run("train", *QUICK, *TRAIN, "method=lora", "method.rank=2")
+    scored = lrk_run("score", "score.kind=magnitude")
+    record = scored.read_json("scores.json")
+    record["modules"].pop()
+    scored.write_json("scores.json", record)
+    with pytest.raises(UserError, match=r"scores.json does not belong to the adapter of"):
+        lrk_run("prune", f"run={scored.path}", "prune.drop=4")
+    assert len(list(Path("outputs").glob("2*/*/run.json"))) == 2  # nothing was left behind

@@ -98,6 +98,16 @@ SETTINGS = {
         "policy_learning_rate": 0.01,
         "entropy": 0.01,
     },
+    "alora": _LORA
+    | {
+        "score": "ab",
+        "first_epochs": 1.0,
+        "round_epochs": 0.25,
+        "rounds": 8,
+        "moved": None,
+        "dev_batch": 32,
+        "tokens": 4096,
+    },
     "milora": _LORA
     | {
         "k": 3,

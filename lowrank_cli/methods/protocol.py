@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.adapter.core import Adapter
     from lowrank_cli.calibration.ida import TokenRule
+    from lowrank_cli.scoring.probe import Probe
 
 
 class Method:
@@ -53,6 +54,10 @@ class Step:
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
     #: drop the optimizer's moments of a parameter that was replaced, perhaps by one of another shape
     forget: Callable[[torch.nn.Parameter], Any] = lambda parameter: None
+    epoch: int = 1  #: steps of one pass over the training set
+    optimizer: torch.optim.Optimizer | None = None  #: of the trained tensors that the method does not step itself
+    #: a fixed batch of so many dev examples to score ranks on, with so many tokens a pass
+    probe: Callable[[int, int], Probe] | None = None
     log: Callable[[dict[str, Any]], None] = lambda row: None  #: a line for history.jsonl
 
 

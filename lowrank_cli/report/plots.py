@@ -30,7 +30,8 @@ def draw(run: Run) -> list[Path]:
     where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells; ``lines`` draws each
     row as a line over the numbers in ``columns``; ``box`` draws the values of each row, which may differ in number, as
     a box with its points; ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over
-    the numbers in ``columns``. Optional ``row_label`` and ``column_label`` name the axes.
+    the numbers in ``columns``; ``heatmaps`` draws ``panels``, each with ``title`` and ``values`` of its own, as small
+    grids of one scale. Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -38,7 +39,7 @@ def draw(run: Run) -> list[Path]:
     if any("train/loss" in row or "dev/loss" in row for row in history):
         pictures["loss.png"] = loss(history, run_title(run.info))
     if (run.path / "figures.json").is_file():
-        kinds = {"heatmap": heatmap, "lines": lines, "box": box, "bubbles": bubbles}
+        kinds = {"heatmap": heatmap, "heatmaps": heatmaps, "lines": lines, "box": box, "bubbles": bubbles}
         pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
@@ -168,6 +169,40 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     axes.set_title(textwrap.fill(entry["title"], letters), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("row_label", ""))
     axes.set_xlabel(entry.get("column_label", ""))
+    return figure
+
+
+def heatmaps(entry: dict[str, Any]) -> Figure:
+    """Small multiples: grids of the same rows and columns in one colour scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns, panels = entry["rows"], entry["columns"], entry["panels"]
+    grids = [_numbers(panel["values"]) for panel in panels]
+    across = min(len(panels), 3 if len(columns) <= 16 else 2)
+    down = math.ceil(len(panels) / across)
+    width = 0.9 + min(max(0.26 * len(columns), 1.6), 5.5)  # inches of a panel
+    figure = Figure(figsize=(width * across + 1, (0.2 * len(rows) + 0.7) * down + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False)
+    finite = [value for grid in grids for line in grid for value in line if math.isfinite(value)] or [0.0]
+    low, high = min(0.0, min(finite)), max(finite)
+    for at, place in enumerate(axes.flat):
+        if at >= len(panels):
+            place.set_visible(False)
+            continue
+        image = place.imshow(grids[at], cmap="YlGnBu", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        place.set_title(panels[at]["title"], fontsize=8, loc="left")
+        place.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=6)
+        step = math.ceil(len(columns) / 16)
+        place.set_xticks(range(0, len(columns), step), [str(column) for column in columns[::step]], fontsize=6)
+        place.tick_params(length=0)
+        place.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(entry.get("label", ""), fontsize=8)
+    bar.outline.set_visible(False)
+    figure.suptitle(entry["title"], fontsize=10, x=0.01, ha="left")
+    figure.supxlabel(entry.get("column_label", ""), fontsize=8)
     return figure
 
 

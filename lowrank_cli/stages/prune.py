@@ -11,9 +11,10 @@ from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.scoring.figures import allocation
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.predict import write_answers
-from lowrank_cli.stages.score import adapted, by_role, measure, write
+from lowrank_cli.stages.score import adapted, measure, write
 
 Values = dict[str, list[float]]
 
@@ -91,17 +92,6 @@ def read(scoring: Run, adapter: Adapter) -> Values:
     if {key: len(scores) for key, scores in values.items()} != adapter.ranks():
         raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {scoring.config()['run']}")
     return values
-
-
-def allocation(adapter: Adapter) -> dict:
-    """The heat map of the ranks that modules have."""
-    return by_role(
-        adapter,
-        {key: float(adapter.ranks().get(key, 0)) for key in adapter.sites},
-        file="ranks.png",
-        title=f"Ranks of each module ({sum(adapter.ranks().values())} in all)",
-        label="rank",
-    )
 
 
 def _groups(adapter: Adapter, per_layer: bool) -> dict[int | None, list[str]]:

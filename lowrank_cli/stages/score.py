@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
 
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.families import ROLES
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import RunConfig, ScoreConfig, ScoreRun
+from lowrank_cli.scoring.figures import heat_map
 from lowrank_cli.scoring.kinds import Scores, rows_to_run
 from lowrank_cli.scoring.kinds import score as measured
 from lowrank_cli.stages import progress
@@ -69,35 +67,3 @@ def write(run: Run, adapter: Adapter, scores: Scores) -> None:
     record = {"kind": scores.kind, "whole": scores.whole, "bare": scores.bare, "modules": modules}
     run.write_json("scores.json", record)
     run.write_json("figures.json", [heat_map(adapter, scores)])
-
-
-def heat_map(adapter: Adapter, scores: Scores) -> dict[str, Any]:
-    """Mean score of a module's ranks, in units of a power of ten; of ``ab`` the part beyond S(M_0), which all share."""
-    offset = scores.bare or 0.0
-    means = {key: sum(values) / len(values) - offset for key, values in scores.values.items()}
-    largest = max(map(abs, means.values()))
-    power = math.floor(math.log10(largest)) if largest > 0 else 0
-    return by_role(
-        adapter,
-        {key: value / 10**power for key, value in means.items()},
-        file="scores.png",
-        title=f"Mean score of a module's ranks ({scores.kind})",
-        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}, in units of 1e{power}",
-    )
-
-
-def by_role(adapter: Adapter, values: Mapping[str, float], **entry: Any) -> dict[str, Any]:
-    """A heat map, roles × layers, of a value for each module; modules outside the layers have a row of their own."""
-    places = [(site.role or key, site.layer, key) for key, site in adapter.sites.items()]
-    columns: Sequence[int | None] = sorted({layer for _, layer, _ in places if layer is not None}) or [None]
-    names = dict.fromkeys(name for name, _, _ in places)
-    rows = [*(role for role in ROLES if role in names), *(name for name in names if name not in ROLES)]
-    at = {(name, columns[0] if layer is None else layer): values.get(key) for name, layer, key in places}
-    return {
-        "kind": "heatmap",
-        "rows": rows,
-        "columns": ["" if column is None else column for column in columns],
-        "values": [[at.get((row, column)) for column in columns] for row in rows],
-        "column_label": "layer",
-        **entry,
-    }

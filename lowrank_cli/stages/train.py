@@ -68,7 +68,6 @@ class Trainer:
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
         inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
-        self.inner = inner
         self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay)
         self.model = self.accelerator.prepare_model(session.model)
         self.progress: dict[str, Any] = {
@@ -87,6 +86,7 @@ class Trainer:
         self.session.greet()
         if resume and (folder := checkpoint.newest(self.run)):
             self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
+            self._prepare_again()
         self.run.rewind(self.progress["step"])
         before, began = self.progress["seconds"], time.monotonic()
         start = self.progress["step"]
@@ -134,6 +134,7 @@ class Trainer:
                     objective = objective + extra * part.counts * len(part.indices) * world / len(indices)
             objective.backward()
             total += loss.detach()
+            del loss, objective  # their graph would hold the tensors to the shapes that they have now
         mean = accelerator.reduce(total, reduction="sum").item()
         if not math.isfinite(mean):
             raise WorkFailed(
@@ -146,7 +147,7 @@ class Trainer:
     def _update(self, step: int) -> None:
         """Clip, step, and let the method act before and after."""
         if self.settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.inner, self.settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.max_grad_norm)
         rate, method = self.learning_rate(step), self.session.method
         now = Step(
             step,
@@ -156,6 +157,9 @@ class Trainer:
             lambda number=step: self._dev_batch_loss(number),
             self._average,
             forget=lambda parameter: self.optimizer.state.pop(parameter, None),
+            epoch=len(self.batches),
+            optimizer=self.optimizer,
+            probe=self.session.probe,
             log=lambda row: self.run.log({"step": step, **row}),
         )
         for group in self.optimizer.param_groups:
@@ -165,7 +169,17 @@ class Trainer:
         self.optimizer.step()
         self.session.model.zero_grad()
         if isinstance(method, AfterStep):
+            before = self.adapter.ranks()
             method.after_step(now)
+            if self.adapter.ranks() != before:
+                self._prepare_again()
+
+    def _prepare_again(self) -> None:
+        """Data parallelism holds on to the shapes that it saw first; wrapping anew also makes fresh ranks equal."""
+        if self.accelerator.num_processes > 1:
+            self.model = self.session.model
+            self.accelerator.free_memory()
+            self.model = self.accelerator.prepare_model(self.session.model)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up over the first ``warmup`` share of the steps, then linear decay to 0."""

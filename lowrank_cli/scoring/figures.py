@@ -1,0 +1,69 @@
+"""Heat maps of scores and ranks, roles × layers, described for :mod:`lowrank_cli.report.plots`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.families import ROLES
+from lowrank_cli.scoring.kinds import Scores
+
+
+def heat_map(adapter: Adapter, scores: Scores) -> dict[str, Any]:
+    """Mean score of a module's ranks, in units of a power of ten; of ``ab`` the part beyond S(M_0), which all share."""
+    offset = scores.bare or 0.0
+    means = {key: sum(values) / len(values) - offset for key, values in scores.values.items()}
+    largest = max(map(abs, means.values()))
+    power = math.floor(math.log10(largest)) if largest > 0 else 0
+    return by_role(
+        adapter,
+        {key: value / 10**power for key, value in means.items()},
+        file="scores.png",
+        title=f"Mean score of a module's ranks ({scores.kind})",
+        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}, in units of 1e{power}",
+    )
+
+
+def allocation(adapter: Adapter) -> dict[str, Any]:
+    """The heat map of the ranks that modules have."""
+    return by_role(
+        adapter,
+        {key: float(adapter.ranks().get(key, 0)) for key in adapter.sites},
+        file="ranks.png",
+        title=f"Ranks of each module ({sum(adapter.ranks().values())} in all)",
+        label="rank",
+    )
+
+
+def trajectory(adapter: Adapter, rounds: Sequence[tuple[str, Mapping[str, int]]]) -> dict[str, Any]:
+    """Small multiples: the ranks of each module at several moments, each with its name."""
+    maps = [
+        (name, by_role(adapter, {key: float(ranks.get(key, 0)) for key in adapter.sites})) for name, ranks in rounds
+    ]
+    return {
+        **maps[0][1],
+        "file": "allocation.png",
+        "kind": "heatmaps",
+        "title": "Ranks of each module over the rounds",
+        "label": "rank",
+        "panels": [{"title": name, "values": entry["values"]} for name, entry in maps],
+    }
+
+
+def by_role(adapter: Adapter, values: Mapping[str, float], **entry: Any) -> dict[str, Any]:
+    """A heat map, roles × layers, of a value for each module; modules outside the layers have a row of their own."""
+    places = [(site.role or key, site.layer, key) for key, site in adapter.sites.items()]
+    columns: Sequence[int | None] = sorted({layer for _, layer, _ in places if layer is not None}) or [None]
+    names = dict.fromkeys(name for name, _, _ in places)
+    rows = [*(role for role in ROLES if role in names), *(name for name in names if name not in ROLES)]
+    at = {(name, columns[0] if layer is None else layer): values.get(key) for name, layer, key in places}
+    return {
+        "kind": "heatmap",
+        "rows": rows,
+        "columns": ["" if column is None else column for column in columns],
+        "values": [[at.get((row, column)) for column in columns] for row in rows],
+        "column_label": "layer",
+        **entry,
+    }

@@ -1,0 +1,167 @@
+"""ALoRA: which ranks go, who gets new ones, and when; the trainer that follows."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import small
+import torch
+from test_ablation import dev_batch
+
+from lowrank_cli.adapter import state
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.alora import reallocated
+from lowrank_cli.runs import Run
+from lowrank_cli.scoring.kinds import score
+from lowrank_cli.scoring.probe import Probe
+
+LIMITS = dict.fromkeys("abcd", 100)
+
+
+def step(adapter, number, *, epoch=4, total=100, rows=None):
+    """What the trainer hands over after step ``number``."""
+    optimizer = torch.optim.AdamW(adapter.trained.values(), lr=1e-3)
+    return SimpleNamespace(
+        number=number,
+        total=total,
+        epoch=epoch,
+        adapter=adapter,
+        optimizer=optimizer,
+        probe=lambda size, tokens: Probe(dev_batch("llama"), tokens),
+        log=(rows if rows is not None else []).append,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ one round
+
+
+def test_eight_ranks_for_three_modules_are_three_three_two():
+    """The paper's example: as evenly as possible, the remainder to the modules of highest mean importance."""
+    scores = {"a": [0.1] * 9, "b": [5.0, 5.0], "c": [7.0, 7.0], "d": [6.0, 6.0]}
+    plan = reallocated(scores, LIMITS, 8)
+    assert plan == {"a": ([8], 0), "b": ([0, 1], 2), "c": ([0, 1], 3), "d": ([0, 1], 3)}
+
+
+def test_the_lowest_of_the_model_go():
+    plan = reallocated({"a": [3.0, 1.0, 4.0], "b": [2.0, 9.0], "c": [8.0]}, LIMITS, 2)
+    assert plan == {"a": ([0, 2], 0), "b": ([1], 0), "c": ([0], 2)}
+
+
+def test_nothing_is_added_where_every_module_lost_a_rank():
+    plan = reallocated({"a": [0.0, 5.0], "b": [0.0, 5.0]}, LIMITS, 2)
+    assert plan == {"a": ([1], 0), "b": ([1], 0)}
+
+
+def test_a_module_may_lose_everything_and_none_outgrows_its_matrix():
+    plan = reallocated({"a": [0.0, 0.0], "b": [5.0], "c": [4.0]}, {"a": 9, "b": 1, "c": 9}, 2)
+    assert plan == {"a": ([], 0), "b": ([0], 0), "c": ([0], 2)}
+
+
+def test_a_round_prunes_the_lowest_scores_and_changes_the_function_by_them_only():
+    adapter = small.adapted("alora")
+    method = small.method("alora")
+    method.adapt(small.model())  # its settings, for as many modules
+    scores = score("ab", adapter, Probe(dev_batch("llama"), 300)).values
+    lowest = sorted((value, key, i) for key, row in scores.items() for i, value in enumerate(row))[:14]
+    for _, key, i in lowest:
+        part = adapter.modules[key]
+        part.rank_gate = torch.ones(4) if part.rank_gate is None else part.rank_gate
+        part.rank_gate[i] = 0
+    expected = adapter.model(input_ids=small.ids()).logits
+    for part in adapter.modules.values():
+        part.rank_gate = None
+    scale = {key: part.scale for key, part in adapter.modules.items()}
+    rows = []
+    method.after_step(step(adapter, 4, rows=rows))
+    torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, expected, atol=1e-5, rtol=1e-5)
+    assert sum(adapter.ranks().values()) == 56 and len(set(adapter.ranks().values())) > 1
+    assert scale == {key: part.scale for key, part in adapter.modules.items()}
+    assert rows == [{"round": 1, "ranks": adapter.ranks(), "dev_batch_loss": pytest.approx(rows[0]["dev_batch_loss"])}]
+
+
+# ------------------------------------------------------------------------------------------------ when
+
+
+def test_rounds_come_at_k1_and_then_every_k2_until_n_a():
+    method = small.method("alora", first_epochs=1.5, round_epochs=0.5, rounds=3, moved=2)
+    adapter = method.adapt(small.model())
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.normal_()
+    rows = []
+    for number in range(1, 20):
+        before = len(rows)
+        assert method.settled() == (before > 0)
+        method.after_step(step(adapter, number, rows=rows))
+        assert (len(rows) > before) == (number in (6, 8, 10))
+    metrics, figures = method.observations(adapter, lambda tensor: tensor)
+    assert metrics["reallocations"] == 3 and metrics["ranks"] == sum(adapter.ranks().values()) <= 56
+    assert [figure["file"] for figure in figures] == ["ranks.png", "allocation.png"]
+    assert [panel["title"] for panel in figures[1]["panels"]] == ["start", "step 6", "step 8", "step 10"]
+    assert figures[0]["values"] == figures[1]["panels"][-1]["values"]
+
+
+def test_training_that_ends_before_any_round_is_refused():
+    method = small.method("alora")
+    adapter = method.adapt(small.model())
+    with pytest.raises(UserError, match=r"method.first_epochs: 1.0 epochs are 200 steps, but training has 100"):
+        method.after_step(step(adapter, 1, epoch=200))
+    with pytest.raises(UserError, match=r"method.moved: 56 ranks in a round leave none of 56"):
+        small.adapted("alora", moved=56)
+
+
+@pytest.mark.parametrize("kind", ["dnas", "sensitivity"])
+def test_variants_score_otherwise(kind):
+    exact, other = small.adapted("alora"), small.adapted("alora")
+    for adapter, name in ((exact, "ab"), (other, kind)):
+        method = small.method("alora", score=name)
+        method.adapt(small.model())
+        method.after_step(step(adapter, 4))
+    assert exact.ranks() != other.ranks()
+
+
+def test_its_state_continues_between_rounds():
+    method, later = small.method("alora"), small.method("alora")
+    adapter = method.adapt(small.model())
+    later.adapt(small.model())
+    method.after_step(step(adapter, 4))
+    later.load_state(adapter, method.state())
+    assert later.settled() and later.observations(adapter, None) == method.observations(adapter, None)
+
+
+# ------------------------------------------------------------------------------------------------ in training
+
+
+def train(*overrides: str) -> Run:
+    quick = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1", "train.max_steps=5", "train.batch_size=8"]
+    quick += ["train.log_every=1", "train.eval_every=1", "method=alora", "method.rank=2", "method.dev_batch=4"]
+    single.start("train", [*quick, *overrides], None, "lrk train")
+    return Run.open("outputs/latest")
+
+
+@pytest.mark.slow
+def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved():
+    run = train("method.moved=5")
+    rounds = [row for row in run.history() if "round" in row]
+    assert [row["step"] for row in rounds] == [2, 3, 4, 5]
+    assert all(sum(row["ranks"].values()) == 84 for row in rounds)
+    saved = json.loads((run.path / "adapter" / state.PROOF).read_text())["ranks"]
+    assert saved == next(row["ranks"] for row in rounds if row["step"] == run.metrics["best_step"])
+    assert [row["step"] for row in run.history() if row.get("above_budget")] == [1]
+    assert {"ranks.png", "allocation.png"} <= {path.name for path in (run.path / "plots").iterdir()}
+    assert run.metrics["reallocations"] == 4 and run.metrics["ranks"] == 84
+
+
+@pytest.mark.slow
+def test_two_processes_move_the_same_ranks():
+    run = train("method.moved=5", "hardware.processes=2", "method.score=taylor")
+    rounds = [row["ranks"] for row in run.history() if "round" in row]
+    assert len(rounds) == 4 and all(sum(ranks.values()) == 84 for ranks in rounds)
+    assert run.metrics["reallocations"] == 4
+
+
+@pytest.mark.slow
+def test_no_reallocation_is_an_error_that_leaves_nothing():
+    with pytest.raises(UserError, match=r"method.first_epochs: 10.0 epochs are 20 steps"):
+        train("method.first_epochs=10")

@@ -89,10 +89,15 @@ def test_the_engine_equals_the_naive_loop(family, tokens):
         ("llama", {"target_modules": ["lm_head", "O"]}),
         ("qwen3", {}),
         ("llama", {"dropout": 0.5}),
+        ("llama", {"kind": "dora"}),  # no sum over ranks
     ],
 )
 def test_whole_modules_and_odd_targets(family, settings):
-    adapter = small.adapted("lora", family, **settings)
+    settings = dict(settings)
+    adapter = small.adapted(settings.pop("kind", "lora"), family, **settings)
+    for site, part in ((adapter.sites[key], part) for key, part in adapter.modules.items()):
+        if hasattr(part, "magnitude"):  # a module without ranks is the bare linear
+            part.magnitude.data = adapter.linears[site.path].rows(site.span).norm(dim=1)
     adapter.model.train()
     batch = dev_batch(family)
     units = [(key, rank) for key in adapter.modules for rank in (None, 1)]

@@ -1,5 +1,7 @@
 """Ranks that change: what stays equal, what the optimizer keeps, what is saved and rebuilt."""
 
+import json
+
 import pytest
 import small
 import torch
@@ -111,6 +113,27 @@ def test_an_adapter_of_other_ranks_is_saved_and_loaded(tmp_path, family):
     state.load(fresh, tmp_path)
     assert fresh.ranks() == adapter.ranks()
     assert torch.equal(logits(fresh), logits(adapter))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_peft_library_loads_other_ranks_with_equal_logits(tmp_path, family):
+    peft = pytest.importorskip("peft")
+    adapter = small.adapted("lora", family)
+    first, second, third, *_, last = adapter.modules
+    resize(adapter, {first: ([1], 0), second: ([0, 1, 2, 3], 3), third: ([0, 2], 0), last: ([], 0)})
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.normal_(std=0.2)
+    state.save(adapter, tmp_path, {})
+    config = json.loads((tmp_path / state.CONFIG).read_text())
+    assert config["r"] == 7 and config["lora_alpha"] / config["r"] == adapter.modules[first].scale
+    assert last not in config["target_modules"]
+    model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
+    with torch.no_grad():
+        loaded = model(input_ids=small.ids()).logits
+    torch.testing.assert_close(loaded, logits(adapter), atol=1e-5, rtol=1e-4)
 
 
 def test_loading_brings_emptied_modules_back(tmp_path):

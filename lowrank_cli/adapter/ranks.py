@@ -55,7 +55,8 @@ def rebuild(
     plan = {}
     for key, rank in adapter.ranks().items():
         new = wanted.get(key, 0)
-        plan[key] = (list(range(min(rank, new))), max(0, new - rank))
+        if adapter.modules[key].rank_axes:  # other kinds take the shapes of saved tensors themselves
+            plan[key] = (list(range(min(rank, new))), max(0, new - rank))
     resize(adapter, plan, optimizer)
     _in_order(adapter)
 

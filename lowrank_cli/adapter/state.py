@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,21 +159,27 @@ def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any] | None:
-    """What stock PEFT needs to load this adapter, or None where it would not be the same function."""
-    parts = [(part.rank, part.scale * part.rank, part.peft_options()) for part in adapter.modules.values()]
+    """What stock PEFT needs to load this adapter, or None where it would not be the same function.
+
+    Ranks may differ, the scale may not: servers that ignore PEFT's patterns scale every module by lora_alpha / r.
+    """
+    parts = [(part.scale, part.peft_options()) for part in adapter.modules.values()]
     packed = any(site.span is not None for site in adapter.sites.values())
     if adapter.routing is not None or packed or not parts or any(part != parts[0] for part in parts):
         return None
-    rank, alpha, options = parts[0]
+    scale, options = parts[0]
     if options is None:
         return None
-    heads = head_names(adapter.model)
+    heads, rank = head_names(adapter.model), max(adapter.ranks().values())
+    other = {re.escape(key): own for key, own in adapter.ranks().items() if own != rank}  # keys are patterns
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": adapter.model.config.name_or_path or None,
         "r": rank,
-        "lora_alpha": alpha,
+        "lora_alpha": scale * rank,
+        "rank_pattern": other,
+        "alpha_pattern": {pattern: scale * own for pattern, own in other.items()},
         "target_modules": sorted(adapter.linears),
         "modules_to_save": heads or None,
         "fan_in_fan_out": False,

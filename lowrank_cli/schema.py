@@ -307,7 +307,7 @@ class ExportRun(RunConfig):
     """``lrk export``."""
 
     export: ExportConfig = field(default_factory=ExportConfig)
-    run: Optional[str] = MISSING  #: a training run's folder; null takes the newest finished one
+    run: Optional[str] = MISSING  #: as of ``lrk evaluate``
 
 
 @dataclass

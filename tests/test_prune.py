@@ -94,6 +94,10 @@ def test_train_score_prune_evaluate_and_train_on():
 
     evaluated = lrk_run("evaluate", f"run={pruned.path}")
     assert evaluated.metrics["test/accuracy"] == pruned.metrics["test/accuracy"]
+    exported = lrk_run("export", f"run={pruned.path}")
+    assert exported.metrics["export/logit_error"] < 1e-5
+    config = json.loads((exported.path / "export" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == len(ranks) and config["r"] == max(ranks.values())
     further = lrk_run("train", f"run={pruned.path}", *TRAIN, "train.learning_rate=1e-3")
     assert further.metrics["trainable_parameters"] == pruned.metrics["trainable_parameters"]
     assert further.history()[0]["train/loss"] < trained.history()[0]["train/loss"]  # not from the start

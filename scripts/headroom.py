@@ -1,8 +1,8 @@
 """Measure the room between the bundled model as it is and as it can become, on every ``tiny_*`` task.
 
-    python scripts/headroom.py --outputs DIR [--tasks tiny_sentiment …] [--parts zero shots full lora]
+    python scripts/headroom.py --outputs DIR [--tasks tiny_sentiment …] [--parts zero shots full]
 
-Each number is a run of the command line (zero-shot, ``--draws`` draws of 8 demonstrations, full fine-tuning, LoRA)
+Each number is a run of the command line (zero-shot, ``--draws`` draws of 8 demonstrations, full fine-tuning)
 on the test split. Run folders go to ``--outputs``; the numbers are merged into docs/results/headroom.json, and
 the table of docs/bundled_model.md is printed from that file.
 """
@@ -37,7 +37,6 @@ PARTS = {
     "zero": ["evaluate", "method=none"],
     "shots": ["evaluate", "-m", "method=none", "evaluate.shots=8"],
     "full": ["train", "method=full", "train.learning_rate=1e-3", *TRAINING],
-    "lora": ["train", "method=lora", "train.learning_rate=4e-3", *TRAINING],
 }
 
 
@@ -66,12 +65,15 @@ def measure(part: str, task: str, draws: int, outputs: Path) -> dict:
     runs = sorted(path.parent for path in folder.rglob("metrics.json") if "latest" not in path.parts)
     values = [metric(run) for run in runs]
     numbers = [value for _, value in values]
+    about = [json.loads((run / "run.json").read_text()) for run in runs]
     return {
         "metric": values[0][0],
         "mean": statistics.mean(numbers),
         "values": numbers,
         "command": "lrk " + " ".join(arguments),
-        "seconds": sum(json.loads((run / "run.json").read_text())["seconds"] for run in runs),
+        "seconds": sum(info["seconds"] for info in about),
+        "commit": about[0]["git"]["commit"],
+        "device": about[0]["device"],
     }
 
 
@@ -89,13 +91,13 @@ def cell(found: dict | None) -> str:
 def table(results: dict) -> str:
     """The Markdown table."""
     lines = [
-        "| task | metric | chance | zero-shot | 8-shot, mean (range) | LoRA | full fine-tuning |",
-        "|---" * 7 + "|",
+        "| task | metric | chance | zero-shot | 8-shot, mean (range) | full fine-tuning |",
+        "|---" * 6 + "|",
     ]
     for task, parts in results.items():
         name = next(iter(parts.values()))["metric"]
         chance = f"{CHANCE[task] * 100:.1f}" if task in CHANCE else "0"
-        cells = [cell(parts.get(part)) for part in ("zero", "shots", "lora", "full")]
+        cells = [cell(parts.get(part)) for part in ("zero", "shots", "full")]
         lines.append("| " + " | ".join([task, name, chance, *cells]) + " |")
     return "\n".join(lines)
 

@@ -5,7 +5,8 @@
 Two shapes of Llama: that of the bundled model, and one of about 100M parameters with random weights. A step is forward,
 backward and AdamW on one batch; a switch is what happens between two phases: the probe of the dev loss with its
 gradients, rewards, folding, spectra, policy, new windows. Steps and switches alternate; figures are medians. The share
-is switch / (phase × step + switch); the decompositions before the first switch are paid once and stand apart.
+of exploration is switch / (phase × step + switch), that of training counts the steps after exploration as well; the
+first switch also decomposes all matrices, which is paid once and stands apart.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "step_seconds": one,
         "switch_seconds": between,
         "share_of_exploration": share,
-        "share_of_training": share * config.explore,
+        "share_of_training": config.explore * between / (config.phase * one + config.explore * between),
         "first_switch_seconds": first,
         "all_switch_seconds": switches,
     }

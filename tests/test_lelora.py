@@ -146,7 +146,7 @@ def test_folding_for_ever_keeps_no_more_than_the_matrix():
         part.fold(weight)
     assert len(part.folded_a) <= min(weight.shape)
     torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(weight - part._pretrained, part.factors()[0] @ part.factors()[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weight - part._pretrained, part.change()[0] @ part.change()[1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,7 +192,7 @@ def test_a_bf16_weight_is_rounded_once_however_often_it_is_folded():
                 part.lora_b.add_(0.02 * torch.randn_like(part.lora_b))
             part.fold(linear.weight)
     for path, linear in adapter.linears.items():
-        b, a = adapter.modules[path].factors()
+        b, a = adapter.modules[path].change()
         assert torch.equal(linear.weight, (before[path].float() + b @ a).to(torch.bfloat16))
 
 

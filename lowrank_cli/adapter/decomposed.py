@@ -54,7 +54,7 @@ class Decomposed(LowRank):
         self.magnitude.copy_(self._squares.sqrt())
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def change(self) -> tuple[Tensor, Tensor]:
         delta = self.delta()  # a row's new length changes all of W: no factors are smaller
         return delta, torch.eye(delta.shape[1], device=delta.device)
 

@@ -163,7 +163,7 @@ class LowRank(nn.Module):
         return self.scale * (self.columns().float() @ self.down().float())
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def change(self) -> tuple[Tensor, Tensor]:
         """b (O, R), a (R, I), fp32, whose product is the whole change of the pretrained weight."""
         return self.scale * self.columns().float(), self.down().float()
 
@@ -240,7 +240,7 @@ class AdaptedLinear(nn.Module):
 
     def settle(self) -> None:
         """Let each part make the stored weight what it has to be."""
-        for part, span in self.updates:
+        for part, span in self.updates.values():
             part.settle(self.rows(span), self.enabled)
 
     def forward(self, x: Tensor) -> Tensor:

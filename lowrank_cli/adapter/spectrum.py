@@ -94,15 +94,15 @@ class Moving(Window):
         self._keep(b.new_zeros(len(b), folded), a.new_zeros(folded, a.shape[1]))
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def change(self) -> tuple[Tensor, Tensor]:
         """b (O, F + 2R), a (F + 2R, I), fp32: what was folded, and the update."""
-        b, a = super().factors()
+        b, a = super().change()
         return torch.cat((self.folded_b, b), dim=1), torch.cat((self.folded_a, a))
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
         """Move the update into the stored ``weight`` (O, I). Same function, same gradients of A and B afterwards."""
-        b, a = self.factors()
+        b, a = self.change()
         if len(a) > min(weight.shape):
             delta = b @ a
             wide = len(delta) <= delta.shape[1]
@@ -212,7 +212,7 @@ def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> It
         def hook(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
-            for _, span in linear.updates:
+            for _, span in linear.updates.values():
                 see(keys[span], linear.rows(span, gradient))
 
         return hook

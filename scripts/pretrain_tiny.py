@@ -34,7 +34,7 @@ from lowrank_cli.tasks.tiny.lexicon import Lexicon, vocabulary
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 1536  #: tokens
 TOKENS = 4096  #: tokens of one step
-CURRICULUM = 900  #: steps of ``main`` in which progress goes from 0 to 1
+CURRICULUM = 900  #: steps of ``main`` in which progress goes from 0 to 1, counted in whole ``Stage.block``s
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Words of the generated tasks: what the bundled model's pretraining may use, and what is held out for ``tiny_*``.
 
 Every kind of word is split in two by position: the first part is *seen* in pretraining with its meaning, the rest is
-*held out*: pretraining shows those words only inside lists to be copied, so they are ordinary tokens without a meaning.
+*held out*: pretraining shows those words only in lists to be copied and as keys of lookups, so they are ordinary tokens
+without a meaning.
 Names are built from two syllables; which pairs belong to pretraining, train, dev and test never overlaps.
 """
 

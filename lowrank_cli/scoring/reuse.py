@@ -100,10 +100,18 @@ class Reuse:
 
 
 def _constant(output: Any, times: int) -> Callable:
-    """A forward that returns a fresh copy of what was remembered; of a tuple only the first is used."""
-    if isinstance(output, Tensor):
-        return lambda *args, **kwargs: tile(output, times)
-    return lambda *args, **kwargs: (tile(output[0], times), *[None] * (len(output) - 1))
+    """A forward that returns a fresh copy of what was remembered; of a tuple only the first is used.
+
+    Rows and tokens stand apart or flat as in the input: a linear is called either way.
+    """
+
+    def answer(*args: Tensor, **kwargs: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return tile(output[0], times), *[None] * (len(output) - 1)
+        copy = tile(output, times)
+        return copy.reshape(*args[0].shape[:-1], -1) if args else copy
+
+    return answer
 
 
 @contextmanager

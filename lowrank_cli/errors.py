@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LrkError(Exception):
@@ -23,6 +25,15 @@ class UserError(LrkError):
 
 class WorkFailed(LrkError):
     """The input was right but the work could not be finished: exit code 1."""
+
+
+@contextmanager
+def inside(key: str, full: str) -> Iterator[None]:
+    """Errors of the block that name ``key``, or a key below it, name ``full`` in its place."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(rf"^{re.escape(key)}(?=[.:])", lambda _: full, str(error))) from error
 
 
 def nearest(value: object, allowed: Iterable[object]) -> str:

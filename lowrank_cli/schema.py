@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from lowrank_cli.errors import UserError, require_choice, require_range
+from lowrank_cli.errors import UserError, inside, require_choice, require_range
 
 #: What a rank can be scored by; see :mod:`lowrank_cli.scoring.kinds`.
 SCORE_KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
@@ -75,17 +75,18 @@ class TaskConfig:
     dev_split: str = MISSING
     test_split: str = MISSING
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
-    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: the tasks of a ``mix``, by the names of their metrics
+    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: the tasks of a ``mix``, by name; all have its lengths
     templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
 
     def validate(self) -> None:
         require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
         if (self.answer == "mix") != bool(self.parts):
             raise UserError("task.parts: task.answer=mix names its tasks there, another answer has none")
-        for part in self.parts.values():
+        for name, part in self.parts.items():
             if part.parts:
                 raise UserError(f"task.parts: '{part.name}' is a mix itself; name its parts instead")
-            part.validate()
+            with inside("task", f"task.parts.{name}"):
+                part.validate()
         require_choice("task.splits", self.splits, ("paper", "given"))
         metrics = ("mean",) if self.answer == "mix" else ("accuracy", "exact_match", "number_match", "bleu", "rouge_l")
         require_choice("task.metric", self.metric, metrics)
@@ -93,6 +94,8 @@ class TaskConfig:
         require_range("task.max_new_tokens", self.max_new_tokens, 1)
         if self.limit is not None:
             require_range("task.limit", self.limit, 1)
+        if self.parts:
+            self._refuse_what_parts_have()
         if self.answer == "labels" and len(self.label_words) < 2:
             raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
         for key in ("label_words", "label_values"):
@@ -101,6 +104,13 @@ class TaskConfig:
                 raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+    def _refuse_what_parts_have(self) -> None:
+        """Prompts, answers and data of a mix are those of its parts; of its own it has a name, lengths and a limit."""
+        own = ("name", "max_length", "max_new_tokens", "limit", "parts")
+        for key, value in vars(mix()).items():
+            if key not in own and getattr(self, key) != value:
+                raise UserError(f"task.{key}: a mix has none of its own; set task.parts.NAME.{key} of its tasks")
 
 
 def mix() -> TaskConfig:

@@ -13,6 +13,7 @@ from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
+from lowrank_cli.stages.candidates import with_demonstrations
 
 QUICK = ["hardware.threads=1", "train.max_steps=2", "train.batch_size=8", "train.checkpoint_every=0"]
 
@@ -45,6 +46,23 @@ def test_limits_of_a_part_and_of_the_whole():
     assert sum(example.part == "tiny_topic" for example in task.train) == 8
     task = load([*mix("tiny_yesno", "tiny_topic"), "task.limit=40"])
     assert len(task.train) == 40 and {example.part for example in task.train} == {"tiny_yesno", "tiny_topic"}
+
+
+def test_demonstrations_are_of_the_query_s_own_task():
+    task = load(mix("tiny_yesno", "tiny_topic"))
+    shown = [next(example for example in task.train if example.part == part) for part in ("tiny_yesno", "tiny_topic")]
+    for query in (task.test[0], task.test[-1]):
+        (own,) = [example for example in shown if example.part == query.part]
+        assert with_demonstrations([query], shown) == [f"{own.prompt}{own.answer}\n\n{query.prompt}"]
+
+
+@pytest.mark.slow
+def test_a_part_is_measured_with_the_demonstrations_that_it_has_alone():
+    asked = ["method=none", "evaluate.shots=2", "task.parts.tiny_yesno.limit=8", "task.parts.tiny_topic.limit=8"]
+    single.start("evaluate", [*mix("tiny_yesno", "tiny_topic"), *asked], "groups", "lrk evaluate")
+    mixed = Run.open("outputs/latest").metrics
+    single.start("evaluate", ["task=tiny_topic", "task.limit=8", *asked[:2]], None, "lrk evaluate")
+    assert Run.open("outputs/latest").metrics["test/accuracy"] == mixed["test/tiny_topic/accuracy"]
 
 
 def test_a_template_of_any_part_changes_the_mix():
@@ -93,7 +111,13 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
     ("overrides", "message"),
     [
         (["task=tiny_yesno", "task.answer=mix", "task.metric=mean"], "task.parts: task.answer=mix names its tasks"),
-        (["task=tiny_mix", "task.parts.tiny_choice.metric=bleau"], "task.metric: .* did you mean 'bleu'"),
+        (
+            ["task=tiny_mix", "task.parts.tiny_choice.metric=bleau"],
+            "task.parts.tiny_choice.metric: .* did you mean 'bleu'",
+        ),
+        (["task=tiny_mix", "task.parts.tiny_choice.limit=0"], "^task.parts.tiny_choice.limit: 0 is out of range"),
+        (["task=tiny_mix", "task.template='{question}'"], "task.template: a mix has none of its own"),
+        (["task=tiny_mix", "task.path=data"], "task.path: a mix has none of its own"),
         (["task=tiny_mix", "task.parts.tiny_choise.limit=3"], "tiny_choise"),
         (["task=tiny_mix", "task.parts.tiny_choice.path=nowhere"], "task.parts.tiny_choice.path: there is no folder"),
     ],
@@ -102,6 +126,16 @@ def test_mistakes_are_one_line(overrides, message):
     with pytest.raises(UserError, match=message):
         single.start("train", overrides, None, "lrk train")
     assert not Path("outputs").exists()
+
+
+def test_mistakes_in_the_data_name_the_part():
+    with pytest.raises(UserError, match=r"^task\.parts\.tiny_topic\.template: an empty"):
+        load([*mix("tiny_yesno", "tiny_topic"), "task.parts.tiny_topic.template='{}'"])
+
+
+def test_a_limit_that_leaves_a_part_out_is_refused():
+    with pytest.raises(UserError, match=r"task\.limit: 1 leaves no train example of tiny_"):
+        load([*mix("tiny_yesno", "tiny_topic"), "task.limit=1"])
 
 
 def test_a_mix_of_mixes_is_refused():

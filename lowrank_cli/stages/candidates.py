@@ -8,6 +8,7 @@ its KV cache is expanded to each batch. Batches hold prompts of alike lengths. H
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
@@ -43,9 +44,11 @@ class Prefix:
 
 
 def with_demonstrations(examples: Sequence[Example], demonstrations: Sequence[Example]) -> list[str]:
-    """Each example's prompt behind the answered ``demonstrations``, a blank line between two."""
-    shown = "".join(f"{example.prompt}{example.answer}\n\n" for example in demonstrations)
-    return [shown + example.prompt for example in examples]
+    """Each example's prompt behind the answered ``demonstrations`` of its task, a blank line between two."""
+    shown: defaultdict[str, str] = defaultdict(str)
+    for example in demonstrations:
+        shown[example.part] += f"{example.prompt}{example.answer}\n\n"
+    return [shown[example.part] + example.prompt for example in examples]
 
 
 @torch.no_grad()

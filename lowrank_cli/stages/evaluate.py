@@ -86,5 +86,9 @@ def _observe(session: Session) -> Observed:
 
 
 def demonstrations(session: Session) -> list[Example]:
-    """``evaluate.shots`` training examples, drawn by the run's seed; the same in front of every prompt."""
-    return draw(session.task.train, session.config.evaluate.shots, session.config.seed)
+    """``evaluate.shots`` training examples, of a mix of each part, drawn by the run's seed, for all prompts."""
+    found = []
+    for part in session.config.task.parts or ("",):
+        examples = [example for example in session.task.train if example.part == part]
+        found += draw(examples, session.config.evaluate.shots, session.config.seed)
+    return found

@@ -22,11 +22,11 @@ def predict(
     session: Session,
     examples: Sequence[Example],
     *,
-    demonstrations: Sequence[Example] = (),
+    demonstrations: Sequence[Example],
     tick: Tick = lambda count: None,
 ) -> list[dict[str, Any]]:
     """One record an example, in order: ``prediction``, ``references`` and what led to them. Shared by all processes."""
-    prompts, shots = with_demonstrations(examples, demonstrations), len(demonstrations)
+    prompts, shots = with_demonstrations(examples, demonstrations), session.config.evaluate.shots
     scored = [index for index, example in enumerate(examples) if example.choices and not session.encoder]
     found: dict[int, dict[str, Any]] = {}
     if scored:
@@ -78,7 +78,7 @@ def score(session: Session, records: Sequence[dict[str, Any]]) -> dict[str, floa
     found = {}
     for name, part in task.parts.items():
         own = [record for record in records if record["task"] == name]
-        found |= {f"{name}/{metric}": value for metric, value in (of(part, own) if own else {}).items()}
+        found |= {f"{name}/{metric}": value for metric, value in of(part, own).items()}
     return {"mean": sum(found.values()) / len(found), **found}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lowrank_cli.errors import UserError, nearest
+from lowrank_cli.errors import UserError, inside, nearest
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
 
@@ -100,15 +100,24 @@ def load(config: TaskConfig) -> Task:
 
 
 def _mix(config: TaskConfig) -> Task:
-    """The parts' examples, split by split; ``task.limit`` caps a split of the whole mix."""
+    """The parts' examples, split by split; ``task.limit`` caps a split of the whole mix.
+
+    Raises:
+        UserError: what is wrong with a part, or a limit that leaves a part without examples.
+    """
     splits_of: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
     words: list[str] = []
     for name, part in config.parts.items():
-        task = load(part)
+        with inside("task", f"task.parts.{name}"):
+            task = load(part)
         for split, found in splits_of.items():
             found += [replace(example, part=name, first=len(words)) for example in getattr(task, split)]
         words += task.label_words
     limited = {split: _pick(found, splits.limited(len(found), config.limit)) for split, found in splits_of.items()}
+    for split, found in limited.items():
+        left_out = [name for name in config.parts if all(example.part != name for example in found)]
+        if left_out:
+            raise UserError(f"task.limit: {config.limit} leaves no {split} example of {', '.join(left_out)}; raise it")
     return Task(
         config=config,
         name=config.name,

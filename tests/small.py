@@ -110,7 +110,13 @@ SETTINGS = {
     },
     "milora": _LORA
     | {
+        "modules": "lora",
         "k": 3,
+        "gate": "scaled",
+        "pooler": "self_attention",
+        "activation": ["rational"],
+        "numerator_order": 6,
+        "denominator_order": 5,
         "load_balance": 0.01,
         "bilevel": True,
         "activation_learning_rate": 1e-3,
@@ -143,7 +149,9 @@ def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, 
                     if name == "lora_magnitude_vector":
                         parameter.mul_(torch.rand_like(parameter) + 0.5)
             for router in adapter.routing.routers if adapter.routing else []:
-                router.pooler.weight.normal_()
+                for name, parameter in router.named_parameters():
+                    if name.startswith("pooler."):
+                        parameter.normal_()
                 router.projection.weight.normal_(std=3.0)
     return adapter
 

@@ -1,6 +1,7 @@
 """MiLoRA's routing: the paper's formulas, once per prompt, reused with the KV cache."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import small
@@ -8,29 +9,56 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from lowrank_cli.adapter.routing import Rational, Router, SelfAttentionPool, load_balance, top_k_gates
+from lowrank_cli.adapter import state
+from lowrank_cli.adapter.router import (
+    ACTIVATIONS,
+    GATES,
+    POOLERS,
+    Rational,
+    Router,
+    SelfAttentionPool,
+    load_balance,
+    scaled_gates,
+    straight_through_gates,
+)
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods import milora
 from lowrank_cli.methods.protocol import Step
 
 LAYERS = 2
 
 
-def test_the_activation_starts_as_gelu_and_no_least_squares_step_improves_it():
-    from scipy.optimize import least_squares
-
+def gelu_fit(numerator, denominator):
+    """Residuals of a rational function of these orders against GeLU on [-3, 3], and the coefficients at the start."""
     grid = torch.linspace(-3, 3, 601, dtype=torch.float64)
-    activation = Rational().double()
-    assert (activation(grid) - F.gelu(grid)).abs().max() < 1.2e-4
+    activation = Rational(numerator, denominator).double()
 
     def residuals(values):
         values = torch.tensor(values)
-        above = sum(values[j] * grid**j for j in range(7))
-        below = 1 + sum(values[6 + i] * grid**i for i in range(1, 6)).abs()
+        above = sum(values[j] * grid**j for j in range(numerator + 1))
+        below = 1 + sum(values[numerator + i] * grid**i for i in range(1, denominator + 1)).abs()
         return (above / below - F.gelu(grid)).numpy()
 
     start = torch.cat([activation.numerator, activation.denominator]).detach().numpy()
+    torch.testing.assert_close(activation(grid), torch.tensor(residuals(start)) + F.gelu(grid))
+    return residuals, start
+
+
+@pytest.mark.parametrize(("orders", "error"), [((6, 5), 1.2e-4), ((4, 2), 2.4e-3), ((3, 2), 2e-2)])
+def test_the_activation_starts_as_gelu_and_no_least_squares_step_improves_it(orders, error):
+    from scipy.optimize import least_squares
+
+    residuals, start = gelu_fit(*orders)
+    assert abs(residuals(start)).max() < error
     best = least_squares(residuals, start, max_nfev=200)
     assert best.cost > 0.95 * 0.5 * (residuals(start) ** 2).sum()
+
+
+def test_higher_orders_of_the_activation_fit_no_worse():
+    costs = [[(gelu_fit(m, n)[0](gelu_fit(m, n)[1]) ** 2).sum() for n in range(2, m)] for m in range(3, 9)]
+    for smaller, larger in pairwise(costs):
+        assert all(two < 1.05 * one + 1e-9 for one, two in zip(smaller, larger, strict=False))
+        assert all(two < 1.05 * one + 1e-9 for one, two in pairwise(larger))
 
 
 def test_rational_is_the_papers_formula():
@@ -44,18 +72,25 @@ def test_rational_is_the_papers_formula():
     torch.testing.assert_close(activation(x), above / below, atol=1e-5, rtol=1e-4)
 
 
-def test_self_attention_pooling_ignores_what_is_no_prompt():
-    pool = SelfAttentionPool(8)
-    torch.nn.init.normal_(pool.weight)
-    hidden = torch.randn(2, 5, 8)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool()
-    expected = [
-        (hidden[0, :3] @ pool.weight).softmax(0) @ hidden[0, :3],
-        (hidden[1, 1:] @ pool.weight).softmax(0) @ hidden[1, 1:],
-    ]
-    torch.testing.assert_close(pool(hidden, mask), torch.stack(expected))
+POOLED = {
+    "self_attention": lambda hidden, pool: (hidden @ pool.weight).softmax(0) @ hidden,
+    "average": lambda hidden, pool: hidden.mean(dim=0),
+    "max": lambda hidden, pool: hidden.max(dim=0).values,
+    "last_token": lambda hidden, pool: hidden[-1],
+}
+
+
+@pytest.mark.parametrize("name", POOLERS)
+def test_poolers_see_the_prompt_only_whatever_stands_left_or_right_of_it(name):
+    pool = POOLERS[name](8)
+    if isinstance(pool, SelfAttentionPool):
+        torch.nn.init.normal_(pool.weight)
+    hidden = torch.randn(4, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
+    expected = torch.stack([POOLED[name](row[seen], pool) for row, seen in zip(hidden, mask, strict=True)])
+    torch.testing.assert_close(pool(hidden, mask), expected)
     changed = hidden.masked_fill(~mask.unsqueeze(-1), 1e4)
-    torch.testing.assert_close(pool(changed, mask), torch.stack(expected))
+    torch.testing.assert_close(pool(changed, mask), expected)
 
 
 def test_router_is_a_softmax_of_the_activated_pool():
@@ -64,13 +99,32 @@ def test_router_is_a_softmax_of_the_activated_pool():
     pooled = router.pooler(hidden, mask)
     expected = (router.activation(pooled) @ router.projection.weight.T).softmax(-1)
     torch.testing.assert_close(router(hidden, mask), expected)
+    router = Router(8, 5, POOLERS["max"](8), ACTIVATIONS["relu"])
+    expected = (hidden.amax(dim=1).relu() @ router.projection.weight.T).softmax(-1)
+    torch.testing.assert_close(router(hidden, mask), expected)
+
+
+def test_the_names_in_the_schema_are_those_of_the_routers_pieces():
+    assert tuple(POOLERS) == milora.POOLERS
+    assert {"rational", *ACTIVATIONS} == set(milora.ACTIVATIONS)
+    for gate in GATES:
+        small.method("milora", gate=gate)
 
 
 def test_gates_keep_k_and_sum_to_k():
     probabilities = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]])
-    gates = top_k_gates(probabilities, 2)
+    gates = scaled_gates(probabilities, 2)
     torch.testing.assert_close(gates, torch.tensor([[1.25, 0, 0.75, 0], [0, 0, 6 / 7, 8 / 7]]))
-    torch.testing.assert_close(top_k_gates(torch.full((1, 7), 1 / 7), 7), torch.ones(1, 7))
+    torch.testing.assert_close(scaled_gates(torch.full((1, 7), 1 / 7), 7), torch.ones(1, 7))
+
+
+def test_straight_through_gates_are_one_or_zero_with_the_gradient_of_the_probability():
+    probabilities = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4]], requires_grad=True)
+    gates = straight_through_gates(probabilities, 2)
+    assert gates.tolist() == [[1, 0, 1, 0], [0, 0, 1, 1]]
+    upstream = torch.randn(2, 4)
+    (gates * upstream).sum().backward()
+    assert torch.equal(probabilities.grad, upstream * gates.detach())
 
 
 def test_load_balance_is_one_when_even_and_larger_when_not():
@@ -80,18 +134,32 @@ def test_load_balance_is_one_when_even_and_larger_when_not():
     assert load_balance(skewed).item() == pytest.approx(4 * 0.55)
 
 
-def test_all_modules_with_equal_weights_are_exactly_lora():
-    routed = small.adapted("milora", k=7)
-    plain = small.adapted("lora")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("modules", ["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_modules_with_equal_weights_are_exactly_lora_or_dora(modules, gate, family):
+    routed = small.adapted("milora", family, modules=modules, gate=gate, k=len(small.ROLES[family]))
+    plain = small.adapted(modules, family)
+    assert {type(part) for part in routed.modules.values()} == {type(part) for part in plain.modules.values()}
     with torch.no_grad():
         for router in routed.routing.routers:
             router.projection.weight.zero_()
-        for key, part in plain.modules.items():
-            part.lora_a.copy_(routed.modules[key].lora_a)
-            part.lora_b.copy_(routed.modules[key].lora_b)
+        for name, parameter in plain.trained.items():
+            parameter.copy_(routed.trained[name])
     torch.testing.assert_close(
         routed.model(input_ids=small.ids()).logits, plain.model(input_ids=small.ids()).logits, atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_midora_is_the_bare_model_where_no_module_is_chosen_and_exact_at_the_start(family):
+    before = small.model(family)(input_ids=small.ids()).logits
+    fresh = small.adapted("milora", family, modules="dora", trained=False)
+    assert torch.equal(fresh.model(input_ids=small.ids()).logits, before)
+    adapter = small.adapted("milora", family, modules="dora")
+    closed = torch.zeros(3, len(small.ROLES[family]))
+    adapter.routing.choose = lambda probabilities, k: closed * probabilities
+    assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
@@ -116,8 +184,25 @@ def test_rows_of_a_batch_are_routed_differently():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_decoding_token_by_token_equals_the_full_forward(family, beams):
+    decode_and_compare(small.adapted("milora", family), beams)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules": "dora"},
+        {"pooler": "last_token", "activation": ["relu", "gelu"], "bilevel": False},
+        {"pooler": "max", "gate": "straight_through", "k": 1},
+        {"pooler": "average", "modules": "dora", "gate": "straight_through"},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()),
+)
+def test_every_option_decodes_token_by_token_as_in_the_full_forward(settings):
+    decode_and_compare(small.adapted("milora", **settings), 1)
+
+
+def decode_and_compare(adapter, beams):
     """Prompts of different lengths, left padded in one batch, against each sequence alone in one pass."""
-    adapter = small.adapted("milora", family)
     model = adapter.model
     prompts = small.ids(3, 9)
     mask = torch.ones_like(prompts)
@@ -144,8 +229,9 @@ def test_decoding_token_by_token_equals_the_full_forward(family, beams):
             torch.testing.assert_close(made.logits[step][beam], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_the_response_does_not_reach_the_router():
-    adapter = small.adapted("milora")
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_the_response_does_not_reach_the_router(pooler):
+    adapter = small.adapted("milora", pooler=pooler)
     ids = small.ids(2, 9)
     prompt = torch.tensor([[1] * 5 + [0] * 4] * 2)
     other = ids.clone()
@@ -167,12 +253,35 @@ def test_modules_that_no_row_uses_are_skipped():
     assert not any(part.skip for layer in adapter.routing.parts for part in layer), "training needs their gradients"
 
 
-def test_the_task_loss_reaches_every_router_parameter():
-    adapter = small.adapted("milora")
+@pytest.mark.parametrize("modules", ["lora", "dora"])
+@pytest.mark.parametrize(("gate", "k"), [("scaled", 3), ("straight_through", 3), ("straight_through", 1)])
+def test_the_task_loss_reaches_every_router_parameter(modules, gate, k):
+    adapter = small.adapted("milora", modules=modules, gate=gate, k=k)
     adapter.model(input_ids=small.ids(6)).logits.square().sum().backward()
     for router in adapter.routing.routers:
         for name, parameter in router.named_parameters():
             assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_list_of_activations_is_shared_out_over_the_layers():
+    adapter = small.adapted("milora", activation=["relu", "rational"])
+    first, second = (router.activation for router in adapter.routing.routers)
+    assert first is F.relu and isinstance(second, Rational)
+    assert all(".layers.1.prompt_router.activation" in name for name in adapter.deferred)
+    adapter = small.adapted("milora", activation=["gelu"], bilevel=False)
+    assert [router.activation for router in adapter.routing.routers] == [F.gelu] * LAYERS
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_canary_sees_the_router_whatever_the_gate(gate, tmp_path):
+    adapter = small.adapted("milora", gate=gate)
+    state.save(adapter, tmp_path, {})
+    with torch.no_grad():
+        before = state.canary(adapter)[1]
+        adapter.routing.routers[1].projection.weight.normal_(std=3.0)
+        assert (state.canary(adapter)[1] - before).abs().max() > 1e-2 * before.abs().max()
+    state.load(adapter, tmp_path)
+    assert torch.equal(state.canary(adapter)[1], before)
 
 
 def step(adapter, dev_loss):
@@ -228,8 +337,9 @@ def test_the_second_optimizer_continues_where_it_was_saved():
         assert torch.equal(adapter.trained[name], other.trained[name])
 
 
-def test_observations_count_the_modules_that_prompts_activate():
-    method = small.method("milora", k=2)
+@pytest.mark.parametrize("modules", ["lora", "dora"])
+def test_observations_count_the_modules_that_prompts_activate(modules):
+    method = small.method("milora", k=2, modules=modules)
     adapter = method.adapt(small.model())
     assert method.observations(adapter, lambda counts: counts) == ({}, [])
     with torch.no_grad():
@@ -237,7 +347,7 @@ def test_observations_count_the_modules_that_prompts_activate():
     metrics, (figure,) = method.observations(adapter, lambda counts: counts)
     shares = torch.tensor(figure["values"])
     assert shares.sum(dim=1).tolist() == pytest.approx([2.0] * LAYERS)
-    sizes = torch.tensor([[p.lora_a.numel() + p.lora_b.numel() for p in layer] for layer in adapter.routing.parts])
+    sizes = torch.tensor([[sum(t.numel() for t in p.tensors().values()) for p in la] for la in adapter.routing.parts])
     routers = LAYERS * (32 + 12 + 32 * 7)
     assert metrics["activated_parameters"] == pytest.approx((shares * sizes).sum().item() + routers, abs=1)
     assert figure["columns"] == list("QKVOGUD")
@@ -250,6 +360,15 @@ def test_observations_count_the_modules_that_prompts_activate():
         ({"k": 8}, r"method.k: 8 is out of range \(allowed: 1 to 7\)"),
         ({"k": 0}, "method.k: 0"),
         ({"k": 3, "target_modules": ["Q", "V"]}, r"method.k: 3 is out of range \(allowed: 1 to 2\)"),
+        ({"modules": "dor"}, "method.modules: unknown value 'dor'; did you mean 'dora'"),
+        ({"pooler": "last"}, "method.pooler: unknown value 'last'"),
+        ({"gate": "hard"}, "method.gate: unknown value 'hard'"),
+        ({"activation": []}, "method.activation: the list is empty"),
+        ({"activation": ["rational", "silu"]}, "method.activation: unknown value 'silu'"),
+        ({"activation": ["relu", "gelu"]}, "method.bilevel: true, but relu and gelu have no coefficients"),
+        ({"activation": ["rational"] * 3}, "3 names cannot share 2 layers equally"),
+        ({"numerator_order": 9}, r"method.numerator_order: 9 is out of range \(allowed: 3 to 8\)"),
+        ({"denominator_order": 6}, r"method.denominator_order: 6 is out of range \(allowed: 2 to 5\)"),
         ({"target_modules": ["lm_head"], "k": 1}, "'lm_head' has no role in a layer"),
         ({"target_modules": ["model.layers.0.self_attn.q_proj"], "k": 1}, "the same roles in every layer"),
     ],

@@ -95,20 +95,20 @@ class Adapter:
     def continuous(self) -> Iterator[None]:
         """Every module and expert on, weighted by its router: no hard choice that rounding could turn over."""
         routing = self.routing
-        before = (routing.k, routing.usage.clone(), routing.routed) if routing else None
+        before = (routing.usage.clone(), routing.routed) if routing else None
         try:
-            if routing:
-                routing.k = routing.usage.shape[1]
             self._soften(True)
             yield
         finally:
             self._soften(False)
             if routing and before:
-                routing.k, routing.usage, routing.routed = before
+                routing.usage, routing.routed = before
 
     def _soften(self, soft: bool) -> None:
         for part in self.modules.values():
             part.soft = soft
+        if self.routing:
+            self.routing.soft = soft
 
     def merge(self) -> None:
         """Fold all updates into the base weights. Raises UserError where that would not be the same function."""

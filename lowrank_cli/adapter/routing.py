@@ -1,6 +1,6 @@
 """Prompt-aware routing: per layer, choose the low-rank modules of a sequence once, from its prompt.
 
-Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035): router, pooler and activation.
+Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035). Routers themselves are in ``router.py``.
 """
 
 from __future__ import annotations
@@ -12,70 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.linear import LowRank
-
-#: a_0…a_6 and b_1…b_5 of :class:`Rational`: the least-squares fit to GeLU at 601 points of [-3, 3] (error ≤ 1.2e-4).
-GELU_NUMERATOR = (2.83156e-05, 0.5, 0.398498, 0.162535, 0.0642467, 0.0183692, 0.0021049)
-GELU_DENOMINATOR = (0.0, 0.325069, 0.0, 0.0367384, 0.0)
-
-
-class Rational(nn.Module):
-    """Learnable activation Ra(x) = Σ_{j=0..6} a_j x^j / (1 + |Σ_{i=1..5} b_i x^i|), elementwise, starting as GeLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numerator = nn.Parameter(torch.tensor(GELU_NUMERATOR))
-        self.denominator = nn.Parameter(torch.tensor(GELU_DENOMINATOR))
-
-    def forward(self, x: Tensor) -> Tensor:
-        above = torch.zeros_like(x)
-        for a in self.numerator.flip(0):
-            above = above * x + a
-        below = torch.zeros_like(x)
-        for b in self.denominator.flip(0):
-            below = (below + b) * x
-        return above / (1 + below.abs())
-
-
-class SelfAttentionPool(nn.Module):
-    """u = H w, α = softmax of u over the prompt's tokens, h = αᵀ H: (B, T, D), mask (B, T) -> (B, D)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        scores = (hidden @ self.weight).masked_fill(~mask, float("-inf"))  # (B, T, D) @ (D,) -> (B, T)
-        return torch.einsum("bt,btd->bd", scores.softmax(dim=-1), hidden)
-
-
-class Router(nn.Module):
-    """p = softmax(Ra(pool(H)) W_r): hidden states (B, T, D) and prompt mask (B, T) -> probabilities (B, N), in fp32."""
-
-    def __init__(self, width: int, choices: int, device: torch.device | None = None):
-        super().__init__()
-        self.pooler = SelfAttentionPool(width)
-        self.activation = Rational()
-        self.projection = nn.Linear(width, choices, bias=False)
-        nn.init.normal_(self.projection.weight, std=0.02)
-        self.to(device)
-
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            pooled = self.pooler(hidden.float(), mask)  # (B, T, D) -> (B, D)
-            return self.projection(self.activation(pooled)).softmax(dim=-1)  # (B, D) -> (B, N)
-
-
-def top_k_gates(probabilities: Tensor, k: int) -> Tensor:
-    """Keep the k largest of each row, scaled to sum to k: (B, N) -> (B, N). An all-equal row of k = N gives ones."""
-    kept = torch.zeros_like(probabilities).scatter(1, probabilities.topk(k).indices, 1.0) * probabilities
-    return k * kept / kept.sum(dim=-1, keepdim=True)
-
-
-def load_balance(probabilities: Tensor) -> Tensor:
-    """N · Σ_i f_i p̂_i of one layer: f the share of prompts whose arg-max is i, p̂ the mean probability. 1 if even."""
-    choices = probabilities.shape[1]
-    shares = torch.bincount(probabilities.argmax(dim=-1), minlength=choices) / len(probabilities)  # (N,)
-    return choices * (shares * probabilities.mean(dim=0)).sum()
+from lowrank_cli.adapter.router import Router, scaled_gates
 
 
 class PromptRouting:
@@ -86,14 +23,26 @@ class PromptRouting:
     of its modules, once for each distinct prompt; passes that continue a KV cache reuse them, also when beams or
     candidate answers have multiplied the rows since (n copies of a row must stand together).
 
-    ``routed`` counts router evaluations (prompts × layers); ``usage`` (L, N) counts how often a module was chosen
-    while no gradient was recorded. Cost of a decoding step: none beyond the chosen modules.
+    ``gates`` (one of :data:`lowrank_cli.adapter.router.GATES`) chooses ``k`` modules of a layer by their probabilities;
+    while ``soft`` is set, every module is on in proportion to its own. ``routed`` counts router evaluations (prompts ×
+    layers); ``usage`` (L, N) counts how often a module was chosen while no gradient was recorded. Cost of a decoding
+    step: none beyond the chosen modules.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], parts: list[list[LowRank]], k: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: list[nn.Module],
+        parts: list[list[LowRank]],
+        routers: list[Router],
+        k: int,
+        gates: Callable[[Tensor, int], Tensor] = scaled_gates,
+    ):
         self.k = k
         self.parts = parts
-        self.routers: list[Router] = []
+        self.routers = routers
+        self.choose = gates
+        self.soft = False
         self.enabled = True
         self.routed = 0
         self.usage = torch.zeros(len(layers), len(parts[0]), dtype=torch.long)
@@ -105,10 +54,8 @@ class PromptRouting:
         self._first: Tensor | None = None
         self._copy: Tensor | None = None
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        for index, layer in enumerate(layers):
-            device = next(layer.parameters()).device
-            layer.prompt_router = Router(model.config.hidden_size, len(parts[index]), device)
-            self.routers.append(layer.prompt_router)
+        for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
+            layer.prompt_router = router.to(next(layer.parameters()).device)
             layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -151,7 +98,7 @@ class PromptRouting:
             if self._first is not None:
                 hidden, mask = hidden[self._first], mask[self._first]
             probabilities = self.routers[index](hidden, mask)  # (B, T, D) -> (B, N)
-            gates = top_k_gates(probabilities, self.k)
+            gates = self._choose(probabilities)
             self.routed += len(gates)
             if not torch.is_grad_enabled():
                 self.usage[index] += (gates > 0).sum(dim=0).cpu()
@@ -162,6 +109,11 @@ class PromptRouting:
             self._set(index, gates)
 
         return route
+
+    def _choose(self, probabilities: Tensor) -> Tensor:
+        if self.soft:
+            return scaled_gates(probabilities, probabilities.shape[1])
+        return self.choose(probabilities, self.k)
 
     def _set(self, index: int, gates: Tensor) -> None:
         """Hand the gates (B, N) of a layer to its modules; without gradient, unused modules are skipped."""

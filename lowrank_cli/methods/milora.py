@@ -6,8 +6,11 @@ Findings of EMNLP 2024, arXiv 2410.18035, section 3. In front of layer l a route
     p_l = softmax(Ra(pool(H_l)) W_r);   keep the k largest;   gate of a kept module = k · p / Σ_kept p
     loss = cross-entropy + load_balance · Σ_l N · Σ_i f_i p̂_i
 
-Reconstruction: the paper does not say how the kept probabilities enter the module's output. Here they scale it, as
-above, so that gradients reach the router and an all-equal router with k = N is exactly LoRA.
+with Ra a learnable rational function that starts as GeLU. MiDoRA is the same with DoRA's modules (``modules: dora``).
+
+Reconstruction: the paper does not say how the kept probabilities enter the module's output. With ``gate: scaled`` they
+scale it, as above, so that gradients reach the router and an all-equal router with k = N is exactly LoRA. With
+``straight_through`` a kept module is used as it is, and its probability gets the gradient of a gate.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from lowrank_cli.errors import UserError, require_range
+from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
@@ -26,27 +29,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.router import Router
     from lowrank_cli.methods.protocol import Step
+
+POOLERS = ("self_attention", "average", "max", "last_token")
+ACTIVATIONS = ("rational", "gelu", "relu")
 
 
 @dataclass
 class MiLoRAConfig(LoRAConfig):
-    """LoRA modules, a router in front of each layer, and how the router is trained."""
+    """Low-rank modules, a router in front of each layer, and how the router is trained."""
 
+    modules: str = MISSING  #: ``lora`` or ``dora`` (MiDoRA)
     k: int = MISSING  #: modules active in each layer for a prompt; 1 to the number of target roles
+    gate: str = MISSING  #: ``scaled`` (with k = 1 only the load balance trains the router) or ``straight_through``
+    pooler: str = MISSING  #: prompt tokens to one vector: ``self_attention``, ``average``, ``max`` or ``last_token``
+    #: ``rational`` (learned), ``gelu`` or ``relu``; several names go to equal shares of the layers, first to last
+    activation: list[str] = MISSING
+    numerator_order: int = MISSING  #: m of ``rational``, whose coefficients are a_0 … a_m; 3 to 8
+    denominator_order: int = MISSING  #: n of ``rational``, whose coefficients are b_1 … b_n; 2 to m − 1
     load_balance: float = MISSING  #: λ_lb, weight of the load-balance loss
     bilevel: bool = MISSING  #: step the activations' coefficients on dev batches, everything else on train batches
     activation_learning_rate: float = MISSING  #: of the activations' coefficients, when ``bilevel``
 
     def validate(self) -> None:
         super().validate()
+        require_choice("method.modules", self.modules, ("lora", "dora"))
+        require_choice("method.gate", self.gate, ("scaled", "straight_through"))
+        require_choice("method.pooler", self.pooler, POOLERS)
+        if not self.activation:
+            raise UserError(f"method.activation: the list is empty (allowed: {', '.join(ACTIVATIONS)})")
+        for name in self.activation:
+            require_choice("method.activation", name, ACTIVATIONS)
+        if self.bilevel and "rational" not in self.activation:
+            raise UserError(
+                f"method.bilevel: true, but {' and '.join(self.activation)} have no coefficients to learn "
+                f"(allowed: false, or rational in method.activation)"
+            )
+        require_range("method.numerator_order", self.numerator_order, 3, 8)
+        require_range("method.denominator_order", self.denominator_order, 2, self.numerator_order - 1)
         require_range("method.k", self.k, 1, 7)
         require_range("method.load_balance", self.load_balance, 0)
         require_range("method.activation_learning_rate", self.activation_learning_rate, 0)
 
 
 class MiLoRA(LoRA):
-    """LoRA whose modules are switched per prompt by one router a layer."""
+    """LoRA (or DoRA) whose modules are switched per prompt by one router a layer."""
 
     Config = MiLoRAConfig
     config: MiLoRAConfig
@@ -58,6 +87,7 @@ class MiLoRA(LoRA):
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
         from lowrank_cli.adapter.families import layers, layers_path
+        from lowrank_cli.adapter.router import GATES
         from lowrank_cli.adapter.routing import PromptRouting
 
         adapter = super().adapt(model)
@@ -70,18 +100,41 @@ class MiLoRA(LoRA):
         parts = [[adapter.modules[s.key] for s in adapter.sites.values() if s.layer == i] for i in range(len(blocks))]
         if any(len(layer) != len(self.roles) for layer in parts):
             raise UserError("method.target_modules: milora needs the same roles in every layer")
-        adapter.routing = PromptRouting(model, blocks, parts, self.config.k)
-        for index, router in enumerate(adapter.routing.routers):
+        names = list(self.config.activation)
+        if len(blocks) % len(names):
+            raise UserError(
+                f"method.activation: {len(names)} names cannot share {len(blocks)} layers equally (allowed: 1 to "
+                f"{len(blocks)} names, a divisor of it)"
+            )
+        width = model.config.hidden_size
+        routers = [self._router(width, names[index * len(names) // len(blocks)]) for index in range(len(blocks))]
+        adapter.routing = PromptRouting(model, blocks, parts, routers, self.config.k, GATES[self.config.gate])
+        for index, router in enumerate(routers):
             adapter.train_also(router, f"{layers_path(model)}.{index}.prompt_router")
         if self.config.bilevel:
             adapter.deferred = {name for name in adapter.trained if ".prompt_router.activation." in name}
         return adapter
 
+    def kind(self) -> type[LowRank]:
+        if self.config.modules == "lora":
+            return super().kind()
+        from lowrank_cli.adapter.decomposed import Decomposed
+
+        return Decomposed
+
+    def _router(self, width: int, activation: str) -> Router:
+        """The router of one layer of ``width`` features."""
+        from lowrank_cli.adapter.router import ACTIVATIONS, POOLERS, Rational, Router
+
+        orders = self.config.numerator_order, self.config.denominator_order
+        function = Rational(*orders) if activation == "rational" else ACTIVATIONS[activation]
+        return Router(width, len(self.roles), POOLERS[self.config.pooler](width), function)
+
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
         """λ_lb · Σ_l L_lb of the forward pass that just ran."""
         import torch
 
-        from lowrank_cli.adapter.routing import load_balance
+        from lowrank_cli.adapter.router import load_balance
 
         assert adapter.routing is not None
         terms = [load_balance(probabilities) for probabilities in adapter.routing.probabilities]
@@ -138,7 +191,7 @@ class MiLoRA(LoRA):
             return {}, []
         shares = usage / prompts  # (L, N)
         idle = sum(
-            (1 - float(shares[layer, column])) * (part.lora_a.numel() + part.lora_b.numel())
+            (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.tensors().values())
             for layer, parts in enumerate(routing.parts)
             for column, part in enumerate(parts)
         )

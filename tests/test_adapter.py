@@ -79,8 +79,8 @@ def test_what_is_laid_out_once_for_decoding_follows_every_change(dtype):
     def check():
         with torch.no_grad():
             found = linear(x)
-            kept = part.factors(dtype)
-            assert all(one is two for one, two in zip(kept, part.factors(dtype), strict=True))
+            kept = part.operands(dtype)
+            assert all(one is two for one, two in zip(kept, part.operands(dtype), strict=True))
         expected = base(x).float() + part.scale * (x.float() @ part.lora_a.T) @ part.lora_b.T
         torch.testing.assert_close(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0.01)
 

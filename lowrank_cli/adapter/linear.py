@@ -124,7 +124,7 @@ class LowRank(nn.Module):
             )  # tensors too: their memory is not used again
         return self._results[key][2]
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, I) and Bᵀ (R, O) in the dtype to compute in.
 
         Where no gradient is recorded Bᵀ lies row by row: a decoding step reads it 2–3 times as fast.
@@ -138,7 +138,7 @@ class LowRank(nn.Module):
         """w ⊙ g ⊙ (A drop(x)): (B, T, I) -> (B, T, R)."""
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h = F.linear(x, self.factors(x.dtype)[0])  # (B, T, I) @ (I, R) -> (B, T, R)
+        h = F.linear(x, self.operands(x.dtype)[0])  # (B, T, I) @ (I, R) -> (B, T, R)
         if self.rank_gate is not None:
             gate = self.rank_gate
             h = h * (gate if gate.dim() == 1 else _over_tokens(gate, h)).to(h.dtype)
@@ -151,7 +151,7 @@ class LowRank(nn.Module):
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """``y`` (B * T, O), the frozen output, += the update for ``x`` (B, T, I), in place, in one matrix product."""
         h = self.hidden(x).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
-        y.addmm_(h, self.factors(y.dtype)[1], alpha=self.scale)  # += (B * T, R) @ (R, O)
+        y.addmm_(h, self.operands(y.dtype)[1], alpha=self.scale)  # += (B * T, R) @ (R, O)
 
     def columns(self) -> Tensor:
         """B diag(g), (O, R). Refused while a gate differs from row to row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
@@ -117,11 +117,7 @@ class LowRank(nn.Module):
         tensors = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
         state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
         if key not in self._results or self._results[key][0] != state:
-            self._results[key] = (
-                state,
-                tensors,
-                compute(),
-            )  # tensors too: their memory is not used again
+            self._results[key] = state, tensors, compute()  # holding the tensors, no other one gets their address
         return self._results[key][2]
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -198,7 +194,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.parts = nn.ModuleDict()  # of LowRank
-        self.updates: dict[str, Update] = {}  # the same parts, without the cost of looking them up
+        self._updates: dict[str, Update] = {}
         self.enabled = True
         self._unmerged: Tensor | None = None
 
@@ -210,20 +206,25 @@ class AdaptedLinear(nn.Module):
         return weight
 
     @property
+    def updates(self) -> Collection[Update]:
+        """Each low-rank module with the span of the output that it covers."""
+        return self._updates.values()
+
+    @property
     def merged(self) -> bool:
         return self._unmerged is not None
 
     def add(self, name: str, part: LowRank, span: tuple[int, int] | None) -> None:
         """Attach ``part`` to the whole output or to a span of it."""
         self.parts[name] = part
-        self.updates[name] = (part, span)
+        self._updates[name] = (part, span)
         bias = getattr(self.base, "bias", None)
         part.attach(self.rows(span), bias if bias is None or span is None else bias[slice(*span)])
 
     def remove(self, name: str) -> None:
         """Take the part ``name`` off again."""
         assert not self.merged
-        del self.parts[name], self.updates[name]
+        del self.parts[name], self._updates[name]
 
     def rows(self, span: tuple[int, int] | None, weight: Tensor | None = None) -> Tensor:
         """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers: a view."""
@@ -244,7 +245,7 @@ class AdaptedLinear(nn.Module):
             part.settle(self.rows(span), self.enabled)
 
     def forward(self, x: Tensor) -> Tensor:
-        updates = [update for update in self.updates.values() if not update[0].skip]
+        updates = [update for update in self.updates if not update[0].skip]
         if not updates or not self.enabled or self.merged:
             return self.base(x)
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
@@ -258,7 +259,7 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             return
         self._unmerged = self.weight.detach().to("cpu", copy=True)
-        for part, span in self.updates.values():
+        for part, span in self.updates:
             rows = self.rows(span)
             rows.copy_(rows.float() + part.delta())
 

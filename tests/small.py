@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from transformers import (
     BertConfig,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from lowrank_cli import methods
+from lowrank_cli.methods.protocol import AddsLoss, BeforeStep, Step
 
 VOCABULARY = 64
 _GATED = {
@@ -121,6 +124,32 @@ SETTINGS = {
         "bilevel": True,
         "activation_learning_rate": 1e-3,
     },
+    "moelora": _LORA
+    | {
+        "rank": 8,
+        "alpha": 16,
+        "experts": 4,
+        "k": 2,
+        "load_balance": 0.01,
+    },
+    "adalora": _LORA
+    | {
+        "alpha": 16,
+        "initial_rank": None,
+        "final_share": 0.4,
+        "initial_share": 0.1,
+        "interval": 1,
+        "beta1": 0.85,
+        "beta2": 0.7,
+        "orthogonality": 0.1,
+    },
+    "sora": _LORA
+    | {
+        "alpha": 16,
+        "initial_rank": None,
+        "final_share": 0.4,
+        "sparsity": 0.5,
+    },
 }
 
 
@@ -159,3 +188,24 @@ def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, 
 def ids(rows: int = 3, tokens: int = 9) -> torch.Tensor:
     """Random token ids (rows, tokens) without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(5))
+
+
+def train(method, adapter, steps: Iterable[int], total: int, *, learning_rate: float = 0.05) -> None:
+    """Plain gradient steps of a method, in the order in which the training stage calls it."""
+    for number in steps:
+        tokens = torch.randint(3, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(number))
+        logits = adapter.model(input_ids=tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        if isinstance(method, AddsLoss):
+            loss = loss + method.extra_loss(adapter)
+        loss.backward()
+        step = Step(
+            number, total, adapter, learning_rate, dev_loss=lambda loss=loss: loss, average=lambda tensor: tensor
+        )
+        if isinstance(method, BeforeStep):
+            method.before_step(step)
+        with torch.no_grad():
+            for parameter in adapter.trained.values():
+                parameter -= learning_rate * parameter.grad
+                parameter.grad = None
+        method.after_step(step)

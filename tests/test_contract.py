@@ -19,6 +19,8 @@ from lowrank_cli.stages.train import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
 TRAINABLE = [name for name in methods.names() if methods.can(name, Adapts)]
+#: What fits a method's own settings to models of width 32, where that is not the rank alone.
+SMALL = {"full": [], "moelora": ["method.rank=8", "method.experts=4", "method.k=2"]}
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 QUICK = [
     "model=llama",
@@ -35,7 +37,7 @@ QUICK = [
 
 def adapted(name: str, family: str = "llama", trained: bool = False):
     """A model adapted with the settings of the method's own YAML, but small."""
-    config = compose("train", [f"method={name}", *(["method.rank=4"] if name != "full" else [])]).config.method
+    config = compose("train", [f"method={name}", *SMALL.get(name, ["method.rank=4"])]).config.method
     torch.manual_seed(3)
     adapter = methods.create(config).adapt(small.model(family))
     if trained:

@@ -5,6 +5,7 @@ y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,8 @@ class LoRA(Method):
         sites = find_sites(model, list(config.target_modules))
         return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
 
-    def kind(self) -> type[LowRank]:
-        """The kind of low-rank module."""
+    def kind(self) -> Callable[..., LowRank]:
+        """What makes a low-rank module."""
         from lowrank_cli.adapter.linear import LowRank
 
         return LowRank

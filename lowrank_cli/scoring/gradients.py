@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lowrank_cli.adapter.allocation import Importance
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.scoring.ablation import evaluating
 from lowrank_cli.scoring.probe import Batch, Probe, row_losses
@@ -33,31 +34,15 @@ def taylor(adapter: Adapter, probe: Probe) -> tuple[dict[str, Tensor], dict[str,
 
 
 def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
-    """AdaLoRA's smoothed |w · ∂L/∂w|, (R,) for each module: summed over A and B, each the mean over a rank's weights.
+    """AdaLoRA's importance (:class:`Importance`), (R,) for each module.
 
-    Ī ← β1 Ī + (1 − β1) I,  Ū ← β2 Ū + (1 − β2) |I − Ī|,  s = Ī · Ū   (equations 8 to 11). Reconstruction: the smoothing
-    runs over parts of the fixed batch, where AdaLoRA's runs over training steps; LoRA has no singular values to add.
+    Reconstruction: the smoothing runs over parts of the fixed batch, where AdaLoRA's runs over training steps.
     """
-    tensors = {
-        (key, name): tensor
-        for key, part in adapter.modules.items()
-        for name, tensor in part.tensors().items()
-        if name in part.rank_axes
-    }
-    mean = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in tensors.items()}
-    spread = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in tensors.items()}
+    importance = Importance(adapter, SMOOTHING, SMOOTHING)
     with evaluating(adapter):
         for piece in probe.pieces(PIECES):
-            gradients = _gradients(adapter, probe, [piece], tensors)
-            for at, gradient in gradients.items():
-                now = (tensors[at].detach() * gradient).abs()
-                mean[at].lerp_(now, 1 - SMOOTHING)
-                spread[at].lerp_((now - mean[at]).abs(), 1 - SMOOTHING)
-    scores = {key: torch.zeros(part.rank, device=part.lora_a.device) for key, part in adapter.modules.items()}
-    for (key, name), value in mean.items():
-        axis = adapter.modules[key].rank_axes[name]
-        scores[key] += (value * spread[key, name]).movedim(axis, 0).flatten(1).mean(dim=1)  # (R, …) -> (R,)
-    return scores
+            importance.update(_gradients(adapter, probe, [piece], importance.weights))
+    return importance.scores()
 
 
 def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
@@ -81,7 +66,7 @@ def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
 def magnitude(adapter: Adapter) -> dict[str, Tensor]:
     """s · ‖B_i‖ · ‖A_i‖, (R,) for each module: the Frobenius norm of what a rank adds to the weight. Needs no data."""
     return {
-        key: (part.scale * part.lora_a.norm(dim=1) * part.lora_b.norm(dim=0)).detach()
+        key: (part.scale * part.lora_a.norm(dim=1) * part.columns().norm(dim=0)).detach()
         for key, part in adapter.modules.items()
     }
 

@@ -1,0 +1,202 @@
+"""A value for every rank, what a rank is worth, and the ranks that a budget keeps.
+
+The update of a module is s · B diag(v) A: AdaLoRA's P Λ Q (P = B, Λ = diag(v), Q = A), SoRA's gate g = v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.families import ROLES
+from lowrank_cli.adapter.linear import LowRank
+
+
+class RankValues(LowRank):
+    """A low-rank module with a trained value for each rank: s · w ⊙ B (v ⊙ g ⊙ (A drop(x))).
+
+    ``values`` v (R,) is all ones until a method sets it. A rank of value 0 contributes exactly nothing.
+    """
+
+    rank_axes = LowRank.rank_axes | {"rank_values": 0}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device | None = None,
+    ):
+        super().__init__(in_features, out_features, rank, alpha, dropout, device)
+        self.values = nn.Parameter(torch.ones(rank, device=device))
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return super().tensors() | {"rank_values": self.values}
+
+    def peft_options(self) -> None:
+        """Nothing: the PEFT library's LoRA computes something else."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        h = super().hidden(x)  # (B, T, I) -> (B, T, R)
+        return h * self.values.to(h.dtype)
+
+    def columns(self) -> Tensor:
+        return super().columns() * self.values
+
+    @torch.no_grad()
+    def resize(self, keep: Tensor, fresh: int) -> None:
+        super().resize(keep, fresh)
+        self.values[len(keep) :] = 1
+
+
+def orthogonality(rows: Tensor) -> Tensor:
+    """‖M Mᵀ − 1‖² (Frobenius) of M (R, X): 0 where its R rows are orthonormal."""
+    return (rows @ rows.t() - torch.eye(len(rows), device=rows.device)).square().sum()
+
+
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
+    """sign(v) · max(|v| − threshold, 0): the proximal step of the l1 norm, elementwise."""
+    return values.sign() * (values.abs() - threshold).clamp_min(0)
+
+
+def cubic_budget(step: int, first: int, last: int, start: int, end: int) -> int:
+    """Ranks allowed at ``step``: ``start`` until ``first``, then falling as (1 − progress)³ to ``end`` at ``last``."""
+    progress = min(max((step - first) / (last - first), 0.0), 1.0)
+    return int(end + (start - end) * (1 - progress) ** 3)
+
+
+def keep_largest(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """Masks (R,) of the ``budget`` ranks with the largest scores (R,) of all modules; of equal ones the first."""
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
+    kept = torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:budget], True)
+    sizes = [len(score) for score in scores.values()]
+    return dict(zip(scores, torch.split(kept, sizes), strict=True))
+
+
+class Importance:
+    """What each rank is worth by the smoothed sensitivity of its parameters (AdaLoRA, equations 8 to 11).
+
+    For every trained number w of a module: I = |w · ∂L/∂w|, Ī ← β₁ Ī + (1 − β₁) I, Ū ← β₂ Ū + (1 − β₂) |I − Ī|,
+    and s(w) = Ī · Ū. The score of a rank is the mean of s over its row of A, plus that over its column of B, plus s of
+    its value, where the module has one. Memory: two numbers for each trained one.
+    """
+
+    def __init__(self, adapter: Adapter, beta1: float, beta2: float):
+        self.beta1, self.beta2 = beta1, beta2
+        self.modules = dict(adapter.modules)
+        self.weights = {
+            f"{key}.{name}": part.tensors()[name] for key, part in self.modules.items() for name in part.rank_axes
+        }
+        self.sensitivity = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}  # Ī
+        self.uncertainty = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}  # Ū
+
+    @torch.no_grad()
+    def update(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Take the weights and their gradients, by the names of ``weights``, into both averages."""
+        for name, weight in self.weights.items():
+            gradient = gradients[name]
+            assert gradient is not None
+            now = (weight * gradient).abs()
+            self.sensitivity[name].lerp_(now, 1 - self.beta1)
+            self.uncertainty[name].lerp_((now - self.sensitivity[name]).abs(), 1 - self.beta2)
+
+    def scores(self) -> dict[str, Tensor]:
+        """The score of each rank (R,) of each module."""
+        return {key: torch.stack(list(self._terms(key, part))).sum(dim=0) for key, part in self.modules.items()}
+
+    def _terms(self, key: str, part: LowRank) -> Iterator[Tensor]:
+        for name, axis in part.rank_axes.items():
+            worth = self.sensitivity[f"{key}.{name}"] * self.uncertainty[f"{key}.{name}"]
+            yield worth.movedim(axis, 0).reshape(part.rank, -1).mean(dim=1)  # (R, …) -> (R,)
+
+    def state(self) -> dict[str, Tensor]:
+        """Both averages, by name."""
+        groups = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
+        return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where :meth:`state` was taken."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+class Allocation:
+    """The ranks that an adapter of :class:`RankValues` is left with, once that is decided: the others stay at 0."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+        self.kept: dict[str, Tensor] = {}  # masks (R,) by module; empty until decided
+
+    @property
+    def parts(self) -> dict[str, RankValues]:
+        """The modules by key."""
+        return {key: part for key, part in self.adapter.modules.items() if isinstance(part, RankValues)}
+
+    @property
+    def decided(self) -> bool:
+        return bool(self.kept)
+
+    @torch.no_grad()
+    def mask(self, masks: dict[str, Tensor]) -> None:
+        """Set the values of the ranks outside ``masks`` to 0, for now."""
+        for key, part in self.parts.items():
+            part.values.mul_(masks[key])
+
+    def decide(self, masks: dict[str, Tensor]) -> None:
+        """Set them to 0 for good: :meth:`enforce` does so again after each optimizer step."""
+        self.kept = masks
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Put what an optimizer step moved back to 0."""
+        self.mask(self.kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """The decision, by name; empty before it."""
+        return {f"kept.{key}": mask for key, mask in self.kept.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where :meth:`state` was taken."""
+        for key, part in self.parts.items():
+            if (name := f"kept.{key}") in state:
+                self.kept[key] = state[name].to(part.values.device)
+
+    def live_ranks(self) -> dict[str, int]:
+        """How many ranks of each module have a value other than 0."""
+        return {key: int((part.values != 0).sum()) for key, part in self.parts.items()}
+
+    def observations(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Parameters at the start and those of live ranks, and a heat map of these ranks, roles by layers."""
+        live = self.live_ranks()
+        dead = sum(
+            (part.rank - live[key]) * (part.lora_a.shape[1] + part.lora_b.shape[0] + 1)
+            for key, part in self.parts.items()
+        )
+        count = self.adapter.count()
+        metrics: dict[str, float] = {
+            "initial_parameters": count,
+            "trainable_parameters": count - dead,
+            "activated_parameters": count - dead,
+            "live_ranks": sum(live.values()),
+        }
+        places = {(site.layer, site.role): live[key] for key, site in self.adapter.sites.items() if site.role}
+        if not places:
+            return metrics, []
+        layers = sorted({layer for layer, _ in places if layer is not None})
+        roles = [role for role in ROLES if any(role == other for _, other in places)]
+        figure = {
+            "file": "live_ranks.png",
+            "kind": "heatmap",
+            "title": f"Ranks left, {sum(live.values())} in all",
+            "rows": [f"layer {layer}" for layer in layers],
+            "columns": roles,
+            "values": [[places.get((layer, role)) for role in roles] for layer in layers],
+            "label": "ranks",
+        }
+        return metrics, [figure]

@@ -1,0 +1,66 @@
+"""Mixture of low-rank experts: a linear's ranks in equal groups, of which a router picks a few for every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_cli.adapter.linear import LowRank
+
+
+class Experts(LowRank):
+    """E experts of rank R / E in one module: s · Σ_e g_e B_e A_e drop(x), with s = k · alpha / R.
+
+    ``router`` W_r (E, I) looks at each token: g = softmax over the k largest of W_r x, and 0 for the other experts.
+    Equal logits with k = E give g = 1 / E, which is exactly LoRA of rank R. Experts are consecutive groups of the
+    rows of ``lora_a`` and the columns of ``lora_b``. All of them are computed, and gated between the two products:
+    for ranks this small that takes less time than gathering k of them for each token.
+
+    While it trains, ``probabilities`` (B * T, E) holds the softmax over all experts of the last forward pass.
+    """
+
+    unmergeable = "the experts are chosen token by token"
+    rank_axes = {}  # the ranks of an expert come and go together
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device | None = None,
+        *,
+        experts: int,
+        k: int,
+    ):
+        assert rank % experts == 0, "an expert has a whole number of ranks"
+        super().__init__(in_features, out_features, rank, alpha, dropout, device)
+        self.scale *= k
+        self.k = k
+        self.router = nn.Parameter(torch.empty(experts, in_features, device=device))
+        nn.init.normal_(self.router, std=0.02)
+        self.probabilities: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        return self.router.shape[0]
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        return super().tensors() | {"expert_router.weight": self.router}
+
+    def gates(self, x: Tensor) -> Tensor:
+        """g of every token, in fp32: (B, T, I) -> (B, T, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.router)  # (B, T, I) @ (I, E) -> (B, T, E)
+        self.probabilities = logits.softmax(dim=-1).flatten(0, -2) if self.training else None
+        if self.soft:
+            return logits.softmax(dim=-1)
+        kept = logits.topk(self.k)
+        return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        h = super().hidden(x)  # (B, T, I) -> (B, T, R)
+        h = h.view(*h.shape[:-1], self.experts, -1)  # (B, T, R) -> (B, T, E, R / E)
+        return (h * self.gates(x).unsqueeze(-1).to(h.dtype)).flatten(-2)  # (B, T, E, R / E) -> (B, T, R)

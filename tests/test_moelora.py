@@ -1,0 +1,167 @@
+"""MOELoRA: experts of one linear, chosen token by token."""
+
+import pytest
+import small
+import torch
+
+from lowrank_cli.adapter import export, state
+from lowrank_cli.adapter.experts import Experts
+from lowrank_cli.adapter.routing import load_balance
+from lowrank_cli.errors import UserError
+
+
+def part(experts=4, k=2, rank=8, alpha=6.0):
+    torch.manual_seed(1)
+    made = Experts(6, 5, rank, alpha, 0.0, experts=experts, k=k).eval()
+    torch.nn.init.normal_(made.lora_b)
+    torch.nn.init.normal_(made.router)
+    return made
+
+
+def update(module, x):
+    """What a module adds to the frozen output of ``x`` (B, T, I)."""
+    y = torch.zeros(x[..., 0].numel(), module.lora_b.shape[0])
+    module.add_to(y, x)
+    return y.view(*x.shape[:-1], -1)
+
+
+def test_every_token_adds_its_own_experts_weighted_by_the_softmax_over_the_kept():
+    module, x = part(), torch.randn(2, 3, 6)
+    found = update(module, x)
+    for row in range(2):
+        for token in range(3):
+            vector = x[row, token]
+            logits = module.router @ vector
+            kept = logits.argsort(descending=True)[:2]
+            expected = torch.zeros(5)
+            for gate, expert in zip(logits[kept].softmax(0), kept.tolist(), strict=True):
+                ranks = slice(2 * expert, 2 * expert + 2)
+                expected += gate * 2 * 6.0 / 8 * module.lora_b[:, ranks] @ (module.lora_a[ranks] @ vector)
+            torch.testing.assert_close(found[row, token], expected)
+
+
+def test_all_experts_with_equal_weights_are_lora():
+    routed = small.adapted("moelora", k=4)
+    plain = small.adapted("lora", rank=8, alpha=16)
+    with torch.no_grad():
+        for key, module in routed.modules.items():
+            module.router.zero_()
+            plain.modules[key].lora_a.copy_(module.lora_a)
+            plain.modules[key].lora_b.copy_(module.lora_b)
+    torch.testing.assert_close(
+        routed.model(input_ids=small.ids()).logits, plain.model(input_ids=small.ids()).logits, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert"])
+def test_a_batch_is_routed_like_its_rows_alone(family):
+    """Also where a model flattens its tokens (OPT) and where a linear packs several roles (GPT-2)."""
+    adapter = small.adapted("moelora", family)
+    ids = small.ids(3)
+    together = adapter.model(input_ids=ids).logits
+    for row in range(3):
+        alone = adapter.model(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_decoding_token_by_token_equals_the_full_forward(family):
+    adapter = small.adapted("moelora", family)
+    ids = small.ids(3, 8)
+    with torch.no_grad():
+        whole = adapter.model(input_ids=ids).logits
+        cache, steps = None, []
+        for token in ids.split(1, dim=1):
+            out = adapter.model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_of_one_prompt_use_different_experts():
+    adapter = small.adapted("moelora")
+    module = next(iter(adapter.modules.values()))
+    gates = module.gates(torch.randn(1, 50, 32))
+    chosen = {tuple(row) for row in (gates[0] > 0).tolist()}
+    assert all(sum(row) == 2 for row in chosen)
+    assert len(chosen) > 1
+
+
+def test_the_task_loss_reaches_every_router():
+    adapter = small.adapted("moelora")
+    adapter.model(input_ids=small.ids(6)).logits.square().sum().backward()
+    for key, module in adapter.modules.items():
+        assert module.router.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bf16_keeps_fp32_masters_and_computes_close_to_fp32_without_hard_choices(family):
+    exact = small.adapted("moelora", family)
+    adapter = small.method("moelora").adapt(small.model(family).to(torch.bfloat16))
+    with torch.no_grad():
+        for key, parameter in adapter.trained.items():
+            parameter.copy_(exact.trained[key])
+    assert {p.dtype for p in adapter.trained.values()} == {torch.float32}
+    expected, found = state.canary(exact)[1], state.canary(adapter)[1]
+    assert (found - expected).abs().max() / expected.abs().max() < 0.05
+    adapter.model(input_ids=small.ids()).logits.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in adapter.trained.values())
+
+
+def test_the_canary_leaves_the_hard_choice_as_it_was():
+    adapter = small.adapted("moelora")
+    before = adapter.model(input_ids=small.ids()).logits
+    state.canary(adapter)
+    assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
+
+
+def test_the_load_balance_loss_is_weighted_and_summed_over_routers():
+    method = small.method("moelora", load_balance=0.5)
+    adapter = method.adapt(small.model())
+    adapter.model.train()(input_ids=small.ids(4))
+    probabilities = [module.probabilities for module in adapter.modules.values()]
+    assert len(probabilities) == 14
+    assert all(p.shape == (4 * 9, 4) for p in probabilities)
+    loss = method.extra_loss(adapter)
+    assert loss.item() == pytest.approx(0.5 * sum(load_balance(p).item() for p in probabilities), rel=1e-5)
+    loss.backward()
+    assert all(module.router.grad.abs().sum() > 0 for module in adapter.modules.values())
+
+
+def test_activated_parameters_are_those_of_k_experts_and_all_routers():
+    method = small.method("moelora")
+    adapter = method.adapt(small.model())
+    metrics, _ = method.observations(adapter, lambda counts: counts)
+    weights = sum(p.numel() for name, p in adapter.trained.items() if "lora_" in name)
+    routers = sum(p.numel() for name, p in adapter.trained.items() if "router" in name)
+    assert routers == sum(4 * site.in_features for site in adapter.sites.values())
+    assert metrics == {"activated_parameters": weights / 2 + routers}
+    assert adapter.count() == weights + routers
+
+
+def test_merging_and_export_are_refused_in_one_line_and_change_nothing():
+    adapter = small.adapted("moelora")
+    before = adapter.model(input_ids=small.ids()).logits
+    with pytest.raises(UserError, match="export: the experts are chosen token by token"):
+        export.as_lora(adapter, None)
+    with pytest.raises(UserError, match="merge: the experts are chosen token by token, so no single weight equals"):
+        adapter.merge()
+    assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
+
+
+def test_peft_would_compute_something_else():
+    assert state.peft_config(small.adapted("moelora")) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": 3}, "method.experts: 3 experts cannot share method.rank 8 evenly"),
+        ({"k": 5}, r"method.k: 5 is out of range \(allowed: 1 to 4\)"),
+        ({"experts": 0}, "method.experts: 0"),
+        ({"load_balance": -1.0}, "method.load_balance: -1.0"),
+    ],
+)
+def test_impossible_experts_are_errors(settings, message):
+    with pytest.raises(UserError, match=message):
+        small.method("moelora", **settings)

@@ -1,9 +1,9 @@
 """What in-context learning costs: a shared KV cache against whole prompts, and IDAICL against plain scoring.
 
-    python scripts/bench_icl.py --shots 8 --queries 256 --rounds 9 --out docs/results/bench_icl.json
+    python scripts/bench_icl.py --shots 8 --queries 256 --out docs/results/bench_icl.json
 
-One model, one task, the same demonstrations; the variants run in turn in one process, and the figures are medians over
-rounds of the process's CPU time (one thread; wall time on a GPU) and of the ratios within a round:
+One model, one task, the same demonstrations; the variants run in turn in one process (plain and ida in pairs, in
+alternating order), and the figures are medians of the process's CPU time (one thread; wall time on a GPU):
 
     whole    the full prompt of every query × answer, in batches of alike lengths
     plain    the demonstrations' KV cache computed once, then log probabilities of the answers
@@ -58,7 +58,7 @@ def whole(ready: session.Session, examples: list, prompts: list[str], shots: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*")
-    for name, default in (("shots", 8), ("queries", 256), ("rounds", 9)):
+    for name, default in (("shots", 8), ("queries", 256), ("rounds", 5), ("pairs", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args()
@@ -85,14 +85,17 @@ def main() -> None:
     clock = time.perf_counter if ready.device.type == "cuda" else time.process_time
     assert torch.allclose(torch.tensor(variants["whole"]()), torch.tensor(variants["plain"]()), atol=1e-2)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(args.rounds):
-        for name in sorted(variants, reverse=number % 2 == 1):
+    for _ in range(args.rounds):
+        for name in ("whole", *("plain", "ida", "ida", "plain") * args.pairs):
             began = clock()
             variants[name]()
             seconds[name].append(clock() - began)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    pairs = zip(seconds["ida"], seconds["plain"], strict=True)
     ratios = {
-        f"{above} / {below}": statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
-        for above, below in (("whole", "plain"), ("whole", "ida"), ("ida", "plain"))
+        "whole / plain": median["whole"] / median["plain"],
+        "whole / ida": median["whole"] / median["ida"],
+        "ida / plain": statistics.median(ida / plain for ida, plain in pairs),
     }
     for name, values in seconds.items():
         print(f"{name:6} {1000 * statistics.median(values) / len(queries):8.2f} ms a query")
@@ -101,12 +104,12 @@ def main() -> None:
     if args.out:
         record = {
             "command": f"python scripts/bench_icl.py --shots {args.shots} --queries {args.queries} "
-            f"--rounds {args.rounds} {' '.join(args.overrides)}".strip(),
+            f"--rounds {args.rounds} --pairs {args.pairs} {' '.join(args.overrides)}".strip(),
             "commit": git_state(),
             "machine": torch.cuda.get_device_name() if ready.device.type == "cuda" else cpu_name(),
             "packages": package_versions(),
             "tokens": {"vocabulary": head.shape[0], "width": head.shape[1]},
-            "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "median_seconds": median,
             "median_ratio": ratios,
             "seconds": seconds,
         }

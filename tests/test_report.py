@@ -111,6 +111,19 @@ def test_end_of_an_evaluation_and_of_a_failure(make):
     assert "the loss is nan at step [3]" in shown and f"lrk train --resume {tables.shown(failed.path)}" in shown
 
 
+def test_results_over_arrangements_are_shown_with_their_spread(make):
+    run = make(stage="evaluate")
+    run.finish({"test/accuracy": 0.7})
+    ways = [(0, 0, 0, 0.5), (0, 0, 1, 0.7), (0, 1, 0, 0.9), (0, 1, 1, 0.7)]
+    keys = ("template", "draw", "permutation", "accuracy")
+    run.write_json("arrangements.json", [{**dict(zip(keys, way)), "demonstrations": None} for way in ways])
+    lines = {line.split()[0]: line.split()[1:] for line in text(tables.end_of_run(run)).splitlines() if line.strip()}
+    assert lines["all"] == ["4", "0.7000", "0.1633", "0.5000"]
+    assert lines["draws"] == ["2", "0.7000", "0.2828", "0.5000"]
+    assert lines["permutations"] == ["2", "0.6000", "0.1414", "0.5000"]
+    assert "templates" not in lines
+
+
 def test_an_older_metrics_file_is_not_shown_for_a_run_that_failed_later(make):
     run = make()
     run.finish(METRICS)
@@ -288,6 +301,13 @@ def test_many_lines_and_constant_or_negative_heatmaps():
     plots.lines({**HEATMAP, "rows": range(12), "columns": [0, 1], "values": [[i, 1] for i in range(12)]}).canvas.draw()
     for values in ([[0.0] * 3] * 2, [[-1.0, 2.0, 250.0]] * 2, [[None] * 3] * 2):
         plots.heatmap({**HEATMAP, "values": values}).canvas.draw()
+
+
+def test_boxes_hold_rows_of_any_length():
+    entry = {"title": LONG, "rows": ["all", "draws"], "values": [[0.5, 0.7, 0.9], [0.5]], "label": "accuracy"}
+    axes = plots.box(entry).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["all\n(n = 3)", "draws\n(n = 1)"]
+    assert axes.get_ylim()[0] < 0.5 < 0.9 < axes.get_ylim()[1]
 
 
 def test_tables_and_compare_import_nothing_heavy():

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -114,7 +115,25 @@ def end_of_run(run: Run) -> RenderableType:
         add(grid, "holds", ", ".join(held))
     border = STATUS_STYLES.get(info.get("status", ""), "none")
     panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
-    return Group(panel, *next_steps(run))
+    arranged = "arrangements.json"
+    ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
+    return Group(panel, *([spread_table(ways)] if len(ways) > 1 else []), *next_steps(run))
+
+
+def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
+    """Mean, sample standard deviation and worst case over arrangements of demonstrations: all, and by what varies."""
+    varied = ("draw", "permutation", "template")
+    metric = next(key for key in arrangements[0] if key not in (*varied, "demonstrations"))
+    groups = {"all": list(arrangements)}
+    for key in varied:
+        groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in varied if other != key)]
+    table = _Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
+    for name, rows in groups.items():
+        values = [row[metric] for row in rows]
+        if len(values) > 1:
+            figures = [number(figure) for figure in (fmean(values), stdev(values), min(values))]
+            table.rows.append([name, str(len(values)), *figures])
+    return table
 
 
 def next_steps(run: Run) -> list[Text]:

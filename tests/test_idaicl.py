@@ -192,6 +192,14 @@ def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(f
         AnswerProcessor.from_folder(fitted.path / "statistics", model, tokenizer.eos_token_id)
 
 
+def test_export_writes_what_generate_answers_with(fitted):
+    run = lrk("export", f"run={fitted.path}", "method.strength=0.25")
+    assert run.metrics["export/score_error"] < 1e-4
+    assert store.load(run.path / "export")[1]["method"]["strength"] == 0.25
+    with pytest.raises(UserError, match=r"export\.max_error: the scores of answers in generate differ"):
+        lrk("export", f"run={fitted.path}", "method.calibration=conca")
+
+
 def test_prompts_of_a_routed_adapter_are_never_cut():
     """MiLoRA routes by the whole prompt, so its demonstrations have no cache of their own."""
     milora = lrk("train", *QUICK, "method=milora", "train.max_steps=2", "train.batch_size=8")

@@ -155,5 +155,5 @@ STAGE_NEEDS: dict[str, tuple[type, ...]] = {
     "score": (Adapts,),
     "prune": (Adapts,),
     "evaluate": (Method,),
-    "export": (Adapts,),
+    "export": (Adapts, Calibrates),
 }

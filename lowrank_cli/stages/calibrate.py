@@ -22,6 +22,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import fingerprint
 from lowrank_cli.calibration import store
 from lowrank_cli.calibration.head import head_weight
+from lowrank_cli.calibration.processor import AnswerProcessor
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Calibrates, Plan
 from lowrank_cli.runs import Run, atomic_folder
@@ -31,9 +32,11 @@ from lowrank_cli.stages.demonstrations import Arrangement
 from lowrank_cli.stages.features import last_hidden
 from lowrank_cli.stages.predict import choice, records, score, write_answers
 from lowrank_cli.stages.session import Session
+from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task, content_free
 
 FOLDER = "statistics"  #: of a run: what was fitted
+PROVED = 16  #: queries whose scores an export compares
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,47 @@ def fitted(session: Session) -> Fitted:
         index, _, key = name.partition(".")
         found[int(index)][key] = tensor
     return Fitted(found, about["seed"])
+
+
+def export(session: Session, run: Run, max_error: float) -> dict[str, float]:
+    """Write ``export/``, which :class:`AnswerProcessor` reads, once ``generate`` gives the scores of an evaluation."""
+    with atomic_folder(run.file("export")) as folder:
+        kept = fitted(session)
+        store.save(folder, _flat(kept), _about(session, kept))
+        error = _generate_error(session, kept, folder)
+        if not error <= max_error:
+            raise UserError(
+                f"export.max_error: the scores of answers in generate differ by {error:.2g} of the largest (allowed: "
+                f"{max_error:g}); what is exported is calibration=ida, without length normalisation"
+            )
+    return {"export/score_error": error}
+
+
+@torch.no_grad()
+def _generate_error(session: Session, kept: Fitted, folder: Path) -> float:
+    """Largest difference of the best answers' scores between ``generate`` and an evaluation without demonstrations."""
+    method, queries, tokenizer = _calibrates(session), session.task.test[:PROVED], session.tokenizer
+    asked = Asked(session, method, method.plan(), session.task, kept.tensors[0], head_weight(session.model), kept.seed)
+    records = asked.result(Arrangement(0, 0, 0), queries, 0).records
+    expected = torch.tensor([max(record["log_probabilities"]) for record in records])  # (Q,)
+    processor = AnswerProcessor.from_folder(folder, session.model, tokenizer.eos_token_id)
+    longest = max(len(answer) for answer in answers(session, queries[0])) + 1
+    rows = encode.encode_prompts(tokenizer, [q.prompt for q in queries], [session.room() - longest] * len(queries))
+    batch = encode.collate_prompts(rows, tokenizer.pad_token_id)
+    made = session.model.generate(
+        **{key: value.to(session.device) for key, value in batch.items()},
+        logits_processor=[processor],
+        num_beams=processor.beams,
+        length_penalty=0.0,
+        max_new_tokens=longest,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    error = (made.sequences_scores.float().cpu() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    return error.item()
 
 
 def wordings(session: Session) -> list[Task]:

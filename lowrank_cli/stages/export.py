@@ -8,9 +8,11 @@ import torch
 
 from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import ExportRun
+from lowrank_cli.stages import calibrate
 from lowrank_cli.stages.evaluate import load_adapter
 from lowrank_cli.stages.session import start
 
@@ -18,10 +20,12 @@ from lowrank_cli.stages.session import start
 def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Write ``export/`` into ``run``'s folder. Raises UserError above ``export.max_error``."""
     session = start(config)
-    assert session.adapter is not None
     load_adapter(session)
     session.greet()
     session.model.eval()
+    if isinstance(session.method, Calibrates):
+        return calibrate.export(session, run, config.export.max_error)
+    assert session.adapter is not None
     adapter, asked = session.adapter, config.export
     metrics: dict[str, float] = {}
 

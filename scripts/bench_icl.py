@@ -41,7 +41,7 @@ def whole(ready: session.Session, examples: list, prompts: list[str], shots: int
         rows += [(index, column, tokens[index], answer) for column, answer in enumerate(answers(ready, example))]
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))
     found = [[0.0] * len(example.choices) for example in examples]
-    size = ready.config.evaluate.batch_size
+    size = ready.batch_size
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         coded = [encode.Encoded(prompt + answer, len(prompt)) for _, _, prompt, answer in part]

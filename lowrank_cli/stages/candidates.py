@@ -66,7 +66,7 @@ def choice_scores(
 
     ``rule_of`` gives the rule for all tokens of all choices (sorted, once each).
     """
-    accelerator, size = session.accelerator, session.config.evaluate.batch_size
+    accelerator, size = session.accelerator, session.batch_size
     session.model.eval()
     mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
     options = {index: answers(session, examples[index]) for index in mine}

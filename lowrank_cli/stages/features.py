@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  #: of logits that are l
 @torch.no_grad()
 def last_hidden(session: Session, texts: Sequence[str], tick: Tick = lambda count: None) -> Tensor:
     """The hidden state behind the last token of each text, after the final norm: (n, D), fp32, on the CPU."""
-    accelerator, size = session.accelerator, session.config.evaluate.batch_size
+    accelerator, size = session.accelerator, session.batch_size
     model = session.model.eval()
     mine = range(accelerator.process_index, len(texts), accelerator.num_processes)
     rooms = [session.room()] * len(mine)

@@ -28,6 +28,8 @@ from lowrank_cli.stages import progress
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 
+PROMPTS = 16  #: of one batch, where the configuration says nothing
+
 
 @dataclass
 class Session:
@@ -65,6 +67,12 @@ class Session:
         """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""
         enabled = self.config.hardware.precision == "autocast"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts of one batch: ``evaluate.batch_size``, or :data:`PROMPTS` for a verb without that key."""
+        evaluate = getattr(self.config, "evaluate", None)
+        return PROMPTS if evaluate is None else evaluate.batch_size
 
     @property
     def encoder(self) -> bool:

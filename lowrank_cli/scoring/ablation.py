@@ -6,7 +6,7 @@ i, S(M_i) with rank i as the only one in the model.
 Each row of a batch may have gates of its own, so V copies of n examples evaluate V ablations at once, with the same
 results as one by one. Layers in front of an ablated one, and what its own layer computes before it, are taken from
 one pass of the whole adapter (for S(M∖i)) or of the bare model (for S(M_i)). Cost: with L equal layers about half of
-the layers' work of 2 · ranks passes over the examples, and the LM head at response tokens only.
+the layers' work of 2 · ranks passes over the examples; the last feed-forward and the LM head at response tokens only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
-from lowrank_cli.scoring.probe import Probe, repeated, row_losses
-from lowrank_cli.scoring.reuse import STAGES, Reuse, answering
+from lowrank_cli.scoring.answers import answering
+from lowrank_cli.scoring.probe import Probe, answered_rows, repeated, row_losses
+from lowrank_cli.scoring.reuse import STAGES, Reuse
 
 Unit = tuple[str, int | None]  #: a module's key and one of its ranks; None is the whole module
 
@@ -93,16 +94,22 @@ def _ablate_place(
         chosen = members[start : start + copies]
         ablated = [units[position] for position in chosen]
         paths = {adapter.sites[key].path for key, _ in ablated}
-        known = reuse.known(layer, stage, paths, len(chosen))
-        with _gated(adapter, ablated, rows, alone), answering(known):
-            found = row_losses(adapter.model, repeated(reuse.batch, len(chosen)))  # (V * n,)
+        known, batch = reuse.known(layer, stage, paths, len(chosen)), repeated(reuse.batch, len(chosen))
+        narrow = layer == len(reuse.blocks) - 1 and stage > STAGES["O"]
+        with _gated(adapter, ablated, rows, alone, answered_rows(batch) if narrow else None), answering(known):
+            found = row_losses(adapter.model, batch)  # (V * n,)
         losses[chosen] += found.view(len(chosen), rows).sum(dim=1, dtype=torch.float64)
         probe.tick(len(found))
 
 
 @contextmanager
-def _gated(adapter: Adapter, ablated: Sequence[Unit], rows: int, alone: bool) -> Iterator[None]:
-    """Row gates of ``len(ablated)`` copies of ``rows`` rows: each copy lacks its unit, or has it alone."""
+def _gated(
+    adapter: Adapter, ablated: Sequence[Unit], rows: int, alone: bool, positions: Tensor | None
+) -> Iterator[None]:
+    """Row gates of ``len(ablated)`` copies of ``rows`` rows: each copy lacks its unit, or has it alone.
+
+    ``positions`` (N,) are the rows that a linear sees which gets single positions; None where it gets all.
+    """
     parts = {key: adapter.modules[key] for key, _ in ablated}
     before = {key: (part.rank_gate, part.skip) for key, part in parts.items()}
     for key, part in parts.items():
@@ -110,7 +117,9 @@ def _gated(adapter: Adapter, ablated: Sequence[Unit], rows: int, alone: bool) ->
         for copy, (other, rank) in enumerate(ablated):
             if other == key:
                 gate[copy, slice(None) if rank is None else rank] = float(alone)
-        part.rank_gate, part.skip = gate.repeat_interleave(rows, dim=0), False  # (V, R) -> (V * n, R)
+        gate = gate.repeat_interleave(rows, dim=0)  # (V, R) -> (V * n, R)
+        part.rank_gate = gate if positions is None else gate[positions]  # (N, R)
+        part.skip = False
     try:
         yield
     finally:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.scoring.answers import answers_only
 
 Batch = dict[str, Tensor]
 IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
@@ -76,8 +76,14 @@ def tile(tensor: Tensor, times: int) -> Tensor:
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
+def answered_rows(batch: Batch) -> Tensor | None:
+    """The row of each position (N,) that :func:`row_losses` computes to the end; None for one answer a row."""
+    labels = batch["labels"]
+    return None if labels.dim() == 1 else (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+
+
 def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy of each row (B,), fp32, summed over its response tokens; the LM head sees only their positions."""
+    """Cross-entropy of each row (B,), fp32, summed over its response tokens."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if labels.dim() == 1:
@@ -85,24 +91,10 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
     following = labels[:, 1:]  # (B, T - 1)
     answered = following != IGNORED
-    with _only(model, answered):
+    with answers_only(model, answered):
         logits = model(**inputs, use_cache=False).logits
     if logits.dim() == 3:
         logits = logits[answered]  # (B, T, V) -> (N, V)
     losses = F.cross_entropy(logits.float(), following[answered], reduction="none")  # (N,)
     rows = answered.nonzero()[:, 0]  # (N,)
     return losses.new_zeros(len(labels)).index_add(0, rows, losses)
-
-
-@contextmanager
-def _only(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """The LM head gets the hidden states (B, T, D) at ``positions`` (B, T) only, as (N, D)."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or isinstance(head, AdaptedLinear):  # row gates need whole rows
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][positions],))
-    try:
-        yield
-    finally:
-        hook.remove()

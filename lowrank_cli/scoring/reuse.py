@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.families import family_of, layers, layers_path
+from lowrank_cli.adapter.families import family_of, layers
 from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.scoring.answers import answering, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
 
 #: The order in which a layer computes its roles; those with the same number do not depend on each other.
@@ -45,16 +45,15 @@ class Reuse:
         self.extras.append(len(output) - 1 if isinstance(output, tuple) else None)
 
     def _note_output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.outputs[module] = output.clone() if isinstance(output, Tensor) else output  # an update is added in place
+        if module not in self.outputs:  # attention of the last layer is called again, for answers only
+            self.outputs[module] = (
+                output.clone() if isinstance(output, Tensor) else output
+            )  # updates are added in place
 
     def _enter(self, index: int) -> None:
         """Remember the inside of layer ``index``."""
-        family = family_of(self.model)
-        assert family is not None
-        root = f"{layers_path(self.model)}.{index}"
-        names = {role: place if isinstance(place, str) else place[0] for role, place in family.roles.items()}
-        self.linears = {f"{root}.{name}": STAGES[role] for role, name in names.items()}
-        self.attention = self.model.get_submodule(f"{root}.{names['O'].split('.')[0]}")
+        self.linears = {path: STAGES[role] for role, path in role_paths(self.model, index).items()}
+        self.attention = attention_of(self.model, index)
         modules = [self.model.get_submodule(path) for path in self.linears]
         modules += [module.base for module in modules if isinstance(module, AdaptedLinear)]
         self.outputs: dict[nn.Module, Any] = {}
@@ -112,19 +111,3 @@ def _constant(output: Any, times: int) -> Callable:
         return copy.reshape(*args[0].shape[:-1], -1) if args else copy
 
     return answer
-
-
-@contextmanager
-def answering(answers: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Inside, the forward of each module is the function given for it."""
-    before = {module: vars(module).get("forward") for module in answers}
-    try:
-        for module, answer in answers.items():
-            module.forward = answer
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = own

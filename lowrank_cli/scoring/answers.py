@@ -1,0 +1,97 @@
+"""A forward pass that computes, behind the last attention, only the positions whose next token is an answer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.families import family_of, layers, layers_path
+
+
+@contextmanager
+def answers_only(model: PreTrainedModel, answered: Tensor) -> Iterator[None]:
+    """Inside, the last layer's feed-forward and the LM head see the positions ``answered`` (B, T) alone.
+
+    What the layer returns elsewhere is zero; the logits are (N, V), N the number of those positions. A head that is
+    adapted, or no linear, sees everything, and so does the last layer of an unknown family.
+    """
+    head = model.get_output_embeddings()
+    with ExitStack() as stack:
+        if isinstance(head, nn.Linear):
+            hook = head.register_forward_pre_hook(lambda module, args: (args[0][answered],))
+            stack.callback(hook.remove)
+        if family_of(model):
+            last, attention = layers(model)[-1], attention_of(model, len(layers(model)) - 1)
+            stack.enter_context(answering({last: _narrowed(last, attention, answered)}))
+        yield
+
+
+def _narrowed(layer: nn.Module, attention: nn.Module, answered: Tensor) -> Callable:
+    """The layer's forward in two passes: until attention is done, and with what it gave at ``answered``."""
+    original = layer.forward
+
+    def forward(*args: Tensor, **kwargs: Any) -> Any:
+        found: list[Any] = []
+
+        def stop(module: nn.Module, inputs: tuple, output: Any) -> None:
+            found.append(output)
+            raise _Done
+
+        hook = attention.register_forward_hook(stop)
+        try:
+            original(*args, **kwargs)
+        except _Done:
+            pass
+        finally:
+            hook.remove()
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        mixed = found[0] if isinstance(found[0], Tensor) else found[0][0]  # (B, T, D)
+        picked = mixed[answered].unsqueeze(1)  # (B, T, D) -> (N, 1, D)
+        given = picked if isinstance(found[0], Tensor) else (picked, *[None] * (len(found[0]) - 1))
+        with answering({attention: lambda *args, **kwargs: given}):
+            output = original(hidden[answered].unsqueeze(1), *args[1:], **kwargs)
+        result = output if isinstance(output, Tensor) else output[0]  # (N, 1, D)
+        full = torch.zeros_like(hidden)
+        full[answered] = result.squeeze(1).to(full.dtype)  # (N, D) -> (B, T, D)
+        return full if isinstance(output, Tensor) else (full, *output[1:])
+
+    return forward
+
+
+class _Done(Exception):
+    """The first pass of a narrowed layer has what it wanted."""
+
+
+def role_paths(model: PreTrainedModel, index: int) -> dict[str, str]:
+    """Dotted path of the linear of each role in a layer."""
+    family = family_of(model)
+    assert family is not None
+    names = {role: place if isinstance(place, str) else place[0] for role, place in family.roles.items()}
+    return {role: f"{layers_path(model)}.{index}.{name}" for role, name in names.items()}
+
+
+def attention_of(model: PreTrainedModel, index: int) -> nn.Module:
+    """The module of a layer that holds its attention, output projection included."""
+    root = f"{layers_path(model)}.{index}."
+    return model.get_submodule(root + role_paths(model, index)["O"].removeprefix(root).split(".")[0])
+
+
+@contextmanager
+def answering(answers: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, the forward of each module is the function given for it."""
+    before = {module: vars(module).get("forward") for module in answers}
+    try:
+        for module, answer in answers.items():
+            module.forward = answer
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own

@@ -50,7 +50,7 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
     for path, linear in adapter.linears.items():
         outputs = linear.rows(None).shape[0]
         columns, rows = [], []
-        for part, span in linear.updates.values():
+        for part, span in linear.updates:
             b, a, error = truncate(*part.change(), rank)
             whole = b.new_zeros(outputs, b.shape[1])
             whole[slice(*(span or (None,)))] = b

@@ -241,7 +241,7 @@ class AdaptedLinear(nn.Module):
 
     def settle(self) -> None:
         """Let each part make the stored weight what it has to be."""
-        for part, span in self.updates.values():
+        for part, span in self.updates:
             part.settle(self.rows(span), self.enabled)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> It
         def hook(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None
-            for _, span in linear.updates.values():
+            for _, span in linear.updates:
                 see(keys[span], linear.rows(span, gradient))
 
         return hook

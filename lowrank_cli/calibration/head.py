@@ -16,6 +16,6 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     weight = head.weight.detach().float()
     if isinstance(head, AdaptedLinear):
         weight = weight.clone()
-        for part, span in head.updates.values():
+        for part, span in head.updates:
             weight[slice(*(span or (None,)))] += part.delta()
     return weight

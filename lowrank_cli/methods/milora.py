@@ -115,7 +115,7 @@ class MiLoRA(LoRA):
             adapter.deferred = {name for name in adapter.trained if ".prompt_router.activation." in name}
         return adapter
 
-    def kind(self) -> type[LowRank]:
+    def kind(self) -> Callable[..., LowRank]:
         if self.config.modules == "lora":
             return super().kind()
         from lowrank_cli.adapter.decomposed import Decomposed

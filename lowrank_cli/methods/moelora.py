@@ -65,7 +65,7 @@ class MoELoRA(LoRA):
         import torch
 
         from lowrank_cli.adapter.experts import Experts
-        from lowrank_cli.adapter.routing import load_balance
+        from lowrank_cli.adapter.router import load_balance
 
         parts = [part for part in adapter.modules.values() if isinstance(part, Experts)]
         terms = [load_balance(part.probabilities) for part in parts if part.probabilities is not None]

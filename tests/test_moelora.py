@@ -6,7 +6,7 @@ import torch
 
 from lowrank_cli.adapter import export, state
 from lowrank_cli.adapter.experts import Experts
-from lowrank_cli.adapter.routing import load_balance
+from lowrank_cli.adapter.router import load_balance
 from lowrank_cli.errors import UserError
 
 

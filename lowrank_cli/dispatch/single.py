@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,9 @@ def resume(verb: str, folder: str) -> None:
     run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
     if used != verb:
-        raise UserError(f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {folder}")
+        raise UserError(
+            f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {shlex.quote(str(folder))}"
+        )
     if run.done:
         raise UserError(f"--resume: '{folder}' is finished")
     refuse_running(folder, run.info)

@@ -131,7 +131,7 @@ def recorded(run: Run) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Interrupted):
         run.interrupt()
-        raise Interrupted(f"continue with: lrk {run.info['stage']} --resume {tables.shown(run.path)}") from None
+        raise Interrupted(f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}") from None
     except LrkError as error:
         run.fail(str(error), error.exit_code)
         raise

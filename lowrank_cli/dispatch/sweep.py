@@ -111,7 +111,7 @@ def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
 
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
     jobs = _jobs(folder, ledger)
-    again = f"continue with: lrk {ledger['stage']} -m --resume {tables.shown(folder)}"
+    again = f"continue with: lrk {ledger['stage']} -m --resume {tables.typed(folder)}"
     status = INTERRUPTED
     write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
     try:

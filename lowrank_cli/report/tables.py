@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,11 @@ def shown(path: str | os.PathLike[str]) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
+def typed(path: str | os.PathLike[str]) -> str:
+    """:func:`shown`, quoted where a shell needs it."""
+    return shlex.quote(shown(path))
+
+
 def end_of_run(run: Run) -> RenderableType:
     """What a run learned, what it cost, where it lies and what to do next."""
     info = run.info
@@ -143,7 +149,7 @@ def next_steps(run: Run) -> list[Text]:
 
 def end_of_sweep(folder: Path, jobs: Sequence[Run]) -> RenderableType:
     """The jobs, where they lie, and what to do next; an error says how to continue those that are not done."""
-    compare = [_whole(f"  next: lrk compare {shown(folder)}")] if all(job.done for job in jobs) else []
+    compare = [_whole(f"  next: lrk compare {typed(folder)}")] if all(job.done for job in jobs) else []
     return Group(jobs_table(jobs), _whole(f"  folder: {shown(folder)}"), *compare)
 
 
@@ -195,7 +201,7 @@ def _others(metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _next(run: Run) -> Iterable[str]:
-    stage, status, where = run.info.get("stage"), run.info.get("status"), shown(run.path)
+    stage, status, where = run.info.get("stage"), run.info.get("status"), typed(run.path)
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and stage in ("train", "prune"):
@@ -204,7 +210,7 @@ def _next(run: Run) -> Iterable[str]:
         return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
-    return [f"lrk compare {shown(run.path.parent)}"] if status == "done" and stage != "export" else []
+    return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage != "export" else []
 
 
 def first_line(error: Any) -> str:

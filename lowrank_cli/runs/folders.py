@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -51,8 +52,9 @@ def find(
         for run in reversed(all_runs(outputs)):
             if run.done and run.info.get("stage") in stages and wanted <= run.info.get("choices", {}).items():
                 return run
-        command = " ".join(["lrk", stages[0], *(f"{key}={value}" for key, value in wanted)])
-        raise UserError(f"run: no finished run under '{outputs}'; start one with: {command}")
+        groups = "".join(f" {key}={value}" for key, value in wanted)
+        of = f" of{groups}" if groups else ""
+        raise UserError(f"run: no finished run{of} under '{outputs}'; start one with: lrk {stages[0]}{groups}")
     run = Run.open(path)
     if (run.path / "recipe.json").is_file():
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")
@@ -62,6 +64,6 @@ def find(
     if not run.done:
         raise UserError(
             f"run: '{path}' is not finished (it is {run.info.get('status')}); "
-            f"continue it with: lrk {stage} --resume {path}"
+            f"continue it with: lrk {stage} --resume {shlex.quote(str(path))}"
         )
     return run

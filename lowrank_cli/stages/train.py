@@ -94,6 +94,8 @@ class Trainer:
             self._interrupts(),
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
+            if self.settings.max_steps and self.total < self.settings.max_steps:
+                bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
             for step in range(start + 1, self.total + 1):
                 self.progress["pending"].append(self._step(step))
                 self.progress["step"] = step

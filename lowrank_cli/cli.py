@@ -247,7 +247,8 @@ def compare(
     baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
     output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="also write the comparison here, as Markdown and CSV")
+        str | None,
+        typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, swept numbers as plots"),
     ] = None,
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
 ) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.report import compare as module
+from lowrank_cli.report import plots
 from lowrank_cli.report.compare import compare
 from lowrank_cli.report.statistics import DRAWS, median_interval, sign_flip_test
 from lowrank_cli.runs import Run
@@ -247,6 +248,27 @@ def test_sweep_and_recipe_folders_and_single_runs(add):
     assert "not finished" not in markdown
     rows, markdown, _ = run_compare(add, ["day"])  # a path inside outputs
     assert len(rows) == 3 and "Left out: 2 not finished." in markdown
+
+
+def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda entry, lines=plots.lines: drawn.append(entry) or lines(entry))
+    for seed in range(2):
+        add("lora", seed, 0.5 + seed)
+        for k in (10, 1, 7):
+            add("milora", seed, k / 100 + seed, config={"method.k": k})
+            add("milora", seed, 0.4, task="tiny_choice", config={"method.gate": f"kind{k}"})
+        add("milora", seed, 0.4, task="tiny_topic", config={"method.k": 1})
+        add("milora", seed, 0.4, task="tiny_topic", config={"method.k": 7})
+    run_compare(add)
+    (entry,) = drawn
+    assert (entry["columns"], entry["column_label"]) == ([1, 7, 10], "method.k")
+    values = dict(zip(entry["rows"], entry["values"], strict=True))
+    assert values["lora"] == [1.0] * 3
+    assert values["milora"] == pytest.approx([0.51, 0.57, 0.6])
+    folder = add.outputs.parent / "out"
+    assert [path.name for path in folder.glob("*.png")] == ["compare-llama-tiny_yesno.png"]
+    assert (folder / "compare-llama-tiny_yesno.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Metrics and the winner

@@ -365,7 +365,10 @@ def test_observations_count_the_modules_that_prompts_activate(modules):
         ({"gate": "hard"}, "method.gate: unknown value 'hard'"),
         ({"activation": []}, "method.activation: the list is empty"),
         ({"activation": ["rational", "silu"]}, "method.activation: unknown value 'silu'"),
-        ({"activation": ["relu", "gelu"]}, "method.bilevel: true, but relu and gelu have no coefficients"),
+        (
+            {"activation": ["relu", "gelu"]},
+            r"method.bilevel: true, but method.activation=\['relu', 'gelu'\] has no coefficients",
+        ),
         ({"activation": ["rational"] * 3}, "3 names cannot share 2 layers equally"),
         ({"numerator_order": 9}, r"method.numerator_order: 9 is out of range \(allowed: 3 to 8\)"),
         ({"denominator_order": 6}, r"method.denominator_order: 6 is out of range \(allowed: 2 to 5\)"),

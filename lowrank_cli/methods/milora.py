@@ -64,8 +64,8 @@ class MiLoRAConfig(LoRAConfig):
             require_choice("method.activation", name, ACTIVATIONS)
         if self.bilevel and "rational" not in self.activation:
             raise UserError(
-                f"method.bilevel: true, but {' and '.join(self.activation)} have no coefficients to learn "
-                f"(allowed: false, or rational in method.activation)"
+                f"method.bilevel: true, but method.activation={list(self.activation)} has no coefficients to learn "
+                f"(allowed: false, or rational among the activations)"
             )
         require_range("method.numerator_order", self.numerator_order, 3, 8)
         require_range("method.denominator_order", self.denominator_order, 2, self.numerator_order - 1)

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from lowrank_cli.errors import UserError, nearest, unknown
-from lowrank_cli.report import comparison
+from lowrank_cli.report import comparison, plots
 from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.statistics import median_interval, sign_flip_test
 from lowrank_cli.report.tables import quality
@@ -67,8 +67,8 @@ def compare(
     Without ``paths`` everything in ``outputs`` is compared; a relative path that is not here is looked up
     there. ``baseline`` is a method (or ``"method setting"`` where it has several); the others are tested
     against it, paired by seed. ``metric`` defaults to each task's own on the test split. ``output`` is a
-    folder that gets ``compare.md`` and ``compare.csv``. Raises :class:`UserError` for a path without finished
-    runs, an unknown baseline or metric.
+    folder that gets ``compare.md`` and ``compare.csv``, and a picture of each section in which one number was
+    swept. Raises :class:`UserError` for a path without finished runs, an unknown baseline or metric.
     """
     results, unfinished = collect(paths or [outputs], outputs)
     present = sorted({name for result in results for name in result.metrics})
@@ -91,6 +91,9 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "compare.md", comparison.markdown(sections, baseline, notes))
         atomic_write(folder / "compare.csv", comparison.csv_text(sections, baseline))
+        for section in sections:
+            if (entry := comparison.curve(section)) is not None:
+                plots.write(plots.lines(entry), folder / f"compare-{section.model}-{section.task}.png")
     return comparison.terminal(sections, baseline, notes)
 
 

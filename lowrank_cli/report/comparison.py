@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
@@ -186,6 +187,34 @@ def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Seque
 
 def _line(line: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+
+
+def curve(section: Section) -> dict[str, Any] | None:
+    """Where one number is all that varies within methods: medians over it, for :func:`lowrank_cli.report.plots.lines`.
+
+    A method without a setting is a level line. None below three numbers.
+    """
+    settings = {row.label: row.setting.partition("=") for row in section.rows if row.setting}
+    keys = {key for key, _, _ in settings.values()}
+    try:
+        swept = {label: float(value) for label, (_, _, value) in settings.items()}
+    except ValueError:
+        return None
+    columns = sorted(set(swept.values()))
+    if len(keys) != 1 or len(columns) < 3:
+        return None
+    values: dict[str, dict[float, float]] = {}
+    for row in section.rows:
+        for column in [swept[row.label]] if row.setting else columns:
+            values.setdefault(row.method, {})[column] = row.median
+    return {
+        "title": f"{section.model} · {section.task}",
+        "rows": list(values),
+        "columns": columns,
+        "values": [[line.get(column) for column in columns] for line in values.values()],
+        "column_label": keys.pop(),
+        "label": f"{section.metric}, median of the seeds",
+    }
 
 
 def csv_text(sections: Sequence[Section], baseline: str | None) -> str:

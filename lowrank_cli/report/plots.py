@@ -43,11 +43,16 @@ def draw(run: Run) -> list[Path]:
         pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
-        file, image = run.file(f"plots/{name}"), io.BytesIO()
-        figure.savefig(image, format="png", dpi=DPI)
-        atomic_write(file, image.getvalue())
-        written.append(file)
+        written.append(run.file(f"plots/{name}"))
+        write(figure, written[-1])
     return written
+
+
+def write(figure: Figure, file: Path) -> None:
+    """Save ``figure`` as PNG, whole or not at all."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DPI)
+    atomic_write(file, image.getvalue())
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -178,7 +178,7 @@ def test_a_damaged_adapter_file(capsys, trained, tmp_path, damage):
     ("recipe", "parts"),
     [
         ("- {name: a, stage: train, overrides: [method=none]}", ["a", "no stage train"]),
-        ("- {name: a, stage: frobnicate}", ["frobnicate", "train, evaluate"]),
+        ("- {name: a, stage: frobnicate}", ["frobnicate", "allowed: train, "]),
         ("- {name: a, stage: train, overrides: [method.rnak=3]}", ["method.rnak", "method.rank"]),
         ("- {name: a, stage: evaluate, overrides: ['run={b}']}", ["stage 'a', run: unknown value 'b'"]),
     ],

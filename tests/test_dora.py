@@ -1,6 +1,7 @@
 """DoRA: magnitude and direction of each row of V = W + s · BA, against the plain formula and the PEFT library."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import small
@@ -146,6 +147,21 @@ def test_norms_are_kept_in_evaluation_until_a_parameter_changes(monkeypatch):
         linear(x)
     part.rank_gate = None
     check(9)
+
+
+@pytest.mark.parametrize("base", bases(), ids=["bias", "no_bias", "conv1d"])
+def test_it_moves_with_its_model(base):
+    linear, part = adapted_linear(base)
+    x = torch.randn(2, 3, IN)
+    expected = linear(x)
+    copy = deepcopy(linear)
+    linear.to(torch.float64)
+    assert linear(x.double()).dtype == part.norms().dtype == torch.float64
+    torch.testing.assert_close(linear(x.double()).float(), expected)
+    assert torch.equal(copy(x), expected)
+    copy.to("meta")
+    reads = [*copy.parts["whole"].frozen(), copy.parts["whole"].squares, *copy.parts["whole"].tensors().values()]
+    assert all(tensor.is_meta for tensor in reads if tensor is not None)
 
 
 @pytest.mark.parametrize("family", small.FAMILIES)

@@ -26,8 +26,10 @@ class Decomposed(LowRank):
     The gradient treats n as a constant (section 4.3). Dropout acts on the input of A only.
 
     V is never formed: n² = ‖W‖² + 2 s ⟨W, B diag(g) A⟩ + s² ‖B diag(g) A‖², each term from products of the rank's
-    size. W and its norms are taken as they are when the module is attached; a model is moved to its device before.
+    size; ‖W‖² is that of the weight when the module was attached.
     """
+
+    squares: Tensor  #: ‖W‖², (O,)
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Decomposed(LowRank):
     ):
         super().__init__(in_features, out_features, rank, alpha, dropout, device)
         self.magnitude = nn.Parameter(torch.empty(out_features, device=device))
+        self.register_buffer("squares", torch.empty(out_features, device=device), persistent=False)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"lora_magnitude_vector": self.magnitude}
@@ -49,9 +52,8 @@ class Decomposed(LowRank):
 
     @torch.no_grad()
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight.detach(), None if bias is None else bias.detach()
-        self._squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (O, I) -> (O,)
-        self.magnitude.copy_(self._squares.sqrt())
+        self.squares.copy_(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square())  # (O, I) -> (O,)
+        self.magnitude.copy_(self.squares.sqrt())
 
     @torch.no_grad()
     def change(self) -> tuple[Tensor, Tensor]:
@@ -61,14 +63,14 @@ class Decomposed(LowRank):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """n: (O,), or (B, O) where ``rank_gate`` differs from row to row; fp32."""
-        weight, a, gate = self._weight, self.lora_a, self.rank_gate
+        (weight, _), a, gate = self.frozen(), self.lora_a, self.rank_gate
         b = self.lora_b if gate is None else self.lora_b * gate.unsqueeze(-2)  # (O, R) or, row by row, (B, O, R)
         with torch.autocast(weight.device.type, enabled=False):
             along = (weight @ a.to(weight.dtype).t()).float()  # (O, I) @ (I, R) -> (O, R)
             cross = (along * b).sum(dim=-1)  # ⟨W, BA⟩: (..., O, R) -> (..., O)
             own = ((b @ (a @ a.t())) * b).sum(dim=-1)  # ‖BA‖²: (..., O, R) @ (R, R) -> (..., O)
-        squares = self._squares + 2 * self.scale * cross + self.scale**2 * own
-        return squares.maximum(FLOOR * self._squares + ZERO_ROW).sqrt()
+        squares = self.squares + 2 * self.scale * cross + self.scale**2 * own
+        return squares.maximum(FLOOR * self.squares + ZERO_ROW).sqrt()
 
     def _rescaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """m / n, (O,) or (B, O), and (m / n) ⊙ Bᵀ, (R, O) or (B, R, O); kept while nothing trains."""
@@ -109,8 +111,9 @@ class Decomposed(LowRank):
             rows = y.view(len(change), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
             change = change if change.dim() == 3 else change.unsqueeze(1)  # (B, O) -> (B, 1, O)
         rows.mul_(1 + change)
-        if self._bias is not None:
-            rows.sub_(self._bias * change)
+        bias = self.frozen()[1]
+        if bias is not None:
+            rows.sub_(bias * change)
         return y if rows is y else rows.view(y.shape)
 
     @torch.no_grad()
@@ -118,4 +121,4 @@ class Decomposed(LowRank):
         """ΔW = (m/n) ⊙ (W + s · B diag(g) A) − W, (O, I), fp32. Refused while a gate differs from row to row."""
         update = super().delta()
         ratio = (self.magnitude / self.norms()).unsqueeze(-1)  # (O, 1)
-        return (ratio - 1) * self._weight + ratio * update
+        return (ratio - 1) * self.frozen()[0] + ratio * update

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class LowRank(nn.Module):
     - ``skip``: compute nothing (for a module whose gate is zero in every row).
     - ``soft``: make no hard choice that rounding could turn over (LoRA makes none).
     """
+
+    #: Set by the linear that this module is added to: gives its frozen weight (O, I) and bias (O,), where they are now.
+    frozen: Callable[[], tuple[Tensor, Tensor | None]]
 
     #: Why no single weight equals this kind of module, where none does.
     unmergeable = ""
@@ -218,8 +222,8 @@ class AdaptedLinear(nn.Module):
         """Attach ``part`` to the whole output or to a span of it."""
         self.parts[name] = part
         self._updates[name] = (part, span)
-        bias = getattr(self.base, "bias", None)
-        part.attach(self.rows(span), bias if bias is None or span is None else bias[slice(*span)])
+        part.frozen = partial(self.frozen, span)
+        part.attach(*part.frozen())
 
     def remove(self, name: str) -> None:
         """Take the part ``name`` off again."""
@@ -231,6 +235,11 @@ class AdaptedLinear(nn.Module):
         weight = self.weight if weight is None else weight
         weight = weight.t() if isinstance(self.base, Conv1D) else weight
         return weight if span is None else weight[slice(*span)]
+
+    def frozen(self, span: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+        """The base's weight (O, I) and bias (O,), or the rows of them that a span covers: views."""
+        bias = getattr(self.base, "bias", None)
+        return self.rows(span), bias if bias is None or span is None else bias[slice(*span)]
 
     def enable(self, enabled: bool) -> None:
         """Switch all updates on or off."""

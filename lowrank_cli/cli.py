@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lowrank_cli.errors import LrkError, UserError, unknown
+from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
 
-VERBS = ("train", "score", "prune", "evaluate", "export", "run", "compare", "list", "check")
-STAGES = ("train", "score", "prune", "evaluate", "export", "run")  #: the verbs that take overrides
+VERBS = ("train", "score", "prune", "evaluate", "export", "bench", "run", "compare", "list", "check")
+STAGES = ("train", "score", "prune", "evaluate", "export", "bench", "run")  #: the verbs that take overrides
+MEASURES = ("decode",)  #: what bench can measure
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
     "train": [
@@ -44,6 +45,11 @@ EXAMPLES = {
         "lrk export",
         "lrk export run=outputs/latest export.format=merged",
         "lrk export run=outputs/latest export.rank=16 export.max_error=0.05",
+    ],
+    "bench": [
+        "lrk bench decode",
+        "lrk bench decode model.shape=100m bench.batch_size=8 bench.beams=[1]",
+        "lrk bench decode model.shape=7b hardware=gpu \"bench.methods=[base,lora,'milora k=3']\"",
     ],
     "run": [
         "lrk run recipe=milora",
@@ -74,7 +80,7 @@ class Verb(TyperCommand):
 def _groups(verb: str) -> tuple[str, ...]:
     from lowrank_cli.config.folders import GROUPS
 
-    return ("recipe",) if verb == "run" else GROUPS
+    return {"run": ("recipe",), "bench": ("model", "hardware")}.get(verb, GROUPS)
 
 
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -92,6 +98,11 @@ def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
         if len(words) == 1:
             found = [name for name in STAGES if name.startswith(words[0])]
         verb = words.pop(0) if len(words) > 1 and words[0] in STAGES else "train"
+    if verb == "bench":
+        if len(words) == 1:
+            found += [name for name in MEASURES if name.startswith(words[0])]
+        elif words[0] in MEASURES:
+            words = words[1:]
     found += completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))
     return [item[len(words[-1]) - len(incomplete) :] for item in found]
 
@@ -106,9 +117,10 @@ def _complete_list(incomplete: str) -> list[str]:
     return [name for name in LISTS if name.startswith(incomplete)]
 
 
+OVERRIDES_HELP = "groups and values to change"
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="groups and values to change", autocompletion=_complete),
+    typer.Argument(metavar="[KEY=VALUE]...", help=OVERRIDES_HELP, autocompletion=_complete),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the composed configuration and stop")]
 ConfigDir = Annotated[
@@ -202,6 +214,21 @@ def export(
 
 
 @app.command(cls=Verb)
+def bench(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar=f"[{'|'.join(MEASURES)}] [KEY=VALUE]...", autocompletion=_complete, help=OVERRIDES_HELP),
+    ] = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Measure methods against the bare model, in turn in one process: decode is the speed of generation."""
+    _stage("bench", _measured("bench", overrides or []), multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
 def run(
     overrides: Overrides = None,
     multirun: Multirun = False,
@@ -230,6 +257,14 @@ def _stage(
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
         (sweep if multirun else single).start(verb, overrides, config_dir, command)
+
+
+def _measured(verb: str, words: list[str]) -> list[str]:
+    """The overrides of ``words``, whose first one says for bench what is measured."""
+    if verb != "bench" or not words or "=" in words[0]:
+        return words
+    require_choice("bench", words[0], MEASURES)
+    return [f"bench.measure={words[0]}", *words[1:]]
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:
@@ -295,7 +330,7 @@ def check(
         verb = overrides.pop(0)
         if verb not in STAGES:
             raise unknown("verb", verb, STAGES)
-    print_plan(_preview(verb, overrides, config_dir, multirun))
+    print_plan(_preview(verb, _measured(verb, overrides), config_dir, multirun))
 
 
 def main() -> None:

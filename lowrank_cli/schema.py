@@ -6,15 +6,26 @@ A method's own schema stands in its file under ``lowrank_cli/methods`` and deriv
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from lowrank_cli.errors import UserError, inside, require_choice, require_range
+from lowrank_cli.errors import UserError, inside, nearest, require_choice, require_range
 
 #: What a rank can be scored by; see :mod:`lowrank_cli.scoring.kinds`.
 SCORE_KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
+
+
+#: Sizes of Llama models: layers, width, feed-forward width, heads, key-value heads, vocabulary.
+SHAPES = {
+    "100m": (12, 768, 2048, 12, 12, 32000),
+    "1b": (16, 2048, 8192, 32, 8, 128256),  # Llama 3.2
+    "7b": (32, 4096, 11008, 32, 32, 32000),  # Llama 2
+    "8b": (32, 4096, 14336, 32, 8, 128256),  # Llama 3
+    "13b": (40, 5120, 13824, 40, 40, 32000),  # Llama 2
+}
 
 
 @dataclass
@@ -38,11 +49,30 @@ class ModelConfig:
     bundled: bool = MISSING  #: the checkpoint inside this package (``path`` overrides it)
     revision: Optional[str] = MISSING  #: branch, tag or commit on the Hub
     trust_remote_code: bool = MISSING  #: run Python code that comes with the checkpoint
+    #: random weights instead: a name of :data:`SHAPES`, or LAYERSxWIDTHxFEEDFORWARDxHEADS (``lrk bench`` only)
+    shape: Optional[str] = None
 
     def validate(self) -> None:
         require_choice("model.kind", self.kind, ("causal", "encoder"))
+        if self.shape is not None:
+            self.sizes()
         if not (self.bundled or self.id or self.path):
             raise UserError("model: nothing to load; set model.id (Hub) or model.path (folder)")
+
+    def sizes(self) -> tuple[int, ...]:
+        """What ``shape`` stands for, as a row of :data:`SHAPES`."""
+        assert self.shape is not None
+        if self.shape in SHAPES:
+            return SHAPES[self.shape]
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", self.shape):
+            raise UserError(
+                f"model.shape: unknown value '{self.shape}'{nearest(self.shape, SHAPES)} "
+                f"(allowed: {', '.join(SHAPES)}, or LAYERSxWIDTHxFEEDFORWARDxHEADS, such as 12x768x2048x12)"
+            )
+        layers, width, feed_forward, heads = map(int, self.shape.split("x"))
+        if width % (2 * heads):
+            raise UserError(f"model.shape: a width of {width} does not divide into {heads} heads of even size")
+        return layers, width, feed_forward, heads, heads, 32000
 
 
 @dataclass
@@ -318,6 +348,52 @@ class ExportRun(RunConfig):
 
     export: ExportConfig = field(default_factory=ExportConfig)
     run: Optional[str] = MISSING  #: as of ``lrk evaluate``
+
+
+@dataclass
+class BenchConfig:
+    """What a benchmark measures, and how often."""
+
+    measure: str = MISSING  #: ``decode`` (generation); the first word of the command line
+    methods: list[str] = MISSING  #: ``base`` (the bare model) and names of methods, each with KEY=VALUE behind it
+    rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
+    batch_size: int = MISSING  #: prompts generated from at once
+    prompt_length: int = MISSING  #: random tokens of each prompt
+    new_tokens: int = MISSING  #: generated for each prompt; none stops earlier
+    beams: list[int] = MISSING  #: 1 is greedy decoding
+    rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
+
+    def validate(self) -> None:
+        require_choice("bench.measure", self.measure, ("decode",))
+        for key in ("batch_size", "prompt_length", "rounds"):
+            require_range(f"bench.{key}", getattr(self, key), 1)
+        require_range("bench.new_tokens", self.new_tokens, 2)
+        if not self.beams or len(set(self.beams)) < len(self.beams):
+            raise UserError(f"bench.beams: {list(self.beams)} must name each number of beams once")
+        for beams in self.beams:
+            require_range("bench.beams", beams, 1)
+
+
+@dataclass
+class BenchRun:
+    """``lrk bench``."""
+
+    seed: int = MISSING  #: of weights, adapters and prompts
+    outputs: str = MISSING
+    name: Optional[str] = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    variants: dict[str, Any] = field(default_factory=dict)  #: the :class:`MethodConfig` of each of ``bench.methods``
+
+    def validate(self) -> None:
+        if self.model.kind != "causal":
+            raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
+        if self.hardware.processes > 1:
+            raise UserError(f"hardware.processes: {self.hardware.processes}, but a benchmark runs in one process")
+        for variant in self.variants.values():
+            if variant is not None:
+                variant.validate()
 
 
 @dataclass

@@ -182,7 +182,7 @@ def test_rows_of_a_batch_are_routed_differently():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, 3, 5])
 def test_decoding_token_by_token_equals_the_full_forward(family, beams):
     decode_and_compare(small.adapted("milora", family), beams)
 
@@ -230,6 +230,55 @@ def decode_and_compare(adapter, beams):
 
 
 @pytest.mark.parametrize("pooler", POOLERS)
+def padded(rows):
+    """Prompts of 9, 6 and 4 tokens, left padded in one batch, with their mask."""
+    prompts = small.ids(rows, 9)
+    mask = torch.ones_like(prompts)
+    for row in range(rows):
+        padding = (0, 3, 5)[row % 3]
+        prompts[row, :padding], mask[row, :padding] = 0, 0
+    return prompts, mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 5}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_rows_that_are_routed_differently_generate_what_each_does_alone(family, search):
+    adapter = small.adapted("milora", family, k=2)
+    prompts, mask = padded(6)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **search}
+    together = adapter.model.generate(prompts, attention_mask=mask, **settings)
+    chosen = torch.stack([part.module_gate > 0 for part in adapter.routing.parts[1]], dim=1)
+    assert len({tuple(row) for row in chosen.tolist()}) > 1, "all rows are routed alike: the test would show nothing"
+    copies = search.get("num_return_sequences", 1)
+    for row, start in enumerate(9 - mask.sum(dim=1)):
+        alone = adapter.model.generate(prompts[row : row + 1, start:], **settings)
+        assert torch.equal(together[row * copies : (row + 1) * copies, 9:], alone[:, 9 - start :])
+
+
+def test_sampled_sequences_of_a_prompt_share_its_routing():
+    """Each of several samples is what the full forward pass makes likely: its logits, token by token, are the same."""
+    adapter = small.adapted("milora", k=2)
+    prompts, mask = padded(3)
+    made = adapter.model.generate(
+        prompts,
+        attention_mask=mask,
+        do_sample=True,
+        num_return_sequences=4,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert len(made.sequences.unique(dim=0)) > 3
+    assert adapter.routing.routed == 3 * LAYERS
+    for row, sequence in enumerate(made.sequences):
+        start = 9 - int(mask[row // 4].sum())
+        prompt_mask = (torch.arange(14 - start) < 9 - start).long().unsqueeze(0)
+        with torch.no_grad():
+            logits = adapter.model(input_ids=sequence[None, start:], prompt_mask=prompt_mask).logits[0, 8 - start : -1]
+        torch.testing.assert_close(torch.stack([step[row] for step in made.logits]), logits, atol=2e-5, rtol=1e-4)
+
+
 def test_the_response_does_not_reach_the_router(pooler):
     adapter = small.adapted("milora", pooler=pooler)
     ids = small.ids(2, 9)

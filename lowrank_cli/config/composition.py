@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank_cli import methods, runs, schema
+from lowrank_cli.config import variants
 from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.errors import UserError, require_choice, require_range
@@ -32,6 +33,7 @@ VERBS: dict[str, type] = {
     "prune": schema.PruneRun,
     "evaluate": schema.EvaluateRun,
     "export": schema.ExportRun,
+    "bench": schema.BenchRun,
     "run": schema.RecipeRun,
 }
 INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
@@ -126,6 +128,8 @@ def compose(
         _make_absolute(cfg, later)
         with open_dict(cfg):
             del cfg["hydra"]
+            if verb == "bench":
+                cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
         return _finish(verb, cfg, choices, asked)
 
 
@@ -144,6 +148,8 @@ def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overri
             kinds = methods.config_classes()
             require_choice("method.name", resolved["method"].get("name"), kinds)
             cfg.method = OmegaConf.structured(kinds[resolved["method"]["name"]])
+        for entry, section in resolved.get("variants", {}).items():
+            cfg.variants[entry] = section and OmegaConf.structured(methods.config_classes()[section["name"]])
         cfg.merge_with(OmegaConf.create(resolved))
         return _finish(verb, cfg, choices, overrides)
 
@@ -172,7 +178,9 @@ def _validate(config: Any) -> None:
         require_choice("method.name", name, kinds)
         if type(config.method) is not kinds[name]:
             raise UserError(f"method.name: '{name}' does not go with the schema '{type(config.method).__name__}'")
-    for section in vars(config).values():
+        if config.model.shape is not None:
+            raise UserError("model.shape: random weights are for lrk bench; leave it null")
+    for section in (config, *vars(config).values()):
         if hasattr(section, "validate"):
             section.validate()
 

@@ -16,8 +16,9 @@ from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
 from lowrank_cli.errors import LrkError, UserError
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.report import scores, tables
+from lowrank_cli.report import bench, scores, tables
 from lowrank_cli.runs import PENDING, Run
+from lowrank_cli.schema import RunConfig
 
 
 class Interrupted(LrkError):
@@ -39,15 +40,13 @@ def check(
     """
     composed = compose(verb, overrides, config_dir, source, later)
     config = composed.config
+    _refuse_missing_folders(config, later)
+    if not isinstance(config, RunConfig):
+        return composed
     can = methods.capabilities(config.method.name)
     if verb not in can:
         has = ", ".join(sorted(can)) or "none"
         raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
-    folders = {"model.path": config.model.path, "task.path": config.task.path}
-    folders |= {f"task.parts.{name}.path": part.path for name, part in config.task.parts.items()}
-    for key, path in folders.items():
-        if path is not None and not path.startswith(later) and not Path(path).is_dir():
-            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
     _refuse_what_would_do_nothing(config)
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
@@ -57,6 +56,16 @@ def check(
                 f"times train.gradient_accumulation={accumulated}"
             )
     return composed
+
+
+def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
+    folders = {"model.path": config.model.path}
+    if isinstance(config, RunConfig):
+        folders |= {"task.path": config.task.path}
+        folders |= {f"task.parts.{name}.path": part.path for name, part in config.task.parts.items()}
+    for key, path in folders.items():
+        if path is not None and not path.startswith(later) and not Path(path).is_dir():
+            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
 
 
 def _refuse_what_would_do_nothing(config: Any) -> None:
@@ -142,5 +151,5 @@ def recorded(run: Run) -> Iterator[None]:
 
 
 def summary(run: Run) -> RenderableType:
-    """The end-of-run table, below the scores of ranks where there are any."""
-    return Group(*scores.shown(run), tables.end_of_run(run))
+    """The end-of-run table, below the scores of ranks or the figures of a benchmark where there are any."""
+    return Group(*scores.shown(run), *bench.shown(run), tables.end_of_run(run))

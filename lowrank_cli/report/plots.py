@@ -31,7 +31,8 @@ def draw(run: Run) -> list[Path]:
     row as a line over the numbers in ``columns``; ``box`` draws the values of each row, which may differ in number, as
     a box with its points; ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over
     the numbers in ``columns``; ``heatmaps`` draws ``panels``, each with ``title`` and ``values`` of its own, as small
-    grids of one scale. Optional ``row_label`` and ``column_label`` name the axes.
+    grids of one scale; ``bars`` draws a group of bars for each row, one a column, with error bars from ``low`` to
+    ``high`` (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -39,7 +40,7 @@ def draw(run: Run) -> list[Path]:
     if any("train/loss" in row or "dev/loss" in row for row in history):
         pictures["loss.png"] = loss(history, run_title(run.info))
     if (run.path / "figures.json").is_file():
-        kinds = {"heatmap": heatmap, "heatmaps": heatmaps, "lines": lines, "box": box, "bubbles": bubbles}
+        kinds = {"heatmap": heatmap, "heatmaps": heatmaps, "lines": lines, "box": box, "bubbles": bubbles, "bars": bars}
         pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
@@ -271,6 +272,26 @@ def bubbles(entry: dict[str, Any]) -> Figure:
     axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
     _plain(axes)
     figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""), fontsize=9)
+    return figure
+
+
+def bars(entry: dict[str, Any]) -> Figure:
+    """A group of bars for each row, one bar a column, with error bars and a line at 1."""
+    rows, columns = entry["rows"], entry["columns"]
+    figure, axes = _figure(min(max(1.1 * len(rows) + 1.5, 5.0), 14), 4.2)
+    width = 0.8 / len(columns)
+    for at, column in enumerate(columns):
+        places = [place + (at - (len(columns) - 1) / 2) * width for place in range(len(rows))]
+        values, low, high = ([line[at] for line in _numbers(entry[key])] for key in ("values", "low", "high"))
+        reach = [[v - x for v, x in zip(values, low)], [x - v for v, x in zip(values, high)]]
+        drawn = axes.bar(places, values, width, yerr=reach, capsize=3, error_kw={"linewidth": 0.9}, label=str(column))
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+    axes.axhline(1, color=GRID, linewidth=1)
+    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 12) for row in rows], fontsize=9)
+    axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
+    axes.set_ylabel(entry.get("label", ""))
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -133,7 +133,7 @@ def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
     groups = {"all": list(arrangements)}
     for key in varied:
         groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in varied if other != key)]
-    table = _Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
+    table = Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
     for name, rows in groups.items():
         values = [row[metric] for row in rows]
         if len(values) > 1:
@@ -196,7 +196,8 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
 
 
 def _others(metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    rest = [name for name in metrics if name not in quality(metrics) and not is_cost(name)]
+    elsewhere = {*quality(metrics), *(name for name in metrics if name.startswith("bench/"))}
+    rest = [name for name in metrics if name not in elsewhere and not is_cost(name)]
     return [(name, number(metrics[name])) for name in rest]
 
 
@@ -210,7 +211,7 @@ def _next(run: Run) -> Iterable[str]:
         return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
-    return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage != "export" else []
+    return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage not in ("export", "bench") else []
 
 
 def first_line(error: Any) -> str:
@@ -226,7 +227,7 @@ def runs_table(runs: Sequence[Run]) -> RenderableType:
     if not runs:
         return Text("no runs yet; start one with: lrk train")
     columns = ["run", "stage", "status", "seed", "result", "time"]
-    table = _Fitted(None, columns, leave_out=["seed", "time", "stage"], gap=1, widest_result=24)
+    table = Fitted(None, columns, leave_out=["seed", "time", "stage"], gap=1, widest_result=24)
     folder = None
     for run in runs:
         if run.path.parent != folder:
@@ -251,7 +252,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     unfinished = [job for job in jobs if not job.done]
     heading = jobs_of(len(jobs)) + (f", {len(unfinished)} not done" if unfinished else "")
     leave_out = [*reversed(varying), "time", *reversed(columns[1:])]  # a job's name says what varies
-    table = _Fitted(heading, ["job", *varying, "status", *columns, "time"], leave_out)
+    table = Fitted(heading, ["job", *varying, "status", *columns, "time"], leave_out)
     for job, row, result in zip(jobs, overrides, results, strict=True):
         cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job.info)]
         cells += [number(result[name]) if name in result else NONE for name in columns]
@@ -263,7 +264,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
 
 def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None = None) -> RenderableType:
     """A recipe: its stages by name, each with its run, or None while it has not started."""
-    table = _Fitted(heading, ["stage", "verb", "status", "result", "time", "run"], leave_out=["time", "verb"])
+    table = Fitted(heading, ["stage", "verb", "status", "result", "time", "run"], leave_out=["time", "verb"])
     for name, run in stages:
         if run is None:
             table.rows.append([name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE])
@@ -279,7 +280,7 @@ def add(table: Table, *cells: str | Text) -> None:
 
 
 @dataclass
-class _Fitted:
+class Fitted:
     """A bare table that folds no word: columns are left out where the terminal is narrow, and the rest runs over.
 
     Print it with ``crop=False``. Only ``result`` is wrapped, between its words.

@@ -52,7 +52,8 @@ class Run:
         """Make a new folder under ``outputs`` (or exactly ``folder``), with its config.yaml and run.json."""
         if folder is None:
             groups = ("recipe", "method", "model", "task")
-            parts = ["recipe"] * ("recipe" in choices) + [choices[group] for group in groups if group in choices]
+            kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
+            parts = kind + [choices[group] for group in groups if group in choices]
             path = new_folder(outputs, "-".join([*parts, *([name] if name else [])]))
         else:
             path = Path(folder)

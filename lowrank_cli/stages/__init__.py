@@ -5,5 +5,6 @@ STAGES = {
     "score": "lowrank_cli.stages.score",
     "prune": "lowrank_cli.stages.prune",
     "evaluate": "lowrank_cli.stages.evaluate",
+    "bench": "lowrank_cli.stages.bench",
     "export": "lowrank_cli.stages.export",
 }

@@ -132,7 +132,7 @@ def start(config: RunConfig) -> Session:
 
     The adapter is still as it was made: :func:`lowrank_cli.stages.evaluate.load_adapter` fills it from the foundation.
     """
-    accelerator = _accelerator(config.hardware)
+    accelerator = prepare(config.hardware)
     method = methods.create(config.method)
     below = foundation(config)
     adapts = method if below is None or isinstance(method, Adapts) else _method_of(below)
@@ -175,7 +175,8 @@ def _method_of(run: Path) -> Method:
     return methods.create(methods.config_classes()[values["name"]](**values))
 
 
-def _accelerator(hardware: HardwareConfig) -> Accelerator:
+def prepare(hardware: HardwareConfig) -> Accelerator:
+    """The device of this process and its threads. Raises UserError where the device is not there."""
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     if hardware.device == "cuda" and not torch.cuda.is_available():

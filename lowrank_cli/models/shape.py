@@ -1,0 +1,29 @@
+"""Models of random weights, for what depends on their shape alone: time and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_cli.schema import HardwareConfig, ModelConfig
+
+
+def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any) -> Any:
+    """A ``LlamaForCausalLM`` of the sizes of ``model.shape``, made on ``device`` in the precision of ``hardware``.
+
+    Weights are drawn from the device's global generator (seed it first).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    layers, width, feed_forward, heads, key_value_heads, vocabulary = model.sizes()
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+    )
+    dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,0 +1,45 @@
+"""The tables of ``bench.json``: one for each number of beams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from lowrank_cli.report import tables
+from lowrank_cli.runs import Run
+
+
+def shown(run: Run) -> list[RenderableType]:
+    """Tables of a finished benchmark; none for another run."""
+    if not run.done or not (run.path / "bench.json").is_file():
+        return []
+    record = run.read_json("bench.json")
+    memory = Text(f"memory: {record['memory']}", style="dim")
+    return [*(_table(record, beams) for beams in record["bench"]["beams"]), memory]
+
+
+def _table(record: dict[str, Any], beams: int) -> tables.Fitted:
+    bench = record["bench"]
+    heading = (
+        f"{bench['measure']}: {bench['batch_size']} × {bench['prompt_length']} prompt tokens, "
+        f"{bench['new_tokens']} new ones, {beams} beam{'s' * (beams > 1)}, {bench['rounds']} rounds"
+    )
+    columns = ["method", "tokens/s", "× base", "quartiles", "ms/token", "first token", "memory", "parameters"]
+    table = tables.Fitted(heading, columns, leave_out=["first token", "parameters", "memory", "ms/token"])
+    for row in record["rows"]:
+        if row["beams"] == beams:
+            low, high = row["ratio_quartiles"]
+            cells = [
+                row["method"],
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f}–{high:.3f}",
+                f"{row['ms_per_token']:.2f}",
+                tables.duration(row["first_token_seconds"]),
+                tables.size(row["peak_memory_bytes"]),
+                tables.count(row["parameters"]),
+            ]
+            table.rows.append(cells)
+    return table

@@ -1,0 +1,201 @@
+"""lrk bench decode: what it leaves behind, what it refuses, and that it changes no model. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from command import lrk, one_line  # noqa: F401 (a fixture)
+
+from lowrank_cli import methods
+from lowrank_cli.config.composition import compose
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.models.shape import random_model
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import SHAPES, BenchConfig, HardwareConfig, ModelConfig
+from lowrank_cli.stages import bench, progress
+from lowrank_cli.stages.twins import twins
+
+SHAPE = "2x32x48x4"
+TINY = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
+ENTRIES = ["base", "lora", "milora k=3", "milora k=1"]
+
+
+def measured(*overrides: str) -> Run:
+    single.start("bench", [*TINY, *overrides], None, "lrk bench decode")
+    return Run.open("outputs/latest")
+
+
+def small_twins(entries=("base", "lora", "milora", "dora", "moelora")):
+    configs = {name: None if name == "base" else small.method(name).config for name in entries}
+    return twins(small.model(), configs, seed=1)
+
+
+def settings(**changes) -> BenchConfig:
+    values = {"measure": "decode", "methods": [], "rank": None, "batch_size": 2, "prompt_length": 4, "new_tokens": 3}
+    return BenchConfig(**values | {"beams": [1], "rounds": 2} | changes)
+
+
+def measure(models, prompts, beams=1, **changes):
+    with progress.bar("", 1, shown=False) as bar:
+        return bench.rounds(models, prompts, settings(**changes), beams, bar)
+
+
+def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from():
+    run = measured("bench.rounds=2", "bench.batch_size=2", f"bench.methods=[{','.join(map(repr, ENTRIES))}]")
+    record = run.read_json("bench.json")
+    assert [(row["method"], row["beams"]) for row in record["rows"]] == [(m, b) for b in (1, 3) for m in ENTRIES]
+    for row in record["rows"]:
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+        assert row["first_token_seconds"] > 0 and row["ms_per_token"] > 0 and row["peak_memory_bytes"] > 0
+    base, lora, three, one = record["rows"][:4]
+    assert (base["ratio"], base["ratio_quartiles"], base["parameters"]) == (1, [1, 1], 0)
+    assert lora["parameters"] == lora["activated_parameters"] > 0
+    assert one["activated_parameters"] < three["activated_parameters"] < three["parameters"] == one["parameters"]
+    assert record["device"] and record["packages"]["torch"] and "resident" in record["memory"]
+    assert record["variants"]["milora k=1"]["k"] == 1 and record["variants"]["lora"]["rank"] == 4
+    pair = next(p for p in record["pairs"] if (p["method"], p["to"], p["beams"]) == ("milora k=1", "lora", 3))
+    ratios = [a / b for a, b in zip(record["rows"][5]["seconds"], record["rows"][7]["seconds"], strict=True)]
+    assert pair["ratio"] == pytest.approx(sum(ratios) / 2)
+    assert run.metrics["bench/lora/beams_3/ratio"] == record["rows"][5]["ratio"]
+    assert (run.path / "plots" / "decode.png").stat().st_size > 1000
+
+
+def test_the_command_prints_a_table_for_each_number_of_beams(lrk):  # noqa: F811
+    ended = lrk("bench", "decode", *TINY, "bench.rounds=1", "bench.methods=[base,'lora rank=2']")
+    assert ended.code == 0, ended
+    assert ended.out.count("× base") == 2 and ended.out.count("lora rank=2") == 2
+    assert "random weights of shape 2x32x48x4" in ended.err
+    run = json.loads(Path("outputs/latest/run.json").read_text())
+    assert run["stage"] == "bench" and run["overrides"][0] == "bench.measure=decode"
+    assert json.loads(Path("outputs/latest/bench.json").read_text())["variants"]["lora rank=2"]["rank"] == 2
+
+
+def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
+    composed = compose("bench", [])
+    assert composed.config.model.bundled and not composed.config.model.shape
+    assert list(composed.config.variants) == ["base", "lora", "dora", "moelora", "milora k=3", "milora k=1"]
+    assert {v.rank for v in composed.config.variants.values() if v is not None} == {32}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["decde"], "bench: unknown value 'decde'; did you mean 'decode'?"),
+        (["decode", "bench.methods=[base,mlora]"], "bench.methods: unknown value 'mlora'"),
+        (["decode", "bench.methods=[base,none]"], "bench.methods: unknown value 'none'"),
+        (["decode", "bench.methods=[lora]"], "bench.methods: 'base' is missing"),
+        (["decode", "bench.methods=[base,lora,lora]"], "bench.methods: 'lora' stands there twice"),
+        (["decode", "bench.methods=[base,lora 4]"], "bench.methods: 'lora 4' is not NAME [KEY=VALUE]"),
+        (["decode", "bench.methods=[base,'milora kk=1']"], "method.kk: unknown key; did you mean 'method.k'?"),
+        (["decode", "bench.methods=[base,'milora k=9']"], "method.k: 9 is out of range"),
+        (["decode", "bench.methods=[base,full]", *TINY], "bench.methods: 'full' changes the weights of the model"),
+        (["decode", "model.shape=7bb"], "model.shape: unknown value '7bb'; did you mean '7b'?"),
+        (["decode", "model.shape=2x30x48x4"], "model.shape: a width of 30 does not divide into 4 heads"),
+        (["decode", "model=bert_base"], "model.kind: bert_base is an encoder"),
+        (["decode", "hardware.processes=2"], "hardware.processes: 2, but a benchmark runs in one process"),
+        (["decode", "bench.beams=[0]"], "bench.beams: 0 is out of range"),
+        (["decode", "bench.beams=[1,1]"], "bench.beams: [1, 1] must name each number of beams once"),
+        (["decode", "bench.rounds=0"], "bench.rounds: 0 is out of range"),
+    ],
+)
+def test_mistakes_are_one_line(lrk, words, message):  # noqa: F811
+    ended = lrk("bench", *words)
+    ended.err = ended.err.removeprefix(f"random weights of shape {SHAPE}: 2M-parameter Llama\n")
+    assert one_line(ended).startswith(message)
+
+
+def test_random_weights_are_for_benchmarks_only():
+    with pytest.raises(UserError, match="model.shape: random weights are for lrk bench"):
+        compose("train", ["model.shape=7b"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_shape_is_a_model_of_these_sizes(precision, dtype):
+    hardware = HardwareConfig(name="cpu", device="cpu", precision=precision, processes=1, threads=1)
+    model = random_model(ModelConfig(name="llama", kind="causal", bundled=True, shape=SHAPE), hardware, "cpu")
+    assert model.dtype == dtype and len(model.model.layers) == 2
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 48)
+    assert model.config.num_attention_heads == model.config.num_key_value_heads == 4
+
+
+def test_the_7b_shape_is_llama_2s():
+    layers, width, feed_forward, _, _, vocabulary = SHAPES["7b"]
+    count = 2 * vocabulary * width + width + layers * (4 * width**2 + 3 * width * feed_forward + 2 * width)
+    assert count == 6_738_415_616  # as the checkpoint's card says
+
+
+def test_all_methods_share_one_set_of_weights_and_the_base_is_not_wrapped():
+    models = small_twins()
+    frozen = {name: parameter.data_ptr() for name, parameter in models["base"].model.named_parameters()}
+    assert not any(hasattr(module, "parts") for module in models["base"].model.modules())
+    for name, twin in models.items():
+        if name != "base":
+            shared = {p.data_ptr() for p in twin.model.parameters()} & set(frozen.values())
+            assert shared == set(frozen.values())
+            assert twin.own_bytes == 4 * twin.adapter.count()
+
+
+def test_a_benchmark_leaves_every_model_as_it_was():
+    models, prompts = small_twins(), small.ids(2, 4)
+
+    def logits():
+        with torch.no_grad():
+            return {name: twin.model(input_ids=prompts).logits for name, twin in models.items()}
+
+    before = logits()
+    assert torch.equal(before["base"], small.model()(input_ids=prompts).logits)
+    assert all(not torch.allclose(found, before["base"]) for name, found in before.items() if name != "base")
+    measure(models, prompts, beams=3)
+    after = logits()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rounds_run_every_method_once_in_rotated_order(monkeypatch):
+    order, models = [], small_twins(("base", "lora", "milora"))
+    by_model = {id(twin.model): name for name, twin in models.items()}
+
+    def generate(model, *arguments):
+        order.append(by_model[id(model)])
+        return bench.Sample(len(order), 0.5, [0.1], 10_000_000)
+
+    monkeypatch.setattr(bench, "generate", generate)
+    found = measure(models, small.ids(2, 4), rounds=3)
+    turns = [order[at : at + 3] for at in range(0, 12, 3)]
+    assert all(sorted(turn) == ["base", "lora", "milora"] for turn in turns)
+    assert all(after == before[1:] + before[:1] for before, after in pairwise(turns))
+    assert {name: [sample.seconds for sample in samples] for name, samples in found.items()} == {
+        "base": [6, 8, 10],
+        "lora": [4, 9, 11],
+        "milora": [5, 7, 12],
+    }, "the first round is not counted"
+
+
+def test_ratios_are_taken_within_rounds():
+    slow = [bench.Sample(seconds, 0, [], 0) for seconds in (2.0, 40.0, 6.0, 2.2)]
+    base = [bench.Sample(seconds, 0, [], 0) for seconds in (1.0, 20.0, 3.0, 1.1)]
+    assert bench._ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
+
+
+def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
+    generate = bench.generate
+    monkeypatch.setattr(bench, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Exception, match=r"lrk bench --resume"):
+        measured("bench.rounds=1", "bench.beams=[1]", "bench.methods=[base,'milora k=1']")
+    run = Run.open(Path("outputs/latest").resolve())
+    assert run.info["status"] == "interrupted"
+    monkeypatch.setattr(bench, "generate", generate)
+    single.resume("bench", str(run.path))
+    assert [row["method"] for row in Run.open(run.path).read_json("bench.json")["rows"]] == ["base", "milora k=1"]
+
+
+def test_every_method_that_adapts_beside_the_weights_can_be_measured():
+    for name in methods.names():
+        if methods.can(name, methods.protocol.Adapts) and name != "full":
+            small_twins(("base", name))

@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(lrk, words, message):  # noqa: F811
 
 
 def test_random_weights_are_for_benchmarks_only():
-    with pytest.raises(UserError, match="model.shape: random weights are for lrk bench"):
+    with pytest.raises(UserError, match=r"model.shape: random weights are for lrk bench"):
         compose("train", ["model.shape=7b"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_examples_of_the_help_are_valid(lrk, fake_stages):
     lrk("train", "method=lora")
     for verb, examples in cli.EXAMPLES.items():
         for example in examples:
-            words = example.split()[2:]
+            words = shlex.split(example)[2:]
             if verb in cli.STAGES and "--resume" not in words:
                 ended = lrk("check", verb, *words)
                 assert (ended.code, ended.err) == (0, ""), example

@@ -229,7 +229,6 @@ def decode_and_compare(adapter, beams):
             torch.testing.assert_close(made.logits[step][beam], expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("pooler", POOLERS)
 def padded(rows):
     """Prompts of 9, 6 and 4 tokens, left padded in one batch, with their mask."""
     prompts = small.ids(rows, 9)
@@ -279,6 +278,7 @@ def test_sampled_sequences_of_a_prompt_share_its_routing():
         torch.testing.assert_close(torch.stack([step[row] for step in made.logits]), logits, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("pooler", POOLERS)
 def test_the_response_does_not_reach_the_router(pooler):
     adapter = small.adapted("milora", pooler=pooler)
     ids = small.ids(2, 9)

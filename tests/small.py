@@ -199,9 +199,8 @@ def train(method, adapter, steps: Iterable[int], total: int, *, learning_rate: f
         if isinstance(method, AddsLoss):
             loss = loss + method.extra_loss(adapter)
         loss.backward()
-        step = Step(
-            number, total, adapter, learning_rate, dev_loss=lambda loss=loss: loss, average=lambda tensor: tensor
-        )
+        del logits, loss  # their graph would hold the tensors to the shapes that they have now
+        step = Step(number, total, adapter, learning_rate, dev_loss=None, average=lambda tensor: tensor)
         if isinstance(method, BeforeStep):
             method.before_step(step)
         with torch.no_grad():

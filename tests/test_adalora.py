@@ -7,7 +7,16 @@ import small
 import torch
 
 from lowrank_cli.adapter import export, state
-from lowrank_cli.adapter.allocation import Importance, RankValues, cubic_budget, keep_largest, orthogonality
+from lowrank_cli.adapter.allocation import (
+    Importance,
+    RankValues,
+    cubic_budget,
+    keep_largest,
+    orthogonality,
+    remove,
+    silence,
+)
+from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
@@ -22,12 +31,19 @@ def fresh(**settings):
     return method, method.adapt(small.model())
 
 
-def live(method):
-    return method.allocation.live_ranks()
+def randomised(**settings):
+    method, adapter = fresh(**settings)
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_a.normal_(std=0.2)
+            part.lora_b.normal_(std=0.2)
+            part.values.normal_()
+    return method, adapter
 
 
-def masks(method):
-    return {key: part.values != 0 for key, part in method.allocation.parts.items()}
+def live(adapter):
+    """Ranks of each module whose value is not 0."""
+    return {key: int((part.values != 0).sum()) for key, part in adapter.modules.items()}
 
 
 def test_the_budget_falls_cubically_between_two_steps():
@@ -83,43 +99,49 @@ def test_orthonormal_rows_have_no_penalty_and_it_pulls_towards_them():
     assert method.extra_loss(adapter).item() < before
 
 
-def test_the_budget_is_reached_and_the_masks_stay():
+def test_the_budget_is_reached_and_the_rest_has_left():
     method, adapter = fresh()
     small.train(method, adapter, range(1, 6), 10)
     assert not method.settled()
+    assert sum(adapter.ranks().values()) == 8 * MODULES
     small.train(method, adapter, [6], 10)
     assert method.settled()
-    chosen = masks(method)
-    assert sum(live(method).values()) == 4 * MODULES
-    assert len(set(live(method).values())) > 1, "not the same everywhere"
+    chosen = adapter.ranks()
+    assert sum(chosen.values()) == 4 * MODULES
+    assert len(set(chosen.values())) > 1, "not the same everywhere"
     small.train(method, adapter, range(7, 11), 10)
-    assert all(torch.equal(mask, chosen[key]) for key, mask in masks(method).items())
+    assert adapter.ranks() == chosen
+    assert {part.scale for part in adapter.modules.values()} == {16 / 8}, "the scale is that of the start"
 
 
 def test_pruned_ranks_may_come_back_until_then():
     method, adapter = fresh(interval=3)
     small.train(method, adapter, range(1, 4), 20)
     budget = cubic_budget(3, 2, 12, 8 * MODULES, 4 * MODULES)
-    assert sum(live(method).values()) == budget < 8 * MODULES
+    assert sum(live(adapter).values()) == budget < 8 * MODULES
     small.train(method, adapter, [4], 20)
-    assert sum(live(method).values()) == 8 * MODULES
+    assert sum(live(adapter).values()) == 8 * MODULES
 
 
-def test_a_masked_rank_contributes_exactly_nothing():
-    method, adapter = fresh()
-    small.train(method, adapter, range(1, 11), 10)
+def test_a_silenced_rank_contributes_exactly_nothing_and_can_be_removed():
+    _, adapter = randomised()
+    kept = {key: torch.rand(8) < 0.5 for key in adapter.modules}
+    silence(adapter, kept)
     before = adapter.model(input_ids=small.ids()).logits
     with torch.no_grad():
-        for part in method.allocation.parts.values():
+        for part in adapter.modules.values():
             part.lora_a[part.values == 0] = 1e3
             part.lora_b[:, part.values == 0] = -1e3
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
+    remove(adapter, kept, None)
+    assert adapter.ranks() == {key: int(mask.sum()) for key, mask in kept.items() if mask.any()}
+    torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, before, atol=1e-5, rtol=1e-4)
 
 
 def test_starting_at_the_final_budget_prunes_nothing():
     method, adapter = fresh(initial_rank=4)
     small.train(method, adapter, range(1, 11), 10)
-    assert live(method) == dict.fromkeys(adapter.modules, 4)
+    assert adapter.ranks() == dict.fromkeys(adapter.sites, 4)
 
 
 @pytest.mark.parametrize("at", [3, 7])
@@ -130,6 +152,7 @@ def test_it_continues_bit_for_bit_before_and_after_the_decision(at):
     small.train(half, other, range(1, at + 1), 10)
     saved = {name: tensor.clone() for name, tensor in half.state().items()}
     resumed, third = fresh()
+    rebuild(third, other.ranks(), "here")
     state.assign(third, state.tensors(other), "here")
     resumed.load_state(third, saved)
     small.train(resumed, third, range(at + 1, 11), 10)
@@ -153,11 +176,10 @@ def test_what_is_left_is_counted_and_drawn():
     small.train(method, adapter, range(1, 11), 10)
     metrics, (figure,) = method.observations(adapter, lambda counts: counts)
     sizes = {key: site.in_features + site.out_features + 1 for key, site in adapter.sites.items()}
-    assert metrics["initial_parameters"] == sum(8 * size for size in sizes.values()) == adapter.count()
-    assert metrics["trainable_parameters"] == sum(live(method)[key] * size for key, size in sizes.items())
-    assert metrics["activated_parameters"] == metrics["trainable_parameters"]
-    assert metrics["live_ranks"] == sum(map(sum, figure["values"])) == 4 * MODULES
-    assert (figure["rows"], figure["columns"]) == (["layer 0", "layer 1"], list("QKVOGUD"))
+    assert metrics["initial_parameters"] == sum(8 * size for size in sizes.values()) == fresh()[1].count()
+    assert adapter.count() == sum(rank * sizes[key] for key, rank in adapter.ranks().items())
+    assert metrics["ranks"] == sum(map(sum, figure["values"])) == 4 * MODULES
+    assert metrics["modules"] == len(adapter.modules)
     assert state.peft_config(adapter) is None
 
 
@@ -165,7 +187,7 @@ def test_what_is_left_is_exported_as_a_plain_lora_of_those_ranks():
     method, adapter = fresh()
     small.train(method, adapter, range(1, 11), 10)
     loras, error = export.as_lora(adapter, None)
-    assert {key: len(a) for key, (_, a) in loras.items()} == {key: n for key, n in live(method).items() if n}
+    assert {key: len(a) for key, (_, a) in loras.items()} == adapter.ranks()
     assert error < 1e-6
     assert export.lora_error(adapter, loras) < 1e-5
 
@@ -192,7 +214,7 @@ def test_only_adapters_within_the_budget_are_kept():
     evaluations = {row["step"]: row.get("above_budget", False) for row in run.history() if "dev/loss" in row}
     assert [evaluations[step] for step in (1, 2, 3)] == [True, True, False]
     assert run.metrics["best_step"] >= 3
-    assert run.metrics["live_ranks"] == 8 * 42
+    assert run.metrics["ranks"] == 8 * 42
     assert run.metrics["trainable_parameters"] < run.metrics["initial_parameters"]
 
 
@@ -224,16 +246,6 @@ def theirs(peft, adapter, weight):
                 parameters[f"base_model.model.{key}.lora_{name}.default"].copy_(tensor)
             parameters[f"base_model.model.{key}.ranknum.default"].fill_(8 - 1e-5)  # it adds 1e-5, then divides by it
     return model.eval(), parameters
-
-
-def randomised(**settings):
-    method, adapter = fresh(**settings)
-    with torch.no_grad():
-        for part in adapter.modules.values():
-            part.lora_a.normal_(std=0.2)
-            part.lora_b.normal_(std=0.2)
-            part.values.normal_()
-    return method, adapter
 
 
 @pytest.mark.slow
@@ -270,7 +282,7 @@ def test_the_peft_library_has_the_same_schedule_importance_and_masks(peft):
         assert budget == cubic_budget(number, 1, 6, 8 * MODULES, 4 * MODULES)
         importance = method.importance
         small.train(method, adapter, [number], 10)
-        for key in adapter.modules:
+        for key in adapter.sites:
             for name, other in (("lora_A.weight", "A"), ("lora_B.weight", "B"), ("rank_values", "E")):
                 their_name = f"base_model.model.{key}.lora_{other}.default"
                 mine = importance.sensitivity[f"{key}.{name}"], importance.uncertainty[f"{key}.{name}"]
@@ -278,10 +290,13 @@ def test_the_peft_library_has_the_same_schedule_importance_and_masks(peft):
                 for one, two in zip(mine, found, strict=True):
                     torch.testing.assert_close(one.flatten(), two.flatten(), atol=1e-7, rtol=1e-3)
         if number > 1:
-            kept = allocator.mask_to_budget(model, budget)
-            for key, part in method.allocation.parts.items():
-                assert kept[f"base_model.model.{key}.lora_E.default"] == (part.values != 0).tolist(), (number, key)
+            allocator.mask_to_budget(model, budget)
+        for key in adapter.sites:
+            found = parameters[f"base_model.model.{key}.lora_E.default"].flatten()
+            part = adapter.modules.get(key) or adapter.emptied[key]
+            torch.testing.assert_close(part.values, found[found != 0] if method.settled() else found)
     assert method.settled()
+    assert sum(adapter.ranks().values()) == 4 * MODULES
 
 
 def test_values_may_have_gates_too():

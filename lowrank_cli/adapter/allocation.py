@@ -6,14 +6,13 @@ The update of a module is s · B diag(v) A: AdaLoRA's P Λ Q (P = B, Λ = diag(v
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.families import ROLES
 from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.ranks import resize
 
 
 class RankValues(LowRank):
@@ -126,77 +125,28 @@ class Importance:
             tensor.copy_(state[name])
 
 
-class Allocation:
-    """The ranks that an adapter of :class:`RankValues` is left with, once that is decided: the others stay at 0."""
+def valued(adapter: Adapter) -> dict[str, RankValues]:
+    """The modules by key, of an adapter injected with ``kind=RankValues``."""
+    return {key: part for key, part in adapter.modules.items() if isinstance(part, RankValues)}
 
-    def __init__(self, adapter: Adapter):
-        self.adapter = adapter
-        self.kept: dict[str, Tensor] = {}  # masks (R,) by module; empty until decided
 
-    @property
-    def parts(self) -> dict[str, RankValues]:
-        """The modules by key."""
-        return {key: part for key, part in self.adapter.modules.items() if isinstance(part, RankValues)}
+@torch.no_grad()
+def silence(adapter: Adapter, masks: Mapping[str, Tensor]) -> None:
+    """Set the value of every rank outside ``masks`` to 0: it adds nothing, and may come back."""
+    for key, part in valued(adapter).items():
+        part.values.mul_(masks[key])
 
-    @property
-    def decided(self) -> bool:
-        return bool(self.kept)
 
-    @torch.no_grad()
-    def mask(self, masks: dict[str, Tensor]) -> None:
-        """Set the values of the ranks outside ``masks`` to 0, for now."""
-        for key, part in self.parts.items():
-            part.values.mul_(masks[key])
+def remove(adapter: Adapter, masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    """Take every rank outside ``masks`` out of the adapter, with what ``optimizer`` remembers of it."""
+    resize(adapter, {key: (mask.nonzero().flatten().tolist(), 0) for key, mask in masks.items()}, optimizer)
 
-    def decide(self, masks: dict[str, Tensor]) -> None:
-        """Set them to 0 for good: :meth:`enforce` does so again after each optimizer step."""
-        self.kept = masks
-        self.enforce()
 
-    def enforce(self) -> None:
-        """Put what an optimizer step moved back to 0."""
-        self.mask(self.kept)
-
-    def state(self) -> dict[str, Tensor]:
-        """The decision, by name; empty before it."""
-        return {f"kept.{key}": mask for key, mask in self.kept.items()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken."""
-        for key, part in self.parts.items():
-            if (name := f"kept.{key}") in state:
-                self.kept[key] = state[name].to(part.values.device)
-
-    def live_ranks(self) -> dict[str, int]:
-        """How many ranks of each module have a value other than 0."""
-        return {key: int((part.values != 0).sum()) for key, part in self.parts.items()}
-
-    def observations(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Parameters at the start and those of live ranks, and a heat map of these ranks, roles by layers."""
-        live = self.live_ranks()
-        dead = sum(
-            (part.rank - live[key]) * (part.lora_a.shape[1] + part.lora_b.shape[0] + 1)
-            for key, part in self.parts.items()
-        )
-        count = self.adapter.count()
-        metrics: dict[str, float] = {
-            "initial_parameters": count,
-            "trainable_parameters": count - dead,
-            "activated_parameters": count - dead,
-            "live_ranks": sum(live.values()),
-        }
-        places = {(site.layer, site.role): live[key] for key, site in self.adapter.sites.items() if site.role}
-        if not places:
-            return metrics, []
-        layers = sorted({layer for layer, _ in places if layer is not None})
-        roles = [role for role in ROLES if any(role == other for _, other in places)]
-        figure = {
-            "file": "live_ranks.png",
-            "kind": "heatmap",
-            "title": f"Ranks left, {sum(live.values())} in all",
-            "rows": [f"layer {layer}" for layer in layers],
-            "columns": roles,
-            "values": [[places.get((layer, role)) for role in roles] for layer in layers],
-            "label": "ranks",
-        }
-        return metrics, [figure]
+def initial_parameters(adapter: Adapter) -> int:
+    """How many trained numbers there were before any rank was removed."""
+    ranks = adapter.ranks()
+    removed = {key: rank - ranks.get(key, 0) for key, rank in adapter.initial_ranks.items()}
+    sites = adapter.sites
+    return adapter.count() + sum(
+        n * (sites[key].in_features + sites[key].out_features + 1) for key, n in removed.items()
+    )

@@ -7,7 +7,8 @@ Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 
 
 P and Q start Gaussian, Λ at 0. After a first share of the steps, every ``interval`` steps the Λ of all ranks but the
 b(t) most important of the whole model are set to 0 (they may come back); b falls by a cubic schedule from modules ×
-initial rank to modules × ``rank``, which holds for the last share of the steps, with the ranks chosen by then.
+initial rank to modules × ``rank``. This budget holds for the last share of the steps; ranks outside it leave the
+adapter.
 
 Reconstruction: the paper's schedule b(t) as printed jumps at its end; here it reaches the budget at T − t_f. The paper
 gives t_i and t_f in steps; here they are shares of all steps, so that one file fits any length. Adapters are kept as
@@ -94,6 +95,19 @@ def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
     )
 
 
+def observe_budget(adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Parameters at the start beside those of the ranks left, and a heat map of these."""
+    from lowrank_cli.adapter.allocation import initial_parameters
+    from lowrank_cli.scoring.figures import allocation
+
+    ranks = sum(adapter.ranks().values())
+    return {
+        "initial_parameters": initial_parameters(adapter),
+        "ranks": ranks,
+        "modules": len(adapter.modules),
+    }, [allocation(adapter)]
+
+
 class AdaLoRA(LoRA):
     """LoRA in the form of a singular value decomposition, pruned to a budget by importance."""
 
@@ -104,11 +118,10 @@ class AdaLoRA(LoRA):
         """P and Q Gaussian with the deviation of the authors' code, Λ = 0: the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.allocation import Allocation, Importance
+        from lowrank_cli.adapter.allocation import Importance, valued
 
         adapter = inject_values(model, self.config)
-        self.allocation = Allocation(adapter)
-        for part in self.allocation.parts.values():
+        for part in valued(adapter).values():
             nn.init.normal_(part.lora_a, std=0.02)
             nn.init.normal_(part.lora_b, std=0.02)
             nn.init.zeros_(part.values)
@@ -130,40 +143,38 @@ class AdaLoRA(LoRA):
             self.importance.update({name: weight.grad for name, weight in self.importance.weights.items()})
 
     def after_step(self, step: Step) -> None:
-        """Allocate the budget of this step, for good once it is the final one."""
-        from lowrank_cli.adapter.allocation import cubic_budget, keep_largest
+        """Allocate the budget of this step; the final one for good."""
+        from lowrank_cli.adapter.allocation import cubic_budget, keep_largest, remove, silence
 
         if self.importance is None:
-            self.allocation.enforce()
             return
-        config, modules = self.config, len(self.allocation.parts)
+        config, adapter, modules = self.config, step.adapter, len(step.adapter.modules)
         last = config.budget_step(step.total)
         first = min(round(config.initial_share * step.total), last - 1)
         budget = cubic_budget(step.number, first, last, modules * config.start_rank, modules * config.rank)
         if step.number >= last:
-            self.allocation.decide(keep_largest(self.importance.scores(), budget))
+            remove(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
             self.importance = None
         elif step.number > first and step.number % config.interval == 0:
-            self.allocation.mask(keep_largest(self.importance.scores(), budget))
+            silence(adapter, keep_largest(self.importance.scores(), budget))
 
     def settled(self) -> bool:
         """Whether the final budget holds."""
-        return self.allocation.decided
+        return self.importance is None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The moving averages, or in their place the final masks."""
-        return self.importance.state() if self.importance else self.allocation.state()
+        """The moving averages, until they have served."""
+        return self.importance.state() if self.importance else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` was taken."""
-        self.allocation.load_state(state)
-        if self.allocation.decided:
-            self.importance = None
-        elif self.importance:
+        if self.importance and state:
             self.importance.load_state(state)
+        else:
+            self.importance = None
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Parameters at the start and of the ranks left, and where these are."""
-        return self.allocation.observations()
+        """Parameters at the start, the ranks left and where they are."""
+        return observe_budget(adapter)

@@ -9,8 +9,8 @@ Ranks whose gate is 0 may come back while their gradient exceeds the penalty. As
 the threshold is the optimizer's (AdamW), not a plain gradient step.
 
 Reconstruction: λ alone decides how many ranks are left. To compare at one budget, the ranks with the largest |g| of the
-whole model, modules × ``rank`` at most, are kept when the last share of the steps begins; there the others stay 0 and
-the gates that are left train without the penalty. Adapters are kept as the best only from then on.
+whole model, modules × ``rank`` at most, are kept when the last share of the steps begins; the others leave the adapter,
+and the gates that are left train without the penalty. Adapters are kept as the best only from then on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from lowrank_cli.errors import WorkFailed, require_range
-from lowrank_cli.methods.adalora import BudgetConfig, inject_values
+from lowrank_cli.methods.adalora import BudgetConfig, inject_values, observe_budget
 from lowrank_cli.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -50,50 +50,58 @@ class SoRA(LoRA):
     Config = SoRAConfig
     config: SoRAConfig
 
+    def __init__(self, config: SoRAConfig):
+        super().__init__(config)
+        self._settled = False
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules with Gaussian gates; B = 0, so the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.allocation import Allocation
+        from lowrank_cli.adapter.allocation import valued
 
         adapter = inject_values(model, self.config)
-        self.allocation = Allocation(adapter)
-        for part in self.allocation.parts.values():
+        for part in valued(adapter).values():
             nn.init.normal_(part.values)
         return adapter
 
     def after_step(self, step: Step) -> None:
         """The proximal step of all gates; the budget's choice once its time has come."""
-        from lowrank_cli.adapter.allocation import keep_largest, soft_threshold
+        from lowrank_cli.adapter.allocation import keep_largest, remove, soft_threshold, valued
 
-        if self.allocation.decided:
-            self.allocation.enforce()
+        if self._settled:
             return
-        parts = self.allocation.parts
+        parts = valued(step.adapter)
         for part in parts.values():
             part.values.data = soft_threshold(part.values.data, step.learning_rate * self.config.sparsity)
-        if step.number >= self.config.budget_step(step.total):
-            if not any(self.allocation.live_ranks().values()):
-                raise WorkFailed(
-                    f"every gate is 0 after step {step.number}: method.sparsity {self.config.sparsity} is too large"
-                )
-            sizes = {key: part.values.detach().abs() for key, part in parts.items()}
-            self.allocation.decide(keep_largest(sizes, self.config.rank * len(parts)))
+        if step.number < self.config.budget_step(step.total):
+            return
+        sizes = {key: part.values.detach().abs() for key, part in parts.items()}
+        kept = keep_largest(sizes, self.config.rank * len(parts))
+        masks = {key: kept[key] & (size > 0) for key, size in sizes.items()}
+        if not any(mask.any() for mask in masks.values()):
+            raise WorkFailed(
+                f"every gate is 0 after step {step.number}: method.sparsity {self.config.sparsity} is too large"
+            )
+        remove(step.adapter, masks, step.optimizer)
+        self._settled = True
 
     def settled(self) -> bool:
         """Whether the final budget holds."""
-        return self.allocation.decided
+        return self._settled
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The final masks, once there are any."""
-        return self.allocation.state()
+        """Whether the final budget holds; the gates are the adapter's."""
+        import torch
+
+        return {"settled": torch.tensor(self._settled)}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` was taken."""
-        self.allocation.load_state(state)
+        self._settled = bool(state["settled"])
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Parameters at the start and of the ranks left, and where these are."""
-        return self.allocation.observations()
+        """Parameters at the start, the ranks left and where they are."""
+        return observe_budget(adapter)

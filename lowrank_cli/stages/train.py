@@ -132,8 +132,8 @@ class Trainer:
                 loss = session.loss_sum(self.model, batch) * part.counts / weight
                 objective = loss * world
                 if isinstance(session.method, AddsLoss):
-                    extra = session.method.extra_loss(self.adapter)
-                    objective = objective + extra * part.counts * len(part.indices) * world / len(indices)
+                    share_of_extra = part.counts * len(part.indices) * world / len(indices)
+                    objective = objective + session.method.extra_loss(self.adapter) * share_of_extra
             objective.backward()
             total += loss.detach()
             del loss, objective  # their graph would hold the tensors to the shapes that they have now

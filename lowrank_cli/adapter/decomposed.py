@@ -102,18 +102,17 @@ class Decomposed(LowRank):
 
         What is done in place through a view, autograd sees in views made afterwards: there it returns a new one.
         """
-        change = ratio - 1  # exactly 0 at the start
-        gate = self.module_gate
-        if gate is not None:  # (B, 1) or (B, T, 1) times (O,) or (B, O) -> (B, O) or (B, T, O)
-            change = gate.unsqueeze(-1) * (change.unsqueeze(1) if gate.dim() == change.dim() == 2 else change)
+        factor, gate, bias = ratio, self.module_gate, self.frozen()[1]
+        if gate is not None:  # (B, 1) or (B, T, 1) times (O,), or times (B, O) -> (B, O) or (B, T, O)
+            change = ratio.unsqueeze(1) - 1 if gate.dim() == ratio.dim() == 2 else ratio - 1
+            factor = 1 + gate.unsqueeze(-1) * change
         rows = y
-        if change.dim() > 1:
-            rows = y.view(len(change), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
-            change = change if change.dim() == 3 else change.unsqueeze(1)  # (B, O) -> (B, 1, O)
-        rows.mul_(1 + change)
-        bias = self.frozen()[1]
+        if factor.dim() > 1:
+            rows = y.view(len(factor), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
+            factor = factor if factor.dim() == 3 else factor.unsqueeze(1)  # (B, O) -> (B, 1, O)
+        rows.mul_(factor)
         if bias is not None:
-            rows.sub_(bias * change)
+            rows.add_(bias * (1 - factor))
         return y if rows is y else rows.view(y.shape)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """What training on a mix of tasks costs each method, against training on each task alone (MiLoRA, multi-task table).
 
-    python scripts/mix_drop.py scripts/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix] [--metric accuracy]
+    python scripts/mix_drop.py scripts/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix]
 
 Reads the runs of scripts/evidence.py. A drop is, for each part of the mix and each seed, test metric alone minus test
 metric in the mix. Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, by method: the medians over

@@ -84,6 +84,7 @@ def test_list_says_what_there_is(lrk):
     for what in cli.LISTS:
         ended = lrk("list", what)
         assert ended.code == 0 and ended.out in everything
+        assert not any(line.endswith(" ") for line in ended.out.splitlines())
     assert "milora" in lrk("list", "methods").out and "once per prompt" in lrk("list", "methods").out
     assert "no runs yet" in everything
     assert "did you mean 'tasks'" in one_line(lrk("list", "taks"))
@@ -98,6 +99,7 @@ def test_list_shows_the_users_own(lrk):
 def test_check_prints_the_plan(lrk):
     ended = lrk("check", "method=lora", "method.rank=4", "train.batch_size=8", "train.gradient_accumulation=2")
     assert (ended.code, ended.err) == (0, "")
+    assert not any(line.endswith(" ") for line in ended.out.splitlines())
     for text in ("rank=4", "tiny_yesno", "8 examples a step = 1 processes × 2 accumulated × 4", "nothing was started"):
         assert text in ended.out
     assert not Path("outputs").exists()
@@ -137,6 +139,11 @@ MISTAKES = {
         "seed=1",
     ): "--resume: a run continues with its own configuration; leave out seed=1",
     ("evaluate",): "run: no finished run under 'outputs'; start one with: lrk train",
+    (
+        "evaluate",
+        "method=idaicl",
+        "task=cb",
+    ): "run: no finished run of method=idaicl under 'outputs'; start one with: lrk train method=idaicl task=cb",
     ("evaluate", "run=nowhere"): "run: there is no folder 'nowhere'",
     ("run",): "recipe: missing; choose one of ",
     ("train", "-m", "seed=0,1", "method.rank=0"): "method.rank: 0 is out of range",

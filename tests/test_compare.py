@@ -176,15 +176,15 @@ def test_settings_are_not_pooled_and_tasks_stand_apart(add):
         add("milora", seed, 0.4, task="tiny_arithmetic", config={"train.batch_size": 8})
     rows, _, _ = run_compare(add)
     assert [(row["task"], row["method"], row["setting"], row["n"]) for row in rows] == [
-        ("tiny_arithmetic", "lora", "train.batch_size=4", "2"),
-        ("tiny_arithmetic", "milora", "train.batch_size=8", "2"),
+        ("tiny_arithmetic", "lora", "batch_size=4", "2"),
+        ("tiny_arithmetic", "milora", "batch_size=8", "2"),
         ("tiny_yesno", "milora", "", "2"),
-        ("tiny_yesno", "lora", "method.rank=16", "2"),
-        ("tiny_yesno", "lora", "method.rank=8", "2"),
+        ("tiny_yesno", "lora", "rank=16", "2"),
+        ("tiny_yesno", "lora", "rank=8", "2"),
     ]
-    with pytest.raises(UserError, match=r"several settings; name one of: 'lora method.rank=16'; 'lora method.rank=8'"):
+    with pytest.raises(UserError, match=r"several settings; name one of: 'lora rank=16'; 'lora rank=8'"):
         run_compare(add, baseline="lora")
-    rows, _, _ = run_compare(add, baseline="lora method.rank=8")
+    rows, _, _ = run_compare(add, baseline="lora rank=8")
     assert [row["pairs"] for row in rows] == ["", "", "2", "2", ""]
 
 
@@ -195,7 +195,38 @@ def test_a_baseline_of_the_same_setting_is_taken(add):
                 add(method, seed, value + better * (1 if rate == 1e-3 else 2), config={"train.learning_rate": rate})
     rows, _, _ = run_compare(add, baseline="lora")
     differences = {row["setting"]: float(row["mean_difference"]) for row in rows if row["method"] == "milora"}
-    assert differences == pytest.approx({"train.learning_rate=0.001": 0.1, "train.learning_rate=0.0001": 0.2})
+    assert differences == pytest.approx({"learning_rate=0.001": 0.1, "learning_rate=0.0001": 0.2})
+
+
+def test_what_most_runs_have_is_said_once_and_names_stay_distinct(add):
+    for seed in (1, 2):
+        add("lora", seed, 0.5, config={"train.batch_size": 16, "task.limit": None, "method.rank": 8})
+        add("milora", seed, 0.7, config={"train.batch_size": 16, "task.limit": None})
+        add("lora", seed, 0.6, config={"train.batch_size": 16, "task.limit": None, "method.rank": 4})
+    add("milora", 1, 0.3, config={"train.batch_size": 8, "task.limit": 20})
+    add("none", 1, 0.2, stage="evaluate", run=add.outputs / "gone", config={"task.limit": None})
+    rows, markdown, shown = run_compare(add, baseline="milora")
+    assert [row["method"] + " " + row["setting"] for row in rows] == [
+        "milora ",
+        "lora rank=4",
+        "lora rank=8",
+        "milora limit=20 batch_size=8",
+        "none ",
+    ]
+    line = "where a setting says nothing else: limit=null batch_size=16"
+    assert line in markdown and line in shown
+    assert [row["pairs"] for row in rows] == ["", "2", "2", "", "1"]  # of its own setting, or else the row "milora"
+    add("none", 1, 0.1, stage="evaluate", run=add.outputs / "gone")  # does not say its limit
+    rows, _, _ = run_compare(add)
+    assert {row["setting"] for row in rows if row["method"] == "none"} == {"", "limit=null"}
+
+
+def test_keys_with_the_same_last_word_keep_their_section(add):
+    for name, value in (("one", 1), ("two", 2)):
+        add("lora", value, 0.5, config={"model.path": f"/data/{name}", "task.path": f"/data/{name}"})
+    assert {row["setting"] for row in run_compare(add)[0]} == {
+        f"model.path=/data/{name} task.path=/data/{name}" for name in ("one", "two")
+    }
 
 
 def test_the_newest_run_of_a_seed_counts_once(add):
@@ -216,8 +247,8 @@ def test_an_evaluation_joins_its_training(add):
     add("lora", 1, 0.95, stage="evaluate", run=training.path, config={"evaluate.num_beams": 4})
     rows, _, _ = run_compare(add)
     assert {row["setting"]: row["median"] for row in rows} == {
-        "evaluate.num_beams=1": "0.9",
-        "evaluate.num_beams=4": "0.95",
+        "num_beams=1": "0.9",
+        "num_beams=4": "0.95",
     }
 
 
@@ -228,8 +259,8 @@ def test_evaluations_alone_keep_the_training_settings_apart(add):
         add("lora", 1, rate, stage="evaluate", run=training.path)
     rows, _, _ = run_compare(add)
     assert {(row["setting"], row["seeds"]) for row in rows} == {
-        ("train.learning_rate=0.001", "5"),
-        ("train.learning_rate=0.0001", "5"),
+        ("learning_rate=0.001", "5"),
+        ("learning_rate=0.0001", "5"),
     }
 
 
@@ -262,7 +293,7 @@ def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, mon
         add("milora", seed, 0.4, task="tiny_topic", config={"method.k": 7})
     run_compare(add)
     (entry,) = drawn
-    assert (entry["columns"], entry["column_label"]) == ([1, 7, 10], "method.k")
+    assert (entry["columns"], entry["column_label"]) == ([1, 7, 10], "k")
     values = dict(zip(entry["rows"], entry["values"], strict=True))
     assert values["lora"] == [1.0] * 3
     assert values["milora"] == pytest.approx([0.51, 0.57, 0.6])

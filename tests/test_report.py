@@ -85,6 +85,7 @@ def test_end_of_a_training_says_what_was_learned_and_what_comes_next(make):
     run = make()
     run.file("adapter/x").write_text("")
     run.finish(METRICS)
+    run.update(seconds=150.0)
     lines = text(tables.end_of_run(run)).splitlines()
     shown = {" ".join(line.strip("│ ").split()) for line in lines}
     assert "train · milora · llama · tiny_yesno · seed 1" in lines[0]
@@ -93,11 +94,14 @@ def test_end_of_a_training_says_what_was_learned_and_what_comes_next(make):
         "dev loss 0.2500 (best at step 20 of 30)",
         "trainable parameters 262k (7.28 % of 3.6M)",
         "activated parameters 81.9k (2.28 % of 3.6M)",
-        "time 1m 52s (12.3k tokens/s)",
+        "train time 1m 52s (12.3k tokens/s)",
+        "time from start to end 2m 30s",
         "milora/load_balance 1.5000",
         "holds adapter/",
     } <= shown
-    assert f"lrk evaluate run={tables.shown(run.path)}" in text(tables.end_of_run(run), width=300)
+    narrow = text(tables.end_of_run(run), width=40).splitlines()
+    assert f"  folder: {tables.shown(run.path)}" in narrow  # whole, to be copied
+    assert f"  next: lrk evaluate run={tables.shown(run.path)}" in narrow
 
 
 def test_end_of_an_evaluation_and_of_a_failure(make):

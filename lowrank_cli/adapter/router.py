@@ -18,19 +18,24 @@ def fit_gelu(numerator: int, denominator: int) -> tuple[Tensor, Tensor]:
     """(a_0 … a_m) and (b_1 … b_n) of a rational function of these orders, fitted to GeLU on [-3, 3].
 
     Least squares at 601 points, in fp64. Weighted by the denominator of the round before, each round is linear:
-    Σ a_j x^j − GeLU(x) · Σ b_i x^i = GeLU(x). For ``numerator`` > ``denominator`` > 1 the sum Σ b_i x^i comes out
+    Σ a_j x^j − GeLU(x) · Σ b_i x^i = GeLU(x). GeLU(x) − x/2 is even, so that (``numerator`` > ``denominator`` > 1) the
+    best b_i of odd i are 0 and the odd part is exact: a_1 = 1/2, a_{i+1} = b_i / 2. Only the even part is solved for;
+    left to the solver, the zeros would be rounding of another sign in each process. The even sum Σ b_i x^i comes out
     positive, so that its absolute value in :class:`Rational` is itself, and the fit is the least-squares one up to a
     few per cent of its residuals. Error at most 1.2e-4 for orders 6 and 5.
     """
     x = torch.linspace(-3, 3, 601, dtype=torch.float64, device="cpu")
-    target, weights = F.gelu(x), torch.ones_like(x)
-    above = torch.stack([x**j for j in range(numerator + 1)], dim=1)  # (601, m + 1)
-    below = torch.stack([x**i for i in range(1, denominator + 1)], dim=1)  # (601, n)
-    system = torch.cat([above, -target.unsqueeze(1) * below], dim=1)  # (601, m + 1 + n)
+    target, weights = F.gelu(x) - x / 2, torch.ones_like(x)
+    above = torch.stack([x**j for j in range(0, numerator + 1, 2)], dim=1)  # (601, m // 2 + 1)
+    below = torch.stack([x**i for i in range(2, denominator + 1, 2)], dim=1)  # (601, n // 2)
+    system = torch.cat([above, -target.unsqueeze(1) * below], dim=1)  # (601, m // 2 + 1 + n // 2)
     for _ in range(10):
-        solved = torch.linalg.lstsq(system * weights.unsqueeze(1), target * weights).solution  # (m + 1 + n,)
-        a, b = solved.split([numerator + 1, denominator])
-        weights = 1 / (1 + (below @ b).abs())
+        solved = torch.linalg.lstsq(system * weights.unsqueeze(1), target * weights).solution
+        even_a, even_b = solved.split([above.shape[1], below.shape[1]])
+        weights = 1 / (1 + (below @ even_b).abs())
+    a, b = x.new_zeros(numerator + 1), x.new_zeros(denominator)
+    a[::2], b[1::2] = even_a, even_b
+    a[1], a[3 : denominator + 2 : 2] = 0.5, even_b / 2
     return a.float(), b.float()
 
 

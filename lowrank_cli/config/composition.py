@@ -200,7 +200,8 @@ def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> So
             if path is not None:
                 raise UserError(f"run: method={wanted['method']} is never trained, so it has no run")
             return None
-    run = runs.find(path, READS[verb], outputs, wanted)
+    others = {group: given[group] for group in GROUPS if group in given and group not in wanted}
+    run = runs.find(path, READS[verb], outputs, wanted, others)
     return Source(str(run.path), run.config(), run.info.get("choices", {}))
 
 

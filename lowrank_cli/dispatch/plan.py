@@ -38,7 +38,8 @@ def print_plan(parts: Parts) -> None:
         grid.add_column(overflow="fold")
         for key, text in _plan(composed):
             tables.add(grid, key, text)
-        console.print(Text(name, style="bold"), grid)
+        console.print(Text(name, style="bold"))
+        console.print(tables.Trimmed(grid))
     console.print(f"{len(parts)} run{'s' * (len(parts) > 1)}; nothing was started", style="dim")
 
 
@@ -117,4 +118,4 @@ def print_list(what: str, outputs: str, config_dir: str | None) -> None:
     table.show_header = False
     for name, path in files(group, config_dir).items():
         tables.add(table, Text(name), description(path))
-    console.print(table)
+    console.print(tables.Trimmed(table), crop=False)

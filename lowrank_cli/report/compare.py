@@ -2,13 +2,14 @@
 
 Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
 that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
-seed.
+seed. It is named by the values that most of the section's runs do not have; those that they have stand above it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,10 +20,9 @@ from typing import Any
 from rich.console import RenderableType
 
 from lowrank_cli.errors import UserError, nearest, unknown
-from lowrank_cli.report import comparison, plots
+from lowrank_cli.report import comparison, plots, tables
 from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.statistics import median_interval, sign_flip_test
-from lowrank_cli.report.tables import quality
 from lowrank_cli.runs import Run, atomic_write
 
 MIN_SEEDS = 3  #: below this an interval says nothing, so no row is best
@@ -41,6 +41,8 @@ IRRELEVANT = {
     "train.log_every",
     "train.checkpoint_every",
 }
+
+Setting = tuple[tuple[str, str], ...]  #: keys and values
 
 
 @dataclass
@@ -182,32 +184,64 @@ def _join(results: dict[Path, Result]) -> list[Result]:
 def _section(results: list[Result], metric: str | None) -> Section:
     metric = metric or _own_metric(results)
     held = [result for result in results if metric in result.metrics]
-    rows: dict[tuple[str, str], dict[int, Result]] = {}
+    rows: dict[tuple[str, Setting], dict[int, Result]] = {}
     for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
         rows.setdefault((result.method, _setting(result, held)), {})[result.seed] = result
     lower = metric.endswith(LOWER_IS_BETTER)
-    made = [_row(method, setting, metric, by_seed) for (method, setting), by_seed in rows.items()]
+    names, shared = _names(rows)
+    made = [_row(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
     made.sort(key=lambda row: row.median if lower else -row.median)
     _mark_best(made, lower)
     repeats = len(held) - sum(len(row.values) for row in made)
-    return Section(results[0].model, results[0].task, metric, lower, made, len(results) - len(held), repeats)
+    return Section(results[0].model, results[0].task, metric, lower, made, len(results) - len(held), repeats, shared)
 
 
 def _own_metric(results: list[Result]) -> str:
     """The task's metric on the test split, else the next best quality metric that any run has."""
     own = {result.config.get("task.metric", '""').strip('"') for result in results}
-    names = quality(dict.fromkeys(name for result in results for name in result.metrics))
+    names = tables.quality(dict.fromkeys(name for result in results for name in result.metrics))
     return min(names, key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in own), default="")
 
 
-def _setting(result: Result, section: list[Result]) -> str:
+def _setting(result: Result, section: list[Result]) -> Setting:
     """Keys that vary in the section and, of the method's own keys, among the runs of that method."""
-    shown = []
+    found = []
     for key, value in sorted(result.config.items()):
         peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
         if len({peer.config.get(key, value) for peer in peers}) > 1:
-            shown.append(f"{key}={value.strip(chr(34))}")
-    return " ".join(shown)
+            found.append((key, value))
+    return tuple(found)
+
+
+def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tuple[str, Setting], str], str]:
+    """Each row's setting in short, and what goes without saying in them.
+
+    Keys are their last word, where no other one ends with it. Where several keys vary besides the methods' own, a value
+    that more than half of the runs have is said once for all, unless two rows would then have one name.
+    """
+    runs = Counter(item for (_, setting), by_seed in rows.items() for item in setting for _ in by_seed)
+    keys = {key for key, _ in runs}
+    ends = Counter(key.rpartition(".")[2] for key in keys)
+
+    def shown(items: Iterable[tuple[str, str]]) -> str:
+        short = {key: key.rpartition(".")[2] for key in keys}
+        return " ".join(f"{short[key] if ends[short[key]] == 1 else key}={_value(value)}" for key, value in items)
+
+    common = {key for key in keys if not key.startswith("method.")}
+    of_key = {key: sum(count for (other, _), count in runs.items() if other == key) for key in common}
+    shared = (
+        {(k, v) for (k, v), count in runs.items() if k in common and 2 * count > of_key[k]} if len(common) > 1 else ()
+    )
+    names = {(method, setting): shown(i for i in setting if i not in shared) for method, setting in rows}
+    taken = Counter((method, name) for (method, _), name in names.items())
+    whole = {row: name if taken[row[0], name] == 1 else shown(row[1]) for row, name in names.items()}
+    return whole, shown(sorted(shared))
+
+
+def _value(value: str) -> str:
+    """A JSON value as it is typed; a folder from here."""
+    plain = value.replace('"', "")
+    return tables.shown(plain) if plain.startswith("/") else plain
 
 
 def _row(method: str, setting: str, metric: str, by_seed: dict[int, Result]) -> Row:
@@ -249,7 +283,8 @@ def _test_against(sections: list[Section], baseline: str) -> None:
     for section in sections:
         candidates = [row for row in section.rows if baseline in (row.method, row.label)]
         for row in section.rows:
-            same = [other for other in candidates if other.setting == row.setting] or candidates
+            same = [other for other in candidates if other.setting == row.setting]
+            same = same or [other for other in candidates if other.label == baseline] or candidates
             if len(same) > 1:
                 several = "; ".join(f"'{other.label}'" for other in same)
                 raise UserError(f"--baseline: '{baseline}' has several settings; name one of: {several}")

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, JustifyMethod, Renderab
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_cli.report.tables import NONE, add, count, duration, number, size
+from lowrank_cli.report.tables import NONE, Trimmed, add, count, duration, number, size
 
 STAR = "★"
 LABELS = ("method", "setting")
@@ -24,7 +24,7 @@ class Row:
     """One method with one setting, over its seeds."""
 
     method: str
-    setting: str  #: ``key=value …`` of what varies in the section, or empty
+    setting: str  #: ``key=value …`` of what varies in the section and is not what most runs have, or empty
     values: dict[int, float]  #: seed → metric
     median: float
     low: float  #: interval of the median, see :func:`lowrank_cli.report.statistics.median_interval`
@@ -55,11 +55,17 @@ class Section:
     rows: list[Row]
     without_metric: int  #: finished runs that lack the metric
     repeats: int  #: older runs of a seed that a newer one stands for
+    shared: str  #: ``key=value …`` of most runs, left out of the settings that have it; or empty
 
     @property
     def title(self) -> str:
         better = "lower" if self.lower_is_better else "higher"
         return f"{self.model} · {self.task} · {self.metric} ({better} is better)"
+
+    @property
+    def unsaid(self) -> str:
+        """What a setting has that does not say otherwise, as a line, or empty."""
+        return f"where a setting says nothing else: {self.shared}" if self.shared else ""
 
 
 def cells(section: Section, baseline: str | None) -> tuple[list[str], list[list[str]]]:
@@ -140,7 +146,7 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
 def terminal(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> RenderableType:
     """The comparison for rich; best rows bold."""
     tables = [_Fitted(section, baseline) for section in sections]
-    return Group(*tables, *(Text(note, style="dim") for note in footnotes))
+    return Group(*tables, *(Trimmed(Text(note, style="dim")) for note in footnotes))
 
 
 @dataclass
@@ -152,14 +158,16 @@ class _Fitted:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(self.section.title, style="bold")
+        if self.section.unsaid:
+            yield Text(self.section.unsaid, style="dim")
         whole = self._table(without=())
         if console.measure(whole, options=options.update(width=1000)).maximum <= options.max_width:
-            yield whole
+            yield Trimmed(whole)
         else:
-            yield self._table(without=COSTS)
+            yield Trimmed(self._table(without=COSTS))
             yield Text()
             headers, _ = cells(self.section, self.baseline)
-            yield self._table(without=[name for name in headers if name not in (*LABELS, *COSTS)])
+            yield Trimmed(self._table(without=[name for name in headers if name not in (*LABELS, *COSTS)]))
         yield Text()
 
     def _table(self, without: Sequence[str]) -> Table:
@@ -179,7 +187,8 @@ def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Seque
     lines = []
     for section in sections:
         headers, table = cells(section, baseline)
-        lines += [f"### {section.title}", "", _line(headers), _line(["---"] * len(headers))]
+        unsaid = [section.unsaid, ""] if section.unsaid else []
+        lines += [f"### {section.title}", "", *unsaid, _line(headers), _line(["---"] * len(headers))]
         lines += [_line(line) for line in table]
         lines.append("")
     return "\n".join([*lines, *(f"- {note}" for note in footnotes), ""])
@@ -228,6 +237,7 @@ def csv_text(sections: Sequence[Section], baseline: str | None) -> str:
                 "task": section.task,
                 "method": row.method,
                 "setting": row.setting,
+                "shared": section.shared,
                 "metric": section.metric,
                 "lower_is_better": section.lower_is_better,
                 "n": len(row.values),

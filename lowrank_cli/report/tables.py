@@ -114,7 +114,6 @@ def end_of_run(run: Run) -> RenderableType:
     rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(metrics)]
     for name, text in rows:
         add(grid, name, text)
-    add(grid, "folder", shown(run.path))
     contents = ("adapter/", "export/", "predictions.jsonl", "plots/", "checkpoints/")
     held = [name for name in contents if (run.path / name).exists()]
     if held:
@@ -123,7 +122,8 @@ def end_of_run(run: Run) -> RenderableType:
     panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
     arranged = "arrangements.json"
     ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
-    return Group(panel, *([spread_table(ways)] if len(ways) > 1 else []), *next_steps(run))
+    folder = _whole(f"  folder: {shown(run.path)}")
+    return Group(panel, *([spread_table(ways)] if len(ways) > 1 else []), folder, *next_steps(run))
 
 
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
@@ -185,10 +185,13 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
         if value is not None:
             share = f"  ({100 * value / total:.3g} % of {count(total)})" if total else ""
             yield f"{name} parameters", count(value) + share
-    seconds = metrics.get(f"{info.get('stage')}/seconds", info.get("seconds"))
+    stage, whole = info.get("stage"), info.get("seconds")
+    seconds = metrics.get(f"{stage}/seconds")
     if seconds is not None:
-        rate = metrics.get(f"{info.get('stage')}/tokens_per_second")
-        yield "time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
+        rate = metrics.get(f"{stage}/tokens_per_second")
+        yield f"{stage} time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
+    if whole is not None:
+        yield "time from start to end" if seconds is not None else "time", duration(whole)
     if info.get("peak_memory_bytes"):
         yield "peak memory", size(info["peak_memory_bytes"])
     if info.get("device_memory_bytes"):
@@ -274,6 +277,19 @@ def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None =
     return table
 
 
+@dataclass
+class Trimmed:
+    """What it holds, without the spaces that fill up its lines."""
+
+    held: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self.held, options, pad=False):
+            text = Text.assemble(*((part.text, part.style or "") for part in line), no_wrap=True, overflow="ignore")
+            text.rstrip()
+            yield text
+
+
 def add(table: Table, *cells: str | Text) -> None:
     """Add a row of plain words: square brackets of an override or an error are no markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
@@ -301,7 +317,7 @@ class Fitted:
             needed = console.measure(table, options=options.update(width=10_000)).minimum
             if needed <= options.max_width:
                 break
-        yield from console.render(table, options.update(width=max(needed, options.max_width)))
+        yield from console.render(Trimmed(table), options.update(width=max(needed, options.max_width)))
 
     def _table(self, gone: Sequence[str]) -> Table:
         table = Table(box=None, padding=(0, self.gap, 0, 0))

@@ -45,16 +45,20 @@ def find(
     stages: Sequence[str],
     outputs: str | os.PathLike[str],
     choices: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> Run:
-    """The finished run of one of ``stages`` at ``path``, or else the newest one whose groups were ``choices``."""
+    """The finished run of one of ``stages`` at ``path``, or else the newest one whose groups were ``choices``.
+
+    Where there is none, the error says how to make one: with ``choices``, and with the groups ``also``.
+    """
     if path is None:
         wanted = (choices or {}).items()
         for run in reversed(all_runs(outputs)):
             if run.done and run.info.get("stage") in stages and wanted <= run.info.get("choices", {}).items():
                 return run
-        groups = "".join(f" {key}={value}" for key, value in wanted)
+        groups, others = ("".join(f" {k}={v}" for k, v in items) for items in (wanted, (also or {}).items()))
         of = f" of{groups}" if groups else ""
-        raise UserError(f"run: no finished run{of} under '{outputs}'; start one with: lrk {stages[0]}{groups}")
+        raise UserError(f"run: no finished run{of} under '{outputs}'; start one with: lrk {stages[0]}{groups}{others}")
     run = Run.open(path)
     if (run.path / "recipe.json").is_file():
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")

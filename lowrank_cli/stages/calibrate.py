@@ -82,7 +82,10 @@ def fitted(session: Session) -> Fitted:
     for key, value in now.items():
         kept = about[key][: len(value)] if key == "templates" else about[key]
         if kept != value:
-            raise UserError(f"run: the statistics of {path} were fitted with {key} {kept}, not {value}; fit them again")
+            raise UserError(
+                f"run: the statistics of {path} were fitted with {key} {kept}, not {value}; fit them again with: "
+                f"lrk train method={session.config.method.name} task={session.task.name}"
+            )
     found: list[dict[str, Tensor]] = [{} for _ in about["templates"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

@@ -16,7 +16,10 @@ from lowrank_cli.errors import UserError, inside, nearest, require_choice, requi
 
 #: What a rank can be scored by; see :mod:`lowrank_cli.scoring.kinds`.
 SCORE_KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
-
+#: What a whole module can be scored by; see :mod:`lowrank_cli.scoring.modules`.
+MODULE_KINDS = ("ablation", "kl", "taylor", "magnitude", "random")
+#: Kinds by ``score.level``, each with its default first.
+KINDS = {"rank": SCORE_KINDS, "module": MODULE_KINDS}
 
 #: Sizes of Llama models: layers, width, feed-forward width, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -244,34 +247,64 @@ class EvaluateConfig(PredictConfig):
 
 @dataclass
 class ScoreConfig:
-    """How ranks are scored, on dev examples."""
+    """How ranks or whole modules are scored, on dev examples."""
 
-    kind: str = (
-        MISSING  #: ``ab`` (exact ablation), ``taylor`` (approximates it), ``sensitivity``, ``dnas``, ``magnitude``
-    )
+    level: Optional[str] = MISSING  #: ``rank`` or ``module``; null leaves it to what ``prune`` takes out
+    #: of ranks ``ab`` (exact ablation), ``taylor`` (approximates it), ``sensitivity``, ``dnas`` or ``magnitude``; of
+    #: modules ``ablation``, ``kl``, ``taylor``, ``magnitude`` or the control ``random``; null is the first
+    kind: Optional[str] = MISSING
     batch: int = MISSING  #: dev examples, drawn by the seed; all of them where there are fewer
     tokens: int = MISSING  #: of one forward pass, at most: bounds memory
 
     def validate(self) -> None:
-        require_choice("score.kind", self.kind, SCORE_KINDS)
+        if self.level is not None:
+            require_choice("score.level", self.level, KINDS)
+        if self.kind is not None:
+            require_choice("score.kind", self.kind, dict.fromkeys(sum(KINDS.values(), ())))
         require_range("score.batch", self.batch, 1)
         require_range("score.tokens", self.tokens, 1)
+
+    def kind_of(self, level: str) -> str:
+        """The kind of score that ``level`` gets. Raises UserError for a kind of the other level."""
+        kind = self.kind or KINDS[level][0]
+        if kind not in KINDS[level]:
+            other = next(name for name in KINDS if name != level)
+            raise UserError(
+                f"score.kind: '{kind}' scores {other}s (allowed for {level}s: {', '.join(KINDS[level])}; "
+                f"score.level={other} scores {other}s)"
+            )
+        return kind
 
 
 @dataclass
 class PruneConfig:
-    """Which of the lowest ranks go: ``drop`` of them, or all above ``budget``."""
+    """Which of the lowest go: ranks (one of ``drop`` and ``budget``), or whole modules (``keep``, ``keep_total``)."""
 
     drop: Optional[int] = MISSING  #: ranks to take out
     budget: Optional[int] = MISSING  #: ranks to keep, over the whole model
-    per_layer: bool = MISSING  #: as many of each layer, instead of the lowest of the model
+    #: layers are treated alike, instead of the model as one: as many ranks go from each; ``keep`` modules stay in each,
+    #: and ``keep_total`` leaves none empty. null is false for ranks and true for modules
+    per_layer: Optional[bool] = MISSING
+    keep: Optional[int] = None  #: modules to keep of each layer; without ``per_layer`` as many times the layers
+    keep_total: Optional[int] = None  #: modules to keep, over the whole model
+    same_roles: bool = False  #: the same roles in every layer: those with the highest sums
+
+    @property
+    def modules(self) -> bool:
+        """Whether whole modules go, and what is left is a setting."""
+        return self.keep is not None or self.keep_total is not None
 
     def validate(self) -> None:
-        if (self.drop is None) == (self.budget is None):
-            raise UserError("prune: give one of prune.drop=N (ranks to take out) and prune.budget=N (ranks to keep)")
-        for key in ("drop", "budget"):
-            if getattr(self, key) is not None:
-                require_range(f"prune.{key}", getattr(self, key), 1)
+        amounts = ("drop", "budget", "keep", "keep_total")
+        given = [key for key in amounts if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise UserError(
+                "prune: give one of prune.drop=N (ranks to take out), prune.budget=N (ranks to keep), "
+                "prune.keep=N (modules to keep of each layer) and prune.keep_total=N (modules to keep in all)"
+            )
+        require_range(f"prune.{given[0]}", getattr(self, given[0]), 1)
+        if self.same_roles and (self.keep is None or self.per_layer is False):
+            raise UserError("prune.same_roles: goes with prune.keep=N (roles to keep of each layer) and with no other")
 
 
 @dataclass
@@ -312,6 +345,14 @@ class ScoreRun(RunConfig):
     score: ScoreConfig = field(default_factory=ScoreConfig)
     run: Optional[str] = MISSING  #: as of ``lrk evaluate``
 
+    @property
+    def level(self) -> str:
+        return self.score.level or "rank"
+
+    def validate(self) -> None:
+        self.score.validate()
+        self.score.kind_of(self.level)
+
 
 @dataclass
 class PruneRun(RunConfig):
@@ -321,6 +362,17 @@ class PruneRun(RunConfig):
     score: ScoreConfig = field(default_factory=ScoreConfig)  #: used where ``run`` is not a scoring
     evaluate: PredictConfig = field(default_factory=PredictConfig)
     run: Optional[str] = MISSING  #: folder of a scoring, or of a run with an adapter; null takes the newest of them
+
+    @property
+    def level(self) -> str:
+        return "module" if self.prune.modules else "rank"
+
+    def validate(self) -> None:
+        self.prune.validate()
+        self.score.validate()
+        if self.score.level not in (None, self.level):
+            raise UserError(f"score.level: '{self.score.level}', but this takes {self.level}s out; leave it null")
+        self.score.kind_of(self.level)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from lowrank_cli.config.folders import description, files
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import all_runs
-from lowrank_cli.schema import BenchRun
+from lowrank_cli.schema import BenchRun, PruneConfig
 
 Parts = list[tuple[str, Composed]]
 
@@ -76,16 +76,26 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
             ("batches", f"{train.batch_size} examples a step = {split}"),
         ]
     if hasattr(config, "prune"):
-        prune, where = config.prune, "each layer alike" if config.prune.per_layer else "the lowest of the model"
-        amount = f"{prune.drop} ranks go" if prune.budget is None else f"{prune.budget} ranks stay"
-        rows.append(("pruning", f"{amount}, {where}"))
+        rows.append(("pruning", _pruning(config.prune)))
     if hasattr(config, "score"):
-        rows.append(("scores", f"{config.score.kind}, {config.score.batch} dev examples"))
+        kind = config.score.kind_of(config.level)
+        rows.append(("scores", f"{config.level}s by {kind}, {config.score.batch} dev examples"))
     if hasattr(config, "evaluate"):
         rows.append(("evaluation", _evaluation(config.evaluate)))
     if getattr(config, "run", None):
         rows.append(("starts from" if composed.verb == "train" else "adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
+
+
+def _pruning(prune: PruneConfig) -> str:
+    if prune.keep is not None:
+        same = ", the same roles everywhere" if prune.same_roles else ""
+        return f"{prune.keep} modules a layer stay{', the best of the model' if prune.per_layer is False else same}"
+    if prune.keep_total is not None:
+        least = "" if prune.per_layer is False else ", one of each layer at least"
+        return f"{prune.keep_total} modules stay{least}"
+    amount = f"{prune.drop} ranks go" if prune.budget is None else f"{prune.budget} ranks stay"
+    return f"{amount}, {'each layer alike' if prune.per_layer else 'the lowest of the model'}"
 
 
 def _evaluation(asked: Any) -> str:

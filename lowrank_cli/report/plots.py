@@ -27,12 +27,13 @@ def draw(run: Run) -> list[Path]:
     """Write ``plots/loss.png`` from ``history.jsonl`` and one picture for each entry of ``figures.json``.
 
     An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
-    where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells; ``lines`` draws each
-    row as a line over the numbers in ``columns``; ``box`` draws the values of each row, which may differ in number, as
-    a box with its points; ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over
-    the numbers in ``columns``; ``heatmaps`` draws ``panels``, each with ``title`` and ``values`` of its own, as small
-    grids of one scale; ``bars`` draws a group of bars for each row, one a column, with error bars from ``low`` to
-    ``high`` (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
+    where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells, framed where the optional
+    ``outlined`` (rows × columns) is true; ``lines`` draws each row as a line over the numbers in ``columns``; ``box``
+    draws the values of each row, which may differ in number, as a box with its points; ``bubbles`` a disc for each
+    value as colour, its area from ``sizes`` (rows × columns), over the numbers in ``columns``; ``heatmaps`` draws
+    ``panels``, each with ``title`` and ``values`` of its own, as small grids of one scale; ``bars`` draws a group of
+    bars for each row, one a column, with error bars from ``low`` to ``high`` (rows × columns). Optional ``row_label``
+    and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -145,6 +146,8 @@ def _smooth(values: list[float], reach: int) -> list[float]:
 
 def heatmap(entry: dict[str, Any]) -> Figure:
     """Rows × columns of coloured cells; the values are written in while there are few."""
+    from matplotlib.patches import Rectangle
+
     rows, columns, values = entry["rows"], entry["columns"], _numbers(entry["values"])
     cell = 0.55 if len(columns) <= 20 else 11 / len(columns)
     height = min(max(0.32 * len(rows), 1.0), 12)
@@ -167,6 +170,10 @@ def heatmap(entry: dict[str, Any]) -> Figure:
                 dark = math.isfinite(value) and (value - low) / (high - low) > 0.55
                 ink = "white" if dark else "#222222"
                 axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
+    for y, line in enumerate(entry.get("outlined", [])):
+        for x in (x for x, framed in enumerate(line) if framed):
+            frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
+            axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
     bar.set_label(entry.get("label", ""), fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)

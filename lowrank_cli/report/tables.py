@@ -28,6 +28,7 @@ STATUS_STYLES = {
     "pending": "dim",
 }
 NONE = "–"
+SETTING = "setting.yaml"  #: which modules a pruning kept
 _COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "_step", "examples")
 
 
@@ -114,7 +115,7 @@ def end_of_run(run: Run) -> RenderableType:
     rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(metrics)]
     for name, text in rows:
         add(grid, name, text)
-    contents = ("adapter/", "export/", "predictions.jsonl", "plots/", "checkpoints/")
+    contents = ("adapter/", SETTING, "export/", "predictions.jsonl", "plots/", "checkpoints/")
     held = [name for name in contents if (run.path / name).exists()]
     if held:
         add(grid, "holds", ", ".join(held))
@@ -208,10 +209,13 @@ def _next(run: Run) -> Iterable[str]:
     stage, status, where = run.info.get("stage"), run.info.get("status"), typed(run.path)
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
+    if status == "done" and (run.path / SETTING).is_file():
+        return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)}"]
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":
-        return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
+        drop = f"drop={max(1, round(run.metrics['score/ranks'] / 8))}"
+        return [f"lrk prune run={where} prune.{'keep=2' if run.config()['score'].get('level') == 'module' else drop}"]
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
     return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage not in ("export", "bench") else []

@@ -11,17 +11,18 @@ the layers' work of 2 · ranks passes over the examples; the last feed-forward a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.answers import answering
-from lowrank_cli.scoring.probe import Probe, answered_rows, repeated, row_losses
+from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_losses
 from lowrank_cli.scoring.reuse import STAGES, Reuse
 
 Unit = tuple[str, int | None]  #: a module's key and one of its ranks; None is the whole module
@@ -48,7 +49,7 @@ def ablate(adapter: Adapter, probe: Probe, units: Sequence[Unit]) -> Ablations:
     if adapter.routing is not None:
         raise UserError("score: the modules of this adapter are chosen prompt by prompt; ranks are not ablated there")
     losses = torch.zeros(2, len(units) + 1, dtype=torch.float64, device=adapter.model.device)
-    places = _places(adapter, units)
+    places = places_of(adapter, units)
     with evaluating(adapter), probe.autocast():
         for batch in probe.groups():
             for alone in (False, True):
@@ -57,7 +58,7 @@ def ablate(adapter: Adapter, probe: Probe, units: Sequence[Unit]) -> Ablations:
                     reuse = Reuse(adapter, batch)
                     own[-1] += reuse.losses.sum()
                     for place, members in places.items():
-                        _ablate_place(adapter, probe, reuse, place, units, members, alone, own)
+                        ablate_place(adapter, probe, reuse, place, units, members, alone, own)
     found = (-probe.add_up(losses) / probe.weight()).tolist()
     without, only = (dict(zip(units, row[:-1], strict=True)) for row in found)
     return Ablations(found[0][-1], found[1][-1], without, only)
@@ -66,7 +67,7 @@ def ablate(adapter: Adapter, probe: Probe, units: Sequence[Unit]) -> Ablations:
 Place = tuple[int | None, int]  #: layer, and stage within it
 
 
-def _places(adapter: Adapter, units: Sequence[Unit]) -> dict[Place, list[int]]:
+def places_of(adapter: Adapter, units: Sequence[Unit]) -> dict[Place, list[int]]:
     """Units (their positions) that may share a pass, from the first layer to the last."""
     places: dict[Place, list[int]] = {}
     for position, (key, _) in enumerate(units):
@@ -76,7 +77,7 @@ def _places(adapter: Adapter, units: Sequence[Unit]) -> dict[Place, list[int]]:
     return dict(sorted(places.items(), key=lambda item: (-1 if item[0][0] is None else item[0][0], item[0][1])))
 
 
-def _ablate_place(
+def ablate_place(
     adapter: Adapter,
     probe: Probe,
     reuse: Reuse,
@@ -84,9 +85,11 @@ def _ablate_place(
     units: Sequence[Unit],
     members: list[int],
     alone: bool,
-    losses: Tensor,
+    sums: Tensor,
+    measure: Callable[[PreTrainedModel, Batch], Tensor] = row_losses,
 ) -> None:
-    """Add the losses of all ``members``, as many in a pass as ``probe.tokens`` allows."""
+    """Add what ``measure`` says of each row to the ``sums`` of all ``members``, as many in a pass as ``probe.tokens``
+    allows; the copies of ``reuse.batch`` stand one behind the other."""
     layer, stage = place
     rows, length = reuse.batch["input_ids"].shape
     copies = max(1, probe.tokens // (rows * length))
@@ -97,8 +100,8 @@ def _ablate_place(
         known, batch = reuse.known(layer, stage, paths, len(chosen)), repeated(reuse.batch, len(chosen))
         narrow = layer == len(reuse.blocks) - 1 and stage > STAGES["O"]
         with _gated(adapter, ablated, rows, alone, answered_rows(batch) if narrow else None), answering(known):
-            found = row_losses(adapter.model, batch)  # (V * n,)
-        losses[chosen] += found.view(len(chosen), rows).sum(dim=1, dtype=torch.float64)
+            found = measure(adapter.model, batch)  # (V * n,)
+        sums[chosen] += found.view(len(chosen), rows).sum(dim=1, dtype=torch.float64)
         probe.tick(len(found))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lowrank_cli.adapter.core import Adapter
@@ -11,18 +11,23 @@ from lowrank_cli.adapter.families import ROLES
 from lowrank_cli.scoring.kinds import Scores
 
 
-def heat_map(adapter: Adapter, scores: Scores) -> dict[str, Any]:
-    """Mean score of a module's ranks, in units of a power of ten; of ``ab`` the part beyond S(M_0), which all share."""
-    offset = scores.bare or 0.0
+def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> dict[str, Any]:
+    """Score of a module, or the mean over its ranks, in units of a power of ten.
+
+    Of ``ab`` it is the part beyond S(M_0), which all ranks share. The modules ``kept`` are outlined.
+    """
+    offset = (scores.bare or 0.0) if scores.kind == "ab" else 0.0
     means = {key: sum(values) / len(values) - offset for key, values in scores.values.items()}
     largest = max(map(abs, means.values()))
     power = math.floor(math.log10(largest)) if largest > 0 else 0
+    what = "Score of each module" if scores.level == "module" else "Mean score of a module's ranks"
     return by_role(
         adapter,
         {key: value / 10**power for key, value in means.items()},
         file="scores.png",
-        title=f"Mean score of a module's ranks ({scores.kind})",
-        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}, in units of 1e{power}",
+        title=f"{what} ({scores.kind}){f', {len(kept)} of {len(means)} kept' if kept else ''}",
+        outlined=kept,
+        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}{f', in units of 1e{power}' if power else ''}",
     )
 
 
@@ -52,18 +57,22 @@ def trajectory(adapter: Adapter, rounds: Sequence[tuple[str, Mapping[str, int]]]
     }
 
 
-def by_role(adapter: Adapter, values: Mapping[str, float], **entry: Any) -> dict[str, Any]:
+def by_role(
+    adapter: Adapter, values: Mapping[str, float], outlined: Collection[str] = (), **entry: Any
+) -> dict[str, Any]:
     """A heat map, roles × layers, of a value for each module; modules outside the layers have a row of their own."""
     places = [(site.role or key, site.layer, key) for key, site in adapter.sites.items()]
     columns: Sequence[int | None] = sorted({layer for _, layer, _ in places if layer is not None}) or [None]
     names = dict.fromkeys(name for name, _, _ in places)
     rows = [*(role for role in ROLES if role in names), *(name for name in names if name not in ROLES)]
-    at = {(name, columns[0] if layer is None else layer): values.get(key) for name, layer, key in places}
+    at = {(name, columns[0] if layer is None else layer): key for name, layer, key in places}
+    framed = [[at.get((row, column)) in outlined for column in columns] for row in rows]
     return {
         "kind": "heatmap",
         "rows": rows,
         "columns": ["" if column is None else column for column in columns],
-        "values": [[at.get((row, column)) for column in columns] for row in rows],
+        "values": [[values.get(at.get((row, column), "")) for column in columns] for row in rows],
+        **({"outlined": framed} if outlined else {}),
         "column_label": "layer",
         **entry,
     }

@@ -16,7 +16,8 @@ from lowrank_cli.scoring.probe import Probe
 class Scores:
     """``values[key][i]`` scores rank i of a module; ``parts`` are what the values were made of, where there are any.
 
-    ``whole`` and ``bare`` are S with the whole adapter and without it, for the kinds that measure them.
+    ``level`` says whether there is a value for each rank, or one for the whole module. ``whole`` and ``bare`` are S
+    with the whole adapter and without it, for the kinds that measure them.
     """
 
     kind: str
@@ -24,13 +25,13 @@ class Scores:
     parts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     whole: float | None = None
     bare: float | None = None
+    level: str = "rank"
 
 
 def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
     """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0)."""
     require_choice("score.kind", kind, SCORE_KINDS)
-    if adapter.routing is not None or not adapter.modules or not all(p.rank_axes for p in adapter.modules.values()):
-        raise UserError("score: needs low-rank modules whose ranks add up and serve every prompt (as those of LoRA)")
+    require_ranks(adapter)
     if kind == "ab":
         return _ab(adapter, probe)
     if kind == "taylor":
@@ -40,6 +41,12 @@ def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
     if kind == "magnitude":
         return Scores(kind, _plain(gradients.magnitude(adapter)))
     return Scores(kind, _plain({"sensitivity": gradients.sensitivity, "dnas": gradients.dnas}[kind](adapter, probe)))
+
+
+def require_ranks(adapter: Adapter) -> None:
+    """Raise UserError for an adapter that cannot be scored."""
+    if adapter.routing is not None or not adapter.modules or not all(p.rank_axes for p in adapter.modules.values()):
+        raise UserError("score: needs low-rank modules whose ranks add up and serve every prompt (as those of LoRA)")
 
 
 def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:

@@ -84,17 +84,29 @@ def answered_rows(batch: Batch) -> Tensor | None:
 
 def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy of each row (B,), fp32, summed over its response tokens."""
+    labels = batch["labels"] if batch["labels"].dim() == 1 else batch["labels"][:, 1:]  # (B,) or (B, T - 1)
+    return _by_row(F.cross_entropy(answer_logits(model, batch), labels[labels != IGNORED], reduction="none"), batch)
+
+
+def row_divergences(model: PreTrainedModel, batch: Batch, reference: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; q is the model's, log p is ``reference``."""
+    found = answer_logits(model, batch).log_softmax(dim=-1)  # (N, V)
+    return _by_row(F.kl_div(found, reference, log_target=True, reduction="none").sum(dim=-1), batch)
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits (N, V), fp32, of the N response tokens of all rows in a row; of an encoder one answer (N = B) a row."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch["labels"]
-    if labels.dim() == 1:
-        return F.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
+    if batch["labels"].dim() == 1:
+        return model(**inputs).logits.float()
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
-    following = labels[:, 1:]  # (B, T - 1)
-    answered = following != IGNORED
+    answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):
         logits = model(**inputs, use_cache=False).logits
-    if logits.dim() == 3:
-        logits = logits[answered]  # (B, T, V) -> (N, V)
-    losses = F.cross_entropy(logits.float(), following[answered], reduction="none")  # (N,)
-    rows = answered.nonzero()[:, 0]  # (N,)
-    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+    return (logits[answered] if logits.dim() == 3 else logits).float()  # (B, T, V) -> (N, V)
+
+
+def _by_row(values: Tensor, batch: Batch) -> Tensor:
+    """Sums over the response tokens of each row: (N,) -> (B,)."""
+    rows = answered_rows(batch)
+    return values if rows is None else values.new_zeros(len(batch["labels"])).index_add(0, rows, values)

@@ -1,4 +1,4 @@
-"""``lrk prune``: a smaller adapter, without the ranks that scored lowest; evaluated, and a run like a trained one."""
+"""``lrk prune``: a smaller adapter, without the ranks or modules that scored lowest; a run like a trained one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import PruneConfig, PruneRun
 from lowrank_cli.scoring.figures import allocation
+from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.stages import setting
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.score import adapted, measure, write
@@ -26,16 +28,18 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     session, adapter = adapted(config)
     if not adapter.modules:
         raise UserError(f"run: '{session.foundation}' has no low-rank modules to prune")
-    amount(config.prune, adapter)  # before anything slow
+    whole = config.level == "module"
+    choice = setting.chosen if whole else chosen
+    none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
+    choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
+    scores = read(scoring, adapter, config.level) if scoring else None
     session.greet()
-    if scoring:
-        values = read(scoring, adapter)
-    else:
-        scores = measure(session, config.score)
+    if scores is None:
+        scores = measure(session, config.score, config.level)
         write(run, adapter, scores)
-        values = scores.values
-    before = sum(adapter.ranks().values())
-    keep = chosen(config.prune, adapter, values)
+    before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
+    keep = choice(config.prune, adapter, scores.values)
+    figures = [setting.write(run, config, scoring or run, adapter, scores, keep)] if whole else []
     resize(adapter, {key: (ranks, 0) for key, ranks in keep.items()})
     if session.accelerator.is_main_process:
         assert session.foundation is not None
@@ -45,10 +49,10 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     session.accelerator.wait_for_everyone()
     metrics = {**evaluate_split(session, "dev")[0]}
     found, records, observed = evaluate_split(session, "test")
-    write_answers(run, records, [*observed.figures, allocation(adapter)])
+    write_answers(run, records, [*figures, *observed.figures, allocation(adapter)])
     session.note_device(run)
-    counts = {"ranks_before": before, "ranks": sum(adapter.ranks().values()), "modules": len(adapter.modules)}
-    return {**metrics, **found, **observed.metrics, **counts}
+    counts = {"modules": len(adapter.modules), "ranks": sum(adapter.ranks().values())}
+    return {**metrics, **found, **observed.metrics, **before, **counts}
 
 
 def amount(settings: PruneConfig, adapter: Adapter) -> int:
@@ -83,15 +87,24 @@ def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str,
     return {key: sorted(ranks) for key, ranks in keep.items()}
 
 
-def read(scoring: Run, adapter: Adapter) -> Values:
-    """The scores of a run of ``lrk score``. Raises UserError where they are not of this adapter."""
+def read(scoring: Run, adapter: Adapter, level: str) -> Scores:
+    """The scores of a run of ``lrk score``. Raises UserError for another adapter's, or those of another level."""
     try:
-        values = {entry["module"]: entry["scores"] for entry in scoring.read_json("scores.json")["modules"]}
+        record = scoring.read_json("scores.json")
+        values = {entry["module"]: entry["scores"] for entry in record["modules"]}
+        scores = Scores(record["kind"], values, whole=record["whole"], bare=record["bare"], level=record["level"])
     except (KeyError, TypeError, json.JSONDecodeError):
         raise UserError(f"{scoring.path / 'scores.json'} is damaged") from None
-    if {key: len(scores) for key, scores in values.items()} != adapter.ranks():
-        raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {scoring.config()['run']}")
-    return values
+    below = scoring.config()["run"]
+    if scores.level != level:
+        raise UserError(
+            f"run: '{scoring.path}' scored {scores.level}s, but {level}s are to be taken out; "
+            f"first: lrk score run={below} score.level={level}"
+        )
+    expected = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.ranks(), 1)
+    if {key: len(row) for key, row in values.items()} != expected:
+        raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {below}")
+    return scores
 
 
 def _groups(adapter: Adapter, per_layer: bool) -> dict[int | None, list[str]]:

@@ -1,4 +1,4 @@
-"""``lrk score``: what every rank of an adapter is worth on a fixed batch of dev examples."""
+"""``lrk score``: what every rank of an adapter, or every module, is worth on a fixed batch of dev examples."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import RunConfig, ScoreConfig, ScoreRun
+from lowrank_cli.scoring import kinds, modules
 from lowrank_cli.scoring.figures import heat_map
-from lowrank_cli.scoring.kinds import Scores, rows_to_run
-from lowrank_cli.scoring.kinds import score as measured
+from lowrank_cli.scoring.kinds import Scores
 from lowrank_cli.stages import progress
 from lowrank_cli.stages.evaluate import check_template, load_adapter
 from lowrank_cli.stages.session import Session, foundation, start
@@ -22,7 +22,7 @@ def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]
     session, adapter = adapted(config)
     session.greet()
     began = time.monotonic()
-    scores = measure(session, config.score)
+    scores = measure(session, config.score, config.level)
     seconds = time.monotonic() - began
     write(run, adapter, scores)
     session.note_device(run)
@@ -47,23 +47,32 @@ def adapted(config: RunConfig) -> tuple[Session, Adapter]:
     return session, session.adapter
 
 
-def measure(session: Session, settings: ScoreConfig) -> Scores:
-    """Scores of every rank, with a progress bar. The same for the same seed and settings."""
+def measure(session: Session, settings: ScoreConfig, level: str) -> Scores:
+    """Scores of every rank or module, with a progress bar. The same for the same seed and settings."""
     assert session.adapter is not None
+    kind, adapter = settings.kind_of(level), session.adapter
     probe = session.probe(settings.batch, settings.tokens)
-    rows = rows_to_run(settings.kind, session.adapter, probe)
-    with progress.bar(f"scoring ({settings.kind})", rows, shown=session.accelerator.is_main_process) as bar:
+    rows = (modules if level == "module" else kinds).rows_to_run(kind, adapter, probe)
+    with progress.bar(f"scoring ({kind})", rows, shown=session.accelerator.is_main_process) as bar:
         probe.tick = bar.advance
-        return measured(settings.kind, session.adapter, probe)
+        if level == "module":
+            return modules.score(kind, adapter, probe, session.config.seed)
+        return kinds.score(kind, adapter, probe)
 
 
 def write(run: Run, adapter: Adapter, scores: Scores) -> None:
     """``scores.json`` with everything that was measured, and the heat map of each module's mean."""
-    modules = []
+    listed = []
     for key, values in scores.values.items():
         site = adapter.sites[key]
         parts = {name: part[key] for name, part in scores.parts.items()}
-        modules.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **parts})
-    record = {"kind": scores.kind, "whole": scores.whole, "bare": scores.bare, "modules": modules}
+        listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **parts})
+    record = {
+        "level": scores.level,
+        "kind": scores.kind,
+        "whole": scores.whole,
+        "bare": scores.bare,
+        "modules": listed,
+    }
     run.write_json("scores.json", record)
     run.write_json("figures.json", [heat_map(adapter, scores)])

@@ -1,0 +1,110 @@
+"""Scores of whole modules: what FanLoRA chooses by, and what its choice is judged against.
+
+FanLoRA's abstract names "a novel importance scoring method" without its formula, so the formulas are a reconstruction.
+With M the whole adapter, M_0 none, M∖m all but module m, M_m module m alone, g_m a gate on module m, and S minus the
+mean cross-entropy over response tokens:
+
+    ablation    [S(M) − S(M∖m)] + [S(M_m) − S(M_0)]: what is lost without m, and what m brings alone
+    kl          mean KL(p_M ‖ p_{M∖m}) over response tokens; their words are not looked at
+    taylor      ∂S/∂g_m at g = 1 and at g = 0: the ablation to first order, in two backward passes for all modules
+    magnitude   E‖s · B A x‖ / E‖W x‖ over tokens x; the cheap baseline
+    random      numbers drawn by the seed; the control
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.errors import require_choice
+from lowrank_cli.schema import MODULE_KINDS
+from lowrank_cli.scoring import gradients
+from lowrank_cli.scoring.ablation import Unit, ablate, ablate_place, evaluating, places_of
+from lowrank_cli.scoring.kinds import Scores, require_ranks
+from lowrank_cli.scoring.probe import Batch, Probe, answer_logits, row_divergences, tile
+from lowrank_cli.scoring.reuse import Reuse
+
+
+def score(kind: str, adapter: Adapter, probe: Probe, seed: int) -> Scores:
+    """One score for each module, the higher the more it is worth. ``seed`` is that of ``random``."""
+    require_choice("score.kind", kind, MODULE_KINDS)
+    require_ranks(adapter)
+    if kind == "ablation":
+        found = ablate(adapter, probe, _whole(adapter))
+        without, alone = ({key: [of[key, None]] for key in adapter.modules} for of in (found.without, found.alone))
+        values = {key: [found.whole - without[key][0] + alone[key][0] - found.bare] for key in adapter.modules}
+        return Scores(kind, values, {"without": without, "alone": alone}, found.whole, found.bare, "module")
+    if kind == "taylor":  # a module's gate stands at all its ranks, so its derivative is their sum
+        there, away = ({k: [v.double().sum().item()] for k, v in of.items()} for of in gradients.taylor(adapter, probe))
+        values = {key: [there[key][0] + away[key][0]] for key in adapter.modules}
+        return Scores(kind, values, {"slope_at_1": there, "slope_at_0": away}, level="module")
+    if kind == "random":
+        draw = Random(f"modules {seed}")
+        return Scores(kind, {key: [draw.random()] for key in adapter.modules}, level="module")
+    found = divergences(adapter, probe) if kind == "kl" else magnitude(adapter, probe)
+    return Scores(kind, {key: [value] for key, value in found.items()}, level="module")
+
+
+def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:
+    """What ``probe.tick`` will count up to."""
+    count = len(adapter.modules)
+    return {"ablation": 2 * count, "kl": count, "taylor": 2, "magnitude": 1, "random": 0}[kind] * probe.rows
+
+
+def _whole(adapter: Adapter) -> list[Unit]:
+    return [(key, None) for key in adapter.modules]
+
+
+@torch.no_grad()
+def divergences(adapter: Adapter, probe: Probe) -> dict[str, float]:
+    """Mean KL(p_M ‖ p_{M∖m}) over response tokens (causal) or examples (encoder), in nats."""
+    units = _whole(adapter)
+    sums = torch.zeros(len(units), dtype=torch.float64, device=adapter.model.device)
+    with evaluating(adapter), probe.autocast():
+        for batch in probe.groups():
+            reuse = Reuse(adapter, batch)
+            reference = answer_logits(adapter.model, batch).log_softmax(dim=-1)  # (N, V)
+            measure = partial(_divergences, reference, len(batch["labels"]))
+            for place, members in places_of(adapter, units).items():
+                ablate_place(adapter, probe, reuse, place, units, members, False, sums, measure)
+    found = (probe.add_up(sums) / probe.weight()).tolist()
+    return {key: value for (key, _), value in zip(units, found, strict=True)}
+
+
+def _divergences(reference: Tensor, rows: int, model: torch.nn.Module, copies: Batch) -> Tensor:
+    """:func:`row_divergences` of several copies of the ``rows`` rows that ``reference`` (N, V) belongs to."""
+    return row_divergences(model, copies, tile(reference, len(copies["labels"]) // rows))
+
+
+@torch.no_grad()
+def magnitude(adapter: Adapter, probe: Probe) -> dict[str, float]:
+    """E‖s · B A x‖ / E‖W x‖ over the inputs x of all tokens but padding, dropout off; a bias is not part of W x."""
+    sums = {key: torch.zeros(2, dtype=torch.float64, device=adapter.model.device) for key in adapter.modules}
+    names = {id(part): key for key, part in adapter.modules.items()}
+    used: Tensor | None = None
+
+    def note(linear: AdaptedLinear, args: tuple, output: Tensor) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])[used]  # (B, T, I) -> (N, I)
+        for part, _ in linear.updates:
+            frozen = F.linear(x, part.frozen()[0].to(x.dtype))  # (N, I) -> (N, O)
+            update = torch.zeros_like(frozen)
+            part.add_to(update, x.unsqueeze(0))
+            sums[names[id(part)]] += torch.stack([value.double().norm(dim=1).sum() for value in (update, frozen)])
+
+    hooks = [linear.register_forward_hook(note) for linear in adapter.linears.values()]
+    try:
+        with evaluating(adapter), probe.autocast():
+            for batch in probe.groups():
+                used = batch["attention_mask"].flatten().bool()  # (B * T,)
+                adapter.model(**{key: value for key, value in batch.items() if key != "labels"})
+                probe.tick(len(batch["labels"]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {key: (own[0] / own[1]).item() for key, own in ((key, probe.add_up(pair)) for key, pair in sums.items())}

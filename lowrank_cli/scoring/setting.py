@@ -1,0 +1,116 @@
+"""A setting: which low-rank modules a layer keeps. A short YAML file, written by ``lrk prune`` or by hand.
+
+``layers`` says it all: layer → roles, one entry for every layer of the model (``3: []`` where none is kept), or
+``all: [V, D]`` for the same roles everywhere. ``name`` is what comparisons call it. The rest says where it came from:
+``family`` and ``source`` of the scores, their ``kind``, what was ``kept``, and the ``scores`` by layer and role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.schema import PruneConfig
+
+FILE = "setting.yaml"
+EVERY = "all"  #: stands for every layer
+HEADER = """\
+# The LoRA modules that are kept, by layer (Q K V O attention; G U D feed-forward). To train any task with them:
+#   lrk train method=fanlora method.setting=FILE
+# Only `layers` is needed. `name` is how lrk compare calls the setting: give a changed copy a name of its own.
+"""
+
+Layers = dict[str, list[str]]  #: layer, or :data:`EVERY`, → roles
+Module = tuple[int, str]  #: layer and role
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What training needs of the file."""
+
+    name: str
+    layers: Layers
+
+
+def read(path: str | Path) -> Setting:
+    """The setting in a file. Raises UserError for a file that is none."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"method.setting: '{path}' cannot be read ({error})") from None
+    listed = found.get("layers") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"method.setting: '{path}' has no 'layers' (such as: layers: {{0: [Q, V], 1: [D]}})")
+    for layer, roles in listed.items():
+        number = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+        if not (number or (layer == EVERY and len(listed) == 1)):
+            raise UserError(f"method.setting: '{layer}' is no layer in '{path}' (allowed: 0, 1, …; or {EVERY} alone)")
+        if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
+            raise UserError(f"method.setting: layer {layer} in '{path}' must be a list of roles, such as [Q, V]")
+    name = found.get("name") or Path(path).stem
+    return Setting(str(name), {str(layer): list(roles) for layer, roles in listed.items()})
+
+
+def text(setting: Setting, scores: Mapping[Module, float], about: Mapping[str, Any]) -> str:
+    """The file's content; ``about`` stands between the layers and the scores."""
+    parts = [
+        HEADER,
+        yaml.safe_dump({"name": setting.name}, allow_unicode=True),
+        _table("layers", {layer: f"[{', '.join(roles)}]" for layer, roles in setting.layers.items()}),
+        yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True),
+        _table("scores", {str(layer): _row(scores, layer) for layer in sorted({layer for layer, _ in scores})}),
+    ]
+    return "".join(parts)
+
+
+def _table(name: str, rows: Mapping[str, str]) -> str:
+    return "".join([f"{name}:\n", *(f"  {key}: {row}\n" for key, row in rows.items())])
+
+
+def _row(scores: Mapping[Module, float], layer: int) -> str:
+    return "{" + ", ".join(f"{role}: {score:.4g}" for (own, role), score in scores.items() if own == layer) + "}"
+
+
+def choose(prune: PruneConfig, scores: Mapping[Module, float]) -> Layers:
+    """The modules that stay. Equal scores are kept in the order of ``scores``.
+
+    Raises UserError for a number of modules that cannot be kept.
+    """
+    layers = sorted({layer for layer, _ in scores})
+    per_layer = prune.per_layer is not False
+    order = sorted(scores, key=lambda module: -scores[module])  # stable
+    if prune.keep is not None:
+        most = max(sum(own == layer for own, _ in scores) for layer in layers)
+        _require("keep", prune.keep, 1, most - 1, f"a layer has {most} modules")
+    if prune.same_roles:
+        sums: dict[str, float] = {}
+        for (_, role), score in scores.items():
+            sums[role] = sums.get(role, 0.0) + score
+        kept = sorted(sums, key=lambda role: -sums[role])[: prune.keep]
+        return _by_layer([module for module in scores if module[1] in kept], scores, layers)
+    if prune.keep is not None and per_layer:
+        best = [[module for module in order if module[0] == layer][: prune.keep] for layer in layers]
+        return _by_layer([module for own in best for module in own], scores, layers)
+    if prune.keep_total is not None:
+        least = len(layers) if per_layer else 1
+        _require(
+            "keep_total", prune.keep_total, least, len(scores) - 1, f"{len(layers)} layers have {len(scores)} modules"
+        )
+    total = prune.keep_total or (prune.keep or 0) * len(layers)
+    first = [next(module for module in order if module[0] == layer) for layer in layers] if per_layer else []
+    rest = [module for module in order if module not in first]
+    return _by_layer(first + rest[: total - len(first)], scores, layers)
+
+
+def _require(key: str, value: int, low: int, high: int, why: str) -> None:
+    if not low <= value <= high:
+        raise UserError(f"prune.{key}: {value} is out of range (allowed: {low} to {high}; {why})")
+
+
+def _by_layer(kept: Sequence[Module], scores: Mapping[Module, float], layers: Sequence[int]) -> Layers:
+    return {str(layer): [role for own, role in scores if own == layer and (own, role) in kept] for layer in layers}

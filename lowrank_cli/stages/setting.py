@@ -1,0 +1,69 @@
+"""The modules that ``lrk prune`` keeps, and the setting that hands them to the training of other tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.errors import UserError
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.scoring.figures import heat_map
+from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.scoring.setting import FILE, Module, Setting, choose, text
+
+Values = dict[str, list[float]]
+
+
+def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str, list[int]]:
+    """The ranks of every module that stay: all of those that :func:`choose` keeps, none of the others."""
+    places = places_of(adapter)
+    layers = choose(settings, {places[key]: row[0] for key, row in values.items()})
+    return {
+        key: list(range(part.rank)) if places[key][1] in layers[str(places[key][0])] else []
+        for key, part in adapter.modules.items()
+    }
+
+
+def places_of(adapter: Adapter) -> dict[str, Module]:
+    """Layer and role of every module, layer by layer. Raises UserError for one that has none."""
+    found = {}
+    for key in adapter.modules:
+        site = adapter.sites[key]
+        if site.layer is None or site.role is None:
+            raise UserError(f"prune: '{key}' has no layer and role that a setting could name; prune ranks instead")
+        found[key] = (site.layer, site.role)
+    return dict(sorted(found.items(), key=lambda item: item[1][0]))
+
+
+def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Scores, keep: dict[str, list[int]]) -> Any:
+    """Write the setting into ``run``'s folder, before the adapter is resized. Returns the figure that shows it.
+
+    ``source`` is the run that the scores came from.
+    """
+    places = places_of(adapter)
+    layers: dict[str, list[str]] = {str(layer): [] for layer, _ in places.values()}
+    for key, (layer, role) in places.items():
+        layers[str(layer)] += [role] * bool(keep[key])
+    used = source.config()
+    about = {
+        "family": adapter.model.config.model_type,
+        "source": {
+            "run": "/".join(source.path.resolve().parts[-2:]),
+            "model": used["model"]["name"],
+            "task": used["task"]["name"],
+            "seed": used["seed"],
+        },
+        "kind": scores.kind,
+    }
+    table = {place: scores.values[key][0] for key, place in places.items()}
+    run.write_text(FILE, text(Setting(config.name or _name(config.prune, scores.kind), layers), table, about))
+    kept = [key for key, ranks in keep.items() if ranks]
+    return heat_map(adapter, scores, kept) | {"file": "setting.png"}
+
+
+def _name(settings: PruneConfig, kind: str) -> str:
+    """The kind of score and the rule: ``ablation keep=2``."""
+    defaults = {"drop": None, "budget": None, "per_layer": True, "keep": None, "keep_total": None, "same_roles": False}
+    used = {key: value for key, value in vars(settings).items() if value not in (None, defaults[key])}
+    return " ".join([kind, *(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))])

@@ -59,7 +59,7 @@ class Adapter:
         linear = self.linears.get(site.path)
         if linear is None:
             linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
-            _place(self.model, site.path, linear)
+            replace_module(self.model, site.path, linear)
         linear.add(site.label, part, site.span)
         self.modules[site.key] = part
         self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
@@ -71,7 +71,7 @@ class Adapter:
             del self.trained[f"{site.key}.{name}"]
         linear.remove(site.label)
         if not linear.parts:
-            _place(self.model, site.path, self.linears.pop(site.path).base)
+            replace_module(self.model, site.path, self.linears.pop(site.path).base)
         return part
 
     @contextmanager
@@ -161,7 +161,8 @@ def inject(
     return adapter
 
 
-def _place(model: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path`` of ``model``."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 

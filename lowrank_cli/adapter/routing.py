@@ -15,6 +15,31 @@ from lowrank_cli.adapter.linear import LowRank
 from lowrank_cli.adapter.router import Router, scaled_gates
 
 
+def continues(kwargs: dict) -> bool:
+    """Whether a forward pass continues the sequences of its KV cache; otherwise it starts new ones."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def prompts(args: tuple, kwargs: dict, mask: Tensor | None) -> Tensor:
+    """The prompts of new sequences as a mask (B, T): ``mask``, or every token that ``attention_mask`` shows."""
+    rows = _inputs(args, kwargs)[1]
+    mask = kwargs.get("attention_mask") if mask is None else mask
+    mask = torch.ones(rows.shape[:2], device=rows.device) if mask is None else mask[:, : rows.shape[1]]
+    return mask.bool()
+
+
+def batch_rows(args: tuple, kwargs: dict) -> int:
+    """B of a forward pass."""
+    return int(_inputs(args, kwargs)[1].shape[0])
+
+
+def _inputs(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor]:
+    """Token ids (B, T), where the model is given them, and what it is given: these, or embeddings (B, T, D)."""
+    ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
+    return ids, kwargs["inputs_embeds"] if ids is None else ids
+
+
 class PromptRouting:
     """Routes an adapted model: hooks in front of the model and of each layer.
 
@@ -62,20 +87,16 @@ class PromptRouting:
         mask = kwargs.pop("prompt_mask", None)
         if not self.enabled:
             self._mask = None
-            self._open_all()
+            self.open_all()
             return args, kwargs
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
-        rows = ids if ids is not None else kwargs["inputs_embeds"]
+        ids, rows = _inputs(args, kwargs)
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if continues(kwargs):
             assert cache is self._cache or self._cache is None, "these gates belong to another KV cache"
             self._cache, self._mask = cache, None
             self._continue(rows.shape[0])
             return args, kwargs
-        if mask is None:
-            mask = kwargs.get("attention_mask")
-        mask = torch.ones(rows.shape[:2], device=rows.device) if mask is None else mask[:, : rows.shape[1]]
-        self._mask = mask.bool()
+        self._mask = prompts(args, kwargs, mask)
         self._first = self._copy = None
         if ids is not None and not torch.is_grad_enabled():
             self._share_between_copies(torch.where(self._mask, ids, -1))
@@ -134,7 +155,8 @@ class PromptRouting:
                 self._set(index, gates)
             self._applied = True
 
-    def _open_all(self) -> None:
+    def open_all(self) -> None:
+        """Every module on, for every row, until the next forward pass."""
         self._applied = False
         for layer in self.parts:
             for part in layer:

@@ -95,16 +95,21 @@ def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
     fit, and where the canary's logits differ from those at saving time.
     """
     proof = read_proof(folder)
-    if proof["fingerprint"] != adapter.fingerprint:
-        raise UserError(
-            f"{folder}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
-            f"{proof['fingerprint'][:12]}; loaded: '{adapter.model.config.model_type}' {adapter.fingerprint[:12]})"
-        )
+    check_fingerprint(proof, adapter.fingerprint, str(folder), adapter.model.config.model_type)
     changed = proof.get("ranks")
     rebuild(adapter, adapter.initial_ranks if changed is None else changed, str(folder))
-    assign(adapter, _read(folder / WEIGHTS), str(folder))
+    assign(adapter, read_tensors(folder / WEIGHTS), str(folder))
     _check_canary(adapter, folder, proof["dtype"])
     return proof["about"]
+
+
+def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, model_type: str) -> None:
+    """Raise UserError unless the adapter of ``proof`` belongs to the model that ``fingerprint`` names."""
+    if proof["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{source}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
+            f"{proof['fingerprint'][:12]}; loaded: '{model_type}' {fingerprint[:12]})"
+        )
 
 
 def read_proof(folder: Path) -> dict[str, Any]:
@@ -148,12 +153,17 @@ def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 
 def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
-    saved = _read(folder / CANARY)
+    saved = read_tensors(folder / CANARY)
     _, logits = canary(adapter, saved["input_ids"])
-    error = (logits - saved["logits"]).abs().max() / saved["logits"].abs().max().clamp_min(1e-6)
-    if not error <= max(TOLERANCE[dtype], TOLERANCE[str(adapter.model.dtype).removeprefix("torch.")]):
+    check_logits(logits, saved["logits"], str(folder), dtype, adapter.model.dtype)
+
+
+def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: torch.dtype) -> None:
+    """Raise UserError unless a canary's ``logits`` are those ``saved``, within the dtypes ``then`` and ``now``."""
+    error = (logits - saved).abs().max() / saved.abs().max().clamp_min(1e-6)
+    if not error <= max(TOLERANCE[then], TOLERANCE[str(now).removeprefix("torch.")]):
         raise UserError(
-            f"{folder}: the adapter does not compute what it did when it was saved "
+            f"{source}: the adapter does not compute what it did when it was saved "
             f"(canary logits differ by {error:.1%}); check the model's files and hardware.precision"
         )
 
@@ -208,7 +218,8 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> 
     optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds, by name. Raises UserError where it cannot be read."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

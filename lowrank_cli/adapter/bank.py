@@ -1,0 +1,274 @@
+"""Many adapters on one model: a batch whose rows belong to different ones, computed together.
+
+    bank = Bank(model)
+    bank.load("ann", folder)                       # or bank.add("ann", adapter)
+    with bank.batch(["ann", "ben", None, "ann"]):  # one name a prompt; None is the bare model
+        model.generate(...)
+
+Adapters may differ in ranks, modules and method: LoRA and its kin, and MiLoRA with its routers. Each row computes what
+its adapter computes alone. Outside a batch the model is the bare one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter import state
+from lowrank_cli.adapter.core import Adapter, fingerprint, replace_module
+from lowrank_cli.adapter.families import layers
+from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.routing import batch_rows, continues, prompts
+from lowrank_cli.adapter.tenant import Place, Tenant, of_adapter, proven, read
+from lowrank_cli.errors import UserError, unknown
+
+CANARIES = 16  #: checked in one forward pass
+
+
+class Bank:
+    """Adapters by name, on a bare ``model`` in evaluation mode.
+
+    ``max_bytes`` bounds the memory that they take on the model's device, the operands of the running batch included:
+    adapters that no batch needs move to host memory, the least recently used first, and come back when asked for.
+    (On a CPU the host's memory is the device's.) Adapters may be added and removed while a batch runs; it goes on with
+    those it started with.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None):
+        assert not any(isinstance(module, AdaptedLinear) for module in model.modules()), "the model is adapted already"
+        self.model = model
+        self.max_bytes = max_bytes
+        self.fingerprint = fingerprint(model)
+        self._tenants: dict[str, Tenant] = {}
+        self._resident: OrderedDict[str, Tenant] = OrderedDict()  # on the device, least recently used first
+        self._running: Batch | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all adapters, in the order in which they came."""
+        return list(self._tenants)
+
+    @property
+    def resident(self) -> list[str]:
+        """Those on the model's device, least recently used first."""
+        return list(self._resident)
+
+    def bytes(self, name: str) -> int:
+        """Memory that an adapter takes."""
+        return self._find(name).bytes
+
+    def add(self, name: str, adapter: Adapter, folder: Path | None = None) -> None:
+        """Copy what ``adapter``, on a model of the same weights, holds now; ``folder`` is where it was saved.
+
+        Raises UserError for a name that is taken, another model, and an adapter that is more than low-rank products.
+        """
+        if adapter.fingerprint != self.fingerprint:
+            raise UserError(f"bank: '{name}' belongs to another model ('{adapter.model.config.model_type}')")
+        tenant = of_adapter(adapter, name)
+        if folder is not None:
+            tenant.canary = proven(self.model, self.fingerprint, folder)
+        self._put(name, tenant)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Read a LoRA in the PEFT library's format; see :func:`lowrank_cli.adapter.tenant.read`."""
+        self._put(name, read(self.model, self.fingerprint, folder))
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self._find(name)
+        del self._tenants[name]
+        self._resident.pop(name, None)
+
+    @contextmanager
+    def batch(self, tenants: Sequence[str | None]) -> Iterator[Batch]:
+        """Inside, forward passes serve ``tenants``, one a prompt: B rows are B / len(tenants) copies of each in turn.
+
+        Raises UserError for an unknown name, and where the adapters do not fit ``max_bytes``.
+        """
+        assert self._running is None, "a bank runs one batch at a time"
+        found = [None if name is None else self._find(name) for name in tenants]
+        batch = Batch(self.model, found)
+        self._make_room({name for name in tenants if name is not None}, batch.bytes)
+        self._running = batch
+        try:
+            with batch.running():
+                yield batch
+        finally:
+            self._running = None
+
+    @torch.no_grad()
+    def check(self, names: Sequence[str]) -> dict[str, UserError]:
+        """Let saved adapters repeat the logits that were saved with them; the errors of those that do not."""
+        known = {name: self._find(name).canary for name in names}
+        todo = [(name, canary) for name, canary in known.items() if canary is not None]
+        failed = {}
+        for start in range(0, len(todo), CANARIES):
+            some = todo[start : start + CANARIES]
+            ids = torch.cat([canary.ids for _, canary in some]).to(self.model.device)  # (B, T)
+            with self.batch([name for name, _ in some]) as batch:
+                batch.soft = True
+                logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float().cpu()
+            for (name, canary), row in zip(some, logits, strict=True):
+                try:
+                    state.check_logits(row, canary.logits, f"bank: '{name}'", canary.dtype, self.model.dtype)
+                except UserError as error:
+                    failed[name] = error
+        return failed
+
+    def _find(self, name: str) -> Tenant:
+        if name not in self._tenants:
+            raise unknown("bank", name, self._tenants)
+        return self._tenants[name]
+
+    def _put(self, name: str, tenant: Tenant) -> None:
+        if name in self._tenants:
+            raise UserError(f"bank: there is an adapter '{name}' already; remove it first")
+        self._tenants[name] = tenant
+        try:
+            self._make_room({name}, 0 if self._running is None else self._running.bytes)
+        except UserError:
+            del self._tenants[name]
+            raise
+
+    def _make_room(self, needed: set[str], operands: int) -> None:
+        """Bring ``needed`` to the device, beside ``operands`` bytes of a batch; offload others as far as it takes."""
+        if self.max_bytes is not None:
+            room = self.max_bytes - operands - sum(self._tenants[name].bytes for name in needed)
+            if room < 0:
+                raise UserError(
+                    f"bank: {_named(needed)} and a batch's operands take {_size(self.max_bytes - room)}, and max_bytes "
+                    f"is {_size(self.max_bytes)}; use smaller batches, or allow more"
+                )
+            others = [name for name in self._resident if name not in needed]
+            taken = sum(self._resident[name].bytes for name in others)
+            for name in others:
+                if taken <= room:
+                    break
+                tenant = self._resident.pop(name)
+                taken -= tenant.bytes
+                tenant.to("cpu")
+        for name in sorted(needed, key=self.names.index):
+            self._resident[name] = self._tenants[name]
+            self._resident.move_to_end(name)
+            self._tenants[name].to(self.model.device)
+
+
+class Batch:
+    """The tenants of one batch on ``model``: operands gathered once, routers asked once for each prompt.
+
+    Linears that nothing in the batch updates are the bare ones. What routers choose from is gathered when they have
+    seen the prompts, for the rows that use it only.
+    """
+
+    def __init__(self, model: PreTrainedModel, tenants: Sequence[Tenant | None]):
+        self.model = model
+        self.soft = False  #: every routed module on, in proportion to its probability
+        self.tenants = {id(tenant): tenant for tenant in tenants if tenant is not None}
+        self._prompts = [None if tenant is None else id(tenant) for tenant in tenants]  # (P,)
+        self._copies = 1  # rows of each prompt
+        self._mask: Tensor | None = None  # (B, T) of the prompts, in a pass that starts new ones
+        self._linears: dict[str, GroupedLinear] = {}
+        self._gates: dict[Place, Tensor] = {}  # (P,)
+        self._places = list(dict.fromkeys(where for tenant in self.tenants.values() for where in tenant.updates))
+        routes = [tenant.routes for tenant in self.tenants.values() if tenant.routes is not None]
+        self._routed = {where for route in routes for layer in route.places for where in layer}
+
+    @property
+    def bytes(self) -> int:
+        """Most memory that the operands take, with every module on."""
+        return sum(self._bytes(where) for where in self._places)
+
+    def _bytes(self, where: Place) -> int:
+        pairs = [self.tenants[owner].updates[where] for owner in group(self._owners(where)).owners]
+        rank = max(len(a) for a, _ in pairs)
+        sizes = [matrix.shape[1] * matrix.element_size() for matrix in pairs[0]]
+        return len(pairs) * rank * sum(sizes) if len(pairs) > 1 else 0  # a single one is used where it lies
+
+    def _owners(self, where: Place) -> tuple[int | None, ...]:
+        """The owner of each row (B,), None where nothing is to be added at ``where``."""
+        gates = self._gates[where].tolist() if where in self._gates else [1.0] * len(self._prompts)
+        own = [
+            owner if owner is not None and gate > 0 and where in self.tenants[owner].updates else None
+            for owner, gate in zip(self._prompts, gates, strict=True)
+        ]
+        return tuple(owner for owner in own for _ in range(self._copies))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The updates are in the model inside."""
+        with ExitStack() as undo:
+            for path in dict.fromkeys(where.path for where in self._places):
+                base = self.model.get_submodule(path)
+                self._linears[path] = GroupedLinear(base)
+                replace_module(self.model, path, self._linears[path])
+                undo.callback(replace_module, self.model, path, base)
+            undo.callback(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            for index, layer in enumerate(layers(self.model) if self._routed else ()):
+                hook = layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+                undo.callback(hook.remove)
+            self._gather()
+            yield
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        rows, mask = batch_rows(args, kwargs), kwargs.pop("prompt_mask", None)
+        copies, left = divmod(rows, len(self._prompts))
+        assert copies and not left, f"{rows} rows are no copies of {len(self._prompts)} prompts"
+        if copies != self._copies:
+            self._copies = copies
+            self._gather()
+        self._mask = None if continues(kwargs) else prompts(args, kwargs, mask)
+        return args, kwargs
+
+    def _before_layer(self, index: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def route(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._mask is None:
+                return
+            hidden = (args[0] if args else kwargs["hidden_states"])[:: self._copies]  # (B, T, D) -> (P, T, D)
+            mask, found = self._mask[:: self._copies], dict[Place, Tensor]()
+            for owner, tenant in self.tenants.items():
+                if tenant.routes is None:
+                    continue
+                own = torch.tensor([row for row, at in enumerate(self._prompts) if at == owner], device=hidden.device)
+                gates = tenant.routes.gates(index, hidden[own], mask[own], self.soft)  # (n, N)
+                for where, column in zip(tenant.routes.places[index], gates.t(), strict=True):
+                    ones = torch.ones(len(self._prompts), device=hidden.device)
+                    found[where] = found.get(where, ones).index_copy(0, own, column.float())
+            self._gates |= found
+            for where in found:
+                self._set(where)
+
+        return route
+
+    def _gather(self) -> None:
+        """The operands of all modules that are not still to be chosen."""
+        for where in self._places:
+            if where in self._gates or where not in self._routed:
+                self._set(where)
+
+    def _set(self, where: Place) -> None:
+        """Gather the operands of ``where`` for the rows that use it."""
+        updates = self._linears[where.path].updates
+        updates.pop(where.span, None)
+        grouping = group(self._owners(where))
+        if grouping.owners:
+            a, b = zip(*(self.tenants[owner].updates[where] for owner in grouping.owners), strict=True)
+            device = self.model.device
+            gates = self._gates[where].repeat_interleave(self._copies) if where in self._gates else None
+            updates[where.span] = GroupedUpdate(
+                stacked(a, device), stacked(b, device), grouping, gates, where.span, len(self._prompts) * self._copies
+            )
+
+
+def _named(names: set[str]) -> str:
+    return f"'{next(iter(names))}'" if len(names) == 1 else f"{len(names)} adapters"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"

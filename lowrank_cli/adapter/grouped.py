@@ -1,0 +1,124 @@
+"""Low-rank updates that differ from row to row of a batch: one batched matrix product for each linear.
+
+Rows of one owner stand together in groups of n, so that an owner's A and B are read once for n rows. The operands are
+gathered once when a batch starts: gathering at every call would cost more than the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+#: What reading an owner's A and B costs in a decoding step: as much as computing so many rows (measured on a CPU).
+OPERANDS = 4
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The rows of a batch that have an owner, in G groups of n rows; a group that is too short is filled up."""
+
+    owners: tuple[int, ...]  #: of each group, (G,)
+    rows: tuple[int, ...]  #: of the batch, (G * n,); -1 fills up
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the groups are the batch as it stands."""
+        return self.rows == tuple(range(len(self.rows)))
+
+
+@lru_cache(maxsize=256)
+def group(owners: tuple[int | None, ...]) -> Grouping:
+    """Groups of the rows, whose ``owners`` (B,) are None where there is nothing to add.
+
+    n makes G · (OPERANDS + n) smallest: few reads, and few rows that only fill up.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, owner in enumerate(owners):
+        if owner is not None:
+            rows.setdefault(owner, []).append(row)
+    counts = [len(own) for own in rows.values()]
+
+    def cost(size: int) -> int:
+        return sum(-(-count // size) for count in counts) * (OPERANDS + size)
+
+    size = min(range(1, max(counts, default=1) + 1), key=cost)
+    found, order = [], []
+    for owner, own in rows.items():
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            found.append(owner)
+            order += part + [-1] * (size - len(part))
+    return Grouping(tuple(found), tuple(order))
+
+
+def stacked(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Matrices (R, X) of unlike ranks as one tensor (G, max R, X) on ``device``, zeros below; of one a view."""
+    if len(parts) == 1:
+        return parts[0].to(device).unsqueeze(0)  # (R, X) -> (1, R, X)
+    rank = max(len(part) for part in parts)
+    whole = parts[0].new_empty(len(parts), rank, parts[0].shape[1], device=device)
+    for matrix, part in zip(whole, parts):
+        matrix[: len(part)] = part
+        matrix[len(part) :] = 0
+    return whole
+
+
+class GroupedUpdate:
+    """y += w ⊙ B_o (A_o x), with the matrices of each row's owner o.
+
+    ``a`` (G, R, I) and ``b`` (G, R, O) belong to the groups of ``grouping``, with the scale in ``b``; ``gates`` (B,)
+    are w, None where all are 1. ``span`` is the part of the output that the update covers, None for all of it.
+    """
+
+    def __init__(
+        self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: tuple[int, int] | None, batch: int
+    ):
+        self.a, self.b, self.span, self.batch = a.mT, b, span, batch
+        rows = torch.tensor(grouping.rows, device=a.device)
+        self.rows = None if grouping.in_order and len(rows) == batch else rows.clamp_min(0)  # (G * n,)
+        self.gate: Tensor | None = None  # (G * n, 1, 1)
+        if gates is not None or -1 in grouping.rows:
+            gate = torch.ones_like(rows, dtype=a.dtype) if gates is None else gates.to(a.dtype)[rows.clamp_min(0)]
+            self.gate = gate.masked_fill(rows < 0, 0).reshape(-1, 1, 1)
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Add in place to ``y`` (B, T, O) or (B * T, O), the frozen output for ``x`` (B, T, I) or (B * T, I)."""
+        groups, inputs, rank = self.a.shape
+        if self.rows is not None:
+            x = x.reshape(self.batch, -1, inputs)[self.rows]  # (B, T, I) -> (G * n, T, I)
+        h = torch.bmm(x.reshape(groups, -1, inputs), self.a)  # (G, n * T, I) @ (G, I, R) -> (G, n * T, R)
+        if self.gate is not None:
+            h = (h.view(len(self.gate), -1, rank) * self.gate).view(groups, -1, rank)
+        if self.rows is None:
+            y = y.view(groups, -1, y.shape[-1])  # (B, T, O) -> (G, n * T, O)
+            (y if self.span is None else y[..., slice(*self.span)]).baddbmm_(h, self.b)  # += (G, n*T, R) @ (G, R, O)
+        else:
+            y = y.view(self.batch, -1, y.shape[-1])  # (B, T, O)
+            y = y if self.span is None else y[..., slice(*self.span)]
+            y.index_add_(0, self.rows, torch.bmm(h, self.b).view(len(self.rows), -1, y.shape[-1]))
+
+
+class GroupedLinear(nn.Module):
+    """A frozen linear with the grouped updates of the batch that runs."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.updates: dict[tuple[int, int] | None, GroupedUpdate] = {}  # by the span that each covers
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: some models read it for its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for update in self.updates.values():
+            update.add_to(y, x)
+        return y

@@ -1,0 +1,194 @@
+"""One adapter as a bank holds it: its low-rank factors by place, and its routers where it has some."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter import state
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.linear import LINEARS, linear_shape
+from lowrank_cli.adapter.router import Router, scaled_gates
+from lowrank_cli.errors import UserError
+
+
+class Place(NamedTuple):
+    """A linear by its path, and the part of its output that an update covers (None for all of it)."""
+
+    path: str
+    span: tuple[int, int] | None
+
+
+@dataclass
+class Routes:
+    """The routers of a prompt-routed adapter: which gates the modules of a layer get."""
+
+    routers: list[Router]  #: one a layer
+    places: list[list[Place]]  #: what each router chooses from
+    k: int
+    choose: Callable[[Tensor, int], Tensor]
+
+    def gates(self, layer: int, hidden: Tensor, mask: Tensor, soft: bool) -> Tensor:
+        """Hidden states (B, T, D) in front of ``layer`` and prompt mask (B, T) -> gates (B, N)."""
+        probabilities = self.routers[layer](hidden, mask)
+        return scaled_gates(probabilities, probabilities.shape[1]) if soft else self.choose(probabilities, self.k)
+
+
+class Canary(NamedTuple):
+    """A fixed input (1, T), the logits (V,) that the adapter gave it when it was saved, and the model's dtype then."""
+
+    ids: Tensor
+    logits: Tensor
+    dtype: str
+
+
+@dataclass
+class Tenant:
+    """An adapter: for each place A (R, I) and s · Bᵀ (R, O), in the dtype that the model computes in."""
+
+    updates: dict[Place, tuple[Tensor, Tensor]]
+    routes: Routes | None = None
+    canary: Canary | None = None
+
+    @property
+    def bytes(self) -> int:
+        tensors = [tensor for pair in self.updates.values() for tensor in pair]
+        if self.routes is not None:
+            tensors += [parameter for router in self.routes.routers for parameter in router.parameters()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move to ``device``. Whoever holds the tensors of before keeps them."""
+        self.updates = {place: (a.to(device), b.to(device)) for place, (a, b) in self.updates.items()}
+        if self.routes is not None:
+            for router in self.routes.routers:
+                router.to(device)
+
+
+@torch.no_grad()
+def of_adapter(adapter: Adapter, name: str) -> Tenant:
+    """A copy of what ``adapter`` holds now.
+
+    Raises UserError for an adapter that is more than low-rank products chosen by the prompt.
+    """
+    if adapter.trained.keys() - _own(adapter):
+        raise UserError(f"bank: '{name}' trains a part of the model in full, so it cannot share it with others")
+    routing = adapter.routing
+    if routing is not None:
+        routing.open_all()
+    places = {key: Place(site.path, site.span) for key, site in adapter.sites.items()}
+    updates = {}
+    for key, part in adapter.modules.items():
+        b, a = (None, None) if part.unmergeable else part.change()  # (O, R), (R, I)
+        if b is None or a is None or b.numel() + a.numel() >= b.shape[0] * a.shape[1]:
+            why = part.unmergeable or "its change of a weight is no product of small factors"
+            raise UserError(f"bank: '{name}' cannot be one of many: {why}")
+        updates[places[key]] = _laid_out(a, b, adapter.model.dtype)
+    routes = None
+    if routing is not None:
+        keys = {id(part): key for key, part in adapter.modules.items()}
+        columns = [[places[keys[id(part)]] for part in layer] for layer in routing.parts]
+        routes = Routes(copy.deepcopy(routing.routers), columns, routing.k, routing.choose)
+    return Tenant(updates, routes)
+
+
+def _own(adapter: Adapter) -> set[str]:
+    """Names of the trained tensors that belong to modules and routers."""
+    own = {f"{key}.{name}" for key, part in adapter.modules.items() for name in part.tensors()}
+    if adapter.routing is not None:
+        routers = {id(parameter) for router in adapter.routing.routers for parameter in router.parameters()}
+        own |= {name for name, parameter in adapter.trained.items() if id(parameter) in routers}
+    return own
+
+
+def _laid_out(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R), its scale included, as they are multiplied: both row by row, (R, I) and (R, O)."""
+    return a.detach().to(dtype, copy=True), b.detach().t().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def readable(folder: Path) -> bool:
+    """Whether :func:`read` can tell the adapter in ``folder`` from its files alone."""
+    return (folder / state.CONFIG).is_file()
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
+    """A LoRA in the format of the PEFT library, from one of our runs or from elsewhere.
+
+    Raises UserError for files that are missing, damaged or of another model, and for options of the library that are
+    not a plain LoRA of linears.
+    """
+    canary = None
+    if (folder / state.PROOF).is_file():
+        canary = proven(model, fingerprint, folder)
+    config = _config(folder)
+    updates = {}
+    tensors = state.read_tensors(folder / state.WEIGHTS)
+    for name in tensors:
+        path = name.removeprefix(state.PREFIX).removesuffix(".lora_A.weight")
+        if f"{state.PREFIX}{path}.lora_A.weight" != name:
+            if not (name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in tensors):
+                raise UserError(f"{folder}: has '{name}', which is no part of a LoRA of linears")
+            continue
+        a, b = tensors[name], tensors.get(f"{state.PREFIX}{path}.lora_B.weight")
+        inputs, outputs = _shape(model, path, str(folder))
+        if b is None or a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
+            raise UserError(f"{folder}: the factors of '{path}' do not fit {outputs} × {inputs}")
+        updates[Place(path, None)] = _laid_out(a, b * _scale(config, path, len(a)), model.dtype)
+    if not updates:
+        raise UserError(f"{folder}: {state.WEIGHTS} holds no LoRA")
+    return Tenant(updates, canary=canary)
+
+
+def proven(model: PreTrainedModel, fingerprint: str, folder: Path) -> Canary:
+    """The canary of an adapter that we saved, once its files are whole and of this model."""
+    proof, saved = state.read_proof(folder), state.read_tensors(folder / state.CANARY)
+    state.check_fingerprint(proof, fingerprint, str(folder), model.config.model_type)
+    return Canary(saved["input_ids"], saved["logits"], proof["dtype"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json``, where it describes a plain LoRA."""
+    try:
+        config: dict[str, Any] = json.loads((folder / state.CONFIG).read_text())
+        assert isinstance(config, dict) and config["lora_alpha"] is not None
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not an adapter folder ({state.CONFIG} is missing)") from None
+    except (ValueError, KeyError, AssertionError):
+        raise UserError(f"{folder}: {state.CONFIG} is damaged") from None
+    asked = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
+    for key, plain in asked.items():
+        if config.get(key, plain) not in (plain, [] if plain is None else plain):
+            raise UserError(f"{folder}: {state.CONFIG} has {key}={config[key]}, and a bank takes {key}={plain}")
+    return config
+
+
+def _scale(config: dict[str, Any], path: str, rank: int) -> float:
+    """alpha / rank of the linear at ``path`` by the PEFT library's rules: the first pattern that matches wins."""
+    alpha = config["lora_alpha"]
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            alpha = own
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _shape(model: PreTrainedModel, path: str, source: str) -> tuple[int, int]:
+    try:
+        linear: nn.Module = model.get_submodule(path)
+    except AttributeError:
+        raise UserError(f"{source}: has '{path}', which this model lacks") from None
+    linear = getattr(linear, "base", linear)  # inside a batch
+    if not isinstance(linear, LINEARS):
+        raise UserError(f"{source}: '{path}' is no linear of this model")
+    return linear_shape(linear)

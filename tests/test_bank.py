@@ -1,0 +1,315 @@
+"""The bank: every row of a batch computes what its adapter computes alone, whatever stands in the other rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import small
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from lowrank_cli.adapter import state
+from lowrank_cli.adapter.bank import Bank
+from lowrank_cli.adapter.export import as_lora, save_lora
+from lowrank_cli.adapter.grouped import group
+from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.errors import UserError
+
+EQUAL = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def mixed_ranks(family):
+    """As ALoRA leaves it: other ranks in other modules, and one module without any."""
+    adapter = small.adapted("lora", family)
+    plan = {}
+    for at, (key, part) in enumerate(adapter.modules.items()):
+        plan[key] = (list(range(at % 3 + (at > 0))), at % 2)
+        assert part.rank == 4
+    resize(adapter, plan)
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.normal_(std=0.2)
+    return adapter
+
+
+def another(name, family, **settings):
+    """An adapter with numbers of its own."""
+    adapter = small.adapted(name, family, **settings)
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_a.mul_(torch.rand_like(part.lora_a) + 0.5)
+        for router in adapter.routing.routers if adapter.routing else []:
+            router.projection.weight.neg_()
+    return adapter
+
+
+def adapters(family):
+    roles = small.ROLES[family]
+    return {
+        "lora": small.adapted("lora", family),
+        "wide": another("lora", family, rank=7, alpha=3),
+        "ranks": mixed_ranks(family),
+        "few": another("lora", family, target_modules=["V", "D"], rank=6),
+        "milora": small.adapted("milora", family),
+        "milora2": another("milora", family, k=1, pooler="max", target_modules=list(roles[1:5])),
+        "pissa": another("pissa", family),
+        "sora": small.adapted("sora", family),
+    }
+
+
+def filled(family, found):
+    bank = Bank(small.model(family))
+    for name, adapter in found.items():
+        bank.add(name, adapter)
+    return bank
+
+
+def padded(rows, tokens=9):
+    """Token ids and attention mask (rows, tokens); every row has more padding on the left than the one before."""
+    ids, mask = small.ids(rows, tokens), torch.ones(rows, tokens, dtype=torch.long)
+    for row in range(rows):
+        mask[row, : row % 5] = 0
+        ids[row, : row % 5] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3", "gpt2", "opt"])
+def test_each_row_has_the_logits_of_its_adapter_alone(family):
+    found = adapters(family)
+    bank = filled(family, found)
+    names = [*found, None, "few", "milora", "lora", "lora", "milora2", None, "lora"]
+    ids, mask = padded(len(names))
+    with torch.no_grad():
+        bare = bank.model(input_ids=ids, attention_mask=mask).logits
+        with bank.batch(names):
+            together = bank.model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(bank.model(input_ids=ids, attention_mask=mask).logits, bare), (
+            "the model is the bare one again"
+        )
+        for row, name in enumerate(names):
+            model = found[name].model if name else bank.model
+            alone = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0]
+            torch.testing.assert_close(together[row, row % 5 :], alone[row % 5 :], **EQUAL)
+            if name:
+                assert (alone - bare[row])[row % 5 :].abs().max() > 1e-3, "the adapter does something"
+
+
+def generated(model, ids, mask, beams):
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=7,
+        min_new_tokens=7,
+        num_beams=beams,
+        num_return_sequences=beams,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_is_that_of_each_adapter_alone(family, beams):
+    found = adapters(family)
+    bank = filled(family, found)
+    names = ["milora", "few", None, "milora", "ranks", "milora2"]
+    ids, mask = padded(len(names))
+    with bank.batch(names):
+        together = generated(bank.model, ids, mask, beams)
+    for row, name in enumerate(names):
+        model = found[name].model if name else bank.model
+        alone = generated(model, ids[row : row + 1], mask[row : row + 1], beams)
+        own = slice(row * beams, (row + 1) * beams)
+        assert torch.equal(together.sequences[own], alone.sequences)
+        for one, other in zip(together.scores, alone.scores, strict=True):
+            torch.testing.assert_close(one[own], other, **EQUAL)
+
+
+def test_a_prompt_of_a_routed_adapter_is_routed_once_for_all_its_beams(monkeypatch):
+    adapter = small.adapted("milora")
+    bank = filled("llama", {"milora": adapter})
+    seen = []
+    routes = bank._find("milora").routes
+    gates = routes.gates
+    monkeypatch.setattr(routes, "gates", lambda *args: seen.append(len(args[1])) or gates(*args))
+    with bank.batch(["milora", None, "milora"]):
+        bank.model.generate(small.ids(3), max_new_tokens=4, num_beams=3, do_sample=False)
+    assert seen == [2, 2], "two prompts in each of two layers, and nothing for later tokens"
+
+
+def test_a_cache_continued_by_more_rows_keeps_each_rows_adapter():
+    found = adapters("llama")
+    bank = filled("llama", found)
+    names, ids = ["milora", "lora", "milora2"], small.ids(3, 6)
+    with torch.no_grad():
+        with bank.batch(names):
+            cache = bank.model(input_ids=ids, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(2)
+            after = torch.arange(3, 9).view(6, 1)
+            together = bank.model(input_ids=after, past_key_values=cache).logits
+        for row, name in enumerate(names):
+            for copy in range(2):
+                at = 2 * row + copy
+                model = found[name].model
+                cache = model(input_ids=ids[row : row + 1], use_cache=True).past_key_values
+                alone = model(input_ids=after[at : at + 1], past_key_values=cache).logits
+                torch.testing.assert_close(together[at], alone[0], **EQUAL)
+
+
+class Meanwhile(StoppingCriteria):
+    """Calls ``act`` after the second token."""
+
+    def __init__(self, act):
+        self.act, self.tokens = act, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.tokens += 1
+        if self.tokens == 2:
+            self.act()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_adapters_come_and_go_while_a_batch_runs():
+    found = adapters("llama")
+    bank, ids = filled("llama", found), small.ids(2)
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def act():
+        bank.remove("milora")
+        bank.remove("lora")
+        bank.add("lora", found["wide"])
+        bank.add("new", found["few"])
+
+    with bank.batch(["milora", "lora"]):
+        before = bank.model.generate(ids, **arguments)
+    with bank.batch(["milora", "lora"]):
+        meanwhile = bank.model.generate(ids, stopping_criteria=StoppingCriteriaList([Meanwhile(act)]), **arguments)
+    assert torch.equal(before, meanwhile)
+    assert bank.names[-2:] == ["lora", "new"] and "milora" not in bank.names
+    with bank.batch(["lora", "new"]), torch.no_grad():
+        together = bank.model(input_ids=ids).logits
+        for row, name in enumerate(["wide", "few"]):
+            torch.testing.assert_close(
+                together[row], found[name].model(input_ids=ids[row : row + 1]).logits[0], **EQUAL
+            )
+
+
+def test_memory_is_bounded_and_the_least_recently_used_leave_the_device():
+    adapter = small.adapted("lora")
+    size = filled("llama", {"one": adapter}).bytes("one")
+    assert size == 4 * adapter.count()
+    bank = Bank(small.model(), max_bytes=4 * size)
+    for name in "abcde":
+        bank.add(name, adapter)
+    assert bank.resident == ["b", "c", "d", "e"] and bank.names == list("abcde")
+    with bank.batch(["b", "b"]):  # one adapter needs no operands of its own
+        assert bank.resident == ["c", "d", "e", "b"]
+    with bank.batch(["a", "b"]) as batch:
+        assert batch.bytes == 2 * size and bank.resident == ["a", "b"], "two adapters and as many operands"
+        bank.model(input_ids=small.ids(2))
+    with pytest.raises(UserError, match=r"bank: 3 adapters and a batch's operands take .* MB, and max_bytes is"):  # noqa: SIM117
+        with bank.batch(["a", "b", "c"]):
+            pass
+    bank.max_bytes = size
+    with pytest.raises(UserError, match=r"bank: 'big' and a batch's operands take"):
+        bank.add("big", small.adapted("lora", rank=7))
+    assert "big" not in bank.names
+    bank.remove("a")
+    assert bank.resident == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("owners", "size"),
+    [
+        ([1, 2, 3, 4], 1),
+        ([1, 1, 1, 1], 4),
+        ([1, 2] * 8, 8),
+        ([1] * 57 + [2, 3, 4, 5, 6, 7, 8], 6),
+        ([None, 1, None], 1),
+    ],
+)
+def test_rows_are_grouped_by_owner(owners, size):
+    found = group(tuple(owners))
+    assert len(found.rows) == size * len(found.owners)
+    assert sorted(row for row in found.rows if row >= 0) == [row for row, own in enumerate(owners) if own is not None]
+    for at, row in enumerate(found.rows):
+        assert row == -1 or owners[row] == found.owners[at // size]
+    assert group((None,)).owners == ()
+
+
+def test_what_cannot_be_one_of_many_is_refused():
+    bank = filled("llama", {"lora": small.adapted("lora")})
+    refused = {
+        "dora": "its change of a weight is no product of small factors",
+        "moelora": "the experts are chosen token by token",
+    }
+    for name, why in refused.items():
+        with pytest.raises(UserError, match=f"bank: '{name}' cannot be one of many: {why}"):
+            bank.add(name, small.adapted(name))
+    with pytest.raises(UserError, match="bank: there is an adapter 'lora' already"):
+        bank.add("lora", small.adapted("lora"))
+    with pytest.raises(UserError, match="bank: unknown value 'lara'; did you mean 'lora'"), bank.batch(["lara"]):
+        pass
+    with pytest.raises(UserError, match="bank: unknown value 'gone'"):
+        bank.remove("gone")
+    with pytest.raises(UserError, match="bank: 'other' belongs to another model"):
+        bank.add("other", small.adapted("lora", "gemma"))
+    with pytest.raises(UserError, match="bank: 'head' trains a part of the model in full"):
+        filled("llama_classifier", {"head": small.adapted("lora", "llama_classifier")})
+
+
+@pytest.mark.parametrize("name", ["lora", "ranks", "exported"])
+def test_saved_adapters_are_read_without_their_method(name, tmp_path):
+    adapter = mixed_ranks("llama") if name == "ranks" else small.adapted("lora")
+    if name == "exported":
+        adapter = small.adapted("pissa")
+        save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    else:
+        state.save(adapter, tmp_path, {})
+    bank, ids = Bank(small.model()), small.ids(2)
+    bank.load("it", tmp_path)
+    assert not bank.check(["it"])
+    with torch.no_grad(), bank.batch(["it", "it"]):
+        torch.testing.assert_close(bank.model(input_ids=ids).logits, adapter.model(input_ids=ids).logits, **EQUAL)
+
+
+def test_canaries_prove_what_was_saved(tmp_path):
+    bank = Bank(small.model())
+    for name in ("lora", "milora", "sora"):
+        (tmp_path / name).mkdir()
+        adapter = small.adapted(name)
+        state.save(adapter, tmp_path / name, {})
+        bank.add(name, adapter, tmp_path / name)
+    assert not bank.check(bank.names)
+    bank._find("milora").routes.routers[1].projection.weight.data.neg_()
+    a, _ = next(iter(bank._find("lora").updates.values()))
+    a.mul_(3)
+    failed = bank.check(bank.names)
+    assert list(failed) == ["lora", "milora"] and "does not compute what it did" in str(failed["lora"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "has use_dora=True, and a bank takes use_dora=False"),
+        ({"bias": "all"}, "has bias=all"),
+        ({"modules_to_save": ["score"]}, "has modules_to_save="),
+        ({"peft_type": "IA3"}, "has peft_type=IA3"),
+    ],
+)
+def test_other_adapters_of_the_library_are_refused(change, message, tmp_path):
+    adapter = small.adapted("lora")
+    config = tmp_path / state.CONFIG
+    save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    text = config.read_text()
+    config.write_text(json.dumps(json.loads(text) | change))
+    with pytest.raises(UserError, match=message):
+        Bank(small.model()).load("it", tmp_path)
+    config.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        Bank(small.model()).load("it", tmp_path)
+    config.unlink()
+    with pytest.raises(UserError, match="not an adapter folder"):
+        Bank(small.model()).load("it", tmp_path)

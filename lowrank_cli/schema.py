@@ -7,6 +7,7 @@ A method's own schema stands in its file under ``lowrank_cli/methods`` and deriv
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -39,6 +40,13 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Check ranges that need no model."""
+
+    def absorb(self, given: Collection[str]) -> dict[str, Any]:
+        """Values from files that this section names: they become part of it, so that what is saved is what ran.
+
+        ``given`` are the keys that the user set.
+        """
+        return {}
 
 
 @dataclass
@@ -103,7 +111,8 @@ class TaskConfig:
     subset: Optional[str] = MISSING  #: configuration name on the Hub
     path: Optional[str] = MISSING  #: folder of ``<split>.jsonl`` files, instead of the Hub
     generator: Optional[str] = MISSING  #: a generator of :mod:`lowrank_cli.tasks.tiny`, instead of both
-    splits: str = MISSING  #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`) or ``given``
+    #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, or ``held_out`` of the train split
+    splits: str = MISSING
     train_split: str = MISSING  #: names of the given splits
     dev_split: str = MISSING
     test_split: str = MISSING
@@ -120,7 +129,7 @@ class TaskConfig:
                 raise UserError(f"task.parts: '{part.name}' is a mix itself; name its parts instead")
             with inside("task", f"task.parts.{name}"):
                 part.validate()
-        require_choice("task.splits", self.splits, ("paper", "given"))
+        require_choice("task.splits", self.splits, ("paper", "given", "held_out"))
         metrics = ("mean",) if self.answer == "mix" else ("accuracy", "exact_match", "number_match", "bleu", "rouge_l")
         require_choice("task.metric", self.metric, metrics)
         require_range("task.max_length", self.max_length, 2)

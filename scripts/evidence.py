@@ -4,10 +4,11 @@
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
 ``overrides``. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one with the best
-dev loss at seed 100 on the ``task``. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is
-finished is kept, so the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of
-``lrk compare`` (Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned
-values, commit, machine).
+dev loss at seed 100 on the ``task``. Where a group has ``prepare`` (name: a verb and its overrides), these run before,
+in their order and for every seed: ``{name}`` is the folder that one leaves, for later ones and for the methods, and
+``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
+the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of ``lrk compare``
+(Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned values, commit, machine).
 """
 
 from __future__ import annotations
@@ -43,6 +44,24 @@ def sweep(overrides: list[str], folder: Path) -> str:
     return "lrk " + " ".join(arguments)
 
 
+def prepare(steps: dict[str, list[str]], seed: str, variables: dict[str, str], folder: Path) -> list[str]:
+    """Run what a group needs for one seed, as far as it is not done. Returns the commands."""
+    commands = []
+    for name, (verb, *overrides) in steps.items():
+        own = folder / name / seed
+        filled = [text.format(**variables, **left(steps, seed, folder)) for text in (f"seed={seed}", *overrides)]
+        commands.append("lrk " + " ".join([verb, *filled]))
+        done = [file for file in own.glob("*/*/run.json") if json.loads(file.read_text())["status"] == "done"]
+        if not done:
+            lrk(verb, *filled, f"outputs={own}")
+    return commands
+
+
+def left(steps: dict[str, list[str]], seed: str, folder: Path) -> dict[str, str]:
+    """The folders that :func:`prepare` leaves for a seed, and the seed, by their names in a suite."""
+    return {"seed": seed} | {name: str(folder / name / seed / "latest") for name in steps}
+
+
 def best(folder: Path, key: str) -> str:
     """The value of ``key`` whose run in ``folder`` has the lowest dev loss."""
     losses = {}
@@ -61,7 +80,12 @@ def run_group(suite: dict, name: str, variables: dict[str, str], outputs: Path) 
     group, seeds = suite["groups"][name], ",".join(map(str, suite["seeds"]))
     common = [text.format(**variables) for text in group["overrides"]]
     about: dict = {"commands": [], "tuned": {}}
-    for method, settings in suite["methods"].items():
+    steps, prepared = group.get("prepare", {}), outputs / "prepared" / name
+    for seed in [*suite["seeds"], *[TUNING_SEED] * ("tune" in group)]:
+        about["commands"] += prepare(steps, str(seed), variables, prepared)
+    of_its_seed = left(steps, "${seed}", prepared)
+    for method, overrides in suite["methods"].items():
+        settings = [text.format(**variables, **of_its_seed) for text in overrides]
         chosen = []
         if tune := group.get("tune"):
             folder = outputs / "tuning" / name / method

@@ -2,6 +2,8 @@
 
     python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR [--metric accuracy]
 
+Where the suite has ``pools`` (name: methods), the mean of these methods by seed is one more method to compare with.
+
 Prints, and writes to docs/results/<suite>/<group>/paired.json, for each group and each other method: by task the
 medians, their intervals and the mean difference with its sign-flip test; and the test over all tasks together.
 """
@@ -31,12 +33,19 @@ def values(folder: Path, metric: str) -> dict[int, float]:
     return found
 
 
-def against(tasks: list[Path], method: str, other: str, metric: str) -> dict:
-    """The comparison of two methods over the tasks of a group."""
+def pooled_values(task: Path, methods: list[str], metric: str) -> dict[int, float]:
+    """Seed → mean over ``methods``, for the seeds that all of them have."""
+    found = [values(task / method, metric) for method in methods]
+    seeds = set.intersection(*(set(own) for own in found))
+    return {seed: statistics.mean(own[seed] for own in found) for seed in sorted(seeds)}
+
+
+def against(tasks: list[Path], method: str, others: list[str], metric: str) -> dict:
+    """The comparison of a method with another, or with several as one, over the tasks of a group."""
     record: dict = {"tasks": {}}
     pooled = []
     for task in tasks:
-        ours, theirs = values(task / method, metric), values(task / other, metric)
+        ours, theirs = values(task / method, metric), pooled_values(task, others, metric)
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
@@ -67,8 +76,8 @@ def main() -> None:
         if not folder.is_dir():
             continue
         tasks = sorted(path for path in folder.iterdir() if path.is_dir())
-        others = [name for name in suite["methods"] if name != args.method]
-        found = {other: against(tasks, args.method, other, args.metric) for other in others}
+        others = {name: [name] for name in suite["methods"] if name != args.method} | suite.get("pools", {})
+        found = {name: against(tasks, args.method, other, args.metric) for name, other in others.items()}
         record = {
             "command": f"python scripts/paired.py {args.suite.name} {args.method} --metric {args.metric}",
             "git": git_state(),

@@ -101,6 +101,15 @@ SETTINGS = {
         "policy_learning_rate": 0.01,
         "entropy": 0.01,
     },
+    "fanlora": {
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.0,
+        "setting": None,
+        "match_parameters": True,
+        "chosen_by": "hand",
+        "layers": {"all": ["V", "D"]},
+    },
     "alora": _LORA
     | {
         "score": "ab",

@@ -419,4 +419,17 @@ def test_no_finished_runs_and_no_quality_metric(add):
 
 
 def test_nothing_that_changes_a_result_is_ignored():
-    assert not any(key.startswith(("method.", "model.", "task.")) for key in module.IRRELEVANT)
+    named = {"method.setting", "method.layers"}  # what they hold goes by its name, method.chosen_by
+    assert not any(key.startswith(("method.", "model.", "task.")) for key in module.IRRELEVANT - named)
+
+
+def test_settings_of_modules_go_by_their_name(add):
+    """One found for each seed is one row, another rule is another row."""
+    for seed in (0, 1):
+        for name in ("ablation keep=2", "random"):
+            path, layers = f"/runs/{name}{seed}/setting.yaml", {"0": ["Q"] if seed else ["V", name[0]]}
+            settings = {"method.setting": path, "method.layers": layers, "method.chosen_by": name}
+            add("fanlora", seed, 0.5 + seed / 10, config=settings)
+    rows, *_ = run_compare(add)
+    found = {(row["setting"], row["n"]) for row in rows}
+    assert found == {("chosen_by=ablation keep=2", "2"), ("chosen_by=random", "2")}

@@ -20,7 +20,12 @@ from lowrank_cli.stages.train import Trainer
 CONF = Path(__file__).parent.parent / "conf"
 TRAINABLE = [name for name in methods.names() if methods.can(name, Adapts)]
 #: What fits a method's own settings to models of width 32, where that is not the rank alone.
-SMALL = {"full": [], "moelora": ["method.rank=8", "method.experts=4", "method.k=2"]}
+SETTING = Path(__file__).parent / "setting.yaml"
+SMALL = {
+    "fanlora": ["method.rank=4", f"method.setting={SETTING}"],
+    "full": [],
+    "moelora": ["method.rank=8", "method.experts=4", "method.k=2"],
+}
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 QUICK = [
     "model=llama",
@@ -138,7 +143,7 @@ def test_every_recipe_of_the_bundled_model_runs(name):
     parts = single.preview("run", [f"recipe={name}"], None)
     if not all(composed.config.model.bundled for _, composed in parts):
         pytest.skip("needs a pretrained checkpoint from the Hub")
-    quick = ["task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=1"]
+    quick = ["task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=1"]
     single.start("run", [f"recipe={name}", *quick], None, "lrk run")
     stages = [Run.open(path.parent) for path in sorted(Path("outputs/latest").glob("*/run.json"))]
     assert len(stages) == len(parts)

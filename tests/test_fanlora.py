@@ -1,16 +1,27 @@
 """FanLoRA: scores of modules, the setting that they lead to, and training with it."""
 
+import io
+import shutil
+from pathlib import Path
+
 import pytest
 import small
 import torch
+import yaml
+from rich.console import Console
 from test_ablation import dev_batch, naive, plain
 from torch.nn import functional as F
 
+from lowrank_cli.adapter import state
+from lowrank_cli.config.composition import compose
+from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.report.settings import learned
+from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.modules import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
-from lowrank_cli.scoring.setting import choose
+from lowrank_cli.scoring.setting import Setting, choose, read, text
 
 FAMILIES = ("llama", "gpt2", "opt", "bert", "llama_classifier")
 
@@ -184,3 +195,192 @@ def test_which_modules_stay():
 def test_amounts_of_modules_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         kept(**settings)
+
+
+def write(text, name="mine.yaml"):
+    Path(name).write_text(text)
+    return name
+
+
+def fanlora(layers, family="llama", **settings):
+    return small.method("fanlora", layers=layers, **settings).adapt(small.model(family))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("layers", [{"all": ["Q", "U"]}, {"0": ["O"], "1": ["V", "D"]}, {"0": [], "1": ["Q", "U"]}])
+def test_parameters_are_those_of_lora_within_half_a_rank(family, layers):
+    adapter, every = fanlora(layers, family, rank=1, alpha=2), small.adapted("lora", family, rank=1)
+    one = sum(adapter.sites[key].in_features + adapter.sites[key].out_features for key in adapter.modules)
+    assert abs(adapter.count() - every.count()) <= one / 2
+    assert {part.scale for part in adapter.modules.values()} == {2.0}
+    kept = fanlora(layers, family, rank=1, match_parameters=False)
+    assert kept.modules.keys() == adapter.modules.keys() and set(kept.ranks().values()) == {1}
+
+
+def test_with_every_role_it_is_lora():
+    adapter, other = fanlora({"all": list("QKVOGUD")}), small.adapted("lora", trained=False)
+    assert adapter.ranks() == other.ranks()
+
+
+@pytest.mark.parametrize(
+    ("layers", "family", "message"),
+    [
+        (
+            {"0": ["Q"], "1": ["V"], "2": ["V"]},
+            "llama",
+            "it is for 3 layers, and this model has 2 .*lrk run recipe=fan",
+        ),
+        ({"0": ["Q"], "5": ["V"]}, "llama", "it lacks layer 1, and this model has 2"),
+        ({"all": ["V", "G"]}, "gpt2", r"layer 0 of family 'gpt2' has no role 'G' \(it has Q K V O U D\)"),
+        ({"0": [], "1": []}, "llama", "it keeps no module"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_model_is_refused(layers, family, message):
+    with pytest.raises(UserError, match=f"^method.setting: {message}"):
+        fanlora(layers, family)
+
+
+def test_a_rank_that_no_module_could_have_is_refused():
+    with pytest.raises(UserError, match=r"method.rank: the parameters of rank 4 on all roles make rank 39 on these"):
+        fanlora({"0": ["K"], "1": ["K"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "has no 'layers'"),
+        ("layers: {}", "has no 'layers'"),
+        ("layers: {one: [Q]}", "'one' is no layer"),
+        ("layers: {all: [Q], 0: [V]}", "'all' is no layer"),
+        ("layers: {0: QV}", "layer 0 in 'mine.yaml' must be a list of roles"),
+        ("layers: {0: [", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_setting_is_refused(text, message):
+    with pytest.raises(UserError, match=f"^method.setting: .*{message}"):
+        read(write(text))
+
+
+def test_what_is_written_is_read_again():
+    setting = Setting("mine", {"0": ["Q", "V"], "1": []})
+    found = text(setting, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"})
+    assert read(write(found)) == setting
+    assert "  0: [Q, V]\n  1: []\n" in found and "  0: {Q: 0.25, V: -1e-09}\n" in found
+
+
+def test_the_configuration_holds_the_modules_of_the_file():
+    file = write("layers: {0: [Q], 1: [D, V]}")
+    config = compose("train", ["method=fanlora", f"method.setting={file}"]).config.method
+    assert (config.layers, config.chosen_by) == ({"0": ["Q"], "1": ["D", "V"]}, "mine")
+    assert config.setting == str(Path(file).absolute())
+    later = compose("train", ["method=fanlora", "method.setting={prune}/setting.yaml"], later=("{prune}",))
+    assert later.config.method.layers == {}
+    bundled = compose("train", ["method=fanlora"]).config.method
+    assert len(bundled.layers) == 6 and all(len(roles) == 2 for roles in bundled.layers.values())
+    benched = compose("bench", [f"bench.methods=[base,'fanlora setting={file}']"]).config.variants
+    assert benched[f"fanlora setting={file}"].layers == config.layers
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_peft_library_loads_it_as_it_is(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = small.adapted("fanlora", family, layers={"0": ["Q", "U"], "1": ["D"]})
+    state.save(adapter, tmp_path, {})
+    model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
+    ids = small.ids()
+    torch.testing.assert_close(model(input_ids=ids).logits, adapter.model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+QUICK = ["task.limit=16", "hardware.threads=1"]
+TRAIN = ["train.max_steps=2", "train.batch_size=8", "train.eval_every=2", "train.checkpoint_every=0"]
+
+
+def lrk_run(verb, *overrides):
+    single.start(verb, list(overrides), None, f"lrk {verb}")
+    return Run.open(Path("outputs/latest").resolve())
+
+
+@pytest.mark.slow
+def test_train_score_prune_and_train_another_task(capsys):
+    lrk_run("train", "method=lora", "task=tiny_topic", *QUICK, *TRAIN, "train.learning_rate=1e-2")
+    scored = lrk_run("score", "score.level=module", "score.batch=4")
+    record = scored.read_json("scores.json")
+    assert (record["level"], record["kind"], len(record["modules"])) == ("module", "ablation", 42)
+    for entry in record["modules"]:
+        gone, alone = record["whole"] - entry["without"][0], entry["alone"][0] - record["bare"]
+        assert entry["scores"][0] == pytest.approx(gone + alone, abs=1e-9)
+    assert "prune.keep=2" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"scored modules, but ranks are to be taken out; first: lrk score run=.*=rank"):
+        lrk_run("prune", f"run={scored.path}", "prune.drop=3")
+
+    pruned = lrk_run("prune", f"run={scored.path}", "prune.keep=2")
+    found = yaml.safe_load((pruned.path / "setting.yaml").read_text())
+    best = {entry["module"]: entry["scores"][0] for entry in record["modules"]}
+    for layer in range(6):
+        own = [entry for entry in record["modules"] if entry["layer"] == layer]
+        own.sort(key=lambda entry: -entry["scores"][0])
+        assert set(found["layers"][layer]) == {entry["role"] for entry in own[:2]}
+    assert found["name"] == "ablation keep=2" and found["source"]["task"] == "tiny_topic"
+    assert pruned.metrics["modules"] == 12 and len(best) == pruned.metrics["modules_before"] == 42
+    assert (pruned.path / "plots" / "setting.png").is_file()
+    out = capsys.readouterr().out
+    assert "kept 12 of 42 modules (ablation keep=2)" in out and "lrk train method=fanlora method.setting=" in out
+
+    setting = shutil.copy(pruned.path / "setting.yaml", "found.yaml")
+    trained = lrk_run("train", "method=fanlora", f"method.setting={setting}", "task=tiny_yesno", *QUICK, *TRAIN)
+    assert trained.metrics["modules"] == 12
+    Path(setting).unlink()  # the run holds its modules
+    again = lrk_run("evaluate", f"run={trained.path}")
+    assert again.metrics["test/accuracy"] == trained.metrics["test/accuracy"]
+
+
+@pytest.mark.slow
+def test_a_setting_in_one_command_and_its_controls():
+    trained = lrk_run("train", "method=lora", "task=tiny_topic", *QUICK, *TRAIN)
+    layers = []
+    for seed in (1, 1, 2):
+        controls = ["score.kind=random", f"seed={seed}", "prune.keep_total=9", "name=control"]
+        run = lrk_run("prune", f"run={trained.path}", *controls)
+        setting = yaml.safe_load((run.path / "setting.yaml").read_text())
+        layers.append(setting["layers"])
+        assert (setting["name"], setting["kind"]) == ("control", "random")
+        assert sum(map(len, setting["layers"].values())) == 9 and all(setting["layers"].values())
+    assert layers[0] == layers[1] != layers[2]
+
+
+def test_a_recipe_ends_with_its_tasks_by_method(add_run):
+    runs = [
+        ("instruct", add_run("train", "lora", "tiny_topic", 0.9)),
+        ("frozen", add_run("evaluate", "none", "tiny_yesno", 0.51)),
+        ("lora", add_run("train", "lora", "tiny_yesno", 0.875, trainable_parameters=1000, modules=42)),
+        ("fanlora", add_run("train", "fanlora", "tiny_yesno", 0.9375, trainable_parameters=1010, modules=12)),
+        ("later", None),
+    ]
+    out = printed(learned(runs))
+    assert out[1].split() == ["task", "metric", "none", "lora", "fanlora"]
+    assert out[2].split() == ["tiny_yesno", "test/accuracy", "0.5100", "0.8750", "0.9375"]
+    assert out[3].split() == ["trainable", "parameters", "–", "1k", "1.01k"]
+    assert out[4].split() == ["modules", "–", "42", "12"] and len(out) == 5
+    assert printed(learned(runs[:1])) == []
+
+
+@pytest.fixture
+def add_run():
+    def add(stage, method, task, value, **metrics):
+        choices = {"method": method, "model": "llama", "task": task}
+        run = Run.create(
+            "outputs", stage=stage, config={}, choices=choices, overrides=[], command="lrk", status="pending"
+        )
+        run.finish({"test/accuracy": value, **metrics})
+        return run
+
+    return add
+
+
+def printed(renderables):
+    console = Console(file=io.StringIO(), width=100)
+    for item in renderables:
+        console.print(item)
+    return console.file.getvalue().splitlines()

@@ -284,6 +284,24 @@ def test_given_splits(tmp_path):
     assert (len(task.train), len(task.dev), len(task.test)) == (3, 4, 5)
 
 
+def test_splits_held_out_of_the_training_split(tmp_path):
+    rows = [{"prompt": f"question {n // 2}", "messages": [{"content": "?"}, {"content": f"{n}"}]} for n in range(40)]
+    task = tasks.load(config("ultrachat", path=write(tmp_path / "data", train_sft=rows)))
+    assert (len(task.train), len(task.dev), len(task.test)) == (32, 2, 2)  # two answers to each question
+    prompts = [{example.prompt for example in part} for part in (task.train, task.dev, task.test)]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 20
+    assert all(len(example.references) == 2 for example in task.dev + task.test)
+
+
+def test_a_column_is_read_inside():
+    rows = [{"prompt": "Why?", "messages": [{"content": "Why?"}, {"content": "Because."}]}]
+    (example,) = tasks.examples(config("ultrachat"), rows, "a.jsonl")
+    assert (example.prompt, example.answer) == ("Instruction: Why?\nResponse:", " Because.")
+    for broken in ([], [{"content": "Why?"}], {"1": {}}, "none"):
+        with pytest.raises(UserError, match=r"^a\.jsonl:1: no column 'messages\.1\.content'"):
+            tasks.examples(config("ultrachat"), [{"prompt": "Why?", "messages": broken}], "a.jsonl")
+
+
 def test_a_split_must_not_be_empty(tmp_path):
     path = write(tmp_path / "data", train=reviews(9), validation=reviews(1, 100))
     with pytest.raises(UserError) as error:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank_cli import methods, runs, schema
 from lowrank_cli.config import variants
+from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.errors import UserError, require_choice, require_range
@@ -36,7 +37,12 @@ VERBS: dict[str, type] = {
     "bench": schema.BenchRun,
     "run": schema.RecipeRun,
 }
-INPUTS = ("run", "model.path", "task.path")  #: keys of folders that are read: saved absolute, however they are given
+INPUTS = (
+    "run",
+    "model.path",
+    "task.path",
+    "method.setting",
+)  #: keys of what is read: saved absolute, however they are given
 PATHS = (*INPUTS, "outputs")
 ADAPTERS = ("train", "prune")  # stages that leave an adapter
 #: Verb: the stages whose runs it reads.
@@ -126,6 +132,9 @@ def compose(
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
         _make_absolute(cfg, later)
+        if "method" in cfg:
+            own = [item.key_or_group for item in parsed if item.key_or_group.startswith("method.")]
+            absorb(cfg.method, [key.split(".")[1] for key in own], later)
         with open_dict(cfg):
             del cfg["hydra"]
             if verb == "bench":

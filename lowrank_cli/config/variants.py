@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lowrank_cli import methods
+from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.errors import UserError, unknown
 from lowrank_cli.methods.protocol import Adapts
@@ -46,4 +47,5 @@ def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
         section = load.load_configuration("train", overrides, RunMode.RUN).method
         if rank is not None and "rank" in section and not any(s.startswith("rank=") for s in settings):
             OmegaConf.update(section, "rank", rank)
+        absorb(section, [setting.partition("=")[0] for setting in settings])
     return section

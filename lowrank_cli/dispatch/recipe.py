@@ -20,7 +20,7 @@ from lowrank_cli.config.composition import VERBS, Composed, Source, compose, reb
 from lowrank_cli.config.folders import GROUPS
 from lowrank_cli.dispatch import stage
 from lowrank_cli.errors import UserError, unknown
-from lowrank_cli.report import tables
+from lowrank_cli.report import settings, tables
 from lowrank_cli.runs import PENDING, Run
 from lowrank_cli.schema import RecipeRun
 
@@ -103,9 +103,11 @@ def work(run: Run, composed: Composed) -> None:
 
 
 def summary(run: Run) -> RenderableType:
-    """One line for each stage, and what to do next."""
+    """One line for each stage, what several methods learned on the same tasks, and what to do next."""
     listed = [(item["name"], _open(run.path / item["folder"])) for item in run.read_json(LEDGER)["stages"]]
-    return Group(tables.stages_table(listed, tables.shown(run.path)), *tables.next_steps(run))
+    kept = [line for _, part in listed if part is not None for line in settings.shown(part)]
+    stages = tables.stages_table(listed, tables.shown(run.path))
+    return Group(stages, *kept, *settings.learned(listed), *tables.next_steps(run))
 
 
 def _open(folder: Path) -> Run | None:

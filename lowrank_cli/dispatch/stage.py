@@ -16,7 +16,7 @@ from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
 from lowrank_cli.errors import LrkError, UserError
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.report import bench, scores, tables
+from lowrank_cli.report import bench, scores, settings, tables
 from lowrank_cli.runs import PENDING, Run
 from lowrank_cli.schema import RunConfig
 
@@ -152,4 +152,4 @@ def recorded(run: Run) -> Iterator[None]:
 
 def summary(run: Run) -> RenderableType:
     """The end-of-run table, below the scores of ranks or the figures of a benchmark where there are any."""
-    return Group(*scores.shown(run), *bench.shown(run), tables.end_of_run(run))
+    return Group(*scores.shown(run), *bench.shown(run), *settings.shown(run), tables.end_of_run(run))

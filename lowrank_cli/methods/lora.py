@@ -23,20 +23,29 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LoRAConfig(MethodConfig):
-    """One low-rank module on each target linear."""
+class LowRankConfig(MethodConfig):
+    """What every low-rank module has."""
 
     rank: int = MISSING  #: R, at most the smaller side of any target
     alpha: float = MISSING  #: the update is scaled by alpha / rank
     dropout: float = MISSING  #: probability of zeroing an input of A during training
-    #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
-    target_modules: list[str] = MISSING
 
     def validate(self) -> None:
         require_range("method.rank", self.rank, 1)
         if not self.alpha > 0:
             raise UserError(f"method.alpha: {self.alpha} must be above 0, or the update is nothing")
         require_range("method.dropout", self.dropout, 0, 0.99)
+
+
+@dataclass
+class LoRAConfig(LowRankConfig):
+    """One low-rank module on each target linear."""
+
+    #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
+    target_modules: list[str] = MISSING
+
+    def validate(self) -> None:
+        super().validate()
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")
 

@@ -38,6 +38,8 @@ IRRELEVANT = {
     "evaluate.batch_size",
     "score.tokens",
     "hardware.threads",
+    "method.setting",  # its name stands for it, its layers may differ from seed to seed
+    "method.layers",
     "train.log_every",
     "train.checkpoint_every",
 }
@@ -137,7 +139,7 @@ def _result(run: Run) -> Result:
         **{group: info["choices"][group] for group in ("method", "model", "task")},
         seed=config["seed"],
         started=info.get("started", ""),
-        config={key: value for key, value in _flat(config) if key not in IRRELEVANT},
+        config={key: value for key, value in _flat(config) if not IRRELEVANT & {key, key.rpartition(".")[0]}},
         metrics=metrics,
         seconds=metrics.get("train/seconds"),
         memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import PruneConfig
+
+if TYPE_CHECKING:
+    from lowrank_cli.adapter.families import Site
 
 FILE = "setting.yaml"
 EVERY = "all"  #: stands for every layer
@@ -39,6 +42,8 @@ class Setting:
 
 def read(path: str | Path) -> Setting:
     """The setting in a file. Raises UserError for a file that is none."""
+    if not Path(path).is_file():
+        raise UserError(f"method.setting: there is no file '{path}'")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -114,3 +119,28 @@ def _require(key: str, value: int, low: int, high: int, why: str) -> None:
 
 def _by_layer(kept: Sequence[Module], scores: Mapping[Module, float], layers: Sequence[int]) -> Layers:
     return {str(layer): [role for own, role in scores if own == layer and (own, role) in kept] for layer in layers}
+
+
+def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: str) -> list[Site]:
+    """Those of a model's known ``sites`` that a setting keeps. Raises UserError where layers or roles do not fit."""
+    found = {(site.layer, site.role): site for site in sites}
+    depth = 1 + max((site.layer for site in sites if site.layer is not None), default=-1)
+    if not depth:
+        raise UserError(f"method.setting: the layers and roles of the model's family '{family}' are not known")
+    named = {str(layer): layers[EVERY] for layer in range(depth)} if EVERY in layers else layers
+    wanted = [str(layer) for layer in range(depth)]
+    if named.keys() != set(wanted):
+        absent = [layer for layer in wanted if layer not in named]
+        what = f"it lacks layer {absent[0]}" if len(named) == depth else f"it is for {len(named)} layers"
+        raise UserError(
+            f"method.setting: {what}, and this model has {depth} (0 to {depth - 1}; [] keeps none of a layer); "
+            f"to find one for this model: lrk run recipe=fanlora, or lrk prune prune.keep=2 on a LoRA of your own"
+        )
+    kept = [(layer, role) for layer in range(depth) for role in dict.fromkeys(named[str(layer)])]
+    for layer, role in kept:
+        if (layer, role) not in found:
+            roles = " ".join(own for at, own in found if at == layer and own is not None)
+            raise UserError(f"method.setting: layer {layer} of family '{family}' has no role '{role}' (it has {roles})")
+    if not kept:
+        raise UserError("method.setting: it keeps no module")
+    return [found[place] for place in found if place in set(kept)]

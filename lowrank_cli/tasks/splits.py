@@ -22,7 +22,7 @@ HELD_OUT = 1_000  #: training examples that become dev in larger sets (the paper
 
 
 def names(config: TaskConfig, available: Sequence[str], where: str) -> tuple[str, ...]:
-    """The splits to read: (train, dev, test) if ``given``, (train, evaluation set) by the papers' rule.
+    """The splits to read: all three if ``given``, (train, evaluation set) by the papers' rule, else (train,).
 
     Raises:
         UserError: a split is absent; the message lists those that ``where`` has.
@@ -31,6 +31,8 @@ def names(config: TaskConfig, available: Sequence[str], where: str) -> tuple[str
         wanted = {"train": config.train_split, "dev": config.dev_split, "test": config.test_split}
         return tuple(_present(f"task.{key}_split", name, available, where) for key, name in wanted.items())
     train = _present("task.train_split", config.train_split, available, where)
+    if config.splits == "held_out":
+        return (train,)
     for name in (config.dev_split, config.test_split):
         if name in available and name != train:
             return train, name

@@ -2,7 +2,7 @@
 
 Column names (in ``template``, ``text`` and ``target``) may list alternatives, ``question|question_stem``: the
 first that a row has is read. ``choices`` tasks read the options from the column ``choices``: a list of
-strings, or the Hub's ``{"text": [...], "label": [...]}``.
+strings, or the Hub's ``{"text": [...], "label": [...]}``. ``messages.1.content`` reads inside a column.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ def load(config: TaskConfig) -> Task:
     held_out = [_merge(part) if free else part for part in held_out]
     if config.splits == "given":
         dev, test = held_out
+    elif config.splits == "held_out":
+        kept, taken = splits.hold_out([item.prompt for item in train], min(2 * splits.HELD_OUT, len(train) // 5))
+        held = _merge(_pick(train, taken)) if free else _pick(train, taken)
+        train, (dev, test) = _pick(train, kept), (_pick(held, half) for half in splits.halves(len(held)))
     elif len(train) < splits.SMALL:
         dev, test = (_pick(held_out[0], indices) for indices in splits.halves(len(held_out[0])))
     else:
@@ -264,6 +268,12 @@ def _column(row: dict, column: str, place: str) -> Any:
     for name in column.split("|"):
         if name in row:
             return row[name]
+        found: Any = row
+        for step in name.split("."):
+            known = dict(enumerate(found)) if isinstance(found, list) else found if isinstance(found, dict) else {}
+            found = known.get(int(step) if isinstance(found, list) and step.isdigit() else step)
+        if found is not None:
+            return found
     raise UserError(f"{place}: no column '{column}'{nearest(column, row)} (columns: {', '.join(row)})")
 
 

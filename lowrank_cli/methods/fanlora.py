@@ -1,0 +1,91 @@
+"""FanLoRA: the few LoRA modules that matter are found once, on instruction data, and used for every task.
+
+The abstract of FanLoRA fixes four steps: (a) fine-tune LoRA on all linears on a large instruction set, (b) score the
+importance of every module, (c) keep the most critical ones of each layer, (d) fine-tune downstream tasks with those
+alone. Steps b and c are ``lrk score score.level=module`` and ``lrk prune prune.keep=N``; their outcome is a setting,
+and this method is step d, plain LoRA on the modules of a setting.
+
+Reconstructions: the importance score (:mod:`lowrank_cli.scoring.modules`); the rank, which is raised to
+
+    r' = round(r · Σ (I + O) over all roles / Σ (I + O) over the modules kept)
+
+so that FanLoRA has the tunable parameters of LoRA with rank r on all roles; the scale stays alpha / r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.lora import LowRankConfig
+from lowrank_cli.methods.protocol import Method
+from lowrank_cli.scoring.setting import read
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.families import Site
+
+#: Found by ``lrk run recipe=fanlora`` for the bundled model.
+BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama_setting.yaml"
+
+
+@dataclass
+class FanLoRAConfig(LowRankConfig):
+    """Which modules train, and how large they are. ``rank`` is that of the LoRA whose parameters are matched."""
+
+    setting: Optional[str] = MISSING  #: a file of ``lrk prune`` or written by hand; null is the bundled model's
+    match_parameters: bool = MISSING  #: raise the rank to the parameters of LoRA on all roles, or keep it
+    chosen_by: Optional[str] = MISSING  #: the setting's name; taken from the file
+    #: layer, or ``all``, → roles; taken from the file, so that a run holds its modules
+    layers: dict[str, list[str]] = field(default_factory=dict)
+
+    def absorb(self, given: Collection[str]) -> dict[str, Any]:
+        if self.layers and "setting" not in given:
+            return {}
+        found = read(self.setting or BUNDLED)
+        return {"layers": found.layers, "chosen_by": found.name}
+
+
+class FanLoRA(Method):
+    """LoRA on the modules of a setting, at the parameters of LoRA on all."""
+
+    Config = FanLoRAConfig
+    config: FanLoRAConfig
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """Wrap the setting's modules. Raises UserError where the model has not these layers and roles."""
+        from lowrank_cli.adapter.core import inject
+        from lowrank_cli.adapter.families import known_sites
+        from lowrank_cli.scoring.setting import fitting
+
+        config, every = self.config, known_sites(model)
+        sites = fitting(config.layers, every, model.config.model_type)
+        rank = self._raised(every, sites) if config.match_parameters else config.rank
+        return inject(model, sites, rank=rank, alpha=config.alpha * rank / config.rank, dropout=config.dropout)
+
+    def _raised(self, every: list[Site], kept: list[Site]) -> int:
+        """The rank at which ``kept`` have the parameters of ``every`` with ``method.rank``."""
+        all_features, own = (sum(site.in_features + site.out_features for site in of) for of in (every, kept))
+        rank = max(1, round(self.config.rank * all_features / own))
+        small = min(kept, key=lambda site: min(site.in_features, site.out_features))
+        most = min(small.in_features, small.out_features)
+        if rank > most:
+            raise UserError(
+                f"method.rank: the parameters of rank {self.config.rank} on all roles make rank {rank} on these "
+                f"modules, above the {most} of '{small.key}'; lower it, or set method.match_parameters=false"
+            )
+        return rank
+
+    def observations(
+        self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """How many modules there are, and their rank."""
+        return {"modules": len(adapter.modules), "rank": max(adapter.ranks().values())}, []

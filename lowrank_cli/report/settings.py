@@ -1,0 +1,59 @@
+"""What a setting keeps, and what a recipe learned with it: tables made from run folders alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.console import RenderableType
+from rich.text import Text
+
+from lowrank_cli.report import tables
+from lowrank_cli.runs import Run
+
+
+def shown(run: Run) -> list[RenderableType]:
+    """The modules that a run kept, by layer; nothing for a run without a setting."""
+    file = run.path / tables.SETTING
+    if not run.done or not file.is_file():
+        return []
+    setting: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    layers = setting["layers"]
+    kept, scored = (sum(map(len, of.values())) for of in (layers, setting["scores"]))
+    heading = Text(f"kept {kept} of {scored} modules ({setting['name']})", style="bold")
+    listed = [f"{layer}: {' '.join(roles) or tables.NONE}" for layer, roles in layers.items()]
+    return [heading, Text("  " + "   ".join(listed))]
+
+
+def learned(stages: Sequence[tuple[str, Run | None]]) -> list[RenderableType]:
+    """The tasks that several methods were measured on, a column for each method; nothing where there are none."""
+    cells: dict[str, dict[str, Run]] = {}
+    for _, run in stages:
+        if run is not None and run.done and run.info["stage"] in ("train", "evaluate") and _metric(run):
+            cells.setdefault(run.info["choices"]["task"], {})[run.info["choices"]["method"]] = run
+    cells = {task: by_method for task, by_method in cells.items() if len(by_method) > 1}
+    if not cells:
+        return []
+    methods = list(dict.fromkeys(method for by_method in cells.values() for method in by_method))
+    table = tables.Fitted("what was learned", ["task", "metric", *methods], leave_out=[])
+    for task, by_method in cells.items():
+        metric = _metric(next(iter(by_method.values())))
+        values = [by_method[method].metrics.get(metric) if method in by_method else None for method in methods]
+        table.rows.append([task, metric, *(tables.NONE if value is None else tables.number(value) for value in values)])
+    for name in ("trainable_parameters", "modules"):
+        counts = [
+            max((_count(of[method], name) for of in cells.values() if method in of), default=0) for method in methods
+        ]
+        if any(counts):
+            words = [tables.count(count) if count else tables.NONE for count in counts]
+            table.rows.append([name.replace("_", " "), "", *words])
+    return [table]
+
+
+def _metric(run: Run) -> str:
+    return next((name for name in tables.quality(run.metrics) if name.startswith("test/")), "")
+
+
+def _count(run: Run, name: str) -> int:
+    return int(run.metrics.get(name, 0))

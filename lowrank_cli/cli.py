@@ -28,11 +28,13 @@ EXAMPLES = {
     "score": [
         "lrk score",
         "lrk score run=outputs/latest score.kind=taylor",
+        "lrk score score.level=module score.kind=kl",
         "lrk score method=lora score.batch=16 score.tokens=4096",
     ],
     "prune": [
         "lrk prune prune.drop=42",
         "lrk prune run=outputs/latest prune.budget=168 prune.per_layer=true",
+        "lrk prune prune.keep=2 prune.same_roles=true",
         "lrk prune method=lora prune.drop=42 score.kind=taylor",
     ],
     "evaluate": [
@@ -173,7 +175,7 @@ def score(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Score every rank of an adapter (run=FOLDER, or the newest) on dev examples."""
+    """Score every rank or module of an adapter (run=FOLDER, or the newest) on dev examples."""
     _stage("score", overrides or [], multirun, resume, dry_run, config_dir)
 
 
@@ -185,7 +187,7 @@ def prune(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Take the ranks with the lowest scores out of an adapter; the smaller one is a run of its own."""
+    """Take the ranks or modules with the lowest scores out of an adapter; the smaller one is a run of its own."""
     _stage("prune", overrides or [], multirun, resume, dry_run, config_dir)
 
 

@@ -4,9 +4,9 @@
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
 ``overrides``. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one with the best
-dev loss at seed 100 on the ``task``. Where a group has ``prepare`` (name: a verb and its overrides), these run before,
-in their order and for every seed: ``{name}`` is the folder that one leaves, for later ones and for the methods, and
-``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
+dev loss at seed 100 on the ``task``. Where a group, or the suite, has ``prepare`` (name: a verb and its overrides),
+these run before, the group's first, for every seed: ``{name}`` is the folder that one leaves, for later ones and for
+the methods, and ``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
 the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of ``lrk compare``
 (Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned values, commit, machine).
 """
@@ -80,7 +80,7 @@ def run_group(suite: dict, name: str, variables: dict[str, str], outputs: Path) 
     group, seeds = suite["groups"][name], ",".join(map(str, suite["seeds"]))
     common = [text.format(**variables) for text in group["overrides"]]
     about: dict = {"commands": [], "tuned": {}}
-    steps, prepared = group.get("prepare", {}), outputs / "prepared" / name
+    steps, prepared = group.get("prepare", {}) | suite.get("prepare", {}), outputs / "prepared" / name
     for seed in [*suite["seeds"], *[TUNING_SEED] * ("tune" in group)]:
         about["commands"] += prepare(steps, str(seed), variables, prepared)
     of_its_seed = left(steps, "${seed}", prepared)

@@ -6,9 +6,10 @@ A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, 
 ``overrides``. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one with the best
 dev loss at seed 100 on the ``task``. Where a group, or the suite, has ``prepare`` (name: a verb and its overrides),
 these run before, the group's first, for every seed: ``{name}`` is the folder that one leaves, for later ones and for
-the methods, and ``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
-the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of ``lrk compare``
-(Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned values, commit, machine).
+the methods, and ``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is
+finished is kept, so the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of
+``lrk compare`` (Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned values,
+commit, machine).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ SETTINGS = {
         "dropout": 0.0,
         "setting": None,
         "match_parameters": True,
-        "chosen_by": "hand",
+        "chosen_by": None,
         "layers": {"all": ["V", "D"]},
     },
     "alora": _LORA

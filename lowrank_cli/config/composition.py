@@ -258,7 +258,8 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
     """Folders that are read are the same from every directory, and one folder has one spelling."""
     parts = OmegaConf.select(cfg, "task.parts") or ()
     for key in (*INPUTS, *(f"task.parts.{name}.path" for name in parts)):
-        path = OmegaConf.select(cfg, key)
+        group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):
             OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))
 

@@ -67,7 +67,16 @@ class FanLoRA(Method):
         from lowrank_cli.scoring.setting import fitting
 
         config, every = self.config, known_sites(model)
-        sites = fitting(config.layers, every, model.config.model_type)
+        try:
+            sites = fitting(config.layers, every, model.config.model_type)
+        except UserError as error:
+            if config.setting or not config.chosen_by:
+                raise
+            raise UserError(
+                f"method.setting: none is given, and the bundled model's does not fit here "
+                f"({str(error).removeprefix('method.setting: ')}); to find one for this model: lrk train method=lora, "
+                f"then lrk score score.level=module, then lrk prune prune.keep=2"
+            ) from None
         rank = self._raised(every, sites) if config.match_parameters else config.rank
         return inject(model, sites, rank=rank, alpha=config.alpha * rank / config.rank, dropout=config.dropout)
 

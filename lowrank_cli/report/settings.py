@@ -41,13 +41,10 @@ def learned(stages: Sequence[tuple[str, Run | None]]) -> list[RenderableType]:
         metric = _metric(next(iter(by_method.values())))
         values = [by_method[method].metrics.get(metric) if method in by_method else None for method in methods]
         table.rows.append([task, metric, *(tables.NONE if value is None else tables.number(value) for value in values)])
-    for name in ("trainable_parameters", "modules"):
-        counts = [
-            max((_count(of[method], name) for of in cells.values() if method in of), default=0) for method in methods
-        ]
-        if any(counts):
-            words = [tables.count(count) if count else tables.NONE for count in counts]
-            table.rows.append([name.replace("_", " "), "", *words])
+    sizes = [max((_size(of[method]) for of in cells.values() if method in of), default=0) for method in methods]
+    if any(sizes):
+        words = [tables.count(size) if size else tables.NONE for size in sizes]
+        table.rows.append(["trainable parameters", "", *words])
     return [table]
 
 
@@ -55,5 +52,5 @@ def _metric(run: Run) -> str:
     return next((name for name in tables.quality(run.metrics) if name.startswith("test/")), "")
 
 
-def _count(run: Run, name: str) -> int:
-    return int(run.metrics.get(name, 0))
+def _size(run: Run) -> int:
+    return int(run.metrics.get("trainable_parameters", 0))

@@ -133,8 +133,7 @@ def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: 
         absent = [layer for layer in wanted if layer not in named]
         what = f"it lacks layer {absent[0]}" if len(named) == depth else f"it is for {len(named)} layers"
         raise UserError(
-            f"method.setting: {what}, and this model has {depth} (0 to {depth - 1}; [] keeps none of a layer); "
-            f"to find one for this model: lrk run recipe=fanlora, or lrk prune prune.keep=2 on a LoRA of your own"
+            f"method.setting: {what}, and this model has {depth} (0 to {depth - 1}; [] keeps none of a layer)"
         )
     kept = [(layer, role) for layer in range(depth) for role in dict.fromkeys(named[str(layer)])]
     for layer, role in kept:

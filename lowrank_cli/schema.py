@@ -15,10 +15,22 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, inside, nearest, require_choice, require_range
 
-#: What a rank can be scored by; see :mod:`lowrank_cli.scoring.kinds`.
-SCORE_KINDS = ("ab", "taylor", "sensitivity", "dnas", "magnitude")
-#: What a whole module can be scored by; see :mod:`lowrank_cli.scoring.modules`.
-MODULE_KINDS = ("ablation", "kl", "taylor", "magnitude", "random")
+#: What a rank can be scored by, with what the number is; see :mod:`lowrank_cli.scoring.kinds`.
+SCORE_KINDS = {
+    "ab": "dev loss (nats) without the rank minus with all, plus that of the bare model minus with the rank alone",
+    "taylor": "dev loss (nats) that the rank saves, as ab but estimated from gradients",
+    "sensitivity": "|weight × gradient| of the rank, smoothed over parts of the dev batch",
+    "dnas": "how far a trained gate of the rank opened (above 0) or closed (below)",
+    "magnitude": "norm of what the rank adds to its weight",
+}
+#: What a whole module can be scored by, likewise; see :mod:`lowrank_cli.scoring.modules`.
+MODULE_KINDS = {
+    "ablation": "dev loss (nats) without the module minus with all, plus that of the bare model minus with it alone",
+    "kl": "divergence (nats) of the answers without the module from those with all",
+    "taylor": "dev loss (nats) that the module saves, as ablation but estimated from gradients",
+    "magnitude": "norm of the module's update relative to that of the frozen output",
+    "random": "numbers drawn by the seed",
+}
 #: Kinds by ``score.level``, each with its default first.
 KINDS = {"rank": SCORE_KINDS, "module": MODULE_KINDS}
 
@@ -275,7 +287,7 @@ class ScoreConfig:
 
     def kind_of(self, level: str) -> str:
         """The kind of score that ``level`` gets. Raises UserError for a kind of the other level."""
-        kind = self.kind or KINDS[level][0]
+        kind = self.kind or next(iter(KINDS[level]))
         if kind not in KINDS[level]:
             other = next(name for name in KINDS if name != level)
             raise UserError(

@@ -117,6 +117,7 @@ SETTINGS = {
         "round_epochs": 0.25,
         "rounds": 8,
         "moved": None,
+        "settle": 1.0,
         "dev_batch": 32,
         "tokens": 4096,
     },

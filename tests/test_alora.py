@@ -1,6 +1,7 @@
 """ALoRA: which ranks go, who gets new ones, and when; the trainer that follows."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,15 @@ from test_ablation import dev_batch
 from lowrank_cli.adapter import state
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.alora import reallocated
+from lowrank_cli.methods.alora import lost, reallocated, told
 from lowrank_cli.runs import Run
-from lowrank_cli.scoring.kinds import score
+from lowrank_cli.scoring.kinds import Scores, score
 from lowrank_cli.scoring.probe import Probe
 
 LIMITS = dict.fromkeys("abcd", 100)
 
 
-def step(adapter, number, *, epoch=4, total=100, rows=None):
+def step(adapter, number, *, epoch=4, total=100, rows=None, lines=None):
     """What the trainer hands over after step ``number``."""
     optimizer = torch.optim.AdamW(adapter.trained.values(), lr=1e-3)
     return SimpleNamespace(
@@ -30,6 +31,8 @@ def step(adapter, number, *, epoch=4, total=100, rows=None):
         optimizer=optimizer,
         probe=lambda size, tokens: Probe(dev_batch("llama"), tokens),
         log=(rows if rows is not None else []).append,
+        say=(lines if lines is not None else []).append,
+        watch=lambda name, units: nullcontext(lambda done: None),
     )
 
 
@@ -92,7 +95,7 @@ def test_rounds_come_at_k1_and_then_every_k2_until_n_a():
     rows = []
     for number in range(1, 20):
         before = len(rows)
-        assert method.settled() == (before > 0)
+        assert (method.unsettled() is None) == (before > 0)
         method.after_step(step(adapter, number, rows=rows))
         assert (len(rows) > before) == (number in (6, 8, 10))
     metrics, figures = method.observations(adapter, lambda tensor: tensor)
@@ -102,6 +105,40 @@ def test_rounds_come_at_k1_and_then_every_k2_until_n_a():
     assert figures[0]["values"] == figures[1]["panels"][-1]["values"]
 
 
+def test_it_settles_where_the_lowest_ranks_are_those_of_the_round_before():
+    """New ranks that nothing has trained add nothing, so they are the next to go, unless a share of them ends it."""
+    swinging, settling = (small.method("alora", score="magnitude", settle=settle) for settle in (1.0, 0.5))
+    for method in (swinging, settling):
+        adapter, rows, lines = method.adapt(small.model()), [], []
+        with torch.no_grad():
+            for part in adapter.modules.values():
+                part.lora_a.normal_(generator=torch.Generator().manual_seed(1))
+                part.lora_b.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+        for number in range(4, 8):
+            method.after_step(step(adapter, number, rows=rows, lines=lines))
+        moves = [row for row in rows if "round" in row]
+        assert len(moves) == (4 if method is swinging else 1) and len(lines) == (4 if method is swinging else 2)
+    assert rows[-1]["settled"] and rows[-1]["new_among_lowest"] > 7
+    assert "ranks came in the round before: settled, ranks stay" in lines[-1]
+    metrics, _ = method.observations(adapter, lambda tensor: tensor)
+    assert (metrics["reallocations"], metrics["settled_step"]) == (1, 5)
+    later = small.method("alora", score="magnitude", settle=0.5)
+    later.adapt(small.model())
+    later.load_state(adapter, method.state())
+    later.after_step(step(adapter, 8, rows=rows))
+    assert later.state().keys() == method.state().keys() and rows[-1]["settled"]
+
+
+def test_a_round_says_what_it_did():
+    plan = {"a": ([0], 0), "b": ([0, 1], 1)}
+    scores = Scores("ab", {"a": [-1.0, -2.001], "b": [-1.5, -1.75]}, bare=-2.0)
+    assert told(plan, scores, {"a": "Q", "b": "V"}) == (
+        "1 of 4 ranks out (Q 1), 1 in (V 1); scores -0.001 to -0.001 out, up to 1 kept"
+    )
+    assert lost(plan, {"a": 2, "b": 2}, {"a": 1}) == (1, 1)
+    assert lost(plan, {"a": 2, "b": 2}, {"b": 2}) == (1, 0)
+
+
 def test_training_that_ends_before_any_round_is_refused():
     method = small.method("alora")
     adapter = method.adapt(small.model())
@@ -109,6 +146,14 @@ def test_training_that_ends_before_any_round_is_refused():
         method.after_step(step(adapter, 1, epoch=200))
     with pytest.raises(UserError, match=r"method.moved: 56 ranks in a round leave none of 56"):
         small.adapted("alora", moved=56)
+
+
+def test_at_rank_1_a_round_moves_half_of_the_ranks():
+    method = small.method("alora", rank=1)
+    adapter = method.adapt(small.model())
+    rows = []
+    method.after_step(step(adapter, 4, rows=rows))
+    assert sum(adapter.ranks().values()) == 14 and len(adapter.modules) == 7 and len(rows) == 1
 
 
 @pytest.mark.parametrize("kind", ["dnas", "sensitivity"])
@@ -127,15 +172,23 @@ def test_its_state_continues_between_rounds():
     later.adapt(small.model())
     method.after_step(step(adapter, 4))
     later.load_state(adapter, method.state())
-    assert later.settled() and later.observations(adapter, None) == method.observations(adapter, None)
+    assert not later.unsettled() and later.observations(adapter, None) == method.observations(adapter, None)
 
 
 # ------------------------------------------------------------------------------------------------ in training
 
 
 def train(*overrides: str) -> Run:
-    quick = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1", "train.max_steps=5", "train.batch_size=8"]
-    quick += ["train.log_every=1", "train.eval_every=1", "method=alora", "method.rank=2", "method.dev_batch=4"]
+    quick = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1", "train.max_steps=6", "train.batch_size=8"]
+    quick += [
+        "train.log_every=1",
+        "train.eval_every=1",
+        "method=alora",
+        "method.rank=2",
+        "method.dev_batch=4",
+        "method.settle=1",
+    ]
+    quick += ["method.first_epochs=1", "method.round_epochs=0.25"]
     single.start("train", [*quick, *overrides], None, "lrk train")
     return Run.open("outputs/latest")
 
@@ -148,7 +201,7 @@ def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved():
     assert all(sum(row["ranks"].values()) == 84 for row in rounds)
     saved = json.loads((run.path / "adapter" / state.PROOF).read_text())["ranks"]
     assert saved == next(row["ranks"] for row in rounds if row["step"] == run.metrics["best_step"])
-    assert [row["step"] for row in run.history() if row.get("above_budget")] == [1]
+    assert [row["step"] for row in run.history() if row.get("not_kept")] == [1]
     assert {"ranks.png", "allocation.png"} <= {path.name for path in (run.path / "plots").iterdir()}
     assert run.metrics["reallocations"] == 4 and run.metrics["ranks"] == 84
 

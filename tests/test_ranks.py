@@ -80,6 +80,26 @@ def test_ranks_that_stay_keep_their_optimizer_state():
     assert 0 < rate.max() < 3  # no fresh rank runs ahead of the learning rate
 
 
+def test_fresh_ranks_move_by_the_gradients_of_now_not_by_those_of_the_first_steps():
+    """After a first gradient a thousand times as large, which Adam's second moment remembers."""
+    adapter = small.adapted()
+    part = adapter.modules[Q0]
+    optimizer = torch.optim.AdamW([part.lora_a, part.lora_b], lr=1e-2)
+
+    def updates(gradients):
+        for gradient in gradients:
+            part.lora_a.grad, part.lora_b.grad = (torch.full_like(p, gradient) for p in (part.lora_a, part.lora_b))
+            before = part.lora_b.detach().clone()
+            optimizer.step()
+        return ((part.lora_b - before).abs() / 1e-2).mean(dim=0)
+
+    updates([1000.0] + [1.0] * 200)
+    resize(adapter, {Q0: ([0, 1, 2, 3], 2)}, optimizer)
+    rates = updates([1.0] * 10)
+    assert rates[:4].max() < 0.05
+    assert 0.5 < rates[4:].min() <= rates[4:].max() < 3
+
+
 def test_a_module_without_ranks_is_gone():
     adapter = small.adapted()
     optimizer = optimized(adapter)

@@ -10,7 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from lowrank_cli.report import plots, tables
+from lowrank_cli.report import plots, scores, tables
 from lowrank_cli.runs import Run
 
 CHOICES = {"method": "milora", "model": "llama", "task": "tiny_yesno"}
@@ -299,6 +299,41 @@ def test_heatmaps_of_any_shape(rows, columns):
     assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.width
     texts = len(figure.axes[0].texts)
     assert texts == (rows * columns if rows * columns <= plots.ANNOTATED_CELLS else 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([6.0, 12.0, 0.0], ["6", "12", "0"]),
+        ([0.25, 1.0, -3.0], ["0.25", "1.00", "-3.00"]),
+        ([250.4, 1.5], ["250", "2"]),
+    ],
+)
+def test_whole_numbers_are_drawn_whole(values, expected):
+    entry = {**HEATMAP, "rows": ["Q"], "columns": range(len(values)), "values": [values]}
+    panels = {**entry, "kind": "heatmaps", "panels": [{"title": "start", "values": [values]}]}
+    for figure in (plots.heatmap(entry), plots.heatmaps(panels)):
+        assert [text.get_text() for text in figure.axes[0].texts] == expected
+
+
+def test_scores_are_shown_from_what_does_nothing_in_their_unit(make):
+    run = make(stage="score")
+    modules = [
+        {"module": "layers.0.q_proj", "layer": 0, "role": "Q", "scores": [-8.0, -7.9996]},
+        {"module": "layers.0.v_proj", "layer": 0, "role": "V", "scores": [-7.75, -8.000004]},
+    ]
+    run.write_json("scores.json", {"level": "rank", "kind": "ab", "nothing": -8.0, "unit": 0.001, "modules": modules})
+    assert scores.shown(run) == []
+    run.finish({"score/ranks": 4, "score/loss": 0.05})
+    says, roles, ranks = (text(part, 200).splitlines() for part in scores.shown(run))
+    assert says[0].startswith("ab: dev loss (nats) without the rank") and says[0].endswith("in units of 0.001")
+    assert [line.split() for line in roles[2:]] == [
+        ["V", "1", "2", "125.0", "0.0", "250.0"],
+        ["Q", "1", "2", "0.2", "0.0", "0.4"],
+    ]
+    assert [line.split()[0] for line in ranks[2:]] == [f"layers.0.{name}_proj" for name in "vqqv"]
+    end = text(tables.end_of_run(run))
+    assert "scores.json" in end and "loss" in end and "score/" not in end
 
 
 def test_many_lines_and_constant_or_negative_heatmaps():

@@ -8,7 +8,7 @@ from test_ablation import dev_batch, naive
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.ablation import ranks_of
-from lowrank_cli.scoring.kinds import rows_to_run, score
+from lowrank_cli.scoring.kinds import Scores, rows_to_run, score
 from lowrank_cli.scoring.probe import Probe
 
 
@@ -101,6 +101,13 @@ def test_two_processes_that_share_the_batch_find_the_same():
         together = score(kind, adapter, Probe(halves[0], 300, add_up=lambda tensor, totals=totals: next(totals)))
         whole = score(kind, adapter, Probe(batch, 300))
         torch.testing.assert_close(flat(together), flat(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_the_unit_leaves_one_to_three_digits_in_front_of_the_point():
+    for other, unit in ((-7.75, 1e-3), (-6.5, 1.0), (-8.0004, 1e-6), (-8.0, 1.0)):
+        found = Scores("ab", {"a": [-8.0, other]}, bare=-8.0)
+        assert found.nothing == -8.0 and found.unit == pytest.approx(unit)
+    assert Scores("dnas", {"a": [2000.0]}, bare=None).unit == 1e3
 
 
 def test_what_has_no_ranks_is_refused():

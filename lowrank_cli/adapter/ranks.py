@@ -19,9 +19,10 @@ def resize(
     """Give each module of ``plan`` the ranks (indices to keep, how many fresh ones); the others stay as they are.
 
     A module without ranks leaves the model, ``adapter.trained`` and the optimizer. Where ``optimizer`` is given, its
-    state stays with the ranks that stay. A fresh rank has no first moment, and as second moment the mean over the
-    module's kept ranks: a reconstruction, because Adam counts its steps for a whole tensor, and zeros beside a large
-    count would make the first updates several times the learning rate.
+    state stays with the ranks that stay. A fresh rank has no first moment, and as second moment the mean square of the
+    first moments of its module's kept ranks: a reconstruction, because Adam counts its steps for a whole tensor. Zeros
+    beside a large count would make the first updates several times the learning rate; the kept second moments remember
+    the large gradients of the first steps for long (β2 = 0.999), and with them a fresh rank would hardly move.
     """
     for key, (keep, fresh) in plan.items():
         part = adapter.modules[key]
@@ -70,16 +71,16 @@ def _in_order(adapter: Adapter) -> None:
 
 def _carry(part: LowRank, keep: torch.Tensor, fresh: int, optimizer: torch.optim.Optimizer) -> None:
     """Resize the optimizer's moments of ``part`` as the tensors are about to be."""
-    tensors = part.tensors()
+    tensors, beta2 = part.tensors(), optimizer.param_groups[0]["betas"][1]
     for name, axis in part.rank_axes.items():
         state = optimizer.state.get(tensors[name], {})
-        for moment, value in state.items():
-            if value.shape != tensors[name].shape:  # the step count
-                continue
-            state[moment] = resized(value, axis, keep, fresh)
-            if moment == "exp_avg_sq" and fresh and len(keep):
-                kept, new = state[moment].split([len(keep), fresh], dim=axis)
-                new.copy_(kept.mean(dim=axis, keepdim=True).expand_as(new))
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                state[moment] = resized(state[moment], axis, keep, fresh)
+        if state and fresh and len(keep):
+            recent = state["exp_avg"].narrow(axis, 0, len(keep)).square().mean(dim=axis, keepdim=True)
+            new = state["exp_avg_sq"].narrow(axis, len(keep), fresh)
+            new.copy_((recent * (1 - beta2 ** float(state["step"]))).expand_as(new))  # as Adam divides it again
 
 
 def _forget(part: LowRank, optimizer: torch.optim.Optimizer) -> None:

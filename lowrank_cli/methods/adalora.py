@@ -158,9 +158,9 @@ class AdaLoRA(LoRA):
         elif step.number > first and step.number % config.interval == 0:
             silence(adapter, keep_largest(self.importance.scores(), budget))
 
-    def settled(self) -> bool:
-        """Whether the final budget holds."""
-        return self.importance is None
+    def unsettled(self) -> str | None:
+        """Until the final budget holds."""
+        return None if self.importance is None else "more ranks than the budget"
 
     def state(self) -> dict[str, torch.Tensor]:
         """The moving averages, until they have served."""

@@ -11,12 +11,17 @@ A new rank is Gaussian in A and zero in B, so it changes nothing when it is inse
 is added, and the final budget is smaller. The scale alpha / (initial rank) of a module never changes.
 
 Reconstructions: n_A new ranks that do not divide evenly go to the modules of the highest mean importance (before the
-pruning); a module that has lost all its ranks leaves the model for good; no module grows beyond its matrix.
+pruning); a module that has lost all its ranks leaves the model for good; no module grows beyond its matrix; no round
+without training behind it. The paper says "at most" N_A rounds: here they end where more than the share ``settle`` of
+the n_A lowest ranks came in the round before. These did not catch up in K2 epochs, and taking them back would hand
+their budget to the modules that the round before took it from, and so on, back and forth.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.adapter.core import Adapter
     from lowrank_cli.methods.protocol import Step
+    from lowrank_cli.scoring.kinds import Scores
 
 
 @dataclass
@@ -45,7 +51,10 @@ class ALoRAConfig(LoRAConfig):
     first_epochs: float = MISSING  #: K1, epochs before the first round
     round_epochs: float = MISSING  #: K2, epochs between two rounds
     rounds: int = MISSING  #: N_A, at most so many
-    moved: Optional[int] = MISSING  #: n_A, ranks pruned in a round; null is the number of modules at the start
+    moved: Optional[int] = MISSING  #: n_A, ranks pruned in a round; null: as many as modules, at most half
+    settle: float = (
+        MISSING  #: share of new ranks among the n_A lowest above which ranks stop moving; 1 never stops them
+    )
     dev_batch: int = MISSING  #: dev examples that ranks are scored on
     tokens: int = MISSING  #: of one scoring pass, at most: bounds memory
 
@@ -58,6 +67,7 @@ class ALoRAConfig(LoRAConfig):
             require_range(f"method.{key}", getattr(self, key), 1)
         if self.moved is not None:
             require_range("method.moved", self.moved, 1)
+        require_range("method.settle", self.settle, 0, 1)
 
 
 class ALoRA(LoRA):
@@ -70,37 +80,56 @@ class ALoRA(LoRA):
         super().__init__(config)
         self._steps: list[int] = []  # at which a round was
         self._allocations: list[list[int]] = []  # the rank of every site, at the start and after each round
+        self._new: dict[str, int] = {}  # how many of a module's ranks, its last ones, came in the last round
+        self._settled: int | None = None  # the step from which on ranks stay
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA of equal ranks. Refuses to move as many ranks as there are."""
         adapter = super().adapt(model)
-        self._moved = self.config.moved or len(adapter.modules)
         total = sum(adapter.ranks().values())
+        self._moved = self.config.moved or min(len(adapter.modules), total // 2)
         if self._moved >= total:
             raise UserError(f"method.moved: {self._moved} ranks in a round leave none of {total} (raise method.rank)")
+        self._keys = list(adapter.sites)
         self._note(adapter)
         return adapter
 
     def after_step(self, step: Step) -> None:
         """A round, where one is due. Raises UserError at the first step if training will end before any."""
-        from lowrank_cli.adapter.ranks import resize
-        from lowrank_cli.scoring.kinds import score
-
         first = max(1, math.ceil(self.config.first_epochs * step.epoch))
         every = max(1, math.ceil(self.config.round_epochs * step.epoch))
-        if first > step.total:
+        if first >= step.total:
             raise UserError(
                 f"method.first_epochs: {self.config.first_epochs} epochs are {first} steps, but training has "
                 f"{step.total}, so no rank would move; lower it, or raise train.max_steps or train.epochs"
             )
-        if step.number < first or (step.number - first) % every or len(self._steps) >= self.config.rounds:
-            return
+        due = step.number >= first and (step.number - first) % every == 0 and step.number < step.total
+        if due and len(self._steps) < self.config.rounds and self._settled is None:
+            rounds = min(self.config.rounds, 1 + (step.total - 1 - first) // every)
+            self._round(step, f"step {step.number}/{step.total}: round {len(self._steps) + 1} of {rounds}")
+
+    def _round(self, step: Step, name: str) -> None:
+        """Score, prune and grow; or settle."""
+        from lowrank_cli.adapter.ranks import resize
+        from lowrank_cli.scoring.kinds import rows_to_run, score
+
         assert step.probe is not None
-        adapter = step.adapter
-        scores = score(self.config.score, adapter, step.probe(self.config.dev_batch, self.config.tokens))
+        adapter, began = step.adapter, time.monotonic()
+        probe = step.probe(self.config.dev_batch, self.config.tokens)
+        with step.watch("scoring ranks", rows_to_run(self.config.score, adapter, probe)) as probe.tick:
+            scores = score(self.config.score, adapter, probe)
+        name += f" ({time.monotonic() - began:.1f} s)"
         limits = {key: min(site.in_features, site.out_features) for key, site in adapter.sites.items()}
         plan = reallocated(scores.values, limits, min(self._moved, sum(adapter.ranks().values()) - 1))
+        lowest, new = lost(plan, adapter.ranks(), self._new)
+        if new > self.config.settle * lowest:
+            self._settled = step.number
+            step.log({"settled": True, "lowest": lowest, "new_among_lowest": new})
+            step.say(f"{name}: {new} of the {lowest} lowest ranks came in the round before: settled, ranks stay")
+            return
+        step.say(f"{name}: {told(plan, scores, {key: str(site.role or key) for key, site in adapter.sites.items()})}")
         resize(adapter, plan, step.optimizer)
+        self._new = {key: fresh for key, (_, fresh) in plan.items()}
         self._steps.append(step.number)
         self._note(adapter)
         step.log(
@@ -111,20 +140,27 @@ class ALoRA(LoRA):
         ranks = adapter.ranks()
         self._allocations.append([ranks.get(key, 0) for key in adapter.sites])
 
-    def settled(self) -> bool:
-        """Once ranks have moved: no adapter of equal ranks is kept as ALoRA's."""
-        return bool(self._steps)
+    def unsettled(self) -> str | None:
+        """Until ranks have moved: no adapter of equal ranks is kept as ALoRA's."""
+        return None if self._steps else "no rank has moved yet"
 
     def state(self) -> dict[str, torch.Tensor]:
         """The rounds so far; the ranks themselves are the adapter's."""
         import torch
 
-        return {"steps": torch.tensor(self._steps), "allocations": torch.tensor(self._allocations)}
+        return {
+            "steps": torch.tensor(self._steps),
+            "allocations": torch.tensor(self._allocations),
+            "new": torch.tensor([self._new.get(key, 0) for key in self._keys]),
+            "settled": torch.tensor(self._settled or 0),
+        }
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue behind the rounds of :meth:`state`."""
         self._steps = [int(step) for step in state["steps"].tolist()]
         self._allocations = state["allocations"].tolist()
+        self._new = dict(zip(adapter.sites, state["new"].tolist(), strict=True))
+        self._settled = int(state["settled"]) or None
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
@@ -136,6 +172,7 @@ class ALoRA(LoRA):
         figures = [allocation(adapter)]
         if self._steps:
             metrics["reallocations"] = len(self._steps)
+            metrics |= {} if self._settled is None else {"settled_step": self._settled}
             names = ["start", *(f"step {step}" for step in self._steps)]
             rows = [dict(zip(adapter.sites, ranks, strict=True)) for ranks in self._allocations]
             figures.append(trajectory(adapter, list(zip(names, rows, strict=True))))
@@ -165,3 +202,33 @@ def reallocated(
             break
         fresh[min(room, key=lambda key: fresh[key])] += 1  # of those that have got the fewest, the most important
     return {key: (keep[key], fresh[key]) for key in scores}
+
+
+def lost(
+    plan: Mapping[str, tuple[list[int], int]], ranks: Mapping[str, int], new: Mapping[str, int]
+) -> tuple[int, int]:
+    """How many ranks ``plan`` prunes, and how many of them are among the ``new`` last ones of their module."""
+    gone = {key: set(range(ranks[key])) - set(keep) for key, (keep, _) in plan.items()}
+    fresh = sum(rank >= ranks[key] - new.get(key, 0) for key, own in gone.items() for rank in own)
+    return sum(map(len, gone.values())), fresh
+
+
+def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mapping[str, str]) -> str:
+    """A round in words: how many ranks went and came, by role, and how far apart their scores are."""
+    gone: Counter[str] = Counter()
+    come: Counter[str] = Counter()
+    lost, kept = [], []
+    for key, (keep, fresh) in plan.items():
+        row = [score - scores.nothing for score in scores.values[key]]
+        kept += [row[rank] for rank in keep]
+        lost += [score for rank, score in enumerate(row) if rank not in keep]
+        gone[roles[key]] += len(row) - len(keep)
+        come[roles[key]] += fresh
+
+    def by_role(counts: Counter[str]) -> str:
+        return " ".join(f"{role} {count}" for role, count in counts.items() if count) or "none"
+
+    return (
+        f"{len(lost)} of {len(lost) + len(kept)} ranks out ({by_role(gone)}), {come.total()} in ({by_role(come)}); "
+        f"scores {min(lost):.2g} to {max(lost):.2g} out, up to {max(kept):.2g} kept"
+    )

@@ -8,6 +8,7 @@ imported inside functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -41,6 +42,11 @@ class Adapts(Protocol):
         ...
 
 
+def _unwatched(name: str, units: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Nobody looks on."""
+    return nullcontext(lambda done: None)
+
+
 @dataclass
 class Step:
     """What :class:`BeforeStep` and :class:`AfterStep` see of one optimizer step."""
@@ -59,6 +65,9 @@ class Step:
     #: a fixed batch of so many dev examples to score ranks on, with so many tokens a pass
     probe: Callable[[int, int], Probe] | None = None
     log: Callable[[dict[str, Any]], None] = lambda row: None  #: a line for history.jsonl
+    say: Callable[[str], None] = lambda line: None  #: a line for who watches
+    #: a bar of its own for so many units of something slow; what it gives counts units that are done
+    watch: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _unwatched
 
 
 @runtime_checkable
@@ -85,8 +94,8 @@ class AfterStep(Protocol):
 class Settles(Protocol):
     """Changes what is left of the adapter while it trains, down to its budget."""
 
-    def settled(self) -> bool:
-        """Whether the budget is reached: no earlier adapter is kept as the best, and none counts for patience."""
+    def unsettled(self) -> str | None:
+        """Why the adapter as it is now is not kept as the best and does not count for patience; None: it does."""
         ...
 
 

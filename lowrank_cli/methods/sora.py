@@ -86,9 +86,9 @@ class SoRA(LoRA):
         remove(step.adapter, masks, step.optimizer)
         self._settled = True
 
-    def settled(self) -> bool:
-        """Whether the final budget holds."""
-        return self._settled
+    def unsettled(self) -> str | None:
+        """Until the final budget holds."""
+        return None if self._settled else "more ranks than the budget"
 
     def state(self) -> dict[str, torch.Tensor]:
         """Whether the final budget holds; the gates are the adapter's."""

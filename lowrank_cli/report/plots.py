@@ -106,7 +106,7 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     steps, values = _series(history, "dev/loss")
     if steps:
         axes.plot(steps, values, color=DEV, linewidth=1.8, marker="o", markersize=3.5, label="dev")
-    steps, values = _series((row for row in history if not row.get("above_budget")), "dev/loss")
+    steps, values = _series((row for row in history if not row.get("not_kept")), "dev/loss")
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if finite:
         value, step = min(finite)
@@ -163,13 +163,7 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(rows) * len(columns) <= ANNOTATED_CELLS:
-        digits = ".0f" if max(map(abs, finite)) >= 100 else ".1f" if max(map(abs, finite)) >= 10 else ".2f"
-        for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                text = format(value, digits) if math.isfinite(value) else "–"
-                dark = math.isfinite(value) and (value - low) / (high - low) > 0.55
-                ink = "white" if dark else "#222222"
-                axes.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
+        _write_in(axes, values, _digits(finite), (low, high), 8)
     for y, line in enumerate(entry.get("outlined", [])):
         for x in (x for x, framed in enumerate(line) if framed):
             frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
@@ -183,6 +177,22 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     axes.set_ylabel(entry.get("row_label", ""))
     axes.set_xlabel(entry.get("column_label", ""))
     return figure
+
+
+def _write_in(axes: Any, values: list[list[float]], digits: str, scale: tuple[float, float], size: int) -> None:
+    """Each value in its cell, in an ink that shows on its colour."""
+    low, high = scale
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            text = format(value, digits) if math.isfinite(value) else "–"
+            dark = math.isfinite(value) and value - low > 0.55 * (high - low)
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#222222")
+
+
+def _digits(values: list[float]) -> str:
+    """How to write the values of one picture: none behind the point for whole numbers, otherwise about three in all."""
+    largest = max(map(abs, values))
+    return ".0f" if largest >= 100 or all(value == int(value) for value in values) else f".{1 + (largest < 10)}f"
 
 
 def heatmaps(entry: dict[str, Any]) -> Figure:
@@ -211,6 +221,8 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
         place.set_xticks(range(0, len(columns), step), [str(column) for column in columns[::step]], fontsize=6)
         place.tick_params(length=0)
         place.spines[:].set_visible(False)
+        if len(columns) <= 16:
+            _write_in(place, grids[at], _digits(finite), (low, high), 6)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(entry.get("label", ""), fontsize=8)
     bar.outline.set_visible(False)

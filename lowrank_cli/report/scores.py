@@ -1,7 +1,8 @@
-"""The tables of ``scores.json``: means by role, and the ranks or modules at both ends."""
+"""The tables of ``scores.json``: by role, and the ranks or modules at both ends."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import RenderableType
@@ -10,9 +11,10 @@ from rich.text import Text
 
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run
+from lowrank_cli.schema import KINDS
 
 ENDS = 5  #: ranks or modules shown of each end
-COLUMNS = ("module", "rank", "score")
+COLUMNS = ("module", "rank no.", "score")
 
 
 def shown(run: Run) -> list[RenderableType]:
@@ -20,31 +22,43 @@ def shown(run: Run) -> list[RenderableType]:
     if not run.done or not (run.path / "scores.json").is_file():
         return []
     record = run.read_json("scores.json")
-    units = f"{record.get('level', 'rank')}s"
-    return [_by_role(record, units), _ends(record, units)]
+    worth = {
+        module["module"]: [(score - record["nothing"]) / record["unit"] for score in module["scores"]]
+        for module in record["modules"]
+    }
+    largest = max((abs(value) for values in worth.values() for value in values), default=0.0)
+    digits = max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+    unit = "" if record["unit"] == 1 else f", in units of {record['unit']:g}"
+    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{unit}"
+    return [Text(says), _by_role(record, worth, digits), _ends(record, worth, digits)]
 
 
-def _by_role(record: dict[str, Any], units: str) -> Table:
+def _by_role(record: dict[str, Any], worth: dict[str, list[float]], digits: int) -> Table:
+    """Roles, the one worth most first."""
     groups: dict[str, list[float]] = {}
+    modules: dict[str, int] = {}
     for module in record["modules"]:
-        groups.setdefault(module["role"] or module["module"], []).extend(module["scores"])
-    table = _table(f"{record['kind']} scores by role", "role", units, "mean", "lowest", "highest")
-    for role, scores in groups.items():
-        found = (sum(scores) / len(scores), min(scores), max(scores))
-        tables.add(table, role, str(len(scores)), *map(_number, found))
+        role = module["role"] or module["module"]
+        groups.setdefault(role, []).extend(worth[module["module"]])
+        modules[role] = modules.get(role, 0) + 1
+    ranks = record["level"] == "rank"
+    table = _table("by role", "role", "modules", *(["ranks"] if ranks else []), "mean", "lowest", "highest")
+    for role, values in sorted(groups.items(), key=lambda item: -sum(item[1]) / len(item[1])):
+        counts = [str(modules[role]), *([str(len(values))] if ranks else [])]
+        found = (sum(values) / len(values), min(values), max(values))
+        tables.add(table, role, *counts, *(_number(value, digits) for value in found))
     return table
 
 
-def _ends(record: dict[str, Any], units: str) -> Table:
-    scored = [
-        (score, module["module"], index) for module in record["modules"] for index, score in enumerate(module["scores"])
-    ]
+def _ends(record: dict[str, Any], worth: dict[str, list[float]], digits: int) -> Table:
+    scored = [(value, module, index) for module, values in worth.items() for index, value in enumerate(values)]
     scored.sort(key=lambda item: -item[0])
-    columns = COLUMNS if units == "ranks" else [name for name in COLUMNS if name != "rank"]
-    table = _table(f"highest and lowest of {len(scored)} {units}", *columns)
     few = len(scored) <= 2 * ENDS
+    units = f"{len(scored)} {record['level']}s"
+    columns = COLUMNS if record["level"] == "rank" else [name for name in COLUMNS if name != "rank no."]
+    table = _table(f"all {units}" if few else f"the {ENDS} highest and the {ENDS} lowest of {units}", *columns)
     for entry in scored if few else [*scored[:ENDS], None, *scored[-ENDS:]]:
-        cells = ("…", "", "") if entry is None else (entry[1], str(entry[2]), _number(entry[0]))
+        cells = ("…", "", "") if entry is None else (entry[1], str(entry[2]), _number(entry[0], digits))
         tables.add(table, *(cell for cell, name in zip(cells, COLUMNS) if name in columns))
     return table
 
@@ -56,5 +70,5 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _number(value: float) -> str:
-    return f"{value:.6g}"
+def _number(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus in front of nothing

@@ -112,10 +112,10 @@ def end_of_run(run: Run) -> RenderableType:
         add(grid, "status", _status(info))
         if info.get("error"):
             add(grid, "error", first_line(info["error"]))
-    rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(metrics)]
+    rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(info, metrics)]
     for name, text in rows:
         add(grid, name, text)
-    contents = ("adapter/", SETTING, "export/", "predictions.jsonl", "plots/", "checkpoints/")
+    contents = ("adapter/", SETTING, "export/", "scores.json", "predictions.jsonl", "plots/", "checkpoints/")
     held = [name for name in contents if (run.path / name).exists()]
     if held:
         add(grid, "holds", ", ".join(held))
@@ -199,10 +199,11 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
         yield "GPU memory", size(info["device_memory_bytes"])
 
 
-def _others(metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
     elsewhere = {*quality(metrics), *(name for name in metrics if name.startswith("bench/"))}
     rest = [name for name in metrics if name not in elsewhere and not is_cost(name)]
-    return [(name, number(metrics[name])) for name in rest]
+    own = f"{info.get('stage')}/"
+    return [(name.removeprefix(own).replace("_", " "), number(metrics[name])) for name in rest]
 
 
 def _next(run: Run) -> Iterable[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,22 +11,20 @@ from lowrank_cli.scoring.kinds import Scores
 
 
 def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> dict[str, Any]:
-    """Score of a module, or the mean over its ranks, in units of a power of ten.
+    """Score of a module, or the mean over its ranks, from what one scores that does nothing, in the tables' unit.
 
-    Of ``ab`` it is the part beyond S(M_0), which all ranks share. The modules ``kept`` are outlined.
+    The modules ``kept`` are outlined.
     """
-    offset = (scores.bare or 0.0) if scores.kind == "ab" else 0.0
-    means = {key: sum(values) / len(values) - offset for key, values in scores.values.items()}
-    largest = max(map(abs, means.values()))
-    power = math.floor(math.log10(largest)) if largest > 0 else 0
+    means = {key: sum(values) / len(values) - scores.nothing for key, values in scores.values.items()}
     what = "Score of each module" if scores.level == "module" else "Mean score of a module's ranks"
+    unit = "" if scores.unit == 1 else f", in units of {scores.unit:g}"
     return by_role(
         adapter,
-        {key: value / 10**power for key, value in means.items()},
+        {key: value / scores.unit for key, value in means.items()},
         file="scores.png",
         title=f"{what} ({scores.kind}){f', {len(kept)} of {len(means)} kept' if kept else ''}",
         outlined=kept,
-        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}{f', in units of 1e{power}' if power else ''}",
+        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}{unit}",
     )
 
 

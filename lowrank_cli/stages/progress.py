@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -63,6 +63,15 @@ class Bar:
     def note(self, text: str) -> None:
         """Show ``text`` behind the numbers."""
         self._progress.update(self._task, note=text)
+
+    @contextmanager
+    def watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A second bar below, for something slow in between; what it gives counts the units that are done."""
+        task = self._progress.add_task(description, total=total, note="")
+        try:
+            yield lambda count: self._progress.advance(task, count)
+        finally:
+            self._progress.remove_task(task)
 
     def say(self, text: str) -> None:
         """Print a line above the bar; it also appears where there is no terminal."""

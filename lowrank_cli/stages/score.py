@@ -26,11 +26,11 @@ def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]
     seconds = time.monotonic() - began
     write(run, adapter, scores)
     session.note_device(run)
-    means = {"score/whole": scores.whole, "score/bare": scores.bare}
+    losses = {"score/loss": scores.whole, "score/bare_loss": scores.bare}
     return {
         "score/ranks": sum(adapter.ranks().values()),
         "score/modules": len(adapter.modules),
-        **{name: value for name, value in means.items() if value is not None},
+        **{name: -value for name, value in losses.items() if value is not None},
         "score/seconds": seconds,
     }
 
@@ -72,6 +72,8 @@ def write(run: Run, adapter: Adapter, scores: Scores) -> None:
         "kind": scores.kind,
         "whole": scores.whole,
         "bare": scores.bare,
+        "nothing": scores.nothing,  # what one scores that does nothing
+        "unit": scores.unit,  # of tables and plots
         "modules": listed,
     }
     run.write_json("scores.json", record)

@@ -80,6 +80,7 @@ class Trainer:
             "pending": [],  # losses since the last line of history.jsonl
         }
         self.interrupted = False
+        self.bar: progress.Bar  # of the steps, while they run
 
     def fit(self, resume: bool) -> dict[str, float]:
         """Steps until the end or the early stop, then the best adapter's evaluation."""
@@ -94,6 +95,7 @@ class Trainer:
             self._interrupts(),
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
+            self.bar = bar
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
             for step in range(start + 1, self.total + 1):
@@ -104,7 +106,7 @@ class Trainer:
                 if step % self.settings.log_every == 0 or last:
                     bar.note(self._log(step))
                 bar.advance()
-                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step, bar):
+                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step):
                     bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
                     break
                 every = self.settings.checkpoint_every
@@ -163,6 +165,8 @@ class Trainer:
             optimizer=self.optimizer,
             probe=self.session.probe,
             log=lambda row: self.run.log({"step": step, **row}),
+            say=self.bar.say,
+            watch=self.bar.watch,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -219,20 +223,20 @@ class Trainer:
         sums = accelerator.reduce(sums, reduction="sum")
         return (sums[0] / sums[1]).item()
 
-    def _evaluate(self, step: int, bar: progress.Bar) -> bool:
+    def _evaluate(self, step: int) -> bool:
         """Dev loss, the best adapter saved, and whether patience is over."""
         loss = self.dev_loss()
         method = self.session.method
-        settled = not isinstance(method, Settles) or method.settled()
-        self.run.log({"step": step, "dev/loss": loss} | ({} if settled else {"above_budget": True}))
+        unsettled = method.unsettled() if isinstance(method, Settles) else None
+        self.run.log({"step": step, "dev/loss": loss} | ({"not_kept": unsettled} if unsettled else {}))
         if not math.isfinite(loss):
             raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
-        if not settled:
-            bar.say(f"step {step}/{self.total}: dev loss {loss:.4f} (above the budget, not kept)")
+        if unsettled:
+            self.bar.say(f"step {step}/{self.total}: dev loss {loss:.4f} (not kept: {unsettled})")
             return False
         best = self.progress["best_loss"]
         better = best is None or loss < best
-        bar.say(f"step {step}/{self.total}: dev loss {loss:.4f}" + (", the best so far" if better else ""))
+        self.bar.say(f"step {step}/{self.total}: dev loss {loss:.4f}" + (", the best so far" if better else ""))
         if better:
             self.progress.update(best_loss=loss, best_step=step, stale=0)
             self._save_adapter()

@@ -226,9 +226,10 @@ def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mappi
         come[roles[key]] += fresh
 
     def by_role(counts: Counter[str]) -> str:
-        return " ".join(f"{role} {count}" for role, count in counts.items() if count) or "none"
+        return ", ".join(f"{role} {count}" for role, count in counts.items() if count)
 
     return (
-        f"{len(lost)} of {len(lost) + len(kept)} ranks out ({by_role(gone)}), {come.total()} in ({by_role(come)}); "
-        f"scores {min(lost):.2g} to {max(lost):.2g} out, up to {max(kept):.2g} kept"
+        f"{len(lost)} of {len(lost) + len(kept)} ranks pruned, {come.total()} added\n"
+        f"  pruned: {by_role(gone)}; scores {min(lost):.2g} to {max(lost):.2g}, kept up to {max(kept):.2g}\n"
+        f"  added: {by_role(come) or 'none, as every module lost a rank'}"
     )

@@ -33,7 +33,7 @@ METRICS = {
 @pytest.fixture
 def make(tmp_path):
     def make(name="a", stage="train", overrides=(), choices=CHOICES, seed=1):
-        config = {"seed": seed}
+        config = {"seed": seed, "score": {}}
         return Run.create(
             tmp_path, stage=stage, config=config, choices=choices, overrides=list(overrides), command="lrk",
             folder=tmp_path / name,

@@ -203,7 +203,8 @@ def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str
     elsewhere = {*quality(metrics), *(name for name in metrics if name.startswith("bench/"))}
     rest = [name for name in metrics if name not in elsewhere and not is_cost(name)]
     own = f"{info.get('stage')}/"
-    return [(name.removeprefix(own).replace("_", " "), number(metrics[name])) for name in rest]
+    names = (name.removeprefix(own).replace("_", " ") if name.startswith(own) else name for name in rest)
+    return [(shown, number(metrics[name])) for shown, name in zip(names, rest, strict=True)]
 
 
 def _next(run: Run) -> Iterable[str]:

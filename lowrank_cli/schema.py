@@ -281,7 +281,7 @@ class ScoreConfig:
         if self.level is not None:
             require_choice("score.level", self.level, KINDS)
         if self.kind is not None:
-            require_choice("score.kind", self.kind, dict.fromkeys(sum(KINDS.values(), ())))
+            require_choice("score.kind", self.kind, dict.fromkeys(kind for of in KINDS.values() for kind in of))
         require_range("score.batch", self.batch, 1)
         require_range("score.tokens", self.tokens, 1)
 

@@ -308,4 +308,4 @@ def test_values_may_have_gates_too():
     expected = part.lora_b @ torch.diag(torch.tensor([2.0, 0.0, 3.0])) @ part.lora_a
     torch.testing.assert_close(part.delta(), expected)
     x = torch.randn(2, 4, 6)
-    torch.testing.assert_close(part.hidden(x) @ part.lora_b.T, x @ expected.T)
+    torch.testing.assert_close(part.hidden(x, part.lora_a) @ part.lora_b.T, x @ expected.T)

@@ -182,11 +182,16 @@ def test_generation_calls_each_router_once_a_prompt(family, beams):
     assert adapter.routing.routed == 5 * LAYERS
 
 
+def gates_of(parts, rows):
+    """(rows, N): a gate that all rows share is stored as one number."""
+    return torch.stack([torch.as_tensor(part.module_gate).expand(rows) for part in parts], dim=1)
+
+
 def test_rows_of_a_batch_are_routed_differently():
     adapter = small.adapted("milora")
     with torch.no_grad():
         adapter.model(input_ids=small.ids(8))
-    gates = torch.stack([part.module_gate for part in adapter.routing.parts[1]], dim=1)
+    gates = gates_of(adapter.routing.parts[1], 8)
     assert ((gates > 0).sum(dim=1) == 3).all()
     assert len({tuple(row) for row in (gates > 0).tolist()}) > 1
 
@@ -256,9 +261,9 @@ def test_rows_that_are_routed_differently_generate_what_each_does_alone(family, 
     prompts, mask = padded(6)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **search}
     together = adapter.model.generate(prompts, attention_mask=mask, **settings)
-    chosen = torch.stack([part.module_gate > 0 for part in adapter.routing.parts[1]], dim=1)
-    assert len({tuple(row) for row in chosen.tolist()}) > 1, "all rows are routed alike: the test would show nothing"
     copies = search.get("num_return_sequences", 1)
+    chosen = gates_of(adapter.routing.parts[1], len(together) * search["num_beams"] // copies) > 0
+    assert len({tuple(row) for row in chosen.tolist()}) > 1, "all rows are routed alike: the test would show nothing"
     for row, start in enumerate(9 - mask.sum(dim=1)):
         alone = adapter.model.generate(prompts[row : row + 1, start:], **settings)
         assert torch.equal(together[row * copies : (row + 1) * copies, 9:], alone[:, 9 - start :])
@@ -298,7 +303,7 @@ def test_the_response_does_not_reach_the_router(pooler):
     gates = []
     for tokens in (ids, other):
         adapter.model(input_ids=tokens, prompt_mask=prompt)
-        gates.append(torch.stack([part.module_gate for layer in adapter.routing.parts for part in layer]))
+        gates.append(torch.stack([gates_of(layer, len(tokens)) for layer in adapter.routing.parts]))
     torch.testing.assert_close(gates[0], gates[1], atol=1e-6, rtol=0)
 
 

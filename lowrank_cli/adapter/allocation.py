@@ -41,8 +41,8 @@ class RankValues(LowRank):
     def peft_options(self) -> None:
         """Nothing: the PEFT library's LoRA computes something else."""
 
-    def hidden(self, x: Tensor) -> Tensor:
-        h = super().hidden(x)  # (B, T, I) -> (B, T, R)
+    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        h = super().hidden(x, a)  # (B, T, I) -> (B, T, R)
         return h * self.values.to(h.dtype)
 
     def columns(self) -> Tensor:

@@ -90,12 +90,12 @@ class Decomposed(LowRank):
     def add_to(self, y: Tensor, x: Tensor) -> None:
         ratio, b = self._rescaled(y.dtype)
         y = self._stretch(y, ratio)
-        h = self.hidden(x).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        h = self.hidden(x, self.operands(y.dtype)[0]).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
         if b.dim() == 2:
-            y.addmm_(h, b, alpha=self.scale)
+            y.addmm_(h, b, alpha=self.strength)
         else:
             rows = y.view(len(b), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
-            rows.baddbmm_(h.view(len(b), -1, self.rank), b, alpha=self.scale)
+            rows.baddbmm_(h.view(len(b), -1, self.rank), b, alpha=self.strength)
 
     def _stretch(self, y: Tensor, ratio: Tensor) -> Tensor:
         """``y`` (B * T, O) += w ⊙ (m/n − 1) ⊙ (W x), in place, where ``y`` is W x + bias; returns it for further use.
@@ -103,7 +103,9 @@ class Decomposed(LowRank):
         What is done in place through a view, autograd sees in views made afterwards: there it returns a new one.
         """
         factor, gate, bias = ratio, self.module_gate, self.frozen()[1]
-        if gate is not None:  # (B, 1) or (B, T, 1) times (O,), or times (B, O) -> (B, O) or (B, T, O)
+        if isinstance(gate, float):
+            factor = 1 + gate * (ratio - 1)
+        elif gate is not None:  # (B, 1) or (B, T, 1) times (O,), or times (B, O) -> (B, O) or (B, T, O)
             change = ratio.unsqueeze(1) - 1 if gate.dim() == ratio.dim() == 2 else ratio - 1
             factor = 1 + gate.unsqueeze(-1) * change
         rows = y

@@ -60,7 +60,7 @@ class Experts(LowRank):
         kept = logits.topk(self.k)
         return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        h = super().hidden(x)  # (B, T, I) -> (B, T, R)
+    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        h = super().hidden(x, a)  # (B, T, I) -> (B, T, R)
         h = h.view(*h.shape[:-1], self.experts, -1)  # (B, T, R) -> (B, T, E, R / E)
         return (h * self.gates(x).unsqueeze(-1).to(h.dtype)).flatten(-2)  # (B, T, E, R / E) -> (B, T, R)

@@ -32,7 +32,7 @@ class LowRank(nn.Module):
     Four transient settings belong to whoever runs the model, not to the adapter, and are never saved:
 
     - ``rank_gate``: g, (R,) for all rows or (B, R) row by row; None is all ones.
-    - ``module_gate``: w, (B,) row by row or (B, T) token by token; None is all ones.
+    - ``module_gate``: w, (B,) row by row or (B, T) token by token, or one number for all; None is all ones.
     - ``skip``: compute nothing (for a module whose gate is zero in every row).
     - ``soft``: make no hard choice that rounding could turn over (LoRA makes none).
     """
@@ -62,10 +62,28 @@ class LowRank(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.rank_gate: Tensor | None = None
-        self.module_gate: Tensor | None = None
-        self.skip = False
+        self.module_gate: Tensor | float | None = None
         self.soft = False
-        self._results: dict[Hashable, tuple[list, list, Any]] = {}
+        self._skip = False
+        self._results: dict[Hashable, tuple[list, Any]] = {}
+
+    @property
+    def skip(self) -> bool:
+        return self._skip
+
+    @skip.setter
+    def skip(self, skip: bool) -> None:
+        if skip != self._skip:
+            self._skip = skip
+            self.switched()
+
+    def switched(self) -> None:
+        """Called when ``skip`` has changed; the linear that this module is added to puts its own function here."""
+
+    @property
+    def strength(self) -> float:
+        """s, times w where that is one number."""
+        return self.scale * self.module_gate if isinstance(self.module_gate, float) else self.scale
 
     @property
     def rank(self) -> int:
@@ -118,11 +136,21 @@ class LowRank(nn.Module):
 
     def kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """``compute()``, a function of this module's tensors alone, from an earlier call while none of them changed."""
-        tensors = [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if key not in self._results or self._results[key][0] != state:
-            self._results[key] = state, tensors, compute()  # holding the tensors, no other one gets their address
-        return self._results[key][2]
+        found = self._results.get(key)
+        if found is not None:
+            for owner, name, tensor, version, address in found[0]:
+                if owner[name] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                    break
+            else:
+                return found[1]
+        state = [
+            (owner, name, tensor, tensor._version, tensor.data_ptr())
+            for owner in (self._parameters, self._buffers)
+            for name, tensor in owner.items()
+            if tensor is not None
+        ]
+        self._results[key] = state, compute()
+        return self._results[key][1]
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, I) and Bᵀ (R, O) in the dtype to compute in.
@@ -134,24 +162,27 @@ class LowRank(nn.Module):
             return self.down().to(dtype), self.up().to(dtype).t()
         return self.kept(dtype, lambda: (self.down().to(dtype), self.up().to(dtype).t().contiguous()))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """w ⊙ g ⊙ (A drop(x)): (B, T, I) -> (B, T, R)."""
+    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        """w ⊙ g ⊙ (A drop(x)), with A as :meth:`operands` gives it: (B, T, I) -> (B, T, R).
+
+        A w that is one number is not in it but in :attr:`strength`.
+        """
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        h = F.linear(x, self.operands(x.dtype)[0])  # (B, T, I) @ (I, R) -> (B, T, R)
-        if self.rank_gate is not None:
-            gate = self.rank_gate
-            h = h * (gate if gate.dim() == 1 else _over_tokens(gate, h)).to(h.dtype)
-        if self.module_gate is not None:
-            gate = self.module_gate
+        h = F.linear(x, a)  # (B, T, I) @ (I, R) -> (B, T, R)
+        ranks, gate = self.rank_gate, self.module_gate
+        if ranks is not None:
+            h = h * (ranks if ranks.dim() == 1 else _over_tokens(ranks, h)).to(h.dtype)
+        if isinstance(gate, Tensor):
             gate = _over_tokens(gate.unsqueeze(-1), h) if gate.dim() == 1 else gate.reshape(*h.shape[:-1], 1)
             h = h * gate.to(h.dtype)
         return h
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """``y`` (B * T, O), the frozen output, += the update for ``x`` (B, T, I), in place, in one matrix product."""
-        h = self.hidden(x).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
-        y.addmm_(h, self.operands(y.dtype)[1], alpha=self.scale)  # += (B * T, R) @ (R, O)
+        a, b = self.operands(y.dtype)
+        h = self.hidden(x, a).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        y.addmm_(h, b, alpha=self.strength)  # += (B * T, R) @ (R, O)
 
     def columns(self) -> Tensor:
         """B diag(g), (O, R). Refused while a gate differs from row to row."""
@@ -199,6 +230,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.parts = nn.ModuleDict()  # of LowRank
         self._updates: dict[str, Update] = {}
+        self._active: list[Update] = []  # those to compute: not skipped, not merged, not switched off
         self.enabled = True
         self._unmerged: Tensor | None = None
 
@@ -223,12 +255,15 @@ class AdaptedLinear(nn.Module):
         self.parts[name] = part
         self._updates[name] = (part, span)
         part.frozen = partial(self.frozen, span)
+        part.switched = self._choose  # type: ignore[method-assign]
         part.attach(*part.frozen())
+        self._choose()
 
     def remove(self, name: str) -> None:
         """Take the part ``name`` off again."""
         assert not self.merged
         del self.parts[name], self._updates[name]
+        self._choose()
 
     def rows(self, span: tuple[int, int] | None, weight: Tensor | None = None) -> Tensor:
         """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers: a view."""
@@ -245,6 +280,7 @@ class AdaptedLinear(nn.Module):
         """Switch all updates on or off."""
         if enabled != self.enabled:
             self.enabled = enabled
+            self._choose()
             if not self.merged:
                 self.settle()
 
@@ -253,12 +289,15 @@ class AdaptedLinear(nn.Module):
         for part, span in self.updates:
             part.settle(self.rows(span), self.enabled)
 
+    def _choose(self) -> None:
+        on = self.enabled and not self.merged
+        self._active = [update for update in self.updates if not update[0].skip] if on else []
+
     def forward(self, x: Tensor) -> Tensor:
-        updates = [update for update in self.updates if not update[0].skip]
-        if not updates or not self.enabled or self.merged:
+        if not self._active:
             return self.base(x)
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
-        for part, span in updates:
+        for part, span in self._active:
             part.add_to(y if span is None else y[:, slice(*span)], x)
         return y.view(*x.shape[:-1], -1)
 
@@ -271,6 +310,7 @@ class AdaptedLinear(nn.Module):
         for part, span in self.updates:
             rows = self.rows(span)
             rows.copy_(rows.float() + part.delta())
+        self._choose()
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -278,3 +318,4 @@ class AdaptedLinear(nn.Module):
         if self._unmerged is not None:
             self.weight.copy_(self._unmerged)
             self._unmerged = None
+            self._choose()

@@ -137,11 +137,18 @@ class PromptRouting:
         return self.choose(probabilities, self.k)
 
     def _set(self, index: int, gates: Tensor) -> None:
-        """Hand the gates (B, N) of a layer to its modules; without gradient, unused modules are skipped."""
-        used = [True] * gates.shape[1] if gates.requires_grad else (gates > 0).any(dim=0).tolist()
+        """Hand the gates (B, N) of a layer to its modules.
+
+        Without gradient, modules that no row uses are skipped, and a gate that all rows share is one number.
+        """
+        if gates.requires_grad:
+            for column, part in enumerate(self.parts[index]):
+                part.module_gate, part.skip = gates[:, column], False
+            return
+        low, high = (bound.tolist() for bound in gates.aminmax(dim=0))  # (B, N) -> (N,)
         for column, part in enumerate(self.parts[index]):
-            part.module_gate = gates[:, column]
-            part.skip = not used[column]
+            part.module_gate = gates[:, column] if low[column] < high[column] else high[column]
+            part.skip = high[column] == 0
 
     def _continue(self, rows: int) -> None:
         """Reuse the gates, each row repeated where there are now more rows than prompts."""

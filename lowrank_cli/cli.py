@@ -14,8 +14,8 @@ from typer.core import TyperCommand
 
 from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
 
-VERBS = ("train", "score", "prune", "evaluate", "export", "bench", "run", "compare", "list", "check")
-STAGES = ("train", "score", "prune", "evaluate", "export", "bench", "run")  #: the verbs that take overrides
+VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
+STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run")  #: the verbs that take overrides
 MEASURES = ("decode",)  #: what bench can measure
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
@@ -47,6 +47,11 @@ EXAMPLES = {
         "lrk export",
         "lrk export run=outputs/latest export.format=merged",
         "lrk export run=outputs/latest export.rank=16 export.max_error=0.05",
+    ],
+    "generate": [
+        'lrk generate "zorp is red. Is zorp red?"',
+        'lrk generate run=outputs/latest "zorp is red." generate.temperature=0.8 seed=1',
+        "lrk generate --tenants prompts.jsonl generate.output=answers.jsonl",
     ],
     "bench": [
         "lrk bench decode",
@@ -216,6 +221,28 @@ def export(
 
 
 @app.command(cls=Verb)
+def generate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT] [KEY=VALUE]...", autocompletion=_complete, help=OVERRIDES_HELP),
+    ] = None,
+    tenants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help='JSON lines {"tenant": RUN, "prompt": TEXT} to answer, many adapters in a batch'
+        ),
+    ] = None,
+    multirun: Multirun = False,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many."""
+    words = [*(overrides or []), *([f"generate.tenants={tenants}"] if tenants is not None else [])]
+    _stage("generate", _worded("generate", words), multirun, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
 def bench(
     overrides: Annotated[
         list[str] | None,
@@ -227,7 +254,7 @@ def bench(
     config_dir: ConfigDir = None,
 ) -> None:
     """Measure methods against the bare model, in turn in one process: decode is the speed of generation."""
-    _stage("bench", _measured("bench", overrides or []), multirun, resume, dry_run, config_dir)
+    _stage("bench", _worded("bench", overrides or []), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
@@ -261,8 +288,12 @@ def _stage(
         (sweep if multirun else single).start(verb, overrides, config_dir, command)
 
 
-def _measured(verb: str, words: list[str]) -> list[str]:
-    """The overrides of ``words``, whose first one says for bench what is measured."""
+def _worded(verb: str, words: list[str]) -> list[str]:
+    """The overrides of ``words``, of which for bench the first says what is measured, and for generate one is asked."""
+    if verb == "generate":
+        from lowrank_cli.dispatch.prompts import overrides
+
+        return overrides(words)
     if verb != "bench" or not words or "=" in words[0]:
         return words
     require_choice("bench", words[0], MEASURES)
@@ -332,7 +363,7 @@ def check(
         verb = overrides.pop(0)
         if verb not in STAGES:
             raise unknown("verb", verb, STAGES)
-    print_plan(_preview(verb, _measured(verb, overrides), config_dir, multirun))
+    print_plan(_preview(verb, _worded(verb, overrides), config_dir, multirun))
 
 
 def main() -> None:

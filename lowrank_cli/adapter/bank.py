@@ -26,7 +26,7 @@ from lowrank_cli.adapter.families import layers
 from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.routing import batch_rows, continues, prompts
-from lowrank_cli.adapter.tenant import Place, Tenant, of_adapter, proven, read
+from lowrank_cli.adapter.tenant import Canary, Place, Tenant, of_adapter, proven, read
 from lowrank_cli.errors import UserError, unknown
 
 CANARIES = 16  #: checked in one forward pass
@@ -103,24 +103,38 @@ class Bank:
         finally:
             self._running = None
 
-    @torch.no_grad()
     def check(self, names: Sequence[str]) -> dict[str, UserError]:
         """Let saved adapters repeat the logits that were saved with them; the errors of those that do not."""
         known = {name: self._find(name).canary for name in names}
-        todo = [(name, canary) for name, canary in known.items() if canary is not None]
+        canaries = {name: canary for name, canary in known.items() if canary is not None}
+        batches = [list(canaries)[start : start + CANARIES] for start in range(0, len(canaries), CANARIES)]
         failed = {}
-        for start in range(0, len(todo), CANARIES):
-            some = todo[start : start + CANARIES]
-            ids = torch.cat([canary.ids for _, canary in some]).to(self.model.device)  # (B, T)
-            with self.batch([name for name, _ in some]) as batch:
-                batch.soft = True
-                logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].float().cpu()
-            for (name, canary), row in zip(some, logits, strict=True):
+        while batches:
+            some = batches.pop()
+            try:
+                logits = self._canary_logits({name: canaries[name] for name in some})
+            except UserError as error:  # they do not fit together
+                if len(some) == 1:
+                    failed[some[0]] = error
+                else:
+                    batches += [[name] for name in some]
+                continue
+            for name, row in zip(some, logits, strict=True):
+                saved = canaries[name]
                 try:
-                    state.check_logits(row, canary.logits, f"bank: '{name}'", canary.dtype, self.model.dtype)
+                    state.check_logits(row, saved.logits, f"bank: '{name}'", saved.dtype, self.model.dtype)
                 except UserError as error:
                     failed[name] = error
         return failed
+
+    @torch.no_grad()
+    def _canary_logits(self, canaries: dict[str, Canary]) -> Tensor:
+        """What each adapter answers its fixed input, (B, V)."""
+        ids = torch.cat([canary.ids for canary in canaries.values()]).to(self.model.device)  # (B, T)
+        with self.batch(list(canaries)) as batch:
+            batch.soft = True
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        return logits.float().cpu()
 
     def _find(self, name: str) -> Tenant:
         if name not in self._tenants:

@@ -90,17 +90,26 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
 def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
     """Put the adapter of ``folder`` into an adapted model and return its ``about``.
 
+    Raises UserError as :func:`fill` does, and where the canary's logits differ from those at saving time.
+    """
+    proof = fill(adapter, folder)
+    _check_canary(adapter, folder, proof["dtype"])
+    return proof["about"]
+
+
+def fill(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """Copy the tensors of ``folder`` into an adapted model, and return ``lrk.json``.
+
     Where ranks had changed, the modules first get the ranks that the folder records.
-    Raises UserError for a file that is missing, truncated or altered, for another base model, for tensors that do not
-    fit, and where the canary's logits differ from those at saving time.
+    Raises UserError for a file that is missing, truncated or altered, for another base model, and for tensors that do
+    not fit.
     """
     proof = read_proof(folder)
     check_fingerprint(proof, adapter.fingerprint, str(folder), adapter.model.config.model_type)
     changed = proof.get("ranks")
     rebuild(adapter, adapter.initial_ranks if changed is None else changed, str(folder))
     assign(adapter, read_tensors(folder / WEIGHTS), str(folder))
-    _check_canary(adapter, folder, proof["dtype"])
-    return proof["about"]
+    return proof
 
 
 def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, model_type: str) -> None:

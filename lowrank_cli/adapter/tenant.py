@@ -91,7 +91,10 @@ def of_adapter(adapter: Adapter, name: str) -> Tenant:
     for key, part in adapter.modules.items():
         b, a = (None, None) if part.unmergeable else part.change()  # (O, R), (R, I)
         if b is None or a is None or b.numel() + a.numel() >= b.shape[0] * a.shape[1]:
-            why = part.unmergeable or "its change of a weight is no product of small factors"
+            why = (
+                part.unmergeable
+                or "its change of a weight is no product of small factors (lrk export may cut it to a LoRA)"
+            )
             raise UserError(f"bank: '{name}' cannot be one of many: {why}")
         updates[places[key]] = _laid_out(a, b, adapter.model.dtype)
     routes = None

@@ -34,6 +34,7 @@ VERBS: dict[str, type] = {
     "prune": schema.PruneRun,
     "evaluate": schema.EvaluateRun,
     "export": schema.ExportRun,
+    "generate": schema.GenerateRun,
     "bench": schema.BenchRun,
     "run": schema.RecipeRun,
 }
@@ -42,12 +43,17 @@ INPUTS = (
     "model.path",
     "task.path",
     "method.setting",
+    "generate.tenants",
 )  #: keys of what is read: saved absolute, however they are given
-PATHS = (*INPUTS, "outputs")
+WRITTEN = "generate.output"  # a file
+PATHS = (*INPUTS, WRITTEN, "outputs")
 ADAPTERS = ("train", "prune")  # stages that leave an adapter
 #: Verb: the stages whose runs it reads.
-READS = {"train": ADAPTERS, "score": ADAPTERS, "prune": (*ADAPTERS, "score"), "evaluate": ADAPTERS, "export": ADAPTERS}
-NEWEST = ("score", "prune", "evaluate", "export")  # verbs that read the newest run where none is named
+READS = {
+    **dict.fromkeys(("train", "score", "evaluate", "export", "generate"), ADAPTERS),
+    "prune": (*ADAPTERS, "score"),
+}
+NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -257,7 +263,7 @@ def _check_calibrates(verb: str, load: ConfigLoaderImpl, source: Source, choice:
 def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
     """Folders that are read are the same from every directory, and one folder has one spelling."""
     parts = OmegaConf.select(cfg, "task.parts") or ()
-    for key in (*INPUTS, *(f"task.parts.{name}.path" for name in parts)):
+    for key in (*INPUTS, WRITTEN, *(f"task.parts.{name}.path" for name in parts)):
         group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):

@@ -80,6 +80,9 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if hasattr(config, "score"):
         kind = config.score.kind_of(config.level)
         rows.append(("scores", f"{config.level}s by {kind}, {config.score.batch} dev examples"))
+    if hasattr(config, "generate"):
+        asked = config.generate
+        rows.append(("prompt", asked.prompt) if asked.tenants is None else ("prompts", asked.tenants))
     if hasattr(config, "evaluate"):
         rows.append(("evaluation", _evaluation(config.evaluate)))
     if getattr(config, "run", None):

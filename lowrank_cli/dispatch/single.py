@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lowrank_cli import stages
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.dispatch import recipe, stage
 from lowrank_cli.errors import UserError
@@ -73,4 +74,5 @@ def take_back(path: Path, outputs: str) -> None:
 def show(run: Run) -> None:
     """The table at the end."""
     if run.path.is_dir():
-        Console().print(handler(run.info["stage"]).summary(run), crop=False)
+        verb = run.info["stage"]
+        Console(stderr=verb in stages.PRINTS).print(handler(verb).summary(run), crop=False)

@@ -165,4 +165,5 @@ STAGE_NEEDS: dict[str, tuple[type, ...]] = {
     "prune": (Adapts,),
     "evaluate": (Method,),
     "export": (Adapts, Calibrates),
+    "generate": (Method,),
 }

@@ -7,4 +7,8 @@ STAGES = {
     "evaluate": "lowrank_cli.stages.evaluate",
     "bench": "lowrank_cli.stages.bench",
     "export": "lowrank_cli.stages.export",
+    "generate": "lowrank_cli.stages.generate",
 }
+
+#: Verbs whose output is their result: what else there is to say goes to stderr.
+PRINTS = ("generate",)

@@ -135,7 +135,7 @@ def start(config: RunConfig) -> Session:
     accelerator = prepare(config.hardware)
     method = methods.create(config.method)
     below = foundation(config)
-    adapts = method if below is None or isinstance(method, Adapts) else _method_of(below)
+    adapts = method if below is None or isinstance(method, Adapts) else method_of(Run.open(below))
     check_task(config.model, config.task)
     task = tasks.load(config.task)
     torch.manual_seed(config.seed)
@@ -169,9 +169,9 @@ def foundation(config: RunConfig) -> Path | None:
     return None
 
 
-def _method_of(run: Path) -> Method:
+def method_of(run: Run) -> Method:
     """The method of an earlier run, as it was configured."""
-    values = Run.open(run).config()["method"]
+    values = run.config()["method"]
     return methods.create(methods.config_classes()[values["name"]](**values))
 
 

@@ -45,10 +45,16 @@ def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], se
     }
 
 
-def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> Twin:
+def copied(base: PreTrainedModel) -> PreTrainedModel:
+    """The same weights under modules of their own."""
     shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    return copy.deepcopy(base, shared)  # deepcopy takes what its memo holds for copied already
+
+
+def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> Twin:
+    shared = {id(tensor) for tensor in base.parameters()}
     before = fingerprint(base)
-    model = copy.deepcopy(base, shared)  # deepcopy takes what its memo holds for copied already
+    model = copied(base)
     method = methods.create(config)
     assert isinstance(method, Adapts)
     torch.manual_seed(seed)

@@ -1,0 +1,77 @@
+"""Adapters that are named by folders, in a bank on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter import state, tenant
+from lowrank_cli.adapter.bank import Bank
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Adapts
+from lowrank_cli.runs import Run
+from lowrank_cli.stages.session import method_of
+from lowrank_cli.stages.twins import copied
+
+
+class Tenants:
+    """Fills a bank with adapters: runs, or folders with an adapter of ours or of the PEFT library."""
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None):
+        self.bank = Bank(model, max_bytes)
+        self._adapted: dict[str, Adapter] = {}  # by the method's configuration
+
+    def load(self, names: Iterable[str]) -> dict[str, UserError]:
+        """Load each adapter by its folder and let it repeat its canary. Returns the errors of those that failed."""
+        failed, loaded = {}, []
+        for name in names:
+            try:
+                self._load(name)
+                loaded.append(name)
+            except UserError as error:
+                failed[name] = error
+        failed |= self.bank.check(loaded)
+        for name in failed.keys() & set(loaded):
+            self.bank.remove(name)
+        return failed
+
+    def _load(self, name: str) -> None:
+        path = Path(name).expanduser()
+        folder, run = _places(path)
+        if tenant.readable(folder):
+            self.bank.load(name, folder)
+        elif run is not None and (folder / state.PROOF).is_file():
+            self.bank.add(name, self._filled(run, folder), folder)
+        elif (folder / state.PROOF).is_file():
+            raise UserError(f"tenant: '{name}' is an adapter that only its method can read; name its run")
+        else:
+            raise UserError(f"tenant: '{name}' is no run with an adapter, and no adapter folder")
+
+    def _filled(self, run: Run, folder: Path) -> Adapter:
+        """The run's adapter on a copy of the model's modules (not of its weights, which it must leave alone)."""
+        method = method_of(run)
+        if not isinstance(method, Adapts):
+            raise UserError(f"tenant: '{run.path}' holds no adapter, its method is {method.config.name}")
+        key = repr(method.config)
+        if key not in self._adapted:
+            self._adapted[key] = method.adapt(copied(self.bank.model))
+            for linear in self._adapted[key].linears.values():
+                linear.enable(False)  # what was folded into weights is read from its factors
+        state.fill(self._adapted[key], folder)
+        return self._adapted[key]
+
+
+def _places(path: Path) -> tuple[Path, Run | None]:
+    """The adapter's folder, and the finished run that it belongs to."""
+    if not path.is_dir():
+        raise UserError(f"tenant: there is no folder '{path}'")
+    folder, home = (path / "adapter", path) if (path / "run.json").is_file() else (path, path.parent)
+    if not (home / "run.json").is_file():
+        return folder, None
+    run = Run.open(home)
+    if home == path and not run.done:
+        raise UserError(f"tenant: '{path}' is not finished (it is {run.info.get('status')})")
+    return folder, run

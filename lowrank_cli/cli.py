@@ -56,6 +56,7 @@ EXAMPLES = {
     "bench": [
         "lrk bench decode",
         "lrk bench decode model.shape=100m bench.batch_size=8 bench.beams=[1]",
+        "lrk bench decode --tenants 1,8,64 model.shape=100m",
         "lrk bench decode model.shape=7b hardware=gpu \"bench.methods=[base,lora,'milora k=3']\"",
     ],
     "run": [
@@ -248,13 +249,17 @@ def bench(
         list[str] | None,
         typer.Argument(metavar=f"[{'|'.join(MEASURES)}] [KEY=VALUE]...", autocompletion=_complete, help=OVERRIDES_HELP),
     ] = None,
+    tenants: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="also measure so many different adapters in one batch")
+    ] = None,
     multirun: Multirun = False,
     resume: Resume = None,
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
     """Measure methods against the bare model, in turn in one process: decode is the speed of generation."""
-    _stage("bench", _worded("bench", overrides or []), multirun, resume, dry_run, config_dir)
+    words = [*(overrides or []), *([f"bench.tenants=[{tenants}]"] if tenants is not None else [])]
+    _stage("bench", _worded("bench", words), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
@@ -290,14 +295,14 @@ def _stage(
 
 def _worded(verb: str, words: list[str]) -> list[str]:
     """The overrides of ``words``, of which for bench the first says what is measured, and for generate one is asked."""
-    if verb == "generate":
-        from lowrank_cli.dispatch.prompts import overrides
-
-        return overrides(words)
-    if verb != "bench" or not words or "=" in words[0]:
+    if verb not in ("generate", "bench"):
         return words
-    require_choice("bench", words[0], MEASURES)
-    return [f"bench.measure={words[0]}", *words[1:]]
+    if verb == "bench" and words and "=" not in words[0]:
+        require_choice("bench", words[0], MEASURES)
+        words = [f"bench.measure={words[0]}", *words[1:]]
+    from lowrank_cli.dispatch import words as meanings
+
+    return meanings.generate(words) if verb == "generate" else meanings.bench(words)
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:

@@ -201,10 +201,17 @@ class HardwareConfig:
     )
     processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
     threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
+    #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's Conv1D)
+    prepack: bool = False
 
     def validate(self) -> None:
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
         require_choice("hardware.precision", self.precision, ("fp32", "bf16", "autocast"))
+        if self.prepack and (self.device, self.precision) != ("cpu", "fp32"):
+            raise UserError(
+                f"hardware.prepack: true is for hardware.device=cpu and hardware.precision=fp32, "
+                f"not {self.device} and {self.precision}"
+            )
         require_range("hardware.processes", self.processes, 1)
         if self.threads is not None:
             require_range("hardware.threads", self.threads, 1)
@@ -466,12 +473,17 @@ class BenchConfig:
     """What a benchmark measures, and how often."""
 
     measure: str = MISSING  #: ``decode`` (generation); the first word of the command line
-    methods: list[str] = MISSING  #: ``base`` (the bare model) and names of methods, each with KEY=VALUE behind it
+    methods: list[str] = (
+        MISSING  #: ``base`` (the bare model), methods and ``peft`` (that library's LoRA), each with KEY=VALUE
+    )
     rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
     batch_size: int = MISSING  #: prompts generated from at once
     prompt_length: int = MISSING  #: random tokens of each prompt
     new_tokens: int = MISSING  #: generated for each prompt; none stops earlier
     beams: list[int] = MISSING  #: 1 is greedy decoding
+    #: different adapters in one batch, in turn over its rows: ours in a bank; for each of these numbers all is measured
+    #: once more
+    tenants: list[int] = MISSING
     rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
 
     def validate(self) -> None:
@@ -483,6 +495,15 @@ class BenchConfig:
             raise UserError(f"bench.beams: {list(self.beams)} must name each number of beams once")
         for beams in self.beams:
             require_range("bench.beams", beams, 1)
+        if len(set(self.tenants)) < len(self.tenants):
+            raise UserError(f"bench.tenants: {list(self.tenants)} names a number twice")
+        for count in self.tenants:
+            require_range("bench.tenants", count, 1)
+            if count > self.batch_size:
+                raise UserError(
+                    f"bench.tenants: {count} adapters need as many rows; set bench.batch_size={count} or more "
+                    f"(it is {self.batch_size})"
+                )
 
 
 @dataclass

@@ -19,7 +19,8 @@ from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SHAPES, BenchConfig, HardwareConfig, ModelConfig
 from lowrank_cli.stages import bench, progress
-from lowrank_cli.stages.twins import twins
+from lowrank_cli.stages.bench_rows import Sample, ratio
+from lowrank_cli.stages.twins import crowds, twins
 
 SHAPE = "2x32x48x4"
 TINY = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
@@ -38,7 +39,7 @@ def small_twins(entries=("base", "lora", "milora", "dora", "moelora")):
 
 def settings(**changes) -> BenchConfig:
     values = {"measure": "decode", "methods": [], "rank": None, "batch_size": 2, "prompt_length": 4, "new_tokens": 3}
-    return BenchConfig(**values | {"beams": [1], "rounds": 2} | changes)
+    return BenchConfig(**values | {"beams": [1], "tenants": [], "rounds": 2} | changes)
 
 
 def measure(models, prompts, beams=1, **changes):
@@ -102,6 +103,16 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
         (["decode", "hardware.processes=2"], "hardware.processes: 2, but a benchmark runs in one process"),
         (["decode", "bench.beams=[0]"], "bench.beams: 0 is out of range"),
         (["decode", "bench.beams=[1,1]"], "bench.beams: [1, 1] must name each number of beams once"),
+        (
+            ["decode", "bench.tenants=[4]", "bench.batch_size=2"],
+            "bench.tenants: 4 adapters need as many rows; set bench.batch_size=4 or more",
+        ),
+        (["decode", "bench.tenants=[1,1]"], "bench.tenants: [1, 1] names a number twice"),
+        (["decode", "bench.tenants=[0]"], "bench.tenants: 0 is out of range"),
+        (
+            ["decode", "bench.tenants=[1]", "bench.methods=[base,dora]", *TINY],
+            "bench.tenants: 'dora' cannot share a batch",
+        ),
         (["decode", "bench.rounds=0"], "bench.rounds: 0 is out of range"),
     ],
 )
@@ -161,9 +172,9 @@ def test_rounds_run_every_method_once_in_rotated_order(monkeypatch):
     order, models = [], small_twins(("base", "lora", "milora"))
     by_model = {id(twin.model): name for name, twin in models.items()}
 
-    def generate(model, *arguments):
-        order.append(by_model[id(model)])
-        return bench.Sample(len(order), 0.5, [0.1], 10_000_000)
+    def generate(twin, *arguments):
+        order.append(by_model[id(twin.model)])
+        return Sample(len(order), 0.5, [0.1], 10_000_000)
 
     monkeypatch.setattr(bench, "generate", generate)
     found = measure(models, small.ids(2, 4), rounds=3)
@@ -178,9 +189,9 @@ def test_rounds_run_every_method_once_in_rotated_order(monkeypatch):
 
 
 def test_ratios_are_taken_within_rounds():
-    slow = [bench.Sample(seconds, 0, [], 0) for seconds in (2.0, 40.0, 6.0, 2.2)]
-    base = [bench.Sample(seconds, 0, [], 0) for seconds in (1.0, 20.0, 3.0, 1.1)]
-    assert bench._ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
+    slow = [Sample(seconds, 0, [], 0) for seconds in (2.0, 40.0, 6.0, 2.2)]
+    base = [Sample(seconds, 0, [], 0) for seconds in (1.0, 20.0, 3.0, 1.1)]
+    assert ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
 
 
 def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
@@ -199,3 +210,61 @@ def test_every_method_that_adapts_beside_the_weights_can_be_measured():
     for name in methods.names():
         if methods.can(name, methods.protocol.Adapts) and name != "full":
             small_twins(("base", name))
+
+
+def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone():
+    methods = "bench.methods=[base,lora,'milora k=3',peft]"
+    run = measured("bench.rounds=2", "bench.batch_size=3", "bench.beams=[1]", methods, "bench.tenants=[1,3]")
+    record = run.read_json("bench.json")
+    names = ["base", "lora", "milora k=3", "peft"]
+    assert [(row["method"], row["tenants"]) for row in record["rows"]] == [(m, t) for t in (None, 1, 3) for m in names]
+    rows = {(row["method"], row["tenants"]): row for row in record["rows"]}
+    one = rows["lora", None]["parameters"]
+    assert rows["peft", None]["parameters"] == rows["peft", 3]["parameters"] == rows["lora", 3]["parameters"] == one
+    assert rows["lora", None]["adapters_bytes"] * 3 == rows["lora", 3]["adapters_bytes"] == 12 * one
+    for row in record["rows"]:
+        assert row["ms_per_token_p95"] >= row["ms_per_token"] > 0 and row["step_ratio"] > 0
+    assert run.metrics["bench/peft/beams_1/tenants_3/step_ratio"] == rows["peft", 3]["step_ratio"]
+    figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "tenants.png")
+    assert (figure["rows"], figure["columns"]) == (names, [1, 3])
+    assert figure["values"][1] == [rows["lora", count]["ms_per_token"] for count in (1, 3)]
+    assert (run.path / "plots" / "tenants.png").stat().st_size > 1000
+
+
+def test_time_is_drawn_against_the_modules_that_are_kept():
+    entries = "bench.methods=[base,'lora target_modules=[V]','lora target_modules=[V,D] rank=2',milora]"
+    run = measured("bench.rounds=1", "bench.beams=[1]", entries)
+    figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "modules.png")
+    assert (figure["rows"], figure["columns"]) == (["lora"], [0, 1, 2])
+    assert figure["values"] == [[row["ms_per_token"] for row in run.read_json("bench.json")["rows"][:3]]]
+
+
+@pytest.mark.parametrize("name", ["lora", "peft"])
+def test_rows_take_turns_between_the_adapters(name):
+    models = crowds(small.model(), {"base": None, name: small.method("lora").config}, [1, 2], rows=3, seed=1)
+    ids = small.ids(1).repeat(3, 1)
+
+    def chosen(count):
+        twin = models[count][name]
+        with twin.around():
+            made = twin.model.generate(
+                input_ids=ids, max_new_tokens=2, output_scores=True, return_dict_in_generate=True, **twin.arguments
+            )
+        return made.scores[0]
+
+    one, two = chosen(1), chosen(2)
+    torch.testing.assert_close(one[0], one[2])
+    torch.testing.assert_close(one[0], two[0])
+    torch.testing.assert_close(two[0], two[2])
+    assert not torch.allclose(two[0], two[1])
+    assert not torch.allclose(two[0], models[2]["base"].model(input_ids=ids).logits[0, -1])
+
+
+def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
+    shown = lrk("bench", "decode", "--tenants", "1,8,64", "--dry-run").out
+    for line in ("batch_size: 64", "beams:\n  - 1\n  tenants:\n  - 1\n  - 8\n  - 64\n", "  peft:", "  - milora k=3"):
+        assert line in shown
+    shown = lrk(
+        "bench", "decode", "--tenants", "8", "bench.batch_size=16", "bench.methods=[base,lora]", "--dry-run"
+    ).out
+    assert "batch_size: 16" in shown and "peft" not in shown

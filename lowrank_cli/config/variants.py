@@ -17,6 +17,7 @@ from lowrank_cli.errors import UserError, unknown
 from lowrank_cli.methods.protocol import Adapts
 
 BASE = "base"  #: the entry that stands for the bare model
+PEFT, PEFTS_METHOD = "peft", "lora"  #: the PEFT library's LoRA, and the method whose settings it gets
 
 
 def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) -> dict[str, Any]:
@@ -36,10 +37,11 @@ def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) ->
 
 def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
     name, *settings = entry.split()
+    name = PEFTS_METHOD if name == PEFT else name
     group = load.get_group_options("method")
     adapting = [choice for choice in group if choice in methods.names() and methods.can(choice, Adapts)]
     if name not in group or (name in methods.names() and name not in adapting):
-        raise unknown("bench.methods", name, [BASE, *adapting])
+        raise unknown("bench.methods", name, [BASE, PEFT, *adapting])
     if not all(re.match(r"\w+=", setting) for setting in settings):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")
     overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]

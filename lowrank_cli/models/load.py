@@ -86,6 +86,8 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from lowrank_cli.models.prepack import prepack
+
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if where.revision:
         arguments["revision"] = where.revision
@@ -107,6 +109,8 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
             )
         with _one_line(f"the tokenizer of {where.source}"):
             tokenizer = _tokenizer(where.source, arguments)
+    if hardware.prepack:
+        prepack(network)
     network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)
     return Loaded(network, tokenizer, model.name, _header(model, where, network), _max_positions(network))

@@ -15,6 +15,8 @@ def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any) -> A
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    from lowrank_cli.models.prepack import prepack
+
     layers, width, feed_forward, heads, key_value_heads, vocabulary = model.sizes()
     config = LlamaConfig(
         num_hidden_layers=layers,
@@ -26,4 +28,7 @@ def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any) -> A
     )
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    if hardware.prepack:
+        prepack(network)
+    return network

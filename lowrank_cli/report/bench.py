@@ -17,19 +17,22 @@ def shown(run: Run) -> list[RenderableType]:
         return []
     record = run.read_json("bench.json")
     memory = Text(f"memory: {record['memory']}", style="dim")
-    return [*(_table(record, beams) for beams in record["bench"]["beams"]), memory]
+    settings = dict.fromkeys((row["beams"], row["tenants"]) for row in record["rows"])
+    return [*(_table(record, *setting) for setting in settings), memory]
 
 
-def _table(record: dict[str, Any], beams: int) -> tables.Fitted:
+def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fitted:
     bench = record["bench"]
     heading = (
         f"{bench['measure']}: {bench['batch_size']} × {bench['prompt_length']} prompt tokens, "
         f"{bench['new_tokens']} new ones, {beams} beam{'s' * (beams > 1)}, {bench['rounds']} rounds"
     )
-    columns = ["method", "tokens/s", "× base", "quartiles", "ms/token", "first token", "memory", "parameters"]
-    table = tables.Fitted(heading, columns, leave_out=["first token", "parameters", "memory", "ms/token"])
+    if tenants:
+        heading += f", {tenants} adapter{'s' * (tenants > 1)} in the batch"
+    columns = ["method", "tokens/s", "× base", "quartiles", "ms/token", "p95", "first token", "memory", "adapters"]
+    table = tables.Fitted(heading, columns, leave_out=["first token", "p95", "adapters", "memory", "ms/token"])
     for row in record["rows"]:
-        if row["beams"] == beams:
+        if (row["beams"], row["tenants"]) == (beams, tenants):
             low, high = row["ratio_quartiles"]
             cells = [
                 row["method"],
@@ -37,9 +40,10 @@ def _table(record: dict[str, Any], beams: int) -> tables.Fitted:
                 f"{row['ratio']:.3f}",
                 f"{low:.3f}–{high:.3f}",
                 f"{row['ms_per_token']:.2f}",
+                f"{row['ms_per_token_p95']:.2f}",
                 tables.duration(row["first_token_seconds"]),
                 tables.size(row["peak_memory_bytes"]),
-                tables.count(row["parameters"]),
+                tables.size(row["adapters_bytes"]),
             ]
             table.rows.append(cells)
     return table

@@ -1,15 +1,14 @@
 """``lrk bench decode``: generation with adapters that are not merged, against the bare model, in interleaved rounds.
 
 All methods stand on one set of frozen weights. A round runs each of them once, in an order that rotates from round to
-round; a first round is not counted. Ratios are taken within a round, so that what slows the machine down for a while
-slows both sides, and the median over rounds is reported with its quartiles.
+round; a first round is not counted. With ``bench.tenants`` the same is done once more for each number of adapters in a
+batch.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,31 +16,20 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from lowrank_cli.methods.protocol import Observes
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory
 from lowrank_cli.schema import BenchConfig, BenchRun
 from lowrank_cli.stages import progress
+from lowrank_cli.stages.bench_rows import Sample, compared, figures, metrics, row
 from lowrank_cli.stages.session import prepare
-from lowrank_cli.stages.twins import Twin, twins
+from lowrank_cli.stages.twins import Twin, crowds, twins
 
-BASE = "base"
 MEMORY = {
     "cuda": "largest allocation on the device during a generation, without the other methods' adapters",
     "cpu": "largest resident size of the process during a generation, without the other methods' adapters",
 }
-
-
-@dataclass
-class Sample:
-    """One generation: its times in seconds, its peak memory in bytes."""
-
-    seconds: float  #: of the whole call
-    first: float  #: until the first token
-    steps: list[float]  #: each later token
-    memory: int
 
 
 def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -50,17 +38,22 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     torch.manual_seed(config.seed)
     base, header = _base(config, device)
     progress.console().print(header)
-    models = twins(base, config.variants, config.seed)
+    settings: dict[int | None, dict[str, Twin]] = {None: twins(base, config.variants, config.seed)}
+    if bench.tenants:
+        settings |= crowds(base, config.variants, bench.tenants, bench.batch_size, config.seed)
     prompts = torch.randint(base.config.vocab_size, (bench.batch_size, bench.prompt_length)).to(device)
-    total = len(bench.beams) * (bench.rounds + 1) * len(models)
-    cells = {}
+    total = len(bench.beams) * (bench.rounds + 1) * len(settings) * len(config.variants)
+    rows, pairs = [], []
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast"),
         progress.bar("measuring", total, shown=True) as bar,
     ):
         for beams in bench.beams:
-            cells[beams] = rounds(models, prompts, bench, beams, bar)
-    rows = [_row(bench, beams, name, models[name], cells[beams]) for beams in bench.beams for name in models]
+            for tenants, models in settings.items():
+                cell = rounds(models, prompts, bench, beams, bar)
+                setting = {"beams": beams, "tenants": tenants}
+                rows += [{**row(bench, name, models[name], cell), **setting} for name in models]
+                pairs += [{**pair, **setting} for pair in compared(cell)]
     if device.type == "cuda":
         memory = max(row["peak_memory_bytes"] for row in rows)
         run.update(device=torch.cuda.get_device_name(device), device_memory_bytes=memory)
@@ -68,12 +61,13 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         **{key: run.info[key] for key in ("command", "git", "device", "packages", "python", "platform")},
         "model": header,
         "precision": config.hardware.precision,
+        "layers": base.config.num_hidden_layers,
         "threads": torch.get_num_threads(),
         "memory": MEMORY[device.type],
         "bench": vars(bench),
         "variants": run.config()["variants"],
         "rows": rows,
-        "pairs": [pair for beams in bench.beams for pair in _pairs(beams, cells[beams])],
+        "pairs": pairs,
     }
     run.write_json("bench.json", record)
     run.write_json("figures.json", figures(record))
@@ -103,7 +97,7 @@ def rounds(
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             others = sum(twin.own_bytes for twin in models.values()) - models[name].own_bytes
-            sample = generate(models[name].model, prompts, beams, bench.new_tokens)
+            sample = generate(models[name], prompts, beams, bench.new_tokens)
             sample.memory -= others
             if number:
                 found[name].append(sample)
@@ -111,20 +105,22 @@ def rounds(
     return found
 
 
-def generate(model: PreTrainedModel, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
-    """Time one call of ``generate`` on prompts (B, T) of equal length."""
+def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
+    """Time one call of ``generate`` on prompts (B, T) of equal length, with all that a batch of them needs."""
     _reset_peak(prompts.device)
     clock = Clock(prompts.device)
     began = clock.now()
-    made = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=new_tokens,
-        num_beams=beams,
-        do_sample=False,
-        use_cache=True,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
+    with twin.around():
+        made = twin.model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            num_beams=beams,
+            do_sample=False,
+            use_cache=True,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **twin.arguments,
+        )
     ended = clock.now()
     assert made.shape[1] == prompts.shape[1] + new_tokens
     steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
@@ -157,76 +153,3 @@ def _reset_peak(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
-
-
-def _row(bench: BenchConfig, beams: int, name: str, twin: Twin, cell: Mapping[str, list[Sample]]) -> dict[str, Any]:
-    """One method with one number of beams."""
-    samples = cell[name]
-    tokens = bench.batch_size * bench.new_tokens
-    parameters = twin.adapter.count() if twin.adapter else 0
-    return {
-        "method": name,
-        "beams": beams,
-        "tokens_per_second": statistics.median(tokens / sample.seconds for sample in samples),
-        **_ratio(samples, cell[BASE]),
-        "ms_per_token": 1000 * statistics.median(step for sample in samples for step in sample.steps),
-        "first_token_seconds": statistics.median(sample.first for sample in samples),
-        "peak_memory_bytes": max(sample.memory for sample in samples),
-        "parameters": parameters,
-        "activated_parameters": _activated(twin, parameters),
-        "seconds": [sample.seconds for sample in samples],
-    }
-
-
-def _activated(twin: Twin, parameters: int) -> int:
-    """What the method says that a prompt used, on average."""
-    if twin.adapter is None or not isinstance(twin.method, Observes):
-        return parameters
-    observed, _ = twin.method.observations(twin.adapter, lambda counts: counts)
-    return int(observed.get("activated_parameters", parameters))
-
-
-def _ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
-    """Speed relative to ``reference`` within each round: the median, and the quartiles."""
-    ratios = [other.seconds / sample.seconds for sample, other in zip(samples, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
-
-
-def _pairs(beams: int, cell: Mapping[str, list[Sample]]) -> list[dict[str, Any]]:
-    """Speed of each method relative to each other one."""
-    return [
-        {"method": name, "to": other, "beams": beams, **_ratio(cell[name], cell[other])}
-        for name in cell
-        for other in cell
-        if name != other and BASE not in (name, other)
-    ]
-
-
-def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Flat numbers, ``bench/<method>/beams_<n>/<what>``."""
-    plain = ("tokens_per_second", "ratio", "ms_per_token", "first_token_seconds", "peak_memory_bytes", "parameters")
-    return {f"bench/{row['method']}/beams_{row['beams']}/{key}": row[key] for row in rows for key in plain}
-
-
-def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bars of the ratios to the base, and their quartiles."""
-    rows, beams, bench = record["rows"], record["bench"]["beams"], record["bench"]
-    names = list(dict.fromkeys(row["method"] for row in rows))
-
-    def by_name(value: Any) -> list[list[float]]:
-        return [[value(row) for row in rows if row["method"] == name] for name in names]
-
-    return [
-        {
-            "file": "decode.png",
-            "kind": "bars",
-            "title": f"Decoding speed relative to the bare model ({record['device']}, batch {bench['batch_size']})",
-            "rows": names,
-            "columns": [f"{count} beam{'s' * (count > 1)}" for count in beams],
-            "values": by_name(lambda row: row["ratio"]),
-            "low": by_name(lambda row: row["ratio_quartiles"][0]),
-            "high": by_name(lambda row: row["ratio_quartiles"][1]),
-            "label": "tokens/s, × base (median, quartiles)",
-        }
-    ]

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lowrank_cli import methods
+from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.core import Adapter, fingerprint
+from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.schema import MethodConfig
 
 NOISE = 0.02  #: standard deviation of what is added to every trained tensor: no update is zero, as after training
+PEFT = "peft"  #: the entry that stands for the PEFT library's LoRA
 
 
 @dataclass
 class Twin:
-    """The base model, or a copy of its modules (not of its weights) with an adapter."""
+    """The base model, or a copy of its modules (not of its weights) with one adapter or many."""
 
-    model: PreTrainedModel
+    model: Any  #: a ``PreTrainedModel``, or what the PEFT library makes of one
     method: Method | None = None
     adapter: Adapter | None = None
-
-    @property
-    def own_bytes(self) -> int:
-        """Memory of the adapter's tensors: what this twin does not share with the others."""
-        trained = self.adapter.trained.values() if self.adapter else ()
-        return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    parameters: int = 0  #: trained numbers of one adapter
+    own_bytes: int = 0  #: memory of the adapters' tensors: what this twin does not share with the others
+    modules: int = 0  #: linears, or parts of them, that an adapter updates
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
+    arguments: dict[str, Any] = field(default_factory=dict)  #: more arguments of ``generate``
 
 
 def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], seed: int) -> dict[str, Twin]:
@@ -40,9 +46,38 @@ def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], se
     Raises UserError for a method that would change the weights they share.
     """
     base.requires_grad_(False)
-    return {
-        name: Twin(base) if config is None else _twin(base, name, config, seed) for name, config in variants.items()
-    }
+
+    def twin(name: str, config: MethodConfig | None) -> Twin:
+        if config is None:
+            return Twin(base)
+        return _peft(base, config, 1, seed) if is_peft(name) else _twin(base, name, config, seed)
+
+    return {name: twin(name, config) for name, config in variants.items()}
+
+
+def crowds(
+    base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], counts: Sequence[int], rows: int, seed: int
+) -> dict[int, dict[str, Twin]]:
+    """The same, for each of ``counts``, with so many adapters that take turns over the ``rows`` of a batch.
+
+    Ours stand in a bank. Raises UserError for a method that cannot.
+    """
+    found: dict[int, dict[str, Twin]] = {count: {} for count in counts}
+    for name, config in variants.items():
+        if config is None:
+            make: Callable[[list[str]], Twin] = lambda turns: Twin(base)  # noqa: E731
+        elif is_peft(name):
+            make = partial(_peft_crowd, _peft(base, config, max(counts), seed))
+        else:
+            make = partial(_crowd, *_bank(base, name, config, max(counts), seed))
+        for count in counts:
+            found[count][name] = make([str(row % count) for row in range(rows)])
+    return found
+
+
+def is_peft(entry: str) -> bool:
+    """Whether an entry of ``bench.methods`` is the PEFT library's."""
+    return entry.split()[0] == PEFT
 
 
 def copied(base: PreTrainedModel) -> PreTrainedModel:
@@ -61,8 +96,74 @@ def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> 
     adapter = method.adapt(model)
     if any(id(parameter) in shared for parameter in adapter.trained.values()) or fingerprint(base) != before:
         raise UserError(f"bench.methods: '{name}' changes the weights of the model, which all methods share here")
-    with torch.no_grad():
-        for parameter in adapter.trained.values():
-            parameter.add_(torch.randn_like(parameter) * NOISE)
+    _perturb(adapter)
     model.eval()
-    return Twin(model, method, adapter)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in adapter.trained.values())
+    return Twin(model, method, adapter, adapter.count(), size, len(adapter.modules))
+
+
+@torch.no_grad()
+def _perturb(adapter: Adapter) -> None:
+    for parameter in adapter.trained.values():
+        parameter.add_(torch.randn_like(parameter) * NOISE)
+
+
+def _bank(base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int) -> tuple[Twin, Bank]:
+    """A bank of ``count`` adapters by number, and the twin that they were made with."""
+    twin, bank = _twin(base, name, config, seed), Bank(copied(base))
+    assert twin.adapter is not None
+    for number in range(count):
+        _perturb(twin.adapter)
+        try:
+            bank.add(str(number), twin.adapter)
+        except UserError as error:
+            raise UserError(f"bench.tenants: '{name}' cannot share a batch ({error})") from None
+    return twin, bank
+
+
+def _crowd(twin: Twin, bank: Bank, turns: list[str]) -> Twin:
+    size = sum(bank.bytes(name) for name in bank.names)
+    return Twin(
+        bank.model,
+        parameters=twin.parameters,
+        own_bytes=size,
+        modules=twin.modules,
+        around=partial(bank.batch, turns),
+    )
+
+
+def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
+    """``count`` LoRAs of the PEFT library, by number, with the rank and the linears of ``config``."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("bench.methods: 'peft' needs the package peft, which is not installed") from None
+    model = copied(base)
+    targets = sorted({site.path for site in find_sites(model, list(config.target_modules))})
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the library's own use of Transformers
+        adapted = peft.get_peft_model(model, settings, adapter_name="0")
+        for number in range(1, count):
+            adapted.add_adapter(str(number), settings)
+    adapted.eval().requires_grad_(False)
+    own = [parameter for name, parameter in adapted.named_parameters() if ".lora_" in name]
+    return Twin(
+        adapted,
+        parameters=sum(parameter.numel() for parameter in own) // count,
+        own_bytes=sum(parameter.numel() * parameter.element_size() for parameter in own),
+        modules=len(targets),
+    )
+
+
+def _peft_crowd(twin: Twin, turns: list[str]) -> Twin:
+    return Twin(
+        twin.model,
+        parameters=twin.parameters,
+        own_bytes=twin.own_bytes,
+        modules=twin.modules,
+        arguments={"adapter_names": turns},
+    )

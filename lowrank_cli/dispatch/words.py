@@ -1,4 +1,4 @@
-"""What ``lrk generate`` is asked on the command line, as overrides."""
+"""The command lines of ``generate`` and ``bench`` as overrides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.runs.requests import read_requests
 
 OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
-FILE = "generate.tenants="
+FILE, COUNTS = "generate.tenants=", "bench.tenants="
 
 
-def overrides(words: Sequence[str]) -> list[str]:
+def generate(words: Sequence[str]) -> list[str]:
     """``words`` with the prompt among them as ``generate.prompt``, and with the model that a file of prompts is for."""
     prompts = [word for word in words if not OVERRIDE.match(word)]
     if len(prompts) > 1:
@@ -37,3 +37,17 @@ def _model_of(file: Path) -> str:
                 if (home / "run.json").is_file():
                     return f"run={home}"
     return "method=none"
+
+
+def bench(words: Sequence[str]) -> list[str]:
+    """``words``, and what ``bench.tenants`` asks for beside it unless they say so themselves."""
+    found = list(words)
+    counts = [word.removeprefix(COUNTS).strip("[]").split(",") for word in found if word.startswith(COUNTS)]
+    if counts and all(count.strip().isdigit() for count in counts[-1]):
+        defaults = {
+            "bench.batch_size": str(max(1, *map(int, counts[-1]))),
+            "bench.beams": "[1]",
+            "bench.methods": "[base,lora,'milora k=3',peft]",
+        }
+        found += [f"{key}={value}" for key, value in defaults.items() if not any(w.startswith(key) for w in words)]
+    return found

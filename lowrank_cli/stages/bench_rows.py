@@ -1,0 +1,174 @@
+"""What a benchmark makes of its samples: a row for each method, ratios, flat metrics and figures.
+
+Ratios are taken within a round, so that what slows the machine down for a while slows both sides, and the median over
+rounds is reported with its quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowrank_cli.methods.protocol import Observes
+from lowrank_cli.schema import BenchConfig
+from lowrank_cli.stages.twins import Twin
+
+BASE = "base"
+
+
+@dataclass
+class Sample:
+    """One generation: its times in seconds, its peak memory in bytes."""
+
+    seconds: float  #: of the whole call
+    first: float  #: until the first token
+    steps: list[float]  #: each later token
+    memory: int
+
+
+def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """One method in one setting, next to the others of ``cell``."""
+    samples = cell[name]
+    tokens = bench.batch_size * bench.new_tokens
+    steps = [step for sample in samples for step in sample.steps]
+    return {
+        "method": name,
+        "tokens_per_second": statistics.median(tokens / sample.seconds for sample in samples),
+        **ratio(samples, cell[BASE]),
+        "ms_per_token": 1000 * statistics.median(steps),
+        "ms_per_token_p95": 1000 * statistics.quantiles(steps, n=20, method="inclusive")[-1],
+        "step_ratio": _step_ratio(samples, cell[BASE]),
+        "first_token_seconds": statistics.median(sample.first for sample in samples),
+        "peak_memory_bytes": max(sample.memory for sample in samples),
+        "parameters": twin.parameters,
+        "activated_parameters": _activated(twin),
+        "modules": twin.modules,
+        "adapters_bytes": twin.own_bytes,
+        "seconds": [sample.seconds for sample in samples],
+    }
+
+
+def _activated(twin: Twin) -> int:
+    """What the method says that a prompt used, on average."""
+    if twin.adapter is None or not isinstance(twin.method, Observes):
+        return twin.parameters
+    observed, _ = twin.method.observations(twin.adapter, lambda counts: counts)
+    return int(observed.get("activated_parameters", twin.parameters))
+
+
+def _step_ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float:
+    """Time of a decoding step relative to ``reference`` within each round, the median: what the prompt costs is out."""
+    pairs = zip(samples, reference, strict=True)
+    return statistics.median(statistics.median(own.steps) / statistics.median(other.steps) for own, other in pairs)
+
+
+def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
+    """Speed relative to ``reference`` within each round: the median, and the quartiles."""
+    ratios = [other.seconds / sample.seconds for sample, other in zip(samples, reference, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
+
+
+def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
+    """Speed of each method relative to each other one."""
+    return [
+        {"method": name, "to": other, **ratio(cell[name], cell[other])}
+        for name in cell
+        for other in cell
+        if name != other and BASE not in (name, other)
+    ]
+
+
+def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Flat numbers, ``bench/<method>/beams_<n>[/tenants_<n>]/<what>``."""
+    plain = (
+        "tokens_per_second",
+        "ratio",
+        "ms_per_token",
+        "ms_per_token_p95",
+        "step_ratio",
+        "first_token_seconds",
+        "peak_memory_bytes",
+        "parameters",
+    )
+
+    def setting(row: dict[str, Any]) -> str:
+        return f"beams_{row['beams']}" + (f"/tenants_{row['tenants']}" if row["tenants"] else "")
+
+    return {f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in rows for key in plain}
+
+
+def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bars of the ratios to the base; ms per token against tenants, and against the modules that a method keeps."""
+    alone = [row for row in record["rows"] if row["tenants"] is None]
+    found = [_bars(record, alone)]
+    if record["bench"]["tenants"]:
+        found.append(_over_tenants(record))
+    layers = record["layers"]
+    kept = {(row["method"].split()[0], row["modules"]) for row in alone if row["method"] != BASE}
+    swept = [name for name in dict(kept) if sum(name == method for method, _ in kept) > 1]
+    if swept:
+        found.append(_over_modules(record, alone, swept, layers))
+    return found
+
+
+def _bars(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    beams, bench = record["bench"]["beams"], record["bench"]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+
+    def by_name(value: Any) -> list[list[float]]:
+        return [[value(row) for row in rows if row["method"] == name] for name in names]
+
+    return {
+        "file": "decode.png",
+        "kind": "bars",
+        "title": f"Decoding speed relative to the bare model ({record['device']}, batch {bench['batch_size']})",
+        "rows": names,
+        "columns": [f"{count} beam{'s' * (count > 1)}" for count in beams],
+        "values": by_name(lambda row: row["ratio"]),
+        "low": by_name(lambda row: row["ratio_quartiles"][0]),
+        "high": by_name(lambda row: row["ratio_quartiles"][1]),
+        "label": "tokens/s, × base (median, quartiles)",
+    }
+
+
+def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
+    beams, counts = record["bench"]["beams"][0], record["bench"]["tenants"]
+    rows = [row for row in record["rows"] if row["beams"] == beams and row["tenants"]]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    return {
+        "file": "tenants.png",
+        "kind": "lines",
+        "title": f"A decoding step of {record['bench']['batch_size']} rows that share the model ({record['device']})",
+        "rows": names,
+        "columns": counts,
+        "values": [[row["ms_per_token"] for row in rows if row["method"] == name] for name in names],
+        "label": "ms per token (median)",
+        "column_label": "adapters in the batch",
+    }
+
+
+def _over_modules(
+    record: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence[str], layers: int
+) -> dict[str, Any]:
+    """The base stands at no modules."""
+    beams = record["bench"]["beams"][0]
+    rows = [row for row in rows if row["beams"] == beams]
+    columns = sorted({row["modules"] for row in rows if row["method"].split()[0] in (BASE, *names)})
+
+    def value(name: str, modules: int) -> float | None:
+        found = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["modules"] == modules]
+        return found[0]["ms_per_token"] if found else None
+
+    return {
+        "file": "modules.png",
+        "kind": "lines",
+        "title": f"A decoding step against the modules that are kept ({record['device']})",
+        "rows": list(names),
+        "columns": [modules / layers for modules in columns],
+        "values": [[value(name, modules) for modules in columns] for name in names],
+        "label": "ms per token (median)",
+        "column_label": "modules of a layer",
+    }

@@ -1,0 +1,109 @@
+"""hardware.prepack: packed weights give the same outputs, follow the weights, and change nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import small
+import torch
+
+from lowrank_cli import methods
+from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.errors import UserError
+from lowrank_cli.models import prepack as module
+from lowrank_cli.models.prepack import PrepackedLinear, prepack
+from lowrank_cli.schema import HardwareConfig
+from lowrank_cli.stages.twins import copied
+
+EQUAL = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How often a packed weight was multiplied with."""
+    seen, op = [], torch.ops.mkldnn._linear_pointwise
+
+    class Watched:
+        _linear_pointwise = staticmethod(lambda *args: seen.append(args[0].shape) or op(*args))
+        _reorder_linear_weight = torch.ops.mkldnn._reorder_linear_weight
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Watched)
+    return seen
+
+
+def packed(model):
+    prepack(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "opt", "bert"])
+def test_outputs_are_equal(family, products):
+    plain, model, ids = small.model(family), packed(small.model(family)), small.ids(3)
+    assert fingerprint(model) == fingerprint(plain)
+    assert {id(p) for p in model.parameters()} == {id(p) for p in dict(model.named_parameters()).values()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, **EQUAL)
+        count = len(products)
+        assert count > 6
+        if family != "bert":
+            torch.testing.assert_close(
+                model.generate(ids[:1], max_new_tokens=4, do_sample=False),
+                plain.generate(ids[:1], max_new_tokens=4, do_sample=False),
+            )
+    model.requires_grad_(True)
+    before = len(products)
+    model(input_ids=ids).logits.sum().backward()
+    assert len(products) == before, "gradients are those of the plain weight"
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "layers.0" in name)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in methods.names() if methods.can(n, methods.protocol.Adapts) and n in small.SETTINGS]
+)
+def test_every_method_computes_the_same_on_packed_weights(name, monkeypatch, products):
+    plain, make = small.adapted(name), small.model
+    monkeypatch.setattr(small, "model", lambda family: packed(make(family)))
+    adapter, ids = small.adapted(name), small.ids(3)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.model(input_ids=ids).logits, plain.model(input_ids=ids).logits, **EQUAL)
+    assert products
+
+
+def test_a_changed_weight_is_packed_again():
+    model, ids = packed(small.model()), small.ids(3)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for parameter in model.model.layers[0].parameters():
+            parameter.mul_(1.5)
+        plain = small.model()
+        plain.load_state_dict(model.state_dict())
+        after = model(input_ids=ids).logits
+        torch.testing.assert_close(after, plain(input_ids=ids).logits, **EQUAL)
+        assert not torch.allclose(before, after, atol=1e-3)
+        model.model.layers[0].mlp.up_proj.weight.data = torch.zeros_like(model.model.layers[0].mlp.up_proj.weight)
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, **EQUAL)
+
+
+def test_copies_that_share_the_weights_share_what_is_packed():
+    model = packed(small.model())
+    with torch.no_grad():
+        model(input_ids=small.ids(3))
+    first, other = model.lm_head, copied(model).lm_head
+    assert isinstance(other, PrepackedLinear) and other is not first and other.packed is first.packed
+    own = copy.deepcopy(model)
+    with torch.no_grad():
+        own.lm_head.weight.zero_()
+        assert own(input_ids=small.ids(3)).logits.abs().max() == 0
+        assert model(input_ids=small.ids(3)).logits.abs().max() > 0
+
+
+def test_it_is_refused_where_it_cannot_be(monkeypatch):
+    settings = {"name": "x", "processes": 1, "threads": 1, "prepack": True}
+    for device, precision in (("cuda", "fp32"), ("cpu", "bf16")):
+        with pytest.raises(UserError, match=f"not {device} and {precision}"):
+            HardwareConfig(device=device, precision=precision, **settings).validate()
+    monkeypatch.setattr(module.torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"hardware\.prepack: true, but this build of torch has no oneDNN"):
+        prepack(small.model())

@@ -7,9 +7,9 @@ A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, 
 dev loss at seed 100 on the ``task``. Where a group, or the suite, has ``prepare`` (name: a verb and its overrides),
 these run before, the group's first, for every seed: ``{name}`` is the folder that one leaves, for later ones and for
 the methods, and ``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is
-finished is kept, so the script can be stopped and called again. Results go to docs/results/<suite>/: the tables of
-``lrk compare`` (Markdown and CSV, one line a method with its values by seed) and about.json (commands, tuned values,
-commit, machine).
+finished is kept, so the script can be stopped and called again; a cell made with other overrides is refused. Results
+go to docs/results/<suite>/<group>/: the tables of ``lrk compare`` (Markdown and CSV, one line a method with its values
+by seed) and about.json (commands with the names of ``--set``, tuned values, commits of the runs, machine).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import yaml
 
-from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
+from lowrank_cli.runs import all_runs
+from lowrank_cli.runs.provenance import cpu_name, package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNING_SEED = 100
@@ -34,15 +35,23 @@ def lrk(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "lowrank_cli", *arguments], check=True, cwd=ROOT)
 
 
-def sweep(overrides: list[str], folder: Path) -> str:
-    """Train every combination once, in ``folder``; an interrupted sweep goes on. Returns the command."""
-    arguments = ["train", "-m", *overrides]
+def filled(overrides: list[str], variables: dict[str, str]) -> list[str]:
+    """``overrides`` with the values of ``{names}`` in them."""
+    return [text.format(**variables) for text in overrides]
+
+
+def sweep(overrides: list[str], folder: Path) -> None:
+    """Train every combination once, in ``folder``; an interrupted sweep goes on."""
     ledgers = sorted(folder.rglob("sweep.json"))
     if not ledgers:
-        lrk(*arguments, f"outputs={folder}")
-    elif json.loads(ledgers[-1].read_text())["status"] != "done":
+        lrk("train", "-m", *overrides, f"outputs={folder}")
+        return
+    ledger = json.loads(ledgers[-1].read_text())
+    made = [text for text in ledger["overrides"] if not text.startswith("outputs=")]
+    if made != overrides:
+        raise SystemExit(f"{folder} was made with {' '.join(made)}, now asked: {' '.join(overrides)}; move it away")
+    if ledger["status"] != "done":
         lrk("train", "-m", "--resume", str(ledgers[-1].parent))
-    return "lrk " + " ".join(arguments)
 
 
 def prepare(steps: dict[str, list[str]], seed: str, variables: dict[str, str], folder: Path) -> list[str]:
@@ -50,11 +59,10 @@ def prepare(steps: dict[str, list[str]], seed: str, variables: dict[str, str], f
     commands = []
     for name, (verb, *overrides) in steps.items():
         own = folder / name / seed
-        filled = [text.format(**variables, **left(steps, seed, folder)) for text in (f"seed={seed}", *overrides)]
-        commands.append("lrk " + " ".join([verb, *filled]))
-        done = [file for file in own.glob("*/*/run.json") if json.loads(file.read_text())["status"] == "done"]
-        if not done:
-            lrk(verb, *filled, f"outputs={own}")
+        commands.append(" ".join(["lrk", verb, f"seed={seed}", *overrides]))
+        if not any(run.done for run in all_runs(own)):
+            values = variables | left(steps, seed, folder)
+            lrk(verb, *filled([f"seed={seed}", *overrides], values), f"outputs={own}")
     return commands
 
 
@@ -66,41 +74,40 @@ def left(steps: dict[str, list[str]], seed: str, folder: Path) -> dict[str, str]
 def best(folder: Path, key: str) -> str:
     """The value of ``key`` whose run in ``folder`` has the lowest dev loss."""
     losses = {}
-    for file in folder.rglob("metrics.json"):
-        if "latest" in file.parts:
-            continue
-        config = yaml.safe_load((file.parent / "config.yaml").read_text())
+    for run in all_runs(folder):
+        value = run.config()
         for part in key.split("."):
-            config = config[part]
-        losses[config] = json.loads(file.read_text()).get("dev/loss", math.inf)
+            value = value[part]
+        losses[value] = run.metrics.get("dev/loss", math.inf)
     return str(min(losses, key=losses.__getitem__))
 
 
 def run_group(suite: dict, name: str, variables: dict[str, str], outputs: Path) -> dict:
     """All cells of one group; returns commands and tuned values."""
     group, seeds = suite["groups"][name], ",".join(map(str, suite["seeds"]))
-    common = [text.format(**variables) for text in group["overrides"]]
-    about: dict = {"commands": [], "tuned": {}}
     steps, prepared = group.get("prepare", {}) | suite.get("prepare", {}), outputs / "prepared" / name
+    commands: list[str] = []
+    tuned: dict[str, str] = {}
     for seed in [*suite["seeds"], *[TUNING_SEED] * ("tune" in group)]:
-        about["commands"] += prepare(steps, str(seed), variables, prepared)
-    of_its_seed = left(steps, "${seed}", prepared)
-    for method, overrides in suite["methods"].items():
-        settings = [text.format(**variables, **of_its_seed) for text in overrides]
+        commands += prepare(steps, str(seed), variables, prepared)
+    values = variables | left(steps, "${seed}", prepared)
+
+    def cell(overrides: list[str], folder: Path) -> None:
+        commands.append(" ".join(["lrk train -m", *overrides]))
+        sweep(filled(overrides, values), folder)
+
+    for method, settings in suite["methods"].items():
         chosen = []
         if tune := group.get("tune"):
-            folder = outputs / "tuning" / name / method
-            values = ",".join(map(str, tune["values"]))
-            task = [text.format(**variables) for text in group["tasks"][tune["task"]]]
-            command = sweep([*common, *task, *settings, f"{tune['key']}={values}", f"seed={TUNING_SEED}"], folder)
+            folder, options = outputs / "tuning" / name / method, ",".join(map(str, tune["values"]))
+            searched = [f"{tune['key']}={options}", f"seed={TUNING_SEED}"]
+            cell([*group["overrides"], *group["tasks"][tune["task"]], *settings, *searched], folder)
             chosen = [f"{tune['key']}={best(folder, tune['key'])}"]
-            about["commands"].append(command)
-            about["tuned"][method] = chosen[0]
+            tuned[method] = chosen[0]
         for task, overrides in group["tasks"].items():
-            special = [text.format(**variables) for text in overrides]
-            cell = [*common, *special, *settings, *chosen, f"seed={seeds}"]
-            about["commands"].append(sweep(cell, outputs / "runs" / name / task / method))
-    return about
+            folder = outputs / "runs" / name / task / method
+            cell([*group["overrides"], *overrides, *settings, *chosen, f"seed={seeds}"], folder)
+    return {"commands": commands, "tuned": tuned}
 
 
 def main() -> None:
@@ -116,10 +123,12 @@ def main() -> None:
     for name in args.groups or suite["groups"]:
         about = run_group(suite, name, variables, outputs)
         results = ROOT / "docs" / "results" / args.suite.stem / name
-        runs = [str(path) for path in sorted((outputs / "runs" / name).iterdir())]
-        lrk("compare", *runs, "--baseline", suite["baseline"], "--output", str(results))
-        about |= {"machine": cpu_name(), "git": git_state(), "packages": package_versions()}
-        (results / "about.json").write_text(json.dumps(about, indent=1).replace(f"{outputs}/", "") + "\n")
+        tasks = [outputs / "runs" / name / task for task in suite["groups"][name]["tasks"]]
+        lrk("compare", *map(str, tasks), "--baseline", suite["baseline"], "--output", str(results))
+        runs = [run for task in tasks for method in suite["methods"] for run in all_runs(task / method)]
+        commits = sorted({run.info["git"]["commit"] for run in runs})
+        about |= {"commits": commits, "machine": cpu_name(), "packages": package_versions()}
+        (results / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/mix_drop.py scripts/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix]
 
-Reads the runs of scripts/evidence.py. A drop is, for each part of the mix and each seed, test metric alone minus test
-metric in the mix. Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, by method: the medians over
-seeds by part, the mean drop with its sign-flip test over parts and seeds, and the baseline's drop beside it.
+Reads the runs of scripts/evidence.py. A drop is test metric alone minus test metric in the mix, averaged over the mix's
+parts for each seed; its sign-flip test, and that of its difference from the baseline's drop, are over the seeds.
+Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, the values by method, part and seed.
 """
 
 from __future__ import annotations
@@ -19,34 +19,26 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_cli.report.statistics import sign_flip_test
+from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Seed → metrics of the finished runs below ``folder``."""
-    found = {}
-    for file in sorted(folder.rglob("metrics.json")):
-        info = json.loads((file.parent / "run.json").read_text())
-        if "latest" not in file.parts and info["status"] == "done":
-            found[info["seed"]] = json.loads(file.read_text())
-    return found
+    """Seed → metrics of the finished runs in ``folder``."""
+    return {run.info["seed"]: run.metrics for run in all_runs(folder) if run.done}
 
 
 def drops(runs: Path, method: str, mix: str, parts: dict[str, str], metric: str) -> dict:
-    """``parts``: name of a part in the mix → name of the single task's folder."""
+    """By part the values alone and in the mix, and by seed the drop; ``parts``: part → name of its single task."""
     mixed = metrics(runs / mix / method)
-    record: dict = {"parts": {}}
-    pooled = []
-    for part, folder in parts.items():
-        alone = metrics(runs / folder / method)
-        seeds = sorted(alone.keys() & mixed.keys())
-        single = [alone[seed][f"test/{metric}"] for seed in seeds]
-        together = [mixed[seed][f"test/{part}/{metric}"] for seed in seeds]
-        pooled += [a - b for a, b in zip(single, together, strict=True)]
-        record["parts"][part] = {"alone": single, "mix": together, "seeds": seeds}
-    return record | {"mean_drop": statistics.mean(pooled), "pairs": len(pooled), "p_value": sign_flip_test(pooled)}
+    alone = {part: metrics(runs / folder / method) for part, folder in parts.items()}
+    seeds = sorted(set(mixed).intersection(*alone.values()))
+    single = {part: [alone[part][seed][f"test/{metric}"] for seed in seeds] for part in parts}
+    together = {part: [mixed[seed][f"test/{part}/{metric}"] for seed in seeds] for part in parts}
+    by_seed = [statistics.mean(single[part][i] - together[part][i] for part in parts) for i in range(len(seeds))]
+    return {"seeds": seeds, "alone": single, "mix": together, "drop": by_seed, "p_value": sign_flip_test(by_seed)}
 
 
 def main() -> None:
@@ -65,17 +57,28 @@ def main() -> None:
     parts = {task: name for name, task in names.items() if name != args.mix}
     runs = args.outputs / "runs" / args.group
     found = {method: drops(runs, method, args.mix, parts, args.metric) for method in suite["methods"]}
-    record = {"command": f"python scripts/mix_drop.py {args.suite}", "git": git_state(), "methods": found}
+    reference = dict(zip(found[suite["baseline"]]["seeds"], found[suite["baseline"]]["drop"], strict=True))
+    for result in found.values():
+        pairs = zip(result["seeds"], result["drop"], strict=True)
+        differences = [drop - reference[seed] for seed, drop in pairs if seed in reference]
+        result["against_baseline"] = {"differences": differences, "p_value": sign_flip_test(differences)}
+    record = {"command": f"python scripts/mix_drop.py {args.suite}", "baseline": suite["baseline"], "methods": found}
     target = ROOT / "docs" / "results" / args.suite.stem / args.group / "mix_drop.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    table = Table("method", *(f"{part}: alone → mix" for part in parts), "mean drop", "p")
+    target.write_text(json.dumps(record | {"git": git_state()}, indent=1) + "\n")
+    against = f"less than {suite['baseline']}'s"
+    table = Table("method", *(f"{part}: alone → mix" for part in parts), "mean drop", "p", against, "p")
     for method, result in found.items():
+        if not result["seeds"]:
+            continue
         medians = [
-            f"{statistics.median(cell['alone']):.3f} → {statistics.median(cell['mix']):.3f}"
-            for cell in result["parts"].values()
+            f"{statistics.median(result['alone'][part]):.3f} → {statistics.median(result['mix'][part]):.3f}"
+            for part in parts
         ]
-        table.add_row(method, *medians, f"{result['mean_drop']:+.4f}", f"{result['p_value']:.3g}")
+        tested = result["against_baseline"]
+        gain = f"{-statistics.mean(tested['differences']):+.4f}" if tested["differences"] else ""
+        numbers = [f"{statistics.mean(result['drop']):+.4f}", f"{result['p_value']}", gain, f"{tested['p_value']}"]
+        table.add_row(method, *medians, *numbers)
     Console().print(table)
 
 

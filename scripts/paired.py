@@ -18,19 +18,16 @@ from pathlib import Path
 import yaml
 
 from lowrank_cli.report.statistics import median_interval, sign_flip_test
+from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def values(folder: Path, metric: str) -> dict[int, float]:
-    """Seed → metric of the finished runs below ``folder``."""
-    found = {}
-    for file in sorted(folder.rglob("metrics.json")):
-        info = json.loads((file.parent / "run.json").read_text())
-        if "latest" not in file.parts and info["status"] == "done":
-            found[info["seed"]] = json.loads(file.read_text())[f"test/{metric}"]
-    return found
+    """Seed → metric on the test split (of a mix of tasks: the mean over them) of the finished runs in ``folder``."""
+    done = [run for run in all_runs(folder) if run.done]
+    return {run.info["seed"]: run.metrics.get(f"test/{metric}", run.metrics.get("test/mean")) for run in done}
 
 
 def pooled_values(task: Path, methods: list[str], metric: str) -> dict[int, float]:

@@ -1,6 +1,8 @@
 """MiLoRA's routing: the paper's formulas, once per prompt, reused with the KV cache."""
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -21,9 +23,12 @@ from lowrank_cli.adapter.router import (
     scaled_gates,
     straight_through_gates,
 )
+from lowrank_cli.adapter.routing import PromptRouting
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods import milora
 from lowrank_cli.methods.protocol import Step
+from lowrank_cli.stages.session import Session
+from lowrank_cli.stages.train import Trainer
 
 LAYERS = 2
 
@@ -317,6 +322,24 @@ def test_modules_that_no_row_uses_are_skipped():
     assert not any(part.skip for layer in adapter.routing.parts for part in layer), "training needs their gradients"
 
 
+def test_skipped_modules_are_not_computed():
+    adapter = small.adapted("milora", k=1)
+    ids = small.ids(1)
+    with torch.no_grad():
+        expected = adapter.model(input_ids=ids).logits
+        for part in adapter.modules.values():
+            if part.skip:
+                part.lora_b.fill_(math.nan)
+        assert torch.equal(adapter.model(input_ids=ids).logits, expected)
+
+
+def test_modules_stand_in_the_order_of_their_roles_however_targets_are_written():
+    adapter = small.adapted("milora", target_modules=["model.layers.0.self_attn.v_proj", "Q", "V"], k=1)
+    roles = {id(adapter.modules[site.key]): site.role for site in adapter.sites.values()}
+    first, second = ([roles[id(part)] for part in layer] for layer in adapter.routing.parts)
+    assert first == second
+
+
 @pytest.mark.parametrize("modules", ["lora", "dora"])
 @pytest.mark.parametrize(("gate", "k"), [("scaled", 3), ("straight_through", 3), ("straight_through", 1)])
 def test_the_task_loss_reaches_every_router_parameter(modules, gate, k):
@@ -373,6 +396,44 @@ def test_the_bilevel_step_moves_the_activations_by_dev_loss_and_nothing_else():
     assert changed == adapter.deferred
     assert losses[1] < losses[0]
     assert all(p.grad is None for p in adapter.trained.values())
+
+
+def test_a_constant_gate_costs_no_dev_pass():
+    method = small.method("milora", k=1)
+    adapter = method.adapt(small.model())
+    method.after_step(step(adapter, lambda: pytest.fail("no dev loss was needed")))
+
+
+def test_training_routes_by_prompts_and_steps_the_activations_on_dev(lrk, monkeypatch):
+    train, dev, routed = set(), set(), []
+    plain_batch, plain_dev, plain_model = Session.batch, Trainer._dev_batch_loss, PromptRouting._before_model
+
+    def batch(session, encoded):
+        made = plain_batch(session, encoded)
+        assert (made["prompt_mask"].sum(1) < made["attention_mask"].sum(1)).all()
+        if torch.is_grad_enabled():
+            (dev if stepping else train).update(tuple(example.input_ids) for example in encoded)
+        return made
+
+    stepping = []
+
+    def dev_loss(trainer, step):
+        stepping.append(step)
+        loss = plain_dev(trainer, step)
+        stepping.clear()
+        return loss
+
+    def before(routing, model, args, kwargs):
+        if torch.is_grad_enabled():
+            routed.append("prompt_mask" in kwargs)
+        return plain_model(routing, model, args, kwargs)
+
+    monkeypatch.setattr(Session, "batch", batch)
+    monkeypatch.setattr(Trainer, "_dev_batch_loss", dev_loss)
+    monkeypatch.setattr(PromptRouting, "_before_model", before)
+    assert lrk("train", "task.limit=24", "train.max_steps=2").code == 0
+    assert routed and all(routed)
+    assert dev and train and not dev & train
 
 
 def test_without_the_bilevel_step_the_activations_train_with_the_rest():
@@ -483,3 +544,19 @@ def test_a_cache_of_other_prompts_is_refused():
         adapter.model(input_ids=second, past_key_values=two)
         with pytest.raises(AssertionError, match="belong to another KV cache"):
             adapter.model(input_ids=first[:, :1], past_key_values=one)
+
+
+def test_a_cache_that_the_model_made_itself_is_refused_for_other_prompts():
+    adapter = small.adapted("milora")
+    first, second = small.ids(4, 6).split(2)
+    one = prefilled(adapter, first)
+    prefilled(adapter, second)
+    with torch.no_grad(), pytest.raises(AssertionError, match="belong to another KV cache"):
+        adapter.model(input_ids=first[:, :1], past_key_values=one)
+
+
+def test_routing_does_not_keep_a_cache_alive():
+    adapter = small.adapted("milora")
+    cache = weakref.ref(prefilled(adapter, small.ids(2, 6)))
+    gc.collect()
+    assert cache() is None

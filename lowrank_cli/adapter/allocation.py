@@ -56,7 +56,8 @@ class RankValues(LowRank):
 
 def orthogonality(rows: Tensor) -> Tensor:
     """‖M Mᵀ − 1‖² (Frobenius) of M (R, X): 0 where its R rows are orthonormal."""
-    return (rows @ rows.t() - torch.eye(len(rows), device=rows.device)).square().sum()
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows @ rows.t() - torch.eye(len(rows), device=rows.device)).square().sum()
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:

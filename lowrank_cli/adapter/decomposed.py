@@ -72,25 +72,27 @@ class Decomposed(LowRank):
         squares = self.squares + 2 * self.scale * cross + self.scale**2 * own
         return squares.maximum(FLOOR * self.squares + ZERO_ROW).sqrt()
 
-    def _rescaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """m / n, (O,) or (B, O), and (m / n) ⊙ Bᵀ, (R, O) or (B, R, O); kept while nothing trains."""
+    def _rescaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """m / n, (O,) or (B, O); A (R, I); (m / n) ⊙ Bᵀ, (R, O) or (B, R, O). Kept while nothing trains."""
 
-        def compute() -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
             ratio = self.magnitude / self.norms()
-            return ratio, (ratio.unsqueeze(-1) * self.lora_b).to(dtype).mT
+            return ratio, self.lora_a.to(dtype), (ratio.unsqueeze(-1) * self.lora_b).to(dtype).mT
 
-        def laid_out() -> tuple[Tensor, Tensor]:
-            ratio, b = compute()
-            return ratio, b.contiguous()
+        def laid_out() -> tuple[Tensor, Tensor, Tensor]:
+            ratio, a, b = compute()
+            return ratio, a, b.contiguous()
 
+        if torch.is_grad_enabled():
+            self._results.clear()
         if torch.is_grad_enabled() or self.rank_gate is not None:
             return compute()
         return self.kept(("rescaled", dtype), laid_out)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
-        ratio, b = self._rescaled(y.dtype)
+        ratio, a, b = self._rescaled(y.dtype)
         y = self._stretch(y, ratio)
-        h = self.hidden(x, self.operands(y.dtype)[0]).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
+        h = self.hidden(x, a).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
         if b.dim() == 2:
             y.addmm_(h, b, alpha=self.strength)
         else:

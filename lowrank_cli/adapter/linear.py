@@ -135,7 +135,7 @@ class LowRank(nn.Module):
         return self.lora_b
 
     def kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """``compute()``, a function of this module's tensors alone, from an earlier call while none of them changed."""
+        """``compute()``, from an earlier call while none of this module's tensors changed (frozen ones do not)."""
         found = self._results.get(key)
         if found is not None:
             for owner, name, tensor, version, address in found[0]:

@@ -59,15 +59,19 @@ class Rational(nn.Module):
 
 
 class SelfAttentionPool(nn.Module):
-    """u = H w, α = softmax of u over the prompt's tokens, h = αᵀ H: (B, T, D), mask (B, T) -> (B, D)."""
+    """u = H w, α = softmax of u over the prompt's tokens, h = αᵀ H: (B, T, D), mask (B, T) -> (B, D).
+
+    w starts as 0, which is the mean (a reconstruction: the paper gives no initial value).
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        scores = (hidden @ self.weight).masked_fill(~mask, float("-inf"))  # (B, T, D) @ (D,) -> (B, T)
-        return torch.einsum("bt,btd->bd", scores.softmax(dim=-1), hidden)
+        scores = (hidden @ self.weight.to(hidden.dtype)).float()  # (B, T, D) @ (D,) -> (B, T)
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+        return torch.einsum("bt,btd->bd", weights.to(hidden.dtype), hidden)
 
 
 def average_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -101,7 +105,9 @@ class Router(nn.Module):
     """p = softmax(f(pool(H)) W_r): hidden states (B, T, D) and prompt mask (B, T) -> probabilities (B, N), in fp32.
 
     ``pooler`` maps hidden states and mask to (B, D), ``activation`` f is elementwise; either may be a module with
-    parameters. They default to the paper's self-attention pooler and rational function.
+    parameters. They default to the paper's self-attention pooler and rational function. The states are pooled in their
+    own dtype, so that no fp32 copy of them waits for the backward pass. W_r starts Gaussian with standard deviation
+    0.02 (a reconstruction).
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            pooled = self.pooler(hidden.float(), mask)  # (B, T, D) -> (B, D)
+            pooled = self.pooler(hidden, mask).float()  # (B, T, D) -> (B, D)
             return self.projection(self.activation(pooled)).softmax(dim=-1)  # (B, D) -> (B, N)
 
 

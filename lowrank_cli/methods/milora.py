@@ -97,9 +97,11 @@ class MiLoRA(LoRA):
         self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
         require_range("method.k", self.config.k, 1, len(self.roles))
         blocks = layers(model)
-        parts = [[adapter.modules[s.key] for s in adapter.sites.values() if s.layer == i] for i in range(len(blocks))]
-        if any(len(layer) != len(self.roles) for layer in parts):
+        found = {(site.layer, site.role): adapter.modules[site.key] for site in adapter.sites.values()}
+        places = [[(index, role) for role in self.roles] for index in range(len(blocks))]
+        if any(place not in found for layer in places for place in layer):
             raise UserError("method.target_modules: milora needs the same roles in every layer")
+        parts = [[found[place] for place in layer] for layer in places]
         names = list(self.config.activation)
         if len(blocks) % len(names):
             raise UserError(
@@ -143,11 +145,12 @@ class MiLoRA(LoRA):
     def after_step(self, step: Step) -> None:
         """First-order bi-level step (section 3.4): the activations' coefficients follow the dev loss.
 
-        Cost: one forward and backward pass of a dev batch for each training step.
+        Cost: one forward and backward pass of a dev batch for each training step; none with ``k`` = 1 and scaled
+        gates, which are constant.
         """
         import torch
 
-        if not self.config.bilevel:
+        if not self.config.bilevel or (self.config.k == 1 and self.config.gate == "scaled"):
             return
         optimizer = self._adam(step.adapter)
         coefficients = optimizer.param_groups[0]["params"]

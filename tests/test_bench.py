@@ -71,7 +71,7 @@ def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from():
 def test_the_command_prints_a_table_for_each_number_of_beams(lrk):  # noqa: F811
     ended = lrk("bench", "decode", *TINY, "bench.rounds=1", "bench.methods=[base,'lora rank=2']")
     assert ended.code == 0, ended
-    assert ended.out.count("× base") == 2 and ended.out.count("lora rank=2") == 2
+    assert ended.out.count("× base") == 2 == ended.out.count("steps only") and ended.out.count("lora rank=2") == 2
     assert "random weights of shape 2x32x48x4" in ended.err
     run = json.loads(Path("outputs/latest/run.json").read_text())
     assert run["stage"] == "bench" and run["overrides"][0] == "bench.measure=decode"
@@ -168,7 +168,7 @@ def test_a_benchmark_leaves_every_model_as_it_was():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_rounds_run_every_method_once_in_rotated_order(monkeypatch):
+def test_rounds_run_every_method_once_in_changing_order(monkeypatch):
     order, models = [], small_twins(("base", "lora", "milora"))
     by_model = {id(twin.model): name for name, twin in models.items()}
 
@@ -180,11 +180,12 @@ def test_rounds_run_every_method_once_in_rotated_order(monkeypatch):
     found = measure(models, small.ids(2, 4), rounds=3)
     turns = [order[at : at + 3] for at in range(0, 12, 3)]
     assert all(sorted(turn) == ["base", "lora", "milora"] for turn in turns)
-    assert all(after == before[1:] + before[:1] for before, after in pairwise(turns))
+    followers = {pair for turn in turns for pair in pairwise(turn)}
+    assert {("lora", "milora"), ("milora", "lora"), ("base", "milora"), ("milora", "base")} <= followers
     assert {name: [sample.seconds for sample in samples] for name, samples in found.items()} == {
         "base": [6, 8, 10],
-        "lora": [4, 9, 11],
-        "milora": [5, 7, 12],
+        "lora": [4, 7, 11],
+        "milora": [5, 9, 12],
     }, "the first round is not counted"
 
 

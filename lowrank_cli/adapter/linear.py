@@ -65,7 +65,7 @@ class LowRank(nn.Module):
         self.module_gate: Tensor | float | None = None
         self.soft = False
         self._skip = False
-        self._results: dict[Hashable, tuple[list, Any]] = {}
+        self._results: dict[Hashable, tuple[list, tuple[Tensor, ...]]] = {}
 
     @property
     def skip(self) -> bool:
@@ -134,7 +134,7 @@ class LowRank(nn.Module):
         """B of the update, (O, R)."""
         return self.lora_b
 
-    def kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+    def kept(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> Any:
         """``compute()``, from an earlier call while none of this module's tensors changed (frozen ones do not)."""
         found = self._results.get(key)
         if found is not None:
@@ -151,6 +151,12 @@ class LowRank(nn.Module):
         ]
         self._results[key] = state, compute()
         return self._results[key][1]
+
+    def kept_bytes(self) -> int:
+        """Memory of what :meth:`kept` holds beside this module's own tensors."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
+        made = [tensor.untyped_storage() for _, result in self._results.values() for tensor in result]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in made if storage.data_ptr() not in own}.values())
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A (R, I) and Bᵀ (R, O) in the dtype to compute in.

@@ -10,6 +10,9 @@ from rich.text import Text
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run
 
+#: Speed of MiLoRA relative to another method on LLaMA-2 7B, by beams (the decoding-speed table of Zhang et al. 2024).
+PUBLISHED = {("moelora", 1): 1.217, ("dora", 1): 1.197, ("moelora", 3): 1.18, ("dora", 3): 1.13}
+
 
 def shown(run: Run) -> list[RenderableType]:
     """Tables of a finished benchmark; none for another run."""
@@ -18,7 +21,19 @@ def shown(run: Run) -> list[RenderableType]:
     record = run.read_json("bench.json")
     memory = Text(f"memory: {record['memory']}", style="dim")
     settings = dict.fromkeys((row["beams"], row["tenants"]) for row in record["rows"])
-    return [*(_table(record, *setting) for setting in settings), memory]
+    return [*(_table(record, *setting) for setting in settings), *_pairs(record), memory]
+
+
+def _pairs(record: dict[str, Any]) -> list[RenderableType]:
+    """MiLoRA against the methods that its paper compares it with, alone in the batch."""
+    columns = ["speed of", "beams", "here", "published (7B, k=3)"]
+    table = tables.Fitted("MiLoRA against its baselines", columns, leave_out=[])
+    for pair in record["pairs"]:
+        reference = PUBLISHED.get((pair["to"], pair["beams"]))
+        if pair["method"].startswith("milora") and reference and not pair["tenants"]:
+            name = f"{pair['method']} / {pair['to']}"
+            table.rows.append([name, str(pair["beams"]), f"{pair['ratio']:.3f}", f"{reference:.3f}"])
+    return [table] if table.rows else []
 
 
 def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fitted:
@@ -29,7 +44,8 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
     )
     if tenants:
         heading += f", {tenants} adapter{'s' * (tenants > 1)} in the batch"
-    columns = ["method", "tokens/s", "× base", "quartiles", "ms/token", "p95", "first token", "memory", "adapters"]
+    speed, cost = ["tokens/s", "× base", "quartiles", "steps only"], ["ms/token", "p95", "first token"]
+    columns = ["method", *speed, *cost, "memory", "adapters"]
     table = tables.Fitted(heading, columns, leave_out=["first token", "p95", "adapters", "memory", "ms/token"])
     for row in record["rows"]:
         if (row["beams"], row["tenants"]) == (beams, tenants):
@@ -39,6 +55,7 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
                 f"{row['tokens_per_second']:.1f}",
                 f"{row['ratio']:.3f}",
                 f"{low:.3f}–{high:.3f}",
+                f"{1 / row['step_ratio']:.3f}",
                 f"{row['ms_per_token']:.2f}",
                 f"{row['ms_per_token_p95']:.2f}",
                 tables.duration(row["first_token_seconds"]),

@@ -95,8 +95,9 @@ def rounds(
     found: dict[str, list[Sample]] = {name: [] for name in names}
     for number in range(bench.rounds + 1):
         turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            others = sum(twin.own_bytes for twin in models.values()) - models[name].own_bytes
+        order = names[turn:] + names[:turn]
+        for name in order if number % 2 else reversed(order):  # so that none always follows the same other one
+            others = sum(twin.held_bytes() for twin in models.values()) - models[name].held_bytes()
             sample = generate(models[name], prompts, beams, bench.new_tokens)
             sample.memory -= others
             if number:

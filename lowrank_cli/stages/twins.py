@@ -39,6 +39,11 @@ class Twin:
     around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
     arguments: dict[str, Any] = field(default_factory=dict)  #: more arguments of ``generate``
 
+    def held_bytes(self) -> int:
+        """``own_bytes``, and what the modules keep between calls."""
+        parts = self.adapter.modules.values() if self.adapter else ()
+        return self.own_bytes + sum(part.kept_bytes() for part in parts)
+
 
 def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], seed: int) -> dict[str, Twin]:
     """``base`` itself for None, and for each method a twin of it, adapted and perturbed with ``seed``.

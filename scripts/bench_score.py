@@ -5,8 +5,9 @@
 
 The naive loop gates ranks one after the other and runs the whole padded batch each time; of its 2 · ranks passes,
 ``--sample`` evenly spaced ones are timed in each round and their mean is taken for all. The engine runs whole. The
-batch is dev examples of a generated task, as ``lrk score`` takes them. Also: the largest difference between the two,
-and how the cheap scores rank the ranks (Spearman's correlation with the exact ones).
+batch is dev examples of a generated task, as ``lrk score`` takes them. Also: the ratio of their floating-point
+operations in matrix products, which is what a machine without other costs would gain; the largest difference between
+the two, and how the cheap scores rank the ranks (Spearman's correlation with the exact ones).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import tasks
@@ -99,6 +101,13 @@ def clock(work: Any, cuda: bool) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+def operations(work: Any) -> int:
+    """Floating-point operations of the matrix products in ``work``."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def spearman(one: list[float], other: list[float]) -> float:
     ranks = torch.tensor([one, other]).argsort(dim=1).argsort(dim=1).double()
     return torch.corrcoef(ranks)[0, 1].item()
@@ -122,7 +131,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama", choices=["llama", *SHAPES])
     parser.add_argument("--task", default="tiny_yesno")
-    for name, default in (("batch", 32), ("rank", 8), ("rounds", 5), ("threads", 1), ("tokens", 8192)):
+    for name, default in (("batch", 32), ("rank", 8), ("rounds", 5), ("threads", 1), ("tokens", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sample", type=int, default=40, help="naive passes timed in a round, of each kind")
     parser.add_argument("--steps", type=int, default=0, help="training steps before scoring")
@@ -155,6 +164,7 @@ def main() -> None:
     )
     values = {kind: [*chain(*score(kind, adapter, probe).values.values())] for kind in SCORE_KINDS if kind != "ab"}
     own = [*chain(*exact.values.values())]
+    plain_work = 2 * len(units) * operations(lambda: naive(adapter, batch, units[:1], False))
     record = {
         "command": "python scripts/bench_score.py",
         "settings": {key: value for key, value in vars(args).items() if key != "out"},
@@ -166,6 +176,7 @@ def main() -> None:
         "tokens": int(batch["attention_mask"].sum()),
         "median_seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "speedup": statistics.median(a / b for a, b in zip(seconds["naive"], seconds["engine"], strict=True)),
+        "fewer_operations": plain_work / operations(lambda: score("ab", adapter, probe)),
         "largest_difference": difference,
         "spearman_with_ab": {kind: spearman(own, found) for kind, found in values.items()},
         "seconds": seconds,

@@ -5,8 +5,15 @@ i, S(M_i) with rank i as the only one in the model.
 
 Each row of a batch may have gates of its own, so V copies of n examples evaluate V ablations at once, with the same
 results as one by one. Layers in front of an ablated one, and what its own layer computes before it, are taken from
-one pass of the whole adapter (for S(M∖i)) or of the bare model (for S(M_i)). Cost: with L equal layers about half of
-the layers' work of 2 · ranks passes over the examples; the last feed-forward and the LM head at response tokens only.
+one pass of the whole adapter (for S(M∖i)) or of the bare model (for S(M_i)).
+
+Cost: 2 · ranks ablations, each of which is exact only if every layer behind the ablated one runs again, at all
+positions, since attention mixes them. With L equal layers that is (L − 1) / 2 of them on average, the last one
+without feed-forward and LM head except at response tokens, and what follows in the ablated layer itself. On the
+bundled model (L = 6) an ablation takes 0.28 of the multiplications of a padded pass, in a 100M Llama (L = 12) as much:
+at most 3.6 times as fast as the loop. Folding the other updates into the weights and computing the last attention at
+response tokens only would make that 4.1 on the bundled model; batching saves none, it only fills a GPU. For more,
+there is ``taylor``.
 """
 
 from __future__ import annotations

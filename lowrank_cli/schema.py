@@ -282,9 +282,8 @@ class ScoreConfig:
     #: modules ``ablation``, ``kl``, ``taylor``, ``magnitude`` or the control ``random``; null is the first
     kind: Optional[str] = MISSING
     batch: int = MISSING  #: dev examples, drawn by the seed; all of them where there are fewer
-    tokens: int = (
-        MISSING  #: of one forward pass, at most: bounds memory; about 1024 suits a CPU's caches, a GPU takes more
-    )
+    #: of one forward pass, at most: bounds memory; about 1024 suits the caches of a CPU, a GPU is faster with more
+    tokens: int = MISSING
 
     def validate(self) -> None:
         if self.level is not None:

@@ -125,7 +125,7 @@ class ALoRA(LoRA):
         if new > self.config.settle * lowest:
             self._settled = step.number
             step.log({"settled": True, "lowest": lowest, "new_among_lowest": new})
-            step.say(f"{name}: {new} of the {lowest} lowest ranks came in the round before: settled, ranks stay")
+            step.say(f"{name}: settled, for {new} of the {lowest} lowest ranks are new")
             return
         step.say(f"{name}: {told(plan, scores, {key: str(site.role or key) for key, site in adapter.sites.items()})}")
         resize(adapter, plan, step.optimizer)

@@ -1,16 +1,21 @@
 """Ranks that change: what stays equal, what the optimizer keeps, what is saved and rebuilt."""
 
 import json
+from pathlib import Path
 
 import pytest
 import small
 import torch
 from torch import nn
 
+from lowrank_cli import methods
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.ranks import rebuild, resize
+from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods.lora import PatternConfig, read_pattern
+from lowrank_cli.runs import Run
 
 Q0, D1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -174,3 +179,69 @@ def test_ranks_that_do_not_fit_are_refused():
         rebuild(adapter, {"elsewhere": 2}, "file")
     with pytest.raises(UserError, match=r"rank 33 of .* does not fit 32 × 32"):
         rebuild(adapter, {Q0: 33}, "file")
+
+
+# ------------------------------------------------------------------------------------------------ rank patterns
+
+
+def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
+    """The file of a pruned or reallocated adapter: the same modules and ranks, LoRA's initial values, one scale."""
+    found = small.adapted()
+    resize(found, {Q0: ([1], 0), D1: ([], 0)})
+    state.save(found, tmp_path, {})
+    config = PatternConfig(
+        name="lora", rank=4, alpha=8, dropout=0.0, target_modules=["all"], rank_pattern=f"{tmp_path}/{state.PATTERN}"
+    )
+    config.ranks = config.absorb({"rank_pattern"})["ranks"]
+    config.validate()
+    adapter = methods.create(config).adapt(small.model())
+    assert adapter.ranks() == found.ranks() and D1 not in adapter.ranks() and adapter.ranks()[Q0] == 1
+    assert {part.scale for part in adapter.modules.values()} == {2.0}
+    assert torch.equal(logits(adapter), small.model()(input_ids=small.ids()).logits)
+    again = tmp_path / "again"
+    again.mkdir()
+    state.save(adapter, again, {})
+    assert not (again / state.PATTERN).exists()  # nothing has moved since
+    state.load(methods.create(config).adapt(small.model()), again)
+    Path(config.rank_pattern).unlink()
+    assert config.absorb(set()) == {}  # the saved configuration holds the ranks
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read as JSON"),
+        ("[4]", "must hold ranks of 1 or more by module"),
+        ('{"a": 0}', "must hold ranks of 1 or more by module"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_a_file_that_is_no_pattern_is_refused(tmp_path, text, message):
+    file = tmp_path / "pattern.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=f"method.rank_pattern: .*{message}"):
+        read_pattern(str(file))
+
+
+def test_a_pattern_of_another_model_is_refused():
+    with pytest.raises(UserError, match=r"method.rank_pattern: has 'layers.7.q', which this method does not make"):
+        small.adapted("lora", ranks={"layers.7.q": 4})
+
+
+@pytest.mark.slow
+def test_a_pruned_run_and_a_lora_of_its_pattern_have_the_same_size():
+    quick = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=8"]
+    runs = []
+    for verb, overrides in (
+        ("train", ["method=lora", *quick]),
+        ("prune", ["prune.budget=200", "score.kind=magnitude"]),
+        ("train", ["method=lora", *quick, "method.rank_pattern=outputs/latest/adapter/rank_pattern.json"]),
+        ("evaluate", []),
+    ):
+        single.start(verb, overrides, None, f"lrk {verb}")
+        runs.append(Run.open(Path("outputs/latest").resolve()))
+    assert runs[1].metrics["trainable_parameters"] == runs[2].metrics["trainable_parameters"]
+    assert runs[2].metrics["trainable_parameters"] < runs[0].metrics["trainable_parameters"]
+    assert runs[3].metrics["test/accuracy"] == runs[2].metrics["test/accuracy"]
+    assert sum(runs[2].config()["method"]["ranks"].values()) == 200

@@ -1,8 +1,9 @@
 """Adapters on disk: safetensors with the tensor names of the PEFT library, and our own proof beside them.
 
 A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only where stock PEFT computes the same
-function), ``canary.safetensors`` (a fixed input and the logits it gave) and ``lrk.json`` (what it belongs to, and the
-SHA-256 of every other file). Loading checks all of it: an adapter is applied exactly, or there is an error.
+function), ``rank_pattern.json`` (only where ranks have moved), ``canary.safetensors`` (a fixed input and the logits it
+gave) and ``lrk.json`` (what it belongs to, and the SHA-256 of every other file). Loading checks all of it: an adapter is
+applied exactly, or there is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
 
 FORMAT = 1
+PATTERN = "rank_pattern.json"  #: module → rank, where ranks have moved, for another training to start from
 WEIGHTS, CANARY, CONFIG, PROOF = (
     "adapter_model.safetensors",
     "canary.safetensors",
@@ -75,12 +77,15 @@ def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
     config = peft_config(adapter)
     if config is not None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    changed = adapter.ranks() if adapter.ranks() != adapter.initial_ranks else None
+    if changed:
+        (folder / PATTERN).write_text(json.dumps(changed, indent=2) + "\n")
     proof = {
         "format": FORMAT,
         "model_type": adapter.model.config.model_type,
         "fingerprint": adapter.fingerprint,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
-        "ranks": adapter.ranks() if adapter.ranks() != adapter.initial_ranks else None,
+        "ranks": changed,
         "about": about,
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
     }

@@ -44,6 +44,7 @@ INPUTS = (
     "task.path",
     "method.setting",
     "generate.tenants",
+    "method.rank_pattern",
 )  #: keys of what is read: saved absolute, however they are given
 WRITTEN = "generate.output"  # a file
 PATHS = (*INPUTS, WRITTEN, "outputs")

@@ -1,13 +1,18 @@
 """LoRA: low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685, section 4.1).
 
 y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: (O, R) zero
+
+With a rank pattern each module has its own R, and s stays alpha / ``rank`` for all: an allocation that ALoRA or a
+pruning found, trained from the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -49,21 +54,61 @@ class LoRAConfig(LowRankConfig):
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")
 
+    def own_ranks(self) -> dict[str, int]:
+        """The rank of each module by its key; empty where all have ``rank``."""
+        return {}
+
+
+@dataclass
+class PatternConfig(LoRAConfig):
+    """LoRA's own settings."""
+
+    #: JSON file, module → rank (``adapter/rank_pattern.json`` of a run whose ranks moved); modules not in it get none
+    rank_pattern: Optional[str] = MISSING
+    ranks: dict[str, int] = field(default_factory=dict)  #: the file's content, so that a run holds its ranks
+
+    def absorb(self, given: Collection[str]) -> dict[str, Any]:
+        if self.rank_pattern is None or (self.ranks and "rank_pattern" not in given):
+            return {}
+        return {"ranks": read_pattern(self.rank_pattern)}
+
+    def own_ranks(self) -> dict[str, int]:
+        return self.ranks
+
+
+def read_pattern(path: str) -> dict[str, int]:
+    """The ranks in a file. Raises UserError for a file that is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"method.rank_pattern: '{path}' cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict) or not found or not all(type(rank) is int and rank > 0 for rank in found.values()):
+        raise UserError(
+            f"method.rank_pattern: '{path}' must hold ranks of 1 or more by module, such as {{\"model.layers.0.mlp"
+            f'.up_proj": 8}}'
+        )
+    return found
+
 
 class LoRA(Method):
     """Freezes the model and trains one low-rank module for each target linear."""
 
-    Config = LoRAConfig
+    Config: ClassVar[type[LoRAConfig]] = PatternConfig
     config: LoRAConfig
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Wrap the target linears of ``model``; a classification head, where there is one, trains in full."""
         from lowrank_cli.adapter.core import inject
         from lowrank_cli.adapter.families import find_sites
+        from lowrank_cli.adapter.ranks import rebuild
 
         config = self.config
         sites = find_sites(model, list(config.target_modules))
-        return inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
+        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
+        if ranks := config.own_ranks():
+            rebuild(adapter, ranks, "method.rank_pattern")
+            adapter.initial_ranks = adapter.ranks()
+        return adapter
 
     def kind(self) -> Callable[..., LowRank]:
         """What makes a low-rank module."""

@@ -40,6 +40,7 @@ IRRELEVANT = {
     "hardware.threads",
     "method.setting",  # its name stands for it, its layers may differ from seed to seed
     "method.layers",
+    "method.ranks",  # those of method.rank_pattern
     "train.log_every",
     "train.checkpoint_every",
 }

@@ -1,9 +1,9 @@
 """Adapters on disk: safetensors with the tensor names of the PEFT library, and our own proof beside them.
 
 A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only where stock PEFT computes the same
-function), ``rank_pattern.json`` (only where ranks have moved), ``canary.safetensors`` (a fixed input and the logits it
-gave) and ``lrk.json`` (what it belongs to, and the SHA-256 of every other file). Loading checks all of it: an adapter is
-applied exactly, or there is an error.
+function), ``rank_pattern.json`` (only where ranks have moved), ``canary.safetensors`` (a fixed input and the logits
+it gave) and ``lrk.json`` (what it belongs to, and the SHA-256 of every other file). Loading checks all of it: an
+adapter is applied exactly, or there is an error.
 """
 
 from __future__ import annotations

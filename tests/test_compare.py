@@ -420,6 +420,7 @@ def test_no_finished_runs_and_no_quality_metric(add):
 
 def test_nothing_that_changes_a_result_is_ignored():
     named = {"method.setting", "method.layers"}  # what they hold goes by its name, method.chosen_by
+    named |= {"method.ranks"}  # goes by method.rank_pattern
     assert not any(key.startswith(("method.", "model.", "task.")) for key in module.IRRELEVANT - named)
 
 

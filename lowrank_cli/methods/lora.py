@@ -64,7 +64,7 @@ class PatternConfig(LoRAConfig):
     """LoRA's own settings."""
 
     #: JSON file, module → rank (``adapter/rank_pattern.json`` of a run whose ranks moved); modules not in it get none
-    rank_pattern: Optional[str] = MISSING
+    rank_pattern: Optional[str] = None
     ranks: dict[str, int] = field(default_factory=dict)  #: the file's content, so that a run holds its ranks
 
     def absorb(self, given: Collection[str]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class ALoRA(LoRA):
         self._allocations: list[list[int]] = []  # the rank of every site, at the start and after each round
         self._new: dict[str, int] = {}  # how many of a module's ranks, its last ones, came in the last round
         self._settled: int | None = None  # the step from which on ranks stay
+        self._seconds = 0.0  # spent on scoring
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA of equal ranks. Refuses to move as many ranks as there are."""
@@ -118,6 +119,7 @@ class ALoRA(LoRA):
         probe = step.probe(self.config.dev_batch, self.config.tokens)
         with step.watch("scoring ranks", rows_to_run(self.config.score, adapter, probe)) as probe.tick:
             scores = score(self.config.score, adapter, probe)
+        self._seconds += time.monotonic() - began
         name += f" ({time.monotonic() - began:.1f} s)"
         limits = {key: min(site.in_features, site.out_features) for key, site in adapter.sites.items()}
         plan = reallocated(scores.values, limits, min(self._moved, sum(adapter.ranks().values()) - 1))
@@ -153,6 +155,7 @@ class ALoRA(LoRA):
             "allocations": torch.tensor(self._allocations),
             "new": torch.tensor([self._new.get(key, 0) for key in self._keys]),
             "settled": torch.tensor(self._settled or 0),
+            "seconds": torch.tensor(self._seconds, dtype=torch.float64),
         }
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
@@ -161,6 +164,7 @@ class ALoRA(LoRA):
         self._allocations = state["allocations"].tolist()
         self._new = dict(zip(adapter.sites, state["new"].tolist(), strict=True))
         self._settled = int(state["settled"]) or None
+        self._seconds = state["seconds"].item()
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
@@ -172,6 +176,7 @@ class ALoRA(LoRA):
         figures = [allocation(adapter)]
         if self._steps:
             metrics["reallocations"] = len(self._steps)
+            metrics["train/scoring_seconds"] = self._seconds
             metrics |= {} if self._settled is None else {"settled_step": self._settled}
             names = ["start", *(f"step {step}" for step in self._steps)]
             rows = [dict(zip(adapter.sites, ranks, strict=True)) for ranks in self._allocations]

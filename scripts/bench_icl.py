@@ -67,7 +67,7 @@ def main() -> None:
     ready.model.eval()
     queries = ready.task.test[: args.queries]
     prompts = with_demonstrations(queries, draw(ready.task.train, args.shots, 0))
-    fitted = calibrate.fit(ready).tensors[0]
+    fitted = calibrate.fit(ready).wordings[0].tensors
     head = head_weight(ready.model)
 
     def ida() -> list[list[float]]:

@@ -11,7 +11,7 @@ import small
 import torch
 
 from lowrank_cli.calibration import contextual, prototypes, store
-from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax, offsets, statistics
+from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax, offsets, prior, statistics, together
 from lowrank_cli.calibration.processor import AnswerProcessor
 from lowrank_cli.errors import UserError
 from lowrank_cli.stages.candidates import Prefix, candidate_scores, common_prefix
@@ -91,6 +91,24 @@ def test_terms_that_overflow_exp_stay_finite():
 def test_class_shares_are_counted():
     found = statistics(some_features(8), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2]), 4)
     assert found.shares.tolist() == [0.625, 0.25, 0.125, 0.0]
+
+
+def test_a_label_without_examples_has_no_prior_to_make_up_for():
+    shares = torch.tensor([0.75, 0.25, 0.0])
+    assert prior(shares, 0.0).tolist() == [0.0, 0.0, 0.0]
+    with pytest.raises(UserError, match=r"method\.tau: 0\.5, but label 2 has no example"):
+        prior(shares, 0.5)
+    torch.testing.assert_close(prior(shares[:2], 0.5), torch.tensor([0.75, 0.25]).log() / 2)
+
+
+def test_rules_together_score_as_one_by_one():
+    model, batch = small.model("llama"), collate_prompts(PROMPTS, 0)
+    found = statistics(some_features(40, 32), torch.zeros(40, dtype=torch.long), 1)
+    head = model.get_output_embeddings().weight.detach()
+    rules = [IdaSoftmax(head, found.mean, found.factor, strength, range(64)) for strength in (0.25, 1.0)]
+    both = candidate_scores(model, **batch, options=OPTIONS, rule=together(rules))
+    for at, rule in enumerate(rules):
+        assert [row[at] for row in both] == candidate_scores(model, **batch, options=OPTIONS, rule=rule)
 
 
 # ---------------------------------------------------------------------------------- answers of a model, shared prefix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lowrank_cli.calibration import store
 from lowrank_cli.calibration.processor import AnswerProcessor
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods.idaicl import IDAICL
 from lowrank_cli.methods.protocol import Plan
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
@@ -167,8 +169,40 @@ def test_it_stands_on_an_adapter_that_another_method_trained():
         lrk("evaluate", f"run={kept.path}")
 
 
+def test_proca_is_fitted_on_examples_that_are_not_shown(fitted, monkeypatch):
+    asked = []
+    scores = candidates.choice_scores
+
+    def watching(session, examples, prompts, shots, **more):
+        asked.append((examples, prompts))
+        return scores(session, examples, prompts, shots, **more)
+
+    monkeypatch.setattr("lowrank_cli.stages.calibrate.choice_scores", watching)
+    common = [f"run={fitted.path}", "method.calibration=proca", "method.draws=1", "method.templates=1"]
+    lrk("evaluate", *common, "evaluate.shots=4")
+    ((examples, prompts),) = asked
+    unlabelled = examples[:20]  # of 24 in D; then 24 queries
+    assert len(examples) == 20 + 24
+    assert all(prompt.count(example.prompt) == 1 for example, prompt in zip(unlabelled, prompts))
+    with pytest.raises(UserError, match=r"evaluate\.shots: all examples are shown"):
+        lrk("evaluate", *common, "evaluate.shots=24")
+
+
+def test_inputs_without_content_have_texts_of_each_column():
+    method = IDAICL(
+        config.compose("train", ["method=idaicl", "method.calibration=dconca", "method.probes=9"]).config.method
+    )
+    pair = {"premise": ["a b c d", "e f g h"], "hypothesis": ["x", "y"]}
+    rows, indices = method.probes(pair, [0, 1], Random(0))
+    assert len(rows) == 9 and indices == []
+    assert {len(row["premise"].split()) for row in rows} == {4} and {row["hypothesis"] for row in rows} == {"x", "y"}
+    assert {word for row in rows for word in row["premise"].split()} <= set("abcdefgh")
+    method.config.calibration = "conca"
+    assert method.probes(pair, [0, 1], Random(0)) == ([{"premise": "N/A", "hypothesis": "N/A"}], [])
+
+
 def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(fitted):
-    run = lrk("evaluate", f"run={fitted.path}", "evaluate.shots=0", "method.templates=1", "task.limit=8")
+    run = lrk("evaluate", f"run={fitted.path}", "evaluate.shots=0", "method.templates=1")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(BUNDLED).eval()
     processor = AnswerProcessor.from_folder(fitted.path / "statistics", model, tokenizer.eos_token_id)
@@ -192,11 +226,29 @@ def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(f
         AnswerProcessor.from_folder(fitted.path / "statistics", model, tokenizer.eos_token_id)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"adapter": "of a run", "vocabulary": 9}, "belong to another model"),
+        ({"method.calibration": "conca"}, "go with method.calibration=conca; in generate .* method.calibration=ida"),
+        ({"method.normalize_length": True}, "go with method.normalize_length=True"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_follow(fitted, tmp_path, said, message):
+    tensors, about = store.load(fitted.path / "statistics")
+    for key, value in said.items():
+        place = about["method"] if key.startswith("method.") else about
+        place[key.removeprefix("method.")] = value
+    store.save(tmp_path, tensors, about)
+    with pytest.raises(UserError, match=message):
+        AnswerProcessor.from_folder(tmp_path, AutoModelForCausalLM.from_pretrained(BUNDLED), 0)
+
+
 def test_export_writes_what_generate_answers_with(fitted):
     run = lrk("export", f"run={fitted.path}", "method.strength=0.25")
     assert run.metrics["export/score_error"] < 1e-4
     assert store.load(run.path / "export")[1]["method"]["strength"] == 0.25
-    with pytest.raises(UserError, match=r"export\.max_error: the scores of answers in generate differ"):
+    with pytest.raises(UserError, match=r"in generate answers are scored with method\.calibration=ida"):
         lrk("export", f"run={fitted.path}", "method.calibration=conca")
 
 
@@ -215,6 +267,8 @@ def test_prompts_of_a_routed_adapter_are_never_cut():
     [
         (["method.features=prompt"], "were fitted with answered True, not False; fit them again"),
         (["method.templates=3"], "were fitted with templates"),
+        (["task.limit=23"], r"were fitted with data 24 examples \(\w+\), not 23 examples"),
+        (["task.max_length=63"], "were fitted with max_length 64, not 63"),
         (["method.templates=99"], r"method.templates: 99, but task=tiny_sentiment has \d+ of them"),
         (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
         (["evaluate.shots=25"], "evaluate.shots: 25 are asked for, there are 24 demonstrations"),

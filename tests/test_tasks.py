@@ -17,7 +17,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
 from lowrank_cli.tasks.batches import Batches, batch_indices, share
-from lowrank_cli.tasks.task import content_free, template_hash
+from lowrank_cli.tasks.task import columns, content_free, template_hash
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "task"
 
@@ -105,9 +105,17 @@ def test_every_wording_of_a_task_reads_its_rows(name):
     if name in ("sst2", "sst5", "mr", "cr", "amazon"):
         assert len(prompts) >= 6
     if config(name).answer == "labels":
-        assert {content_free(config(name, template=text), "N/A").prompt.count("N/A") >= 1 for text in templates} == {
-            True
-        }
+        for text in templates:
+            probe = content_free(config(name, template=text), {key: f"<{key}>" for key in columns(text)})
+            assert all(f"<{key}>" in probe.prompt for key in columns(text)) and columns(text)
+
+
+def test_each_column_of_an_input_without_content_has_its_own_text():
+    pair = config("cb")
+    (example,) = tasks.examples(pair, ROWS["cb"][:1], "rows")
+    assert example.columns == (ROWS["cb"][0]["premise"], ROWS["cb"][0]["hypothesis"])
+    probe = content_free(pair, dict(zip(columns(pair.template), example.columns)))
+    assert probe.prompt == example.prompt and probe.choices == example.choices
 
 
 def test_every_task_file_fits_the_schema_and_describes_itself():

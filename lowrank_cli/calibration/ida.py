@@ -15,13 +15,15 @@ so a query costs one sum of two (V,) vectors for each answer token, and o = 0 (�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: Scores of tokens (N, C) under logits (N, V): (N, C), higher is better.
+from lowrank_cli.errors import UserError
+
+#: Scores of tokens (N, C) under logits (N, V): (N, C), higher is better; (S, N, C) of S rules :func:`together`.
 TokenRule = Callable[[Tensor, Tensor], Tensor]
 
 CHUNK = 8192  #: rows of the head that are projected at a time: bounds memory to CHUNK × R numbers
@@ -30,6 +32,11 @@ CHUNK = 8192  #: rows of the head that are projected at a time: bounds memory to
 def log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:
     """The plain rule: log p of each token. logits (N, V), tokens (N, C) -> (N, C)."""
     return logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
+
+
+def together(rules: Sequence[TokenRule]) -> TokenRule:
+    """Several rules applied to the same logits, one after the other."""
+    return lambda logits, tokens: torch.stack([rule(logits, tokens) for rule in rules])  # S × (N, C) -> (S, N, C)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,23 @@ def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
         factor = torch.linalg.qr(factor, mode="r").R  # (n, D) -> (D, D)
     shares = torch.bincount(labels, minlength=classes).double() / len(labels)  # (C,)
     return Statistics(mean.float(), factor.float(), shares.float())
+
+
+def prior(shares: Tensor, tau: float) -> Tensor:
+    """τ log π of shares (C,): (C,), zeros for τ = 0 whatever the shares.
+
+    Raises:
+        UserError: a label without a share, which no finite score makes up for.
+    """
+    if tau == 0:
+        return torch.zeros_like(shares)
+    missing = (shares == 0).nonzero().flatten().tolist()
+    if missing:
+        raise UserError(
+            f"method.tau: {tau:g}, but label {missing[0]} has no example among those that the statistics were fitted "
+            f"on, so its share cannot be made up for; fit on more (method.examples), or set method.tau=0"
+        )
+    return tau * shares.log()
 
 
 def offsets(head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Tensor) -> Tensor:

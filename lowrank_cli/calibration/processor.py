@@ -20,8 +20,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 from lowrank_cli.adapter.core import fingerprint
 from lowrank_cli.calibration import store
 from lowrank_cli.calibration.head import head_weight
-from lowrank_cli.calibration.ida import IdaSoftmax, TokenRule
+from lowrank_cli.calibration.ida import IdaSoftmax, TokenRule, prior
 from lowrank_cli.errors import UserError
+
+TENSORS = ("mean", "factor", "shares")  #: of each wording
+FOLLOWED = {"calibration": "ida", "normalize_length": False}  #: settings of the method that this is
 
 
 class AnswerProcessor(LogitsProcessor):
@@ -46,15 +49,30 @@ class AnswerProcessor(LogitsProcessor):
 
     @classmethod
     def from_folder(cls, folder: str | Path, model: PreTrainedModel, eos: int, template: int = 0) -> AnswerProcessor:
-        """From the ``statistics`` folder of a run, for the model that it was fitted with (its adapter applied)."""
+        """From the ``statistics`` folder of a run or its ``export``, for the model that they were fitted with.
+
+        Where that model had an adapter, ``model`` must have it too, applied or merged: of such a model only width and
+        vocabulary are checked, since merging changes every weight.
+
+        Raises:
+            UserError: statistics of another model, or of settings that ``generate`` cannot follow: a calibration
+                other than ``ida``, scores divided by the answers' lengths, a label without a share while τ > 0.
+        """
         tensors, about = store.load(Path(folder))
-        if about["adapter"] is None and fingerprint(model) != about["fingerprint"]:
+        settings, (mean, factor, shares) = about["method"], (tensors[f"{template}.{k}"] for k in TENSORS)
+        for key, followed in FOLLOWED.items():
+            if settings[key] != followed:
+                raise UserError(
+                    f"{folder}: these statistics go with method.{key}={settings[key]}; "
+                    f"in generate answers are scored with method.{key}={followed}"
+                )
+        head = head_weight(model)  # (V, D)
+        known = about["adapter"] is not None or fingerprint(model) == about["fingerprint"]
+        if not known or head.shape != (about["vocabulary"], len(mean)):
             raise UserError(f"{folder}: these statistics belong to another model ({about['model']})")
-        settings, shares = about["method"], tensors[f"{template}.shares"]
         tokens = {token for answer in about["answers"] for token in answer}
-        mean, factor = tensors[f"{template}.mean"], tensors[f"{template}.factor"]
-        rule = IdaSoftmax(head_weight(model), mean, factor, settings["strength"], tokens)
-        return cls(rule, about["answers"], (-settings["tau"] * shares.log()).tolist(), eos)
+        rule = IdaSoftmax(head, mean, factor, settings["strength"], tokens)
+        return cls(rule, about["answers"], (-prior(shares, settings["tau"])).tolist(), eos)
 
     def reset(self) -> None:
         """Forget where the last answers began."""

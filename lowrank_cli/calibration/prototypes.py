@@ -4,6 +4,9 @@ Han et al., "Prototypical Calibration for Few-shot Learning of Language Models",
 fitted by EM on unlabelled examples; each cluster stands for one answer, matched so that the clusters' mean log
 probabilities of their answers sum to the most; an input belongs to the cluster of the largest posterior.
 
+The clusters' weights are the shares of the answers as the examples seem to have them: fitted on a skewed set, they are
+skewed as it is, and nothing takes that out again.
+
 Reconstruction: scores are normalised over the answers; full covariances with ``RIDGE`` on the diagonal; starts are
 k-means++ seedings, and the start of the largest likelihood wins.
 """
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3  #: added to each variance, in squared nats: clusters of one point stay clusters
-STARTS, ROUNDS, TOLERANCE = 8, 100, 1e-5  #: of EM; the tolerance is in nats per example
+STARTS, ROUNDS, TOLERANCE = 10, 100, 1e-5  #: of EM; the tolerance is in nats per example
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_cli.adapter.state import sha256
 from lowrank_cli.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, ABOUT = "statistics.safetensors", "calibration.json"
 
 

@@ -16,7 +16,7 @@ An answer of several tokens adds the scores of its tokens, each by the rule abov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Optional
@@ -45,7 +45,9 @@ class IDAICLConfig(MethodConfig):
     calibration: str = MISSING
     strength: float = MISSING  #: λ of ``ida``: how far features are augmented, at least 0
     tau: float = MISSING  #: τ of ``ida``: how much the answers' shares in D are made up for
-    normalize_length: bool = MISSING  #: compare answers by their mean score over tokens, not by the sum
+    #: compare answers by their mean score over tokens, not by the sum. In the sum each token pays its own λ Δwᵀμ and
+    #: (λ/2) Δwᵀ Σ Δw, some nats a token: ``ida`` puts answers of more tokens further back than plain scoring does
+    normalize_length: bool = MISSING
     features: str = MISSING  #: a demonstration's feature is read behind its ``answer``, or behind its ``prompt``
     examples: Optional[int] = MISSING  #: size of D, a random part of the training set; null takes all of it
     #: ``random``; the most ``similar`` or ``dissimilar`` to each query (cosine of features behind the prompts, the
@@ -55,9 +57,11 @@ class IDAICLConfig(MethodConfig):
     draws: int = MISSING  #: sets of demonstrations; set i is that of seed + i
     permutations: int = MISSING  #: orders of each set, the drawn one first
     templates: int = MISSING  #: wordings of the task (``task.template``, then ``task.templates``)
-    probes: int = MISSING  #: content-free texts of ``dconca``; unlabelled examples of ``proca``
-    strengths: list[float] = MISSING  #: values of ``strength`` for a curve, each evaluated like the run's own
-    taus: list[float] = MISSING  #: values of ``tau`` for a curve
+    probes: int = MISSING  #: content-free inputs of ``dconca``
+    #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many
+    unlabelled: int = MISSING
+    strengths: list[float] = MISSING  #: values of ``strength`` for a curve, all out of the run's own passes
+    taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
 
     def validate(self) -> None:
         require_choice("method.calibration", self.calibration, CALIBRATIONS)
@@ -65,7 +69,7 @@ class IDAICLConfig(MethodConfig):
         require_choice("method.demonstrations", self.demonstrations, CHOICES)
         require_range("method.strength", self.strength, 0)
         require_range("method.tau", self.tau, 0)
-        for key in ("draws", "permutations", "templates", "probes"):
+        for key in ("draws", "permutations", "templates", "probes", "unlabelled"):
             require_range(f"method.{key}", getattr(self, key), 1)
         for key in ("strengths", "taus"):
             for value in getattr(self, key):
@@ -114,14 +118,7 @@ class IDAICL(Method):
         """μ, the factor of Σ, and π."""
         from lowrank_cli.calibration.ida import statistics
 
-        found = statistics(features, labels, classes)
-        missing = [index for index, share in enumerate(found.shares.tolist()) if share == 0]
-        if missing and self.config.calibration == "ida" and self.config.tau > 0:
-            raise UserError(
-                f"method.examples: label {missing[0]} has no example among the {len(labels)} demonstrations, "
-                f"so its share cannot be made up for; take more, or set method.tau=0"
-            )
-        return vars(found)
+        return vars(statistics(features, labels, classes))
 
     def rule(self, fitted: dict[str, torch.Tensor], head: torch.Tensor, tokens: Sequence[int]) -> TokenRule:
         from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax
@@ -130,25 +127,31 @@ class IDAICL(Method):
             return log_softmax
         return IdaSoftmax(head, fitted["mean"], fitted["factor"], self.config.strength, tokens)
 
-    def probes(self, texts: Sequence[str], rng: Random) -> tuple[list[str], list[int]]:
-        """ConCa's content-free input; D-ConCa's random words of the domain, as many as a text has on average."""
+    def probes(
+        self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
+    ) -> tuple[list[dict[str, str]], list[int]]:
+        """ConCa's content-free input; D-ConCa's random words of the domain; PROCA's unlabelled examples."""
         from lowrank_cli.calibration.contextual import CONTENT_FREE, random_texts
 
-        kind, count = self.config.calibration, self.config.probes
+        kind = self.config.calibration
         if kind == "conca":
-            return [CONTENT_FREE], []
+            return [dict.fromkeys(columns, CONTENT_FREE)], []
         if kind == "dconca":
-            return random_texts(texts, count, rng), []
+            drawn = [random_texts(texts, self.config.probes, rng) for texts in columns.values()]
+            return [dict(zip(columns, row, strict=True)) for row in zip(*drawn, strict=True)], []
         if kind == "proca":
-            return [], rng.sample(range(len(texts)), min(count, len(texts)))
+            if not unseen:
+                raise UserError("evaluate.shots: all examples are shown, and proca is fitted on others; show fewer")
+            return [], rng.sample(unseen, min(self.config.unlabelled, len(unseen)))
         return [], []
 
     def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         from lowrank_cli.calibration import contextual, prototypes
+        from lowrank_cli.calibration.ida import prior
 
         kind = self.config.calibration
         if kind == "ida":
-            return scores - self.config.tau * fitted["shares"].log().to(scores)
+            return scores - prior(fitted["shares"], self.config.tau).to(scores)
         if kind in ("conca", "dconca"):
             return scores - contextual.bias(probes)
         if kind == "proca":

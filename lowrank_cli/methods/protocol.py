@@ -7,7 +7,7 @@ imported inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from random import Random
@@ -145,8 +145,14 @@ class Calibrates(Protocol):
         """How logits score the answers' ``tokens``, under a head (V, D)."""
         ...
 
-    def probes(self, texts: Sequence[str], rng: Random) -> tuple[list[str], list[int]]:
-        """What is asked besides the queries: texts to stand in for an input, and indices into D's own ``texts``."""
+    def probes(
+        self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
+    ) -> tuple[list[dict[str, str]], list[int]]:
+        """What is asked besides the queries: texts for each column instead of an input's, and some of D's examples.
+
+        ``columns`` are D's texts in each column of the template; ``unseen`` are the indices of its examples that do
+        not stand in the prompt, of which the second list is a part.
+        """
         ...
 
     def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -154,7 +160,10 @@ class Calibrates(Protocol):
         ...
 
     def variants(self) -> dict[str, dict[float, Calibrates]]:
-        """For each key whose curve is asked for, the method with each value of it; all use the same fitted tensors."""
+        """For each key whose curve is asked for, the method with each value of it.
+
+        All share plan, probes and fitted tensors: one pass of the model serves them all.
+        """
         ...
 
 

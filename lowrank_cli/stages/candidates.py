@@ -64,7 +64,8 @@ def choice_scores(
 ) -> list[list[float]]:
     """Scores of each example's choices behind its prompt of ``shots`` demonstrations, in order; for all processes.
 
-    ``rule_of`` gives the rule for all tokens of all choices (sorted, once each).
+    ``rule_of`` gives the rule for all tokens of all choices (sorted, once each); of rules together, each example has
+    one list of scores for each rule.
     """
     accelerator, size = session.accelerator, session.batch_size
     session.model.eval()
@@ -80,8 +81,11 @@ def choice_scores(
     found = []
     with session.autocast():
         prefix = Prefix(session.model, shared) if shared else None
-        with_it = [index for index in mine if shared and rows[index][: len(shared)] == shared]
-        for group, front in ((with_it, prefix), ([index for index in mine if index not in set(with_it)], None)):
+        with_it = {index for index in mine if shared and rows[index][: len(shared)] == shared}
+        for front, group in (
+            (prefix, [i for i in mine if i in with_it]),
+            (None, [i for i in mine if i not in with_it]),
+        ):
             order = sorted(group, key=lambda index: len(rows[index]))
             cut = len(shared) if front else 0
             for start in range(0, len(order), size):
@@ -92,8 +96,9 @@ def choice_scores(
                     session.model, **inputs, options=[options[i] for i in part], prefix=front, rule=rule
                 )
                 for index, row in zip(part, scores, strict=True):
-                    lengths = [len(answer) if normalize_length else 1 for answer in options[index]]
-                    found.append((index, [value / length for value, length in zip(row, lengths, strict=True)]))
+                    if normalize_length:
+                        row = (torch.tensor(row) / torch.tensor([len(answer) for answer in options[index]])).tolist()
+                    found.append((index, row))
                 tick(len(part) * accelerator.num_processes)
     return [row for _, row in sorted(gather_object(found))]
 
@@ -130,8 +135,9 @@ def candidate_scores(
 ) -> list[list[float]]:
     """Σ of the rule's scores of each candidate's tokens after its left-padded prompt (B, T), behind a common prefix.
 
-    The prompts run once; where a candidate has more than one token, their KV cache is repeated for all C candidates
-    and the rest runs in one more pass. Rows with fewer candidates are filled up and cut again.
+    For each prompt C numbers, or S lists of them for S rules together. The prompts run once; where a candidate has more
+    than one token, their KV cache is repeated for all C candidates and the rest runs in one more pass. Rows with fewer
+    candidates are filled up and cut again.
     """
     device, width = input_ids.device, len(options)
     tokens, present = _stacked(options, device)  # (B, C, K)
@@ -147,7 +153,8 @@ def candidate_scores(
         use_cache=prefix is not None or longest > 1,
         logits_to_keep=1,
     )
-    scores = rule(out.logits[:, -1].float(), tokens[:, :, 0])  # (B, V), (B, C) -> (B, C)
+    scores = rule(out.logits[:, -1].float(), tokens[:, :, 0])  # (B, V), (B, C) -> (…, B, C)
+    together = scores.shape[:-2]  # of one rule: ()
     if longest > 1:
         cache = out.past_key_values
         cache.batch_repeat_interleave(most)
@@ -156,11 +163,13 @@ def candidate_scores(
         after = positions[:, -1:].repeat_interleave(most, dim=0) + torch.arange(1, longest, device=device)
         logits = model(input_ids=rest, attention_mask=mask, position_ids=after, past_key_values=cache).logits
         counted = present[:, :, 1:].flatten()  # (B * C * (K - 1),)
-        later = torch.zeros(counted.shape, device=device)
+        later = torch.zeros(*together, len(counted), device=device)
         chosen = tokens[:, :, 1:].flatten()[counted, None]  # (n, 1)
-        later[counted] = rule(logits.float().flatten(0, 1)[counted], chosen).squeeze(1)  # (n, V), (n, 1) -> (n,)
-        scores = scores + later.view(width, most, longest - 1).sum(dim=-1)
-    return [scores[b, : len(row)].tolist() for b, row in enumerate(options)]
+        said = rule(logits.float().flatten(0, 1)[counted], chosen)  # (n, V), (n, 1) -> (…, n, 1)
+        later[..., counted] = said.squeeze(-1)
+        scores = scores + later.view(*together, width, most, longest - 1).sum(dim=-1)
+    scores = scores.cpu()
+    return [scores[..., b, : len(row)].tolist() for b, row in enumerate(options)]
 
 
 def _stacked(options: list[list[list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     session = start(config)
     load_adapter(session)
     if isinstance(session.method, Calibrates):
-        fitted = calibrate.fitted(session)
+        fitted = calibrate.obtain(session)
         session.greet()
         metrics = calibrate.evaluate(session, run, fitted, config.evaluate.split)
         session.note_device(run)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Example:
     references: tuple[str, ...]  #: every right answer
     part: str = ""  #: of a mix: the task that it comes from
     first: int = 0  #: index of the first of ``choices`` among the task's ``label_words``
+    columns: tuple[str, ...] = ()  #: what stands in each of the template's :func:`columns`
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Examp
         UserError: an absent or empty column, or an answer outside the allowed ones.
     """
     make = {"labels": _label, "choices": _choice, "free": _free}[config.answer]
-    found = []
+    names, found = columns(config.template), []
     for number, row in enumerate(rows, start=1):
         place = f"{where}:{number}"
         options, label, choices, references = make(config, row, place)
@@ -170,17 +171,25 @@ def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Examp
                 label=label,
                 text=tuple(_text(row, column, place) for column in config.text),
                 references=references,
+                columns=tuple(_text(row, name, place) for name in names),
             )
         )
     return found
 
 
-def content_free(config: TaskConfig, text: str) -> Example:
-    """The prompt of a task with labels when ``text`` stands in every column: nothing to answer."""
-    row = dict.fromkeys((field for _, field, _, _ in string.Formatter().parse(config.template) if field), text)
-    prompt = _prompt(config.template, row, "", "content-free input")
+def columns(template: str) -> list[str]:
+    """The columns that a template reads, each once, in its order."""
+    fields = (field for _, field, _, _ in string.Formatter().parse(template) if field not in (None, "options"))
+    return list(dict.fromkeys(fields))
+
+
+def content_free(config: TaskConfig, values: Mapping[str, str]) -> Example:
+    """The prompt of a task with labels when ``values`` stand in the template's :func:`columns`: nothing to answer."""
+    parsed = string.Formatter().parse(config.template)
+    prompt = "".join(literal + (values[field] if field else "") for literal, field, _, _ in parsed)
     space = "" if prompt[-1:].isspace() else " "
-    return Example(prompt, "", tuple(space + word for word in config.label_words), None, (text,), ())
+    choices = tuple(space + word for word in config.label_words)
+    return Example(prompt, "", choices, None, tuple(values.values()), (), columns=tuple(values.values()))
 
 
 # Each returns (options text, label, choices, references) of one row.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -58,10 +59,12 @@ def require_choice(key: str, value: object, allowed: Iterable[object]) -> None:
 
 
 def require_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Raise unless ``low <= value <= high`` (either bound may be absent); NaN is outside every range."""
-    if (low is None or value >= low) and (high is None or value <= high) and value == value:
+    """Raise unless ``low <= value <= high`` (either bound may be absent); NaN and infinity are outside every range."""
+    if (low is None or value >= low) and (high is None or value <= high) and math.isfinite(value):
         return
     allowed = (
         f"{low} to {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
     )
+    if not math.isfinite(value):
+        allowed = f"a finite number, {allowed}"
     raise UserError(f"{key}: {value} is out of range (allowed: {allowed})")

@@ -129,7 +129,7 @@ class TaskConfig:
     dev_split: str = MISSING
     test_split: str = MISSING
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
-    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: the tasks of a ``mix``, by name; all have its lengths
+    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
     templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
 
     def validate(self) -> None:
@@ -524,9 +524,10 @@ class BenchRun:
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
         if self.hardware.processes > 1:
             raise UserError(f"hardware.processes: {self.hardware.processes}, but a benchmark runs in one process")
-        for variant in self.variants.values():
+        for entry, variant in self.variants.items():
             if variant is not None:
-                variant.validate()
+                with inside("method", f"bench.methods: '{entry}': method"):
+                    variant.validate()
 
 
 @dataclass

@@ -3,14 +3,19 @@
 The kernel holds ``.venv.lock`` for as long as this process or its pip lives, so two set-ups at once install
 once and a killed one leaves no stale lock. While an install is under way the file has content; content found
 with the lock free means that an install was interrupted, and that ``.venv`` has to start empty.
+
+What venv and pip say goes into ``.venv.log``; people see a line a step, on a terminal also what pip is at.
 """
 
 from __future__ import annotations
 
 import fcntl
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+TAIL = 20  #: lines of the log that a failure shows
 
 
 def main() -> int:
@@ -30,33 +35,64 @@ def main() -> int:
         lock.seek(0)
         interrupted = bool(lock.read())
         moved = bool(before) and before.partition("\n")[0] != stamp.partition("\n")[0]
-        print(f"lrk: setting up {venv} (some minutes and gigabytes the first time)", flush=True)
+        print(f"lrk: setting up {venv} (some minutes and gigabytes the first time; log: .venv.log)", flush=True)
         lock.write("installing\n")
         lock.flush()
         finished.unlink(missing_ok=True)
 
-        def run(*command: str | Path) -> int:
-            keep = [lock.fileno()]
-            return subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, pass_fds=keep).returncode
+        with open(root / ".venv.log", "w") as log:
 
-        if (interrupted or moved or not python.exists()) and run(sys.executable, "-m", "venv", "--clear", venv):
-            print("lrk: set-up failed: could not make a virtual environment (see above)")
-            return 1
-        code = run(python, "-m", "pip", "install", "--disable-pip-version-check", "--editable", ".[dev]")
-        if code < 0:
-            print("lrk: set-up was interrupted; the next call starts it again")
-            return 1
-        lock.truncate(0)
-        if code:
-            print("lrk: set-up failed: pip could not install the packages (see above)")
-            return 1
+            def run(*command: str | Path) -> int:
+                keep = [lock.fileno()]
+                pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+                with subprocess.Popen(command, cwd=root, pass_fds=keep, text=True, errors="replace", **pipes) as made:
+                    for line in made.stdout:
+                        log.write(line)
+                        log.flush()
+                        show(line.strip())
+                show("")
+                return made.returncode
+
+            if (interrupted or moved or not python.exists()) and run(sys.executable, "-m", "venv", "--clear", venv):
+                return failed(log.name, "could not make a virtual environment")
+            print("lrk: collecting packages", flush=True)
+            code = run(python, "-m", "pip", "install", "--disable-pip-version-check", "--editable", ".[dev]")
+            if code < 0:
+                print("lrk: set-up was interrupted; the next call starts it again")
+                return 1
+            lock.truncate(0)
+            if code:
+                return failed(log.name, "pip could not install the packages")
         finished.write_text(stamp)
     return 0
+
+
+def show(line: str) -> None:
+    """What pip is at, in one line that the next one replaces; its last step, the longest, in a line of its own."""
+    if line.startswith("Installing collected packages:"):
+        replace("")
+        print(f"lrk: installing {line.count(',') + 1} packages", flush=True)
+    else:
+        replace(line)
+
+
+def replace(line: str) -> None:
+    """Put ``line`` in place of the terminal's last one; nothing where there is no terminal."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+
+
+def failed(log: str, what: str) -> int:
+    """Show the end of the log, and say what went wrong; the exit code."""
+    lines = Path(log).read_text(errors="replace").splitlines()
+    print("\n".join(lines[-TAIL:]))
+    print(f"lrk: set-up failed: {what} (above is the end of {log})")
+    return 1
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("lrk: set-up was interrupted; the next call starts it again")
+        print("\nlrk: set-up was interrupted; the next call starts it again")
         sys.exit(130)

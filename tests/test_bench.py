@@ -94,8 +94,11 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
         (["decode", "bench.methods=[lora]"], "bench.methods: 'base' is missing"),
         (["decode", "bench.methods=[base,lora,lora]"], "bench.methods: 'lora' stands there twice"),
         (["decode", "bench.methods=[base,lora 4]"], "bench.methods: 'lora 4' is not NAME [KEY=VALUE]"),
-        (["decode", "bench.methods=[base,'milora kk=1']"], "method.kk: unknown key; did you mean 'method.k'?"),
-        (["decode", "bench.methods=[base,'milora k=9']"], "method.k: 9 is out of range"),
+        (
+            ["decode", "bench.methods=[base,'milora kk=1']"],
+            "bench.methods: 'milora kk=1': method.kk: unknown key; did you mean 'method.k'?",
+        ),
+        (["decode", "bench.methods=[base,'milora k=9']"], "bench.methods: 'milora k=9': method.k: 9 is out of range"),
         (["decode", "bench.methods=[base,full]", *TINY], "bench.methods: 'full' changes the weights of the model"),
         (["decode", "model.shape=7bb"], "model.shape: unknown value '7bb'; did you mean '7b'?"),
         (["decode", "model.shape=2x30x48x4"], "model.shape: a width of 30 does not divide into 4 heads"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+import transformers
 from test_lelora import moved
 
 from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged, truncate
@@ -73,14 +74,28 @@ def test_merged_weights_load_without_us(name, family, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_routes_by_prompt_is_refused():
+def test_what_no_single_weight_equals_is_refused_before_anything_is_loaded(lrk, fake_stages):
     with pytest.raises(UserError, match="prompt by prompt"):
         as_lora(small.adapted("milora"), None)
+    for name, how in (("milora", "modules are chosen prompt by prompt"), ("moelora", "experts are chosen token by")):
+        assert lrk("train", f"method={name}").code == 0
+        for form in ("lora", "merged"):
+            ended = lrk("check", "export", f"export.format={form}")
+            assert ended.code == 2 and ended.err.startswith(f"error: method: '{name}' has no export: its {how}")
+            assert "(allowed: " in ended.err and "lora" in ended.err
+    assert lrk("check", "export", "method=idaicl", "run=outputs/latest").code == 0  # that is the statistics' export
+
+
+def test_full_weights_are_no_lora():
+    with pytest.raises(UserError, match=r"export\.format: lora holds low-rank updates.*\(allowed: merged\)"):
+        as_lora(small.adapted("full"), None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lelora", "dora"])
+@pytest.mark.filterwarnings("ignore")
 def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
+    peft = pytest.importorskip("peft")
     quick = ["task=tiny_entailment", "task.limit=8", "hardware.threads=1", "train.max_steps=4", "train.batch_size=4"]
     assert lrk("train", f"method={name}", *quick, "train.eval_every=4").code == 0
     trained = Path("outputs/latest").resolve()
@@ -88,8 +103,14 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     assert refused.code == 2
     assert "error: export.max_error: the exported logits differ by" in refused.err
     assert lrk("export", f"run={trained}", "export.format=merged", "export.rank=2").code == 2
+    logits = []
     for form, file in (("lora", "adapter_model.safetensors"), ("merged", "model.safetensors")):
-        assert lrk("export", f"run={trained}", f"export.format={form}").code == 0
+        ended = lrk("export", f"run={trained}", f"export.format={form}")
+        assert ended.code == 0 and "  serve: vllm serve " in ended.out
+        (load,) = [line for line in ended.out.splitlines() if line.startswith("  load: ")]
+        loaded = eval(load.removeprefix("  load: "), {"peft": peft, "transformers": transformers})
+        logits.append(loaded.eval()(input_ids=small.ids()).logits)
         run = Run.open("outputs/latest")
         assert run.metrics["export/logit_error"] < 1e-3
         assert (run.path / "export" / file).is_file() and (run.path / "export" / "tokenizer.json").is_file()
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)

@@ -81,8 +81,11 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
     assert [record["index"] for record in records] == list(range(24))
     for record in records:
         assert ("log_probabilities" in record) == (record["task"] == "tiny_topic")
-    single.start("evaluate", [f"run={run.path.resolve()}", "task=tiny_topic", "task.limit=8"], None, "lrk evaluate")
+    alone = [f"run={run.path.resolve()}", "task=tiny_topic", "task.limit=8"]
+    single.start("evaluate", alone, None, "lrk evaluate")
     assert "test/accuracy" in Run.open("outputs/latest").metrics
+    with pytest.raises(UserError, match=r"task\.template: 'tiny_topic' was trained with another template"):
+        single.start("evaluate", [*alone, "task.template='{sentence} Topic:'"], None, "lrk evaluate")
 
 
 @pytest.mark.slow
@@ -136,6 +139,24 @@ def test_mistakes_in_the_data_name_the_part():
 def test_a_limit_that_leaves_a_part_out_is_refused():
     with pytest.raises(UserError, match=r"task\.limit: 1 leaves no train example of tiny_"):
         load([*mix("tiny_yesno", "tiny_topic"), "task.limit=1"])
+
+
+def test_a_part_keeps_its_own_length_within_that_of_the_mix(monkeypatch):
+    from lowrank_cli.stages.session import start
+
+    asked = [*mix("tiny_yesno", "tiny_topic"), "method=none", "task.limit=8"]
+    shorter = [*asked, "task.parts.tiny_topic.max_length=12", "task.parts.tiny_topic.max_new_tokens=2"]
+    session = start(compose("evaluate", shorter, "groups").config)
+    rooms = {part: (session.room(part=part), session.room(2, part)) for part in ("tiny_yesno", "tiny_topic")}
+    assert rooms == {"tiny_yesno": (96, 288), "tiny_topic": (12, 36)}
+    assert (session.new_tokens("tiny_yesno"), session.new_tokens("tiny_topic")) == (4, 2)
+    longest = dict.fromkeys(rooms, 0)
+    for example, encoded in zip(session.task.train, session.encode(session.task.train), strict=True):
+        longest[example.part] = max(longest[example.part], len(encoded.input_ids))
+        assert session.tokenizer.decode(encoded.input_ids[encoded.prompt_length : -1]) == example.answer
+    assert longest["tiny_topic"] <= 12 < longest["tiny_yesno"] <= 96
+    session.config.task.parts["tiny_topic"].max_length = 500
+    assert session.room(part="tiny_topic") == 96
 
 
 def test_a_mix_of_mixes_is_refused():

@@ -128,6 +128,26 @@ def test_the_load_balance_loss_is_weighted_and_summed_over_routers():
     assert all(module.router.grad.abs().sum() > 0 for module in adapter.modules.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+def test_padding_does_not_count_in_the_load_balance(family):
+    method = small.method("moelora", load_balance=0.5)
+    adapter = method.adapt(small.model(family).train())
+    ids, width = small.ids(3), small.ids(3).shape[1]
+    mask = torch.ones_like(ids)
+    mask[1, 5:], mask[2, 2:] = 0, 0
+
+    def loss(tokens):
+        torch.manual_seed(0)  # of dropout
+        adapter.model(input_ids=tokens, attention_mask=mask)
+        return method.extra_loss(adapter).item()
+
+    expected = loss(ids)
+    assert all(len(part.probabilities) == width + 5 + 2 for part in adapter.modules.values())
+    assert loss(torch.where(mask.bool(), ids, 3)) == pytest.approx(expected, rel=1e-5)
+    adapter.model(input_ids=ids)
+    assert method.extra_loss(adapter).item() != pytest.approx(expected, rel=1e-5)
+
+
 def test_activated_parameters_are_those_of_k_experts_and_all_routers():
     method = small.method("moelora")
     adapter = method.adapt(small.model())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from command import one_line, runs
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.dispatch import recipe
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, this_process
+from lowrank_cli.runs.process import began
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 SHORT = ("train.max_steps=3", "train.warmup=0.1")
@@ -119,6 +121,25 @@ def test_finished_stages_are_not_repeated(lrk):
     Path("mended").touch()
     assert lrk("run", "--resume", "outputs/latest").code == 0
     assert (path / "01-small" / "run.json").read_text() == before and set(ledger(path).values()) == {"done"}
+
+
+def test_a_stage_that_is_continued_alone_is_not_continued_twice(lrk):
+    lrk("run", "recipe=milora", *SHORT, "train.learning_rate=2")
+    (path,) = runs()
+    for working, asked in ((path / "01-train", path), (path, path / "01-train")):
+        record = json.loads((working / "run.json").read_text())
+        with subprocess.Popen(["sleep", "60"]) as other:
+            living = {**this_process(), "pid": other.pid, "began": began(other.pid)}
+            (working / "run.json").write_text(json.dumps({**record, "status": "running", "process": living}))
+            ended = lrk("run" if asked == path else "train", "--resume", str(asked))
+            assert (ended.code, ended.out) == (2, "")
+            assert ended.err == f"error: --resume: '{working}' is running (process {other.pid}); end that first\n"
+            (working / "run.json").write_text(json.dumps(record))
+            other.kill()
+    Path("mended").touch()
+    assert lrk("train", "--resume", str(path / "01-train")).code == 0
+    assert lrk("run", "--resume", str(path)).code == 0
+    assert ledger(path) == {"train": "done", "test": "done"}
 
 
 def test_ctrl_c_names_the_recipe(lrk):

@@ -33,6 +33,11 @@ with open("installs", "a") as log:
 lrk = pathlib.Path(".venv/bin/lrk")
 lrk.write_text('#!/bin/sh\\nprintf "%s\\\\n" "$PWD" "$@"\\n')
 lrk.chmod(0o755)
+for number in range(300):
+    print("Collecting package", number, flush=True)
+print("Installing collected packages: one, two, three", flush=True)
+if plan == "fail":
+    print("ERROR: no such package", file=sys.stderr, flush=True)
 if plan == "kill":
     os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +116,12 @@ def checkout(tmp_path):
 def test_first_call_installs_and_the_second_starts_no_python(checkout):
     code, out, err = checkout.call("train", "method=milora")
     assert (code, out) == (0, f"{checkout.root}\ntrain\nmethod=milora\n")
-    assert "setting up" in err
+    assert [line.partition(" (")[0] for line in err.splitlines()] == [
+        f"lrk: setting up {checkout.root}/.venv",
+        "lrk: collecting packages",
+        "lrk: installing 3 packages",
+    ]
+    assert (checkout.root / ".venv.log").read_text().count("Collecting package") == 300
     (checkout.bin / "python3").unlink()
     assert checkout.call("list") == (0, f"{checkout.root}\nlist\n", "")
     assert checkout.installs == ["onto an empty .venv"]
@@ -163,6 +173,8 @@ def test_failed_install_is_tried_again(checkout):
     code, out, err = checkout.call()
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("lrk: set-up failed: pip")
+    assert err.splitlines()[-1].endswith(f"(above is the end of {checkout.root}/.venv.log)")
+    assert err.splitlines()[-2] == "ERROR: no such package" and len(err.splitlines()) < 30
     checkout.plan("")
     assert checkout.call()[0] == 0
     assert checkout.installs == ["onto an empty .venv", "onto the last one"]

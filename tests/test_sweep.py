@@ -6,10 +6,12 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from command import one_line, runs
+from joblib.externals.loky import get_reusable_executor
 
 from lowrank_cli.runs import this_process
 from lowrank_cli.runs.process import began
@@ -208,3 +210,47 @@ def test_ctrl_c_reaches_joblib(tmp_path):
     assert done.returncode == 130, done
     (sweep,) = runs()
     assert states(sweep)["seed77"] == "interrupted" and ledger(sweep)["status"] == "interrupted"
+
+
+TAKES_ONE = """
+import os, sys, time
+from pathlib import Path
+from lowrank_cli.dispatch.devices import take_one
+for _ in range(2):  # the second job of a process stays where the first one was
+    take_one(Path("locks"))
+print(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_side_by_side_share_the_gpus_evenly(monkeypatch):
+    with ExitStack() as stack:
+
+        def start(visible: str) -> subprocess.Popen:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            command = [sys.executable, "-c", TAKES_ONE]
+            made = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(made)
+            return made
+
+        def taken(process: subprocess.Popen) -> str:
+            return process.stdout.readline().strip()
+
+        several = [start("4,GPU-7") for _ in range(4)]
+        found = [taken(process) for process in several]
+        assert sorted(found) == ["4", "4", "GPU-7", "GPU-7"]
+        several[0].communicate()  # it ends, and its place is free again
+        assert taken(start("4,GPU-7")) == found[0]
+        assert taken(start("3")) == "3"
+
+
+@pytest.mark.slow
+def test_joblib_jobs_on_gpus_get_one_each_and_others_are_left_alone(lrk, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    get_reusable_executor().shutdown()  # processes of earlier sweeps have an environment of their own
+    asked = ("-m", "seed=0,1", *STEPS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    for hardware, allowed in (("cpu", {"0,1"}), ("gpu", {"0", "1"})):
+        assert lrk("train", *asked, f"hardware={hardware}", f"name={hardware}").code == 0
+        (sweep,) = [path for path in runs() if path.name.endswith(f"-sweep-{hardware}")]
+        logged = [(sweep / job["id"] / "history.jsonl").read_text() for job in ledger(sweep)["jobs"]]
+        assert {json.loads(text.splitlines()[0])["devices"] for text in logged} <= allowed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +20,8 @@ class Experts(LowRank):
     rows of ``lora_a`` and the columns of ``lora_b``. All of them are computed, and gated between the two products:
     for ranks this small that takes less time than gathering k of them for each token.
 
-    While it trains, ``probabilities`` (B * T, E) holds the softmax over all experts of the last forward pass.
+    While it trains, ``probabilities`` (n, E) holds the softmax over all experts of the last forward pass, for the n
+    tokens that count: those that ``counted`` (B * T,) shows, all where it is None (see :func:`count_shown`).
     """
 
     unmergeable = "the experts are chosen token by token"
@@ -42,6 +46,7 @@ class Experts(LowRank):
         self.router = nn.Parameter(torch.empty(experts, in_features, device=device))
         nn.init.normal_(self.router, std=0.02)
         self.probabilities: Tensor | None = None
+        self.counted: Tensor | None = None
 
     @property
     def experts(self) -> int:
@@ -54,7 +59,11 @@ class Experts(LowRank):
         """g of every token, in fp32: (B, T, I) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.router)  # (B, T, I) @ (I, E) -> (B, T, E)
-        self.probabilities = logits.softmax(dim=-1).flatten(0, -2) if self.training else None
+        self.probabilities = None
+        if self.training:
+            probabilities = logits.softmax(dim=-1).flatten(0, -2)  # (B, T, E) -> (B * T, E)
+            whole = self.counted is None or len(self.counted) != len(probabilities)  # a linear behind a pooler
+            self.probabilities = probabilities if whole else probabilities[self.counted]  # (B * T, E) -> (n, E)
         if self.soft:
             return logits.softmax(dim=-1)
         kept = logits.topk(self.k)
@@ -64,3 +73,16 @@ class Experts(LowRank):
         h = super().hidden(x, a)  # (B, T, I) -> (B, T, R)
         h = h.view(*h.shape[:-1], self.experts, -1)  # (B, T, R) -> (B, T, E, R / E)
         return (h * self.gates(x).unsqueeze(-1).to(h.dtype)).flatten(-2)  # (B, T, E, R / E) -> (B, T, R)
+
+
+def count_shown(model: nn.Module, parts: Iterable[Experts]) -> None:
+    """From now on, what ``attention_mask`` (B, T) hides from a training pass of ``model`` counts in no ``parts``."""
+    held = list(parts)
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        counted = mask.bool().flatten() if module.training and mask is not None else None  # (B, T) -> (B * T,)
+        for part in held:
+            part.counted = counted
+
+    model.register_forward_pre_hook(note, with_kwargs=True)

@@ -45,6 +45,8 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
     where nothing has changed.
     """
     _refuse(adapter)
+    if not adapter.linears:
+        raise UserError("export.format: lora holds low-rank updates, and this adapter has none (allowed: merged)")
     found: dict[str, tuple[Tensor, Tensor]] = {}
     worst = 0.0
     for path, linear in adapter.linears.items():

@@ -274,6 +274,8 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
 def _literal_path(override: str) -> str:
     """Quote the value of a key that is a path: it may hold any character, and ``~`` is the home folder."""
     key, equals, value = override.partition("=")
+    if key in PATHS and equals and not value:
+        raise UserError(f"{key}: no folder is named; write {key}=FOLDER, or leave it out")
     if key not in PATHS or not value or value == "null" or value[0] in "'\"":
         return override
     return f"{key}{equals}{quoted(os.path.expanduser(value))}"

@@ -101,6 +101,9 @@ def _line(error: Exception, failure: Failure) -> str:
     for override in failure.overrides:
         key = override.partition("=")[0]
         if f"Could not override '{key}'" in message:
+            inner = error.__cause__
+            if isinstance(inner, OmegaConfBaseException) and (inner.full_key or "").startswith(f"{key}."):
+                return _value(inner, failure)  # a section was given, with a key that it lacks
             return _unknown_key(key, failure)
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException):
@@ -168,9 +171,19 @@ def _value(error: BaseException, failure: Failure) -> str:
     message = str(error).partition("\n")[0]
     value = next((o.partition("=")[2] for o in failure.overrides if o.partition("=")[0] == key), None)
     shown = getattr(error, "value", None) if value is None else value
-    converted = re.search(r"could not be converted to (\w+)", message)
+    kind = getattr(error, "object_type", None)
+    optional = any(
+        item.name == key.rpartition(".")[2] and str(item.type).startswith("Optional")
+        for item in (fields(kind) if is_dataclass(kind) else ())
+    )
+    converted = re.search(r"could not be converted to (\w+)|Cannot convert '\w+' to (string)", message)
     if converted:
-        return f"{key}: '{shown}' is not {NOUNS.get(converted[1], converted[1])}"
+        name = (converted[1] or converted[2]).capitalize()
+        return f"{key}: '{shown}' is not {NOUNS.get(name, name)}{' or null' if optional else ''}"
+    if "Cannot merge DictConfig with ListConfig" in message:
+        if kind is list:
+            return f"{key}: '{shown}' is not a list; write {key}=[VALUE,VALUE]"
+        return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
     if isinstance(error, ValidationError):
         if "not a valid bool" in message:
             return f"{key}: '{shown}' is not {NOUNS['Boolean']}"
@@ -180,11 +193,10 @@ def _value(error: BaseException, failure: Failure) -> str:
             return f"{key}: null is not allowed"
         if "Invalid type assigned" in message:
             return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
-    kind = getattr(error, "object_type", None)
     if "not in" in message and is_dataclass(kind):
         section = key.rpartition(".")[0]
         return f"{key}: unknown key{_suggest(key, [f'{section}.{item.name}' for item in fields(kind)])}"
-    return f"{key}: {message}"
+    return _unknown_key(key, failure) if "is not in struct" in message else f"{key}: {message}"
 
 
 def _place(config: str, error: BaseException, failure: Failure) -> str:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from lowrank_cli import methods
 from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained
-from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts
 
 BASE = "base"  #: the entry that stands for the bare model
@@ -45,7 +45,7 @@ def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
     if not all(re.match(r"\w+=", setting) for setting in settings):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")
     overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]
-    with explained(Failure(load, "train", overrides)):
+    with inside("method", f"bench.methods: '{entry}': method"), explained(Failure(load, "train", overrides)):
         section = load.load_configuration("train", overrides, RunMode.RUN).method
         if rank is not None and "rank" in section and not any(s.startswith("rank=") for s in settings):
             OmegaConf.update(section, "rank", rank)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from rich.console import Console
 
@@ -13,7 +12,10 @@ from lowrank_cli import stages
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.dispatch import recipe, stage
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs import Run, discard, is_alive, this_process
+from lowrank_cli.report import tables
+from lowrank_cli.runs import Run, discard, is_alive, read_json, this_process
+
+RECORDS = ("run.json", "sweep.json")  #: where a folder says which process works on it
 
 
 def handler(verb: str) -> ModuleType:
@@ -51,18 +53,21 @@ def resume(verb: str, folder: str) -> None:
         )
     if run.done:
         raise UserError(f"--resume: '{folder}' is finished")
-    refuse_running(folder, run.info)
+    refuse_running(run.path)
     try:
         handler(verb).work(run, restore(run))
     finally:
         show(run)
 
 
-def refuse_running(folder: str, record: dict[str, Any]) -> None:
-    """Two processes must not write into one folder. ``record`` is what the folder says of itself."""
-    process = record.get("process")
-    if process != this_process() and is_alive(process):
-        raise UserError(f"--resume: '{folder}' is running (process {process['pid']}); end that first")
+def refuse_running(folder: Path) -> None:
+    """Two processes must not write into one folder: not into a job or a stage in it, nor where it is one itself."""
+    above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
+    for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
+        process = read_json(file).get("process") if file.is_file() else None
+        if process != this_process() and is_alive(process):
+            where = tables.shown(file.parent)
+            raise UserError(f"--resume: '{where}' is running (process {process['pid']}); end that first")
 
 
 def take_back(path: Path, outputs: str) -> None:

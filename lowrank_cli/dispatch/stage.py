@@ -48,6 +48,13 @@ def check(
         has = ", ".join(sorted(can)) or "none"
         raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
     _refuse_what_would_do_nothing(config)
+    if verb == "export" and (reason := methods.unmergeable(config.method.name)):
+        able = [name for name in methods.names() if "export" in methods.capabilities(name)]
+        able = [name for name in able if not methods.unmergeable(name)]
+        raise UserError(
+            f"method: '{composed.choices['method']}' has no export: {reason}, so no single weight equals them "
+            f"(allowed: {', '.join(able)}); name such a run with run=FOLDER"
+        )
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if config.train.batch_size % (accumulated * processes):

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override
+from lowrank_cli.dispatch import devices
 from lowrank_cli.dispatch.single import handler, refuse_running
 from lowrank_cli.dispatch.stage import Interrupted
 from lowrank_cli.errors import LrkError, UserError, WorkFailed
@@ -37,6 +38,7 @@ from lowrank_cli.runs import (
 )
 
 LEDGER = "sweep.json"
+DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
 
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], dict[str, Composed]]:
@@ -99,9 +101,7 @@ def resume(verb: str, folder: str) -> None:
     jobs = _jobs(Path(folder), ledger)
     if all(run.done for run in jobs):
         raise UserError(f"--resume: all jobs of '{folder}' are finished")
-    refuse_running(folder, ledger)
-    for run in jobs:
-        refuse_running(tables.shown(run.path), run.info)
+    refuse_running(Path(folder))
     _work(Path(folder), ledger)
 
 
@@ -151,6 +151,9 @@ def run_job(job: Job) -> None:
             stack.enter_context(redirect_stdout(log))
             stack.enter_context(redirect_stderr(log))
             terminal = Console(file=sys.__stderr__, highlight=False)
+            hardware = run.config().get("hardware", {})
+            if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
+                devices.take_one(run.path.parent / DEVICES)
         try:
             handler(run.info["stage"]).work(run, restore(run))
         except Interrupted:

@@ -38,6 +38,11 @@ def capabilities(name: str) -> set[str]:
     return {stage for stage, needs in STAGE_NEEDS.items() if can(name, *needs)}
 
 
+def unmergeable(name: str) -> str:
+    """Why no single weight equals one adapted by method ``name``, or empty."""
+    return _class(name).unmergeable
+
+
 def can(name: str, *capabilities: type) -> bool:
     """Whether method ``name`` has one of these capabilities of :mod:`lowrank_cli.methods.protocol`."""
     return issubclass(_class(name), capabilities)

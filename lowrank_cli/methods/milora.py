@@ -79,6 +79,7 @@ class MiLoRA(LoRA):
 
     Config = MiLoRAConfig
     config: MiLoRAConfig
+    unmergeable = "its modules are chosen prompt by prompt"
 
     def __init__(self, config: MiLoRAConfig):
         super().__init__(config)

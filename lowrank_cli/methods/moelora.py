@@ -9,7 +9,7 @@ router per linear and per token", that is, the parameters of LoRA of rank 32 reg
 Reconstruction: the MiLoRA paper names the sizes only. Here the router is one matrix without bias that sees the linear's
 own input; the probabilities of the kept experts are renormalised to sum to 1; s = k · alpha / rank, so that an
 all-equal router with every expert kept is exactly LoRA of the same rank; the load balance (the Switch Transformer's,
-E · Σ_e f_e p̂_e) is summed over all routers and counts every position of a batch, padding too.
+E · Σ_e f_e p̂_e) is summed over all routers and counts every token of a batch that is no padding.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.core import Adapter
     from lowrank_cli.adapter.linear import LowRank
@@ -53,6 +54,15 @@ class MoELoRA(LoRA):
 
     Config = MoELoRAConfig
     config: MoELoRAConfig
+    unmergeable = "its experts are chosen token by token"
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """LoRA's modules, whose routers count no padding."""
+        from lowrank_cli.adapter.experts import Experts, count_shown
+
+        adapter = super().adapt(model)
+        count_shown(model, [part for part in adapter.modules.values() if isinstance(part, Experts)])
+        return adapter
 
     def kind(self) -> Callable[..., LowRank]:
         """A module of experts."""

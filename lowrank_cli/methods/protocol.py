@@ -28,6 +28,8 @@ class Method:
     """Base of every method: a checked config, and whatever capabilities the subclass adds."""
 
     Config: ClassVar[type[MethodConfig]]
+    #: Why no single weight equals an adapted one, where none does: such an adapter is neither merged nor exported.
+    unmergeable: ClassVar[str] = ""
 
     def __init__(self, config: Any):
         self.config = config

@@ -17,6 +17,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_cli.report import loading
+
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
 
@@ -124,7 +126,8 @@ def end_of_run(run: Run) -> RenderableType:
     arranged = "arrangements.json"
     ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
     folder = _whole(f"  folder: {shown(run.path)}")
-    return Group(panel, *([spread_table(ways)] if len(ways) > 1 else []), folder, *next_steps(run))
+    table = [spread_table(ways)] if len(ways) > 1 else []
+    return Group(panel, *table, folder, *(_whole(f"  {way}") for way in loading.ways(run)), *next_steps(run))
 
 
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:

@@ -72,8 +72,7 @@ def choice_scores(
     mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
     options = {index: answers(session, examples[index]) for index in mine}
     rule = rule_of(tuple(sorted({token for row in options.values() for answer in row for token in answer})))
-    room = session.room(shots)
-    rooms = [encode.prompt_room(options[index], room) for index in mine]
+    rooms = [encode.prompt_room(options[index], session.room(shots, examples[index].part)) for index in mine]
     rows = dict(zip(mine, encode.encode_prompts(session.tokenizer, [prompts[i] for i in mine], rooms), strict=True))
     whole = [rows[index] for index, limit in zip(mine, rooms, strict=True) if len(rows[index]) < limit]
     routed = session.adapter is not None and session.adapter.routing is not None  # by the whole prompt, not by a part

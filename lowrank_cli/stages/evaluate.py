@@ -14,7 +14,7 @@ from lowrank_cli.stages import calibrate, progress
 from lowrank_cli.stages.demonstrations import draw
 from lowrank_cli.stages.predict import predict, score, write_answers
 from lowrank_cli.stages.session import Session, foundation, start
-from lowrank_cli.tasks.task import Example, template_hash
+from lowrank_cli.tasks.task import Example, template_hashes
 
 
 @dataclass
@@ -54,13 +54,17 @@ def load_adapter(session: Session) -> None:
 
 
 def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
-    """Refuse a task that was trained with another prompt: its numbers would say nothing about the adapter."""
-    now = template_hash(task)
-    if about["task"] == task.name and about["template_hash"] != now:
-        raise UserError(
-            f"task.template: '{task.name}' was trained with another template or other label words "
-            f"(hash {about['template_hash'][:12]}, now {now[:12]}); leave them as they were"
-        )
+    """Refuse a task, or a part of a mix, that was trained with another prompt.
+
+    Its numbers would say nothing about the adapter.
+    """
+    trained = {about["task"]: about["template_hash"], **about.get("parts", {})}
+    for name, now in template_hashes(task).items():
+        if trained.get(name, now) != now:
+            raise UserError(
+                f"task.template: '{name}' was trained with another template or other label words "
+                f"(hash {trained[name][:12]}, now {now[:12]}); leave them as they were"
+            )
 
 
 def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[dict[str, Any]], Observed]:

@@ -95,15 +95,17 @@ def _in_batches(
     """Answers that are generated or classified, in batches of alike lengths; for all processes."""
     accelerator, size = session.accelerator, session.config.evaluate.batch_size
     session.model.eval()
-    order = sorted(wanted[accelerator.process_index :: accelerator.num_processes], key=lambda i: len(prompts[i]))
+    mine = wanted[accelerator.process_index :: accelerator.num_processes]
     answer = _classify if session.encoder else _generate
     found: list[tuple[int, dict[str, Any]]] = []
     with session.autocast():
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            answers = answer(session, [examples[row] for row in rows], [prompts[row] for row in rows], shots)
-            found += zip(rows, answers, strict=True)
-            tick(len(rows) * accelerator.num_processes)
+        for part in dict.fromkeys(examples[i].part for i in mine):  # a batch has one length of answers
+            order = sorted((i for i in mine if examples[i].part == part), key=lambda i: len(prompts[i]))
+            for start in range(0, len(order), size):
+                rows = order[start : start + size]
+                answers = answer(session, [examples[row] for row in rows], [prompts[row] for row in rows], shots)
+                found += zip(rows, answers, strict=True)
+                tick(len(rows) * accelerator.num_processes)
     return dict(gather_object(found))
 
 
@@ -117,13 +119,14 @@ def _classify(session: Session, batch: Sequence[Example], prompts: list[str], sh
 
 
 def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
-    task, tokenizer = session.config.task, session.tokenizer
-    room = session.room(shots) - task.max_new_tokens
+    tokenizer, part = session.tokenizer, batch[0].part
+    most = session.new_tokens(part)
+    room = session.room(shots, part) - most
     ids = [encode.encode_prompt(tokenizer, prompt, room) for prompt in prompts]
     inputs = {k: v.to(session.device) for k, v in encode.collate_prompts(ids, tokenizer.pad_token_id).items()}
     made = session.model.generate(
         **inputs,
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=most,
         num_beams=session.config.evaluate.num_beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,

@@ -78,17 +78,29 @@ class Session:
     def encoder(self) -> bool:
         return self.config.model.kind == "encoder"
 
-    def room(self, shots: int = 0) -> int:
-        """Tokens that a prompt with ``shots`` demonstrations and its answer may have."""
-        wanted = self.config.task.max_length * (shots + 1)
+    def room(self, shots: int = 0, part: str = "") -> int:
+        """Tokens that a prompt with ``shots`` demonstrations and its answer may have, in ``part`` of a mix."""
+        task = self.config.task
+        lengths = [task.max_length, *([task.parts[part].max_length] if part else [])]
+        wanted = min(lengths) * (shots + 1)
         return min(wanted, self.max_positions or wanted)
+
+    def new_tokens(self, part: str = "") -> int:
+        """Longest generated answer, in tokens, in ``part`` of a mix."""
+        task = self.config.task
+        return min([task.max_new_tokens, *([task.parts[part].max_new_tokens] if part else [])])
 
     def encode(self, examples: Sequence[Example]) -> list[Any]:
         """Examples as tokens of the right kind for the model."""
-        length = self.room()
         if self.encoder:
-            return [encode.encode_text(self.tokenizer, example, length) for example in examples]
-        return encode.encode_all(self.tokenizer, examples, length)
+            return [encode.encode_text(self.tokenizer, example, self.room(part=example.part)) for example in examples]
+        encoded: list[Any] = [None] * len(examples)
+        for part in dict.fromkeys(example.part for example in examples):
+            own = [index for index, example in enumerate(examples) if example.part == part]
+            rows = encode.encode_all(self.tokenizer, [examples[index] for index in own], self.room(part=part))
+            for index, row in zip(own, rows, strict=True):
+                encoded[index] = row
+        return encoded
 
     def weight(self, encoded: Any) -> int:
         """How much an example counts in a mean loss: its response tokens, or 1 for an encoder."""

@@ -28,6 +28,7 @@ from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
 from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.session import Session, start
 from lowrank_cli.tasks.batches import Batches, share
+from lowrank_cli.tasks.task import template_hash
 
 
 def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -249,6 +250,7 @@ class Trainer:
             about = {
                 "task": self.session.task.name,
                 "template_hash": self.session.task.template_hash,
+                "parts": {part.name: template_hash(part) for part in self.config.task.parts.values()},
                 "method": self.config.method.name,
                 "model": self.config.model.name,
                 "step": self.progress["step"],

@@ -150,6 +150,11 @@ def template_hash(config: TaskConfig) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
+def template_hashes(config: TaskConfig) -> dict[str, str]:
+    """:func:`template_hash` of a task by its name, and of each part of a mix."""
+    return {task.name: template_hash(task) for task in (*config.parts.values(), config)}
+
+
 def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Example]:
     """One example for each row; ``where`` names the rows in messages (row ``i``, from 1, is ``where:i``).
 

@@ -7,6 +7,7 @@ step 2 of an unresumed run; seed 77 waits for a signal, and says so in a file ``
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lowrank_cli.errors import UserError, WorkFailed
 def run(config, run, *, resume=False):
     if config.task.max_length == 3:
         raise UserError("task.max_length: 3 is too short")
-    train = getattr(config, "train", None)
+    train, devices = getattr(config, "train", None), os.environ.get("CUDA_VISIBLE_DEVICES")
     start = max((row["step"] for row in run.history()), default=0) if resume else 0
     for step in range(start + 1, (train.max_steps if train else 0) + 1):
         if step == 2:
@@ -29,5 +30,6 @@ def run(config, run, *, resume=False):
                 time.sleep(60)
             if train.warmup == 1 and not resume:
                 raise KeyboardInterrupt
-        run.log({"step": step, "train/loss": 1 / step, "learning_rate": train.learning_rate, "resumed": resume})
+        rate = train.learning_rate
+        run.log({"step": step, "train/loss": 1 / step, "learning_rate": rate, "resumed": resume, "devices": devices})
     return {"test/accuracy": 0.5 + config.seed / 100, "train/steps": train.max_steps if train else 0}

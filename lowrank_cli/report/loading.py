@@ -1,0 +1,43 @@
+"""How other programs load what ``lrk export`` wrote, as lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_cli.runs import Run
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  #: what ``vllm serve --max-lora-rank`` takes; 16 is its default
+
+
+def ways(run: Run) -> list[str]:
+    """``load: PYTHON`` and, for a causal model, ``serve: COMMAND``; none where the run exported nothing."""
+    folder = run.path.absolute() / "export"
+    if not run.done or not folder.is_dir():
+        return []
+    if (folder / "adapter_config.json").is_file():
+        return _lora(str(folder), run.read_json("export/adapter_config.json"), run.config())
+    if (folder / "config.json").is_file():
+        (kind,) = run.read_json("export/config.json")["architectures"]
+        serve = [f"serve: vllm serve {shlex.quote(str(folder))}"] if kind.endswith("CausalLM") else []
+        return [f"load: transformers.{kind}.from_pretrained({str(folder)!r})", *serve]
+    processor = "lowrank_cli.calibration.processor.AnswerProcessor"
+    return [
+        f"load: processor = {processor}.from_folder({str(folder)!r}, model, tokenizer.eos_token_id)",
+        "use: model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0)",
+    ]
+
+
+def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    base = adapter["base_model_name_or_path"]
+    if adapter["task_type"] == "SEQ_CLS":
+        task = config["task"]
+        labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task])
+        return [f"load: peft.AutoPeftModelForSequenceClassification.from_pretrained({folder!r}, num_labels={labels})"]
+    load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r})"
+    rank = next((size for size in VLLM_RANKS if size >= adapter["r"]), None)
+    if rank is None:
+        return [load]
+    serve = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
+    return [load, f"serve: {shlex.join([*serve, '--lora-modules', f'tuned={folder}'])}"]

@@ -357,3 +357,35 @@ def test_tables_and_compare_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def ticks(axis) -> list[float]:
+    low, high = axis.get_view_interval()
+    return [place for place in axis.get_major_locator()() if low <= place <= high]
+
+
+def test_whole_numbers_have_whole_ticks_and_cells():
+    entry = {
+        "title": "t",
+        "rows": ["a", "b"],
+        "columns": [1, 2.0],
+        "values": [[3, 4], [4, None]],
+        "sizes": [[1, 2]] * 2,
+    }
+    for figure in (plots.lines(entry), plots.bubbles(entry)):
+        assert all(place == int(place) for place in ticks(figure.axes[0].xaxis))
+    assert all(place == int(place) for place in ticks(plots.lines(entry).axes[0].yaxis))
+    heatmap = plots.heatmap(entry)
+    assert [text.get_text() for text in heatmap.axes[0].texts] == ["3", "4", "4", "–"]
+    assert all(place == int(place) for place in ticks(heatmap.axes[1].yaxis))
+    shares = plots.heatmap(entry | {"values": [[0.5, 1.0], [0.25, 0.0]]})
+    assert [text.get_text() for text in shares.axes[0].texts] == ["0.50", "1.00", "0.25", "0.00"]
+    assert any(place != int(place) for place in ticks(plots.lines(entry | {"columns": [0.5, 1.0]}).axes[0].xaxis))
+
+
+def test_a_narrow_box_plot_has_its_whole_title():
+    title = "test accuracy over 10 arrangements of demonstrations"
+    figure = plots.box({"title": title, "rows": ["all"], "values": [[0.5, 0.7]]})
+    figure.canvas.draw()
+    assert figure.axes[0].get_title(loc="left").replace("\n", " ") == title
+    assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.x1

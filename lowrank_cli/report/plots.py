@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DPI = 150
 FEW_POINTS = 30  #: with fewer each train loss is marked
 FALL = 5  #: times the last train losses; a first one above that gets a logarithmic axis
+LETTER = 0.085  #: width of a letter of a title, in inches; 0.7 inches are lost beside the axes
 ANNOTATED_CELLS = 300  #: a heatmap with more cells shows colours only
 TRAIN, DEV, RATE, GRID = "#6f86a3", "#c8502d", "#eef2e6", "#dddddd"
 
@@ -67,6 +68,18 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _whole(values: Iterable[float]) -> bool:
+    """Whether all finite values are whole numbers: ranks, steps, layers."""
+    return all(float(value).is_integer() for value in values if math.isfinite(value))
+
+
+def _whole_ticks(axis: Any) -> None:
+    """No ticks between whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GRID, linewidth=0.6)
@@ -80,8 +93,6 @@ def _series(history: Iterable[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     """Train and dev loss over steps, the best dev step marked, the learning rate shaded behind them."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, axes = _figure(7.2, 4.2)
     steps, rates = _series(history, "learning_rate")
     if steps:
@@ -125,7 +136,7 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _whole_ticks(axes.xaxis)
     _plain(axes)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -169,11 +180,12 @@ def heatmap(entry: dict[str, Any]) -> Figure:
             frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
             axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
+    if _whole(finite):
+        _whole_ticks(bar.ax.yaxis)
     bar.set_label(entry.get("label", ""), fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
-    letters = int((width - 0.7) / 0.085)  # inches beside the row names, inches a letter
-    axes.set_title(textwrap.fill(entry["title"], letters), fontsize=11, loc="left")
+    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("row_label", ""))
     axes.set_xlabel(entry.get("column_label", ""))
     return figure
@@ -192,7 +204,7 @@ def _write_in(axes: Any, values: list[list[float]], digits: str, scale: tuple[fl
 def _digits(values: list[float]) -> str:
     """How to write the values of one picture: none behind the point for whole numbers, otherwise about three in all."""
     largest = max(map(abs, values))
-    return ".0f" if largest >= 100 or all(value == int(value) for value in values) else f".{1 + (largest < 10)}f"
+    return ".0f" if largest >= 100 or _whole(values) else f".{1 + (largest < 10)}f"
 
 
 def heatmaps(entry: dict[str, Any]) -> Figure:
@@ -224,6 +236,8 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
         if len(columns) <= 16:
             _write_in(place, grids[at], _digits(finite), (low, high), 6)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
+    if _whole(finite):
+        _whole_ticks(bar.ax.yaxis)
     bar.set_label(entry.get("label", ""), fontsize=8)
     bar.outline.set_visible(False)
     figure.suptitle(entry["title"], fontsize=10, x=0.01, ha="left")
@@ -239,8 +253,12 @@ def lines(entry: dict[str, Any]) -> Figure:
     figure, axes = _figure(7.2, 4.2)
     if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
         axes.set_prop_cycle(color=colormaps["viridis"](linspace(0, 0.95, len(entry["rows"]))))
-    for name, values in zip(entry["rows"], _numbers(entry["values"]), strict=True):
+    table = _numbers(entry["values"])
+    for name, values in zip(entry["rows"], table, strict=True):
         axes.plot(entry["columns"], values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+    for axis, values in ((axes.xaxis, entry["columns"]), (axes.yaxis, [value for line in table for value in line])):
+        if _whole(values):
+            _whole_ticks(axis)
     axes.set_title(entry["title"], fontsize=11, loc="left")
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_ylabel(entry.get("label", ""))
@@ -251,7 +269,8 @@ def lines(entry: dict[str, Any]) -> Figure:
 
 def box(entry: dict[str, Any]) -> Figure:
     """Each row's values as a box from quartile to quartile, whiskers to the extremes, the mean and every point."""
-    figure, axes = _figure(max(3.6, 1.1 * len(entry["rows"]) + 1.6), 4.2)
+    width = max(3.6, 1.1 * len(entry["rows"]) + 1.6)
+    figure, axes = _figure(width, 4.2)
     places = range(1, len(entry["rows"]) + 1)
     axes.boxplot(
         entry["values"],
@@ -265,7 +284,7 @@ def box(entry: dict[str, Any]) -> Figure:
     for place, values in zip(places, entry["values"], strict=True):
         axes.plot([place] * len(values), values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
     axes.set_xticks(list(places), [f"{name}\n(n = {len(v)})" for name, v in zip(entry["rows"], entry["values"])])
-    axes.set_title(textwrap.fill(entry["title"], 60), fontsize=11, loc="left")
+    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
     return figure
@@ -286,6 +305,8 @@ def bubbles(entry: dict[str, Any]) -> Figure:
         vmin=0,
     )
     axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
+    if _whole(columns):
+        _whole_ticks(axes.xaxis)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")

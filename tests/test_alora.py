@@ -133,7 +133,7 @@ def test_a_round_says_what_it_did():
     plan = {"a": ([0], 0), "b": ([0, 1], 1)}
     scores = Scores("ab", {"a": [-1.0, -2.001], "b": [-1.5, -1.75]}, bare=-2.0)
     assert told(plan, scores, {"a": "Q", "b": "V"}) == (
-        "1 of 4 ranks pruned, 1 added\n  pruned: Q 1; scores -0.001 to -0.001, kept up to 1\n  added: V 1"
+        "1 of 4 ranks pruned, 1 added\n  scores: pruned -0.001 to -0.001, kept up to 1\n  pruned: Q 1\n  added: V 1"
     )
     assert lost(plan, {"a": 2, "b": 2}, {"a": 1}) == (1, 1)
     assert lost(plan, {"a": 2, "b": 2}, {"b": 2}) == (1, 0)

@@ -235,6 +235,7 @@ def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mappi
 
     return (
         f"{len(lost)} of {len(lost) + len(kept)} ranks pruned, {come.total()} added\n"
-        f"  pruned: {by_role(gone)}; scores {min(lost):.2g} to {max(lost):.2g}, kept up to {max(kept):.2g}\n"
+        f"  scores: pruned {min(lost):.2g} to {max(lost):.2g}, kept up to {max(kept):.2g}\n"
+        f"  pruned: {by_role(gone)}\n"
         f"  added: {by_role(come) or 'none, as every module lost a rank'}"
     )

@@ -77,19 +77,21 @@ class GroupedUpdate:
     def __init__(
         self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: tuple[int, int] | None, batch: int
     ):
-        self.a, self.b, self.span, self.batch = a.mT, b, span, batch
         rows = torch.tensor(grouping.rows, device=a.device)
         self.rows = None if grouping.in_order and len(rows) == batch else rows.clamp_min(0)  # (G * n,)
         self.gate: Tensor | None = None  # (G * n, 1, 1)
         if gates is not None or -1 in grouping.rows:
             gate = torch.ones_like(rows, dtype=a.dtype) if gates is None else gates.to(a.dtype)[rows.clamp_min(0)]
             self.gate = gate.masked_fill(rows < 0, 0).reshape(-1, 1, 1)
+            if len(rows) == len(b):  # a group is one row: its gate may as well stand in its operand
+                b, self.gate = b * self.gate, None  # (G, R, O)
+        self.a, self.b, self.span, self.batch = a.mT, b, span, batch
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add in place to ``y`` (B, T, O) or (B * T, O), the frozen output for ``x`` (B, T, I) or (B * T, I)."""
         groups, inputs, rank = self.a.shape
         if self.rows is not None:
-            x = x.reshape(self.batch, -1, inputs)[self.rows]  # (B, T, I) -> (G * n, T, I)
+            x = x.reshape(self.batch, -1, inputs).index_select(0, self.rows)  # (B, T, I) -> (G * n, T, I)
         h = torch.bmm(x.reshape(groups, -1, inputs), self.a)  # (G, n * T, I) @ (G, I, R) -> (G, n * T, R)
         if self.gate is not None:
             h = (h.view(len(self.gate), -1, rank) * self.gate).view(groups, -1, rank)

@@ -14,6 +14,7 @@ from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.export import as_lora, save_lora
 from lowrank_cli.adapter.grouped import group
 from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.adapter.tenant import saved_canary
 from lowrank_cli.errors import UserError
 
 EQUAL = {"atol": 1e-5, "rtol": 1e-5}
@@ -281,7 +282,7 @@ def test_canaries_prove_what_was_saved(tmp_path):
         (tmp_path / name).mkdir()
         adapter = small.adapted(name)
         state.save(adapter, tmp_path / name, {})
-        bank.add(name, adapter, tmp_path / name)
+        bank.add(name, adapter, saved_canary(tmp_path / name, state.read_proof(tmp_path / name)))
     assert not bank.check(bank.names)
     bank._find("milora").routes.routers[1].projection.weight.data.neg_()
     a, _ = next(iter(bank._find("lora").updates.values()))

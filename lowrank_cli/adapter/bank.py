@@ -26,7 +26,7 @@ from lowrank_cli.adapter.families import layers
 from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.routing import batch_rows, continues, prompts
-from lowrank_cli.adapter.tenant import Canary, Place, Tenant, of_adapter, proven, read
+from lowrank_cli.adapter.tenant import Canary, Place, Tenant, of_adapter, read
 from lowrank_cli.errors import UserError, unknown
 
 CANARIES = 16  #: checked in one forward pass
@@ -64,16 +64,15 @@ class Bank:
         """Memory that an adapter takes."""
         return self._find(name).bytes
 
-    def add(self, name: str, adapter: Adapter, folder: Path | None = None) -> None:
-        """Copy what ``adapter``, on a model of the same weights, holds now; ``folder`` is where it was saved.
+    def add(self, name: str, adapter: Adapter, canary: Canary | None = None) -> None:
+        """Copy what ``adapter``, on a model of the same weights, holds now; ``canary`` is what it was saved with.
 
         Raises UserError for a name that is taken, another model, and an adapter that is more than low-rank products.
         """
         if adapter.fingerprint != self.fingerprint:
             raise UserError(f"bank: '{name}' belongs to another model ('{adapter.model.config.model_type}')")
         tenant = of_adapter(adapter, name)
-        if folder is not None:
-            tenant.canary = proven(self.model, self.fingerprint, folder)
+        tenant.canary = canary
         self._put(name, tenant)
 
     def load(self, name: str, folder: Path) -> None:

@@ -133,7 +133,9 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
     """
     canary = None
     if (folder / state.PROOF).is_file():
-        canary = proven(model, fingerprint, folder)
+        proof = state.read_proof(folder)
+        state.check_fingerprint(proof, fingerprint, str(folder), model.config.model_type)
+        canary = saved_canary(folder, proof)
     config = _config(folder)
     updates = {}
     tensors = state.read_tensors(folder / state.WEIGHTS)
@@ -153,10 +155,9 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
     return Tenant(updates, canary=canary)
 
 
-def proven(model: PreTrainedModel, fingerprint: str, folder: Path) -> Canary:
-    """The canary of an adapter that we saved, once its files are whole and of this model."""
-    proof, saved = state.read_proof(folder), state.read_tensors(folder / state.CANARY)
-    state.check_fingerprint(proof, fingerprint, str(folder), model.config.model_type)
+def saved_canary(folder: Path, proof: dict[str, Any]) -> Canary:
+    """The canary of an adapter that we saved; ``proof`` is what its ``lrk.json`` says."""
+    saved = state.read_tensors(folder / state.CANARY)
     return Canary(saved["input_ids"], saved["logits"], proof["dtype"])
 
 

@@ -44,14 +44,16 @@ class Tenants:
         if tenant.readable(folder):
             self.bank.load(name, folder)
         elif run is not None and (folder / state.PROOF).is_file():
-            self.bank.add(name, self._filled(run, folder), folder)
+            adapter = self._adapter(run)
+            proof = state.fill(adapter, folder)
+            self.bank.add(name, adapter, tenant.saved_canary(folder, proof))
         elif (folder / state.PROOF).is_file():
             raise UserError(f"tenant: '{name}' is an adapter that only its method can read; name its run")
         else:
             raise UserError(f"tenant: '{name}' is no run with an adapter, and no adapter folder")
 
-    def _filled(self, run: Run, folder: Path) -> Adapter:
-        """The run's adapter on a copy of the model's modules (not of its weights, which it must leave alone)."""
+    def _adapter(self, run: Run) -> Adapter:
+        """An adapter of the run's method on a copy of the model's modules; it must leave the weights alone."""
         method = method_of(run)
         if not isinstance(method, Adapts):
             raise UserError(f"tenant: '{run.path}' holds no adapter, its method is {method.config.name}")
@@ -60,7 +62,6 @@ class Tenants:
             self._adapted[key] = method.adapt(copied(self.bank.model))
             for linear in self._adapted[key].linears.values():
                 linear.enable(False)  # what was folded into weights is read from its factors
-        state.fill(self._adapted[key], folder)
         return self._adapted[key]
 
 

@@ -1,11 +1,13 @@
 """What in-context learning costs: a shared KV cache against whole prompts, and IDAICL against plain scoring.
 
-    python scripts/bench_icl.py --shots 8 --queries 256 --out docs/results/bench_icl.json
+    python scripts/bench_icl.py --out docs/results/bench_icl.json
+    python scripts/bench_icl.py task=tiny_topic --out docs/results/bench_icl_topic.json
 
 One model, one task, the same demonstrations; the variants run in turn in one process (plain and ida in pairs, in
-alternating order), and the figures are medians of the process's CPU time (one thread; wall time on a GPU):
+alternating order), and the figures are medians of the process's CPU time (one thread; wall time on a GPU). What ida
+adds is the median of the pairs' ratios, with the 95 % interval of that median by order statistics:
 
-    whole    the full prompt of every query × answer, in batches of alike lengths
+    whole    the full prompt of every query × answer, in batches of alike lengths, logits of the answer only
     plain    the demonstrations' KV cache computed once, then log probabilities of the answers
     ida      the same with the IDA-Softmax, its precomputation and its prior included
 
@@ -25,6 +27,7 @@ import torch
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax
 from lowrank_cli.config import compose
+from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 from lowrank_cli.stages import calibrate, session
 from lowrank_cli.stages.candidates import answers, choice_scores, with_demonstrations
@@ -44,13 +47,13 @@ def whole(ready: session.Session, examples: list, prompts: list[str], shots: int
     size = ready.batch_size
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        coded = [encode.Encoded(prompt + answer, len(prompt)) for _, _, prompt, answer in part]
-        batch = {k: v.to(ready.device) for k, v in encode.collate_causal(coded, ready.tokenizer.pad_token_id).items()}
-        logits = ready.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        for (index, column, prompt, answer), row in zip(part, logits, strict=True):
-            said = row[len(prompt) - 1 : len(prompt) + len(answer) - 1].float()  # (K, V)
+        batch = encode.collate_prompts([prompt + answer for *_, prompt, answer in part], ready.tokenizer.pad_token_id)
+        batch = {key: value.to(ready.device) for key, value in batch.items()}  # (B, T), padded on the left
+        positions = (batch["attention_mask"].cumsum(dim=-1) - 1).clamp_min(0)
+        longest = max(len(answer) for *_, answer in part)
+        logits = ready.model(**batch, position_ids=positions, use_cache=False, logits_to_keep=longest + 1).logits
+        for (index, column, _, answer), row in zip(part, logits, strict=True):
+            said = row[-len(answer) - 1 : -1].float()  # (longest + 1, V) -> (K, V)
             found[index][column] = log_softmax(said, torch.tensor(answer, device=said.device)[:, None]).sum().item()
     return found
 
@@ -58,11 +61,11 @@ def whole(ready: session.Session, examples: list, prompts: list[str], shots: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*")
-    for name, default in (("shots", 8), ("queries", 256), ("rounds", 5), ("pairs", 5)):
+    for name, default in (("shots", 8), ("queries", 512), ("rounds", 5), ("pairs", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args()
-    overrides = ["hardware.threads=1", *args.overrides, f"evaluate.shots={args.shots}"]
+    overrides = ["hardware.threads=1", "evaluate.batch_size=64", *args.overrides, f"evaluate.shots={args.shots}"]
     ready = session.start(compose("train", ["method=idaicl", "task=tiny_sentiment", *overrides]).config)
     ready.model.eval()
     queries = ready.task.test[: args.queries]
@@ -91,16 +94,18 @@ def main() -> None:
             variants[name]()
             seconds[name].append(clock() - began)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    pairs = zip(seconds["ida"], seconds["plain"], strict=True)
+    pairs = [ida / plain for ida, plain in zip(seconds["ida"], seconds["plain"], strict=True)]
+    low, high = median_interval(pairs)
     ratios = {
         "whole / plain": median["whole"] / median["plain"],
         "whole / ida": median["whole"] / median["ida"],
-        "ida / plain": statistics.median(ida / plain for ida, plain in pairs),
+        "ida / plain": statistics.median(pairs),
     }
     for name, values in seconds.items():
         print(f"{name:6} {1000 * statistics.median(values) / len(queries):8.2f} ms a query")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
+    print(f"ida / plain: 95 % interval of the median {low:.3f} to {high:.3f} ({len(pairs)} pairs)")
     if args.out:
         record = {
             "command": f"python scripts/bench_icl.py --shots {args.shots} --queries {args.queries} "
@@ -108,9 +113,15 @@ def main() -> None:
             "commit": git_state(),
             "machine": torch.cuda.get_device_name() if ready.device.type == "cuda" else cpu_name(),
             "packages": package_versions(),
-            "tokens": {"vocabulary": head.shape[0], "width": head.shape[1]},
+            "shape": {
+                "vocabulary": head.shape[0],
+                "width": head.shape[1],
+                "answers": len(ready.task.label_words),
+                "batch": ready.batch_size,
+            },
             "median_seconds": median,
             "median_ratio": ratios,
+            "interval of ida / plain": [low, high],
             "seconds": seconds,
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

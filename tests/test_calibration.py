@@ -11,6 +11,7 @@ import small
 import torch
 
 from lowrank_cli.calibration import contextual, prototypes, store
+from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax, offsets, prior, statistics, together
 from lowrank_cli.calibration.processor import AnswerProcessor
 from lowrank_cli.errors import UserError
@@ -99,6 +100,15 @@ def test_a_label_without_examples_has_no_prior_to_make_up_for():
     with pytest.raises(UserError, match=r"method\.tau: 0\.5, but label 2 has no example"):
         prior(shares, 0.5)
     torch.testing.assert_close(prior(shares[:2], 0.5), torch.tensor([0.75, 0.25]).log() / 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_head_has_its_adapters_update(family):
+    model = small.adapted("lora", family, target_modules=["lm_head"]).model.eval()
+    hidden = some_features(3, 32)
+    torch.testing.assert_close(hidden @ head_weight(model).t(), model.get_output_embeddings()(hidden))
+    assert not torch.allclose(head_weight(model), model.get_output_embeddings().weight)
 
 
 def test_rules_together_score_as_one_by_one():

@@ -153,6 +153,19 @@ def test_rows_hold_median_interval_test_and_costs(add):
     assert "0.250 (3)" in shown and "sign-flip" in shown
 
 
+def test_runs_over_arrangements_show_their_spread(add):
+    for seed, worst in enumerate((0.5, 0.6, 0.4)):
+        add("idaicl", seed, 0.8, **{"test/accuracy_std": 0.125, "test/accuracy_worst": worst})
+        add("none", seed, 0.7)
+    add("lora", 0, 0.9, task="tiny_topic")
+    rows, markdown, _ = run_compare(add)
+    found = {row["method"]: (row["std"], row["worst"]) for row in rows}
+    assert found == {"idaicl": ("0.125", "0.5"), "none": ("", ""), "lora": ("", "")}
+    assert "| idaicl ★ | 3 | 0.8000 | 0.8000–0.8000 | 0.1250 | 0.5000 |" in markdown
+    assert "| none | 3 | 0.7000 | 0.7000–0.7000 | – | – |" in markdown and "| lora | 1 | 0.9000 | – | 262k" in markdown
+    assert "behind several arrangements of demonstrations" in markdown
+
+
 def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
     add("lora", 1, 0.5)
     add("lora", 2, 0.6)

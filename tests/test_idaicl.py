@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_cli import config
+from lowrank_cli import config, tasks
 from lowrank_cli.calibration import store
 from lowrank_cli.calibration.processor import AnswerProcessor
 from lowrank_cli.dispatch import single
@@ -19,9 +19,10 @@ from lowrank_cli.methods.idaicl import IDAICL
 from lowrank_cli.methods.protocol import Plan
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
-from lowrank_cli.stages import candidates, demonstrations
+from lowrank_cli.stages import candidates, demonstrations, spread
 from lowrank_cli.stages.demonstrations import Arrangement
-from lowrank_cli.tasks.task import Example
+from lowrank_cli.tasks import encode
+from lowrank_cli.tasks.task import Example, Task
 
 pytestmark = pytest.mark.slow
 QUICK = ["task=tiny_sentiment", "task.limit=24", "hardware.threads=1"]
@@ -35,6 +36,34 @@ def lrk(verb: str, *overrides: str, outputs="outputs") -> Run:
 
 def predictions(run: Run) -> list[dict]:
     return [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+
+
+def quick_task() -> Task:
+    return tasks.load(config.compose("train", ["method=idaicl", *QUICK]).config.task)
+
+
+def tokens(texts: list[str]) -> list[list[int]]:
+    return encode.encode_prompts(AutoTokenizer.from_pretrained(BUNDLED), texts, [10_000] * len(texts))
+
+
+@torch.no_grad()
+def hidden(rows: list[list[int]]) -> torch.Tensor:
+    """What the head of the bundled model reads behind each row of tokens, one pass a row: (n, D)."""
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED).eval()
+    return torch.stack([model.model(input_ids=torch.tensor([row])).last_hidden_state[0, -1] for row in rows])
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[list[Example], list[str]]]:
+    """What is scored behind each arrangement: examples and their prompts."""
+    seen, scores = [], candidates.choice_scores
+
+    def watching(session, examples, prompts, shots, **more):
+        seen.append((examples, prompts))
+        return scores(session, examples, prompts, shots, **more)
+
+    monkeypatch.setattr("lowrank_cli.stages.asked.choice_scores", watching)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +91,48 @@ def test_fitting_keeps_the_statistics_and_reports_the_spread(fitted):
     assert fitted.metrics["test/accuracy"] == pytest.approx(sum(values) / 4)
     assert fitted.metrics["test/accuracy_worst"] == min(values)
     assert {path.name for path in (fitted.path / "plots").iterdir()} == {"confusion.png", "spread.png"}
+
+
+def test_the_statistics_are_those_of_the_hidden_states_behind_the_answers(fitted):
+    examples = quick_task().train
+    features = hidden(tokens([example.prompt + example.answer for example in examples]))
+    found, _ = store.load(fitted.path / "statistics")
+    torch.testing.assert_close(found["0.mean"], features.mean(dim=0), rtol=1e-4, atol=1e-4)
+    covariance = torch.cov(features.t(), correction=0)
+    torch.testing.assert_close(found["0.factor"].t() @ found["0.factor"], covariance, rtol=1e-3, atol=1e-3)
+    behind_prompts = hidden(tokens([example.prompt for example in examples]))
+    assert (features.mean(dim=0) - behind_prompts.mean(dim=0)).abs().max() > 0.1
+
+
+def test_answers_of_several_tokens_add_their_tokens_scores():
+    run = lrk(
+        "train",
+        *QUICK,
+        "task.label_words=[very bad,good]",
+        "method=idaicl",
+        "method.examples=10",
+        "method.tau=0",
+    )
+    found, about = store.load(run.path / "statistics")
+    assert about["examples"] == 10 and found["0.factor"].shape == (10, 128)
+    lengths = [len(answer) for answer in about["answers"]]
+    assert max(lengths) > 1
+    head = AutoModelForCausalLM.from_pretrained(BUNDLED).get_output_embeddings().weight.detach()
+    sigma = found["0.factor"].t() @ found["0.factor"]
+    for record in predictions(run)[:2]:
+        (prompt,) = tokens([record["prompt"]])
+        for answer, value in zip(about["answers"], record["log_probabilities"], strict=True):
+            features = hidden([prompt + answer[:at] for at in range(len(answer))])
+            total = 0.0
+            for feature, token in zip(features, answer, strict=True):
+                apart = head - head[token]  # (V, D)
+                moved = apart @ (feature + 0.5 * found["0.mean"]) + 0.25 * (apart @ sigma * apart).sum(dim=-1)
+                total -= moved.logsumexp(dim=0).item()
+            assert value == pytest.approx(total, rel=1e-4, abs=2e-3)
+    normalised = lrk("evaluate", f"run={run.path}", "method.normalize_length=true")
+    for whole, each in zip(predictions(run), predictions(normalised), strict=True):
+        expected = [value / length for value, length in zip(whole["log_probabilities"], lengths, strict=True)]
+        assert each["log_probabilities"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
@@ -105,27 +176,41 @@ def test_demonstrations_run_once_for_all_queries_and_probes(fitted, monkeypatch)
 
 def test_a_demonstration_too_long_for_the_room_changes_no_other_answer():
     common = [*QUICK, "method=none", "evaluate.shots=4"]
-    whole = predictions(lrk("evaluate", *common))
-    lengths = sorted(len(record["prompt"]) for record in whole)
-    assert lengths[0] < lengths[-1]
-    cut = predictions(lrk("evaluate", *common, "task.max_length=24"))
-    same = [a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-3) for a, b in zip(whole, cut)]
-    assert any(same) and len(cut) == len(whole)
+    task = quick_task()
+    prompts = candidates.with_demonstrations(task.test, demonstrations.draw(task.train, 4, 0))
+    lengths = [len(row) for row in tokens(prompts)]
+    room = sorted(lengths)[len(lengths) // 2] // 5  # tokens of each of five texts
+    uncut = [length <= 5 * room - 2 for length in lengths]  # beside an answer of one token and EOS
+    assert any(uncut) and not all(uncut)
+    whole, cut = (predictions(lrk("evaluate", *common, f"task.max_length={most}")) for most in (64, room))
+    same = [
+        a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-3)
+        for a, b in zip(whole, cut, strict=True)
+    ]
+    assert same == uncut
 
 
 @pytest.mark.parametrize("choice", ["similar", "dissimilar"])
-def test_demonstrations_may_be_chosen_for_each_query(fitted, choice):
+def test_demonstrations_may_be_chosen_for_each_query(fitted, choice, asked):
     run = lrk(
         "evaluate",
         f"run={fitted.path}",
         f"method.demonstrations={choice}",
-        "evaluate.shots=2",
+        "evaluate.shots=3",
         "method.draws=1",
         "method.permutations=2",
         "method.templates=1",
     )
     found = json.loads((run.path / "arrangements.json").read_text())
     assert [row["permutation"] for row in found] == [0, 1] and found[0]["demonstrations"] is None
+    examples, ((queries, first), (_, second)) = quick_task().train, asked
+    known, behind = (hidden(tokens([example.prompt for example in part])) for part in (examples, queries[:4]))
+    likeness = torch.cosine_similarity(behind[:, None], known[None], dim=-1)  # (4, n)
+    nearest = likeness.topk(3, largest=choice == "similar").indices.flip(1).tolist()
+    for query, picked, one, other in zip(queries, nearest, first, second):
+        blocks = [examples[index].prompt + examples[index].answer for index in picked]
+        assert one == "\n\n".join([*blocks, query.prompt])
+        assert other != one and sorted(other.split("\n\n")) == sorted(one.split("\n\n"))
 
 
 def test_a_share_holds_in_the_statistics_and_in_the_prompts():
@@ -141,6 +226,14 @@ def test_a_share_holds_in_the_statistics_and_in_the_prompts():
     tensors, about = store.load(run.path / "statistics")
     assert tensors["0.shares"].tolist() == pytest.approx([0.25, 0.75], abs=0.02)
     assert about["share"] == 0.25
+    plain, weighed = (
+        predictions(lrk("evaluate", f"run={run.path}", "evaluate.shots=8", "method.strength=0", f"method.tau={tau}"))
+        for tau in (0, 2)
+    )
+    expected = (-2 * tensors["0.shares"].log()).tolist()  # the rare label gains most
+    for a, b in zip(plain, weighed, strict=True):
+        gained = [y - x for x, y in zip(a["log_probabilities"], b["log_probabilities"], strict=True)]
+        assert gained == pytest.approx(expected, abs=1e-4) and gained[0] > gained[1]
 
 
 def test_curves_cover_the_values_asked_for(fitted):
@@ -169,15 +262,7 @@ def test_it_stands_on_an_adapter_that_another_method_trained():
         lrk("evaluate", f"run={kept.path}")
 
 
-def test_proca_is_fitted_on_examples_that_are_not_shown(fitted, monkeypatch):
-    asked = []
-    scores = candidates.choice_scores
-
-    def watching(session, examples, prompts, shots, **more):
-        asked.append((examples, prompts))
-        return scores(session, examples, prompts, shots, **more)
-
-    monkeypatch.setattr("lowrank_cli.stages.calibrate.choice_scores", watching)
+def test_proca_is_fitted_on_examples_that_are_not_shown(fitted, asked):
     common = [f"run={fitted.path}", "method.calibration=proca", "method.draws=1", "method.templates=1"]
     lrk("evaluate", *common, "evaluate.shots=4")
     ((examples, prompts),) = asked
@@ -371,6 +456,12 @@ def test_orders_keep_the_set_and_sets_follow_the_seed():
     assert len(demonstrations.arrangements(many, 6)) == 12
     assert len(demonstrations.arrangements(many, 1)) == 4  # one demonstration has one order
     assert len(demonstrations.arrangements(many, 0)) == 2
+
+
+def test_confusion_is_the_share_of_each_labels_queries():
+    rows = [{"label": 0, "choice": 0}, {"label": 0, "choice": 1}, {"label": 1, "choice": 1}, {"label": 0, "choice": 1}]
+    found = spread.confusion(rows, ["a", "b", "c"], "test")
+    assert found["values"] == [[1 / 3, 2 / 3, 0], [0, 1, 0], [None, None, None]]
 
 
 def test_the_nearest_comes_last():

@@ -266,6 +266,8 @@ def _row(method: str, setting: str, metric: str, by_seed: dict[int, Result]) -> 
         activated=middle(lambda result: result.metrics.get("activated_parameters")),
         seconds=middle(lambda result: result.seconds),
         memory=middle(lambda result: result.memory),
+        deviation=middle(lambda result: result.metrics.get(f"{metric}_std")),
+        worst=middle(lambda result: result.metrics.get(f"{metric}_worst")),
     )
 
 

@@ -33,6 +33,8 @@ class Row:
     activated: float | None  #: parameters
     seconds: float | None
     memory: float | None  #: bytes at the peak
+    deviation: float | None = None  #: of the metric over the arrangements within a run, and its worst: medians too
+    worst: float | None = None
     best: bool = False
     pairs: int | None = None  #: seeds shared with the baseline; None: not compared
     difference: float | None = None  #: mean of this row minus the baseline, over the pairs
@@ -73,6 +75,7 @@ def cells(section: Section, baseline: str | None) -> tuple[list[str], list[list[
     settings = any(row.setting for row in section.rows)
     ranges = any((row.low, row.high) != _range(row) for row in section.rows)
     parts = any(row.activated not in (None, row.trainable) for row in section.rows)
+    arranged = any(row.worst is not None for row in section.rows)
     columns: dict[str, tuple[bool, Callable[[Row], str]]] = {
         "method": (True, lambda row: f"{row.method} {STAR}" if row.best else row.method),
         "setting": (settings, lambda row: row.setting),
@@ -80,6 +83,8 @@ def cells(section: Section, baseline: str | None) -> tuple[list[str], list[list[
         "median": (True, lambda row: number(row.median)),
         "interval": (True, lambda row: _span(row.low, row.high) if len(row.values) > 1 else NONE),
         "range": (ranges, lambda row: _span(*_range(row))),
+        "std": (arranged, lambda row: _known(number, row.deviation)),
+        "worst": (arranged, lambda row: _known(number, row.worst)),
         f"vs {(baseline or '').partition(' ')[0]}": (baseline is not None, _difference),
         "p (pairs)": (baseline is not None, _test),
         "trainable": (True, lambda row: _known(count, row.trainable)),
@@ -124,6 +129,11 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
         lines[0] += (
             " interval: of the median, 95 % by order statistics from 6 seeds on; below, the range "
             "of the seeds, which covers the median with probability 1 - 2^(1-n): 75 % for 3 seeds, 94 % for 5."
+        )
+    if any(row.worst is not None for row in rows):
+        lines.append(
+            "A run with std and worst asked behind several arrangements of demonstrations: its metric is the mean over "
+            "them, these are their standard deviation and the worst of them (medians over seeds)."
         )
     if baseline is not None:
         lines.append(
@@ -246,6 +256,8 @@ def csv_text(sections: Sequence[Section], baseline: str | None) -> str:
                 "interval_high": row.high,
                 "min": smallest,
                 "max": largest,
+                "std": row.deviation,
+                "worst": row.worst,
                 "best": row.best,
                 "baseline": baseline,
                 "pairs": row.pairs,

@@ -1,12 +1,13 @@
-"""What LeLoRA's choices cost in training: one switch of strategies against the steps of a phase.
+"""What LeLoRA's choices cost in training: what the method does between steps against the steps themselves.
 
-    python scripts/bench_lelora.py --phase 50 --out docs/results/bench_lelora.json
+    python scripts/bench_lelora.py --phase 10 --out docs/results/bench_lelora.json
 
 Two shapes of Llama: that of the bundled model, and one of about 100M parameters with random weights. A step is forward,
-backward and AdamW on one batch; a switch is what happens between two phases: the probe of the dev loss with its
-gradients, rewards, folding, spectra, policy, new windows. Steps and switches alternate; figures are medians. The share
-of exploration is switch / (phase × step + switch), that of training counts the steps after exploration as well; the
-first switch also decomposes all matrices, which is paid once and stands apart.
+backward and AdamW on one batch; watching is the credit of each step; a switch is what happens between two phases: the
+probe of the dev loss, rewards, folding, spectra, policy, new windows. All of it runs as in training, phase after phase;
+figures are medians. The share of exploration is (phase × watch + switch) / (phase × (step + watch) + switch), that of
+training counts the steps after exploration as well; the first switch also decomposes all matrices, which is paid once
+and stands apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import json
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import methods
 from lowrank_cli.config.composition import compose
+from lowrank_cli.methods.protocol import AfterStep, BeforeStep, Step
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 
 #: hidden, intermediate, layers, heads, vocabulary
@@ -61,41 +62,41 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     network = model(name, args.device)
     config = compose("train", ["method=lelora", f"method.phase={args.phase}", *args.overrides]).config.method
     method = methods.create(config)
+    assert isinstance(method, BeforeStep) and isinstance(method, AfterStep)
     adapter = method.adapt(network)
-    strategies = method._strategies
     optimizer = torch.optim.AdamW(list(adapter.trained.values()), lr=1e-3)
     batch = torch.randint(SHAPES[name][-1], TOKENS[name], generator=torch.Generator().manual_seed(1)).to(args.device)
     network.train()
 
-    def loss() -> torch.Tensor:
+    def loss(number: int = 0) -> torch.Tensor:
         logits = network(input_ids=batch, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    def step() -> None:
+    def backward() -> None:
         loss().backward()
+
+    def update() -> None:
         optimizer.step()
         network.zero_grad()
 
-    number = 0
-
-    def switch() -> None:
-        nonlocal number
-        number += 1
-        forget = partial(dict.pop, optimizer.state)
-        strategies.switch(
-            number, 0.1, [loss] * config.probe, lambda t: t, lambda parameter: forget(parameter, None), last=False
-        )
-
-    step()
-    first = timed(switch, args.device)
-    steps, switches = [], []
-    for _ in range(args.rounds):
-        steps += [timed(step, args.device) for _ in range(args.steps)]
-        switches.append(timed(switch, args.device))
-    one, between = statistics.median(steps), statistics.median(switches)
-    share = between / (config.phase * one + between)
+    steps, watches, switches = [], [], []
+    last = args.rounds * config.phase
+    for number in range(1, last + 1):
+        now = Step(number, 100 * last, adapter, 1e-3, loss, lambda tensor: tensor, optimizer=optimizer)
+        spent = timed(backward, args.device)
+        watches.append(timed(lambda now=now: method.before_step(now), args.device))
+        steps.append(spent + timed(update, args.device))
+        between = timed(lambda now=now: method.after_step(now), args.device)
+        if number == 1:
+            first = between
+        elif number % config.phase == 0:
+            switches.append(between)
+    one, watch, between = (statistics.median(times) for times in (steps, watches, switches))
+    whole, extra = config.phase * one, config.phase * watch + between
+    share = extra / (whole + extra)
     print(
-        f"{name:8} step {one * 1000:7.1f} ms   switch {between * 1000:8.1f} ms   share {share:.1%}  first {first:.1f} s"
+        f"{name:8} step {one * 1000:7.1f} ms   watch {watch * 1000:6.2f} ms   switch {between * 1000:8.1f} ms   "
+        f"share {share:.1%}   first {first:.1f} s"
     )
     return {
         "parameters": sum(p.numel() for p in network.parameters()) - adapter.count(),
@@ -103,7 +104,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "step_seconds": one,
         "switch_seconds": between,
         "share_of_exploration": share,
-        "share_of_training": config.explore * between / (config.phase * one + config.explore * between),
+        "watch_seconds": watch,
+        "share_of_training": config.explore * extra / (whole + config.explore * extra),
         "first_switch_seconds": first,
         "all_switch_seconds": switches,
     }
@@ -113,9 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the method, as for lrk train")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--phase", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="steps between two switches")
+    parser.add_argument("--phase", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=4, help="phases")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)

@@ -16,7 +16,7 @@ POINTS = 32  #: singular values a matrix is described by
 NUMBERS = POINTS + len(ROLES) + 7  #: features beside the gradient's share in each band
 HIDDEN = 64
 SPREAD = 0.5  #: standard deviation of the sampled width logits
-MEMORY = 0.7  #: of the averages of rewards, a phase
+CLIP = 0.2  #: how far a choice's probability may move, as a share of what it was (Schulman et al. 2017, section 6.1)
 
 
 def features(
@@ -56,11 +56,11 @@ def share_out(logits: Tensor, budget: int, limits: Sequence[int]) -> list[int]:
     What exceeds a limit is shared among the others; fractions are rounded by the largest remainder.
     """
     assert sum(limits) >= budget
-    weights, limit = torch.softmax(logits.double(), dim=0), torch.tensor(limits, dtype=torch.float64)
+    limit = torch.tensor(limits, dtype=torch.float64)
     full = torch.zeros_like(limit, dtype=torch.bool)
     while True:
-        left = budget - limit[full].sum()
-        wanted = torch.where(full, limit, left * weights / weights[~full].sum().clamp_min(1e-300))
+        weights = torch.softmax(logits.double().masked_fill(full, -torch.inf), dim=0)
+        wanted = torch.where(full, limit, (budget - limit[full].sum()) * weights)
         if not (over := (wanted > limit) & ~full).any():
             break
         full |= over
@@ -74,7 +74,8 @@ def share_out(logits: Tensor, budget: int, limits: Sequence[int]) -> list[int]:
 class Policy(nn.Module):
     """One network for all matrices: features to a choice among window places, and to the logit of a width share.
 
-    At the start it is indifferent: places are equally likely, width logits are normal with mean 0.
+    At the start it is indifferent: places are equally likely, width logits are normal with mean 0. Only differences of
+    width logits say something, so their means are centred over the matrices.
     """
 
     def __init__(self, places: int):
@@ -85,9 +86,10 @@ class Policy(nn.Module):
         nn.init.zeros_(self.heads.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, F) to log-probabilities of the places (M, P) and means of the width logits (M,)."""
+        """(…, M, F) to log-probabilities of the places (…, M, P) and means of the width logits (…, M)."""
         out = self.heads(self.body(x))
-        return torch.log_softmax(out[:, :-1], dim=1), out[:, -1]
+        widths = out[..., -1]
+        return torch.log_softmax(out[..., :-1], dim=-1), widths - widths.mean(dim=-1, keepdim=True)
 
     @torch.no_grad()
     def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -102,44 +104,33 @@ class Policy(nn.Module):
         log_places, means = self(x)
         return log_places.argmax(dim=1), means
 
-    def loss(self, x: Tensor, places: Tensor, logits: Tensor, advantage: Tensor, entropy: float) -> Tensor:
-        """REINFORCE (Williams 1992): −mean A log π(choice), less ``entropy`` × the mean entropy of the places."""
+    def log_likelihood(self, x: Tensor, places: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log π(choice) (…, M), up to a constant, and the entropy of the places (…, M)."""
         log_places, means = self(x)
-        chosen = log_places.gather(1, places.unsqueeze(1)).squeeze(1)  # (M, P) -> (M,)
-        normal = -(logits - means).square() / (2 * SPREAD**2)
-        uncertain = -(log_places.exp() * log_places).sum(dim=1)
-        return -(advantage * (chosen + normal)).mean() - entropy * uncertain.mean()
+        chosen = log_places.gather(-1, places.unsqueeze(-1)).squeeze(-1)  # (…, M, P) -> (…, M)
+        return chosen - (logits - means).square() / (2 * SPREAD**2), -(log_places.exp() * log_places).sum(dim=-1)
+
+    def loss(
+        self, x: Tensor, places: Tensor, logits: Tensor, likelihood: Tensor, advantage: Tensor, entropy: float
+    ) -> Tensor:
+        """−mean min(ρ A, clip(ρ) A), less ``entropy`` × the mean entropy of the places (Schulman et al. 2017, eq. 7).
+
+        ρ = π(choice) / its probability when it was made, whose logarithm is ``likelihood`` (…, M). At ρ = 1 the
+        gradient is that of REINFORCE (Williams 1992); the clip allows several passes over the same choices.
+        """
+        now, uncertain = self.log_likelihood(x, places, logits)
+        ratio = (now - likelihood).exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+        return -gain.mean() - entropy * uncertain.mean()
 
 
-class Baseline:
-    """Turns the rewards (M,) of a phase into advantages (M,): less their running means, normalised.
+def advantages(rewards: Tensor) -> Tensor:
+    """Rewards (K, M) of K phases to advantages (K, M), which compare a matrix with itself in other phases.
 
-    Several rewards are standardised over matrices, so that a loss that falls ever more slowly says nothing; one reward
-    for all is divided by the running root mean square of its distance from the mean.
+    (r − mean over phases) / mean over phases of |r|, then in units of the spread over all. A reconstruction: phases
+    have to have rewards of one magnitude, so a phase's credits are divided by the sum of their sizes before. Without
+    that the first phases, where the loss falls a hundred times as fast, would decide alone; and without the division
+    here the matrices with the largest credits would. One phase has nothing to compare with: zeros.
     """
-
-    def __init__(self, rewards: int):
-        self.mean, self.square = torch.zeros(rewards), torch.zeros(())
-        self.seen = torch.zeros((), dtype=torch.long)
-
-    def advantage(self, reward: Tensor) -> Tensor:
-        seen = int(self.seen)
-        mean = self.mean / (1 - MEMORY**seen) if seen else reward.mean()
-        above = reward - mean
-        self.mean = MEMORY * self.mean + (1 - MEMORY) * reward
-        self.square = MEMORY * self.square + (1 - MEMORY) * above.square().mean()
-        self.seen = self.seen + 1
-        if len(reward) > 1:
-            return (above - above.mean()) / above.std(correction=0).clamp_min(1e-12)
-        return above / (self.square / (1 - MEMORY ** (seen + 1))).sqrt().clamp_min(1e-12)
-
-
-def shares(credit: Tensor, drop: float) -> Tensor:
-    """First-order credits (M,) corrected to sum to the measured ``drop``, each in proportion to its magnitude.
-
-    Where all credits have the sign of the drop this is scaling; it stays defined where they cancel.
-    """
-    size = credit.abs()
-    total = size.sum()
-    weights = size / total if total > 0 else torch.full_like(size, 1 / len(size))
-    return credit + (drop - credit.sum()) * weights
+    above = (rewards - rewards.mean(dim=0)) / rewards.abs().mean(dim=0).clamp_min(1e-12)
+    return above / above.std(correction=0).clamp_min(1e-12)

@@ -28,7 +28,7 @@ def resize(
         part = adapter.modules[key]
         chosen = torch.tensor(keep, dtype=torch.long)
         if optimizer is not None:
-            _carry(part, chosen, fresh, optimizer)
+            carry(part.tensors(), part.rank_axes, chosen, fresh, optimizer)
         part.resize(chosen, fresh)
         if part.rank == 0:
             adapter.emptied[key] = adapter.detach(adapter.sites[key])
@@ -69,10 +69,16 @@ def _in_order(adapter: Adapter) -> None:
     adapter.trained = own | {name: p for name, p in adapter.trained.items() if name not in own}
 
 
-def _carry(part: LowRank, keep: torch.Tensor, fresh: int, optimizer: torch.optim.Optimizer) -> None:
-    """Resize the optimizer's moments of ``part`` as the tensors are about to be."""
-    tensors, beta2 = part.tensors(), optimizer.param_groups[0]["betas"][1]
-    for name, axis in part.rank_axes.items():
+def carry(
+    tensors: Mapping[str, torch.nn.Parameter],
+    axes: Mapping[str, int],
+    keep: torch.Tensor,
+    fresh: int,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Resize the moments of ``tensors`` as they are about to be; ``axes``: which one counts the ranks."""
+    beta2 = optimizer.param_groups[0]["betas"][1]
+    for name, axis in axes.items():
         state = optimizer.state.get(tensors[name], {})
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in state:
@@ -81,6 +87,8 @@ def _carry(part: LowRank, keep: torch.Tensor, fresh: int, optimizer: torch.optim
             recent = state["exp_avg"].narrow(axis, 0, len(keep)).square().mean(dim=axis, keepdim=True)
             new = state["exp_avg_sq"].narrow(axis, len(keep), fresh)
             new.copy_((recent * (1 - beta2 ** float(state["step"]))).expand_as(new))  # as Adam divides it again
+        elif state and not len(keep):
+            optimizer.state.pop(tensors[name])  # counts from 0 again
 
 
 def _forget(part: LowRank, optimizer: torch.optim.Optimizer) -> None:

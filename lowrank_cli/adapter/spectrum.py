@@ -113,6 +113,14 @@ class Moving(Window):
         self._begin(self.lora_b, self.lora_a)
 
     @torch.no_grad()
+    def exchange(self, keep: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
+        """After a fold: keep the ranks ``keep`` (their indices) as they are, and open components as :meth:`take`."""
+        b, a = self.lora_b[:, keep], self.lora_a[keep]
+        self.take(u, s, v)
+        self._begin(torch.cat((b, self.start_b), dim=1), torch.cat((a, self.start_a)))
+        self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
+
+    @torch.no_grad()
     def settle(self, weight: Tensor, enabled: bool) -> None:
         if self._pretrained is None:
             if not len(self.folded_a):
@@ -152,11 +160,11 @@ class Spectrum:
     left: Tensor  #: (O, C)
     right: Tensor  #: (C, I)
 
-    def window(self, start: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The components start … start + width − 1: u (O, R), s (R,), v (R, I)."""
-        at = int(torch.searchsorted(self.index, start))
-        assert width == 0 or int(self.index[at + width - 1]) == start + width - 1
-        return self.left[:, at : at + width], self.values[start : start + width], self.right[at : at + width]
+    def components(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The components of the indices ``wanted`` (R,), all of them in ``index``: u (O, R), s (R,), v (R, I)."""
+        at = torch.searchsorted(self.index, wanted)
+        assert torch.equal(self.index[at], wanted)
+        return self.left[:, at], self.values[wanted], self.right[at]
 
     def project(self, gradient: Tensor) -> Tensor:
         """uᵢᵀ G vᵢ of the kept components for a gradient G (O, I): (C,), fp32."""
@@ -190,7 +198,7 @@ def window(weight: Tensor, place: float, width: int) -> tuple[Tensor, Tensor, Te
         return principal(weight, width)
     size = min(weight.shape)
     start = window_start(place, size, width)
-    return decompose(weight, reachable([place], size, width)).window(start, width)
+    return decompose(weight, reachable([place], size, width)).components(torch.arange(start, start + width))
 
 
 def window_start(place: float, components: int, width: int) -> int:

@@ -7,9 +7,11 @@ and policy iteratively. The rest was chosen here. A strategy is a window of the 
 width r; the components in it train as in PiSSA. Every ``phase`` steps of the first part of training:
 
     fold every update into its weight → look at the spectra again → one network chooses all windows; the widths share
-    the rank budget exactly → train → reward = drop of the dev loss, credited to matrices to first order → REINFORCE
+    the rank budget exactly → train → reward = each matrix's share of the drop of the loss, to first order in every
+    step → clipped policy gradient over the last phases, which compares a matrix with itself
 
-Then the policy's most likely windows stay. p = 0 and p = k − r throughout are PiSSA and the minor components.
+Then the policy's most likely windows stay; ``policy_learning_rate: 0`` is the control that ends the same way without
+having learnt, with equal widths at the first place. p = 0 and p = k − r throughout are PiSSA and the minor components.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class LeLoRAConfig(LoRAConfig):
     policy: str = MISSING  #: ``learned``, ``random`` (the same switching, nothing learnt) or ``fixed`` (no switching)
     start: float = MISSING  #: window of ``fixed``, and of the first step: 0 principal components … 1 minor ones
     phase: int = MISSING  #: optimizer steps between choices
-    explore: float = MISSING  #: share of training after which the windows stay
+    explore: float = MISSING  #: share of training after which the windows stay, rounded down to whole phases
     places: int = MISSING  #: P, window starts to choose from, evenly spaced from principal to minor
     width_limit: int = MISSING  #: a window is at most this many times ``rank`` wide
-    reward: str = MISSING  #: ``per_matrix`` (first-order shares of the drop) or ``global`` (the same for all)
-    probe: int = MISSING  #: dev batches that the reward is measured on, the same in all phases
+    reward: str = MISSING  #: ``per_matrix`` (first-order shares of the drop) or ``global`` (dev loss, the same for all)
+    probe: int = MISSING  #: dev batches, the same in all phases, for the loss that is logged and for ``global``
     refresh: float = MISSING  #: change of a large matrix, relative to its norm, after which it is decomposed again
     policy_learning_rate: float = MISSING
     entropy: float = MISSING  #: weight of the entropy bonus
@@ -56,7 +58,8 @@ class LeLoRAConfig(LoRAConfig):
         require_range("method.start", self.start, 0, 1)
         require_range("method.explore", self.explore, 0, 1)
         require_range("method.places", self.places, 2)
-        for key in ("phase", "width_limit", "probe"):
+        require_range("method.phase", self.phase, 2)
+        for key in ("width_limit", "probe"):
             require_range(f"method.{key}", getattr(self, key), 1)
         for key in ("refresh", "policy_learning_rate", "entropy"):
             require_range(f"method.{key}", getattr(self, key), 0)
@@ -109,23 +112,27 @@ class LeLoRA(LoRA):
         )
         return adapter
 
+    def _end(self, step: Step) -> int:
+        """The step at which exploration ends, with the last whole phase."""
+        return max(1, int(self.config.explore * step.total) // self.config.phase * self.config.phase)
+
+    def before_step(self, step: Step) -> None:
+        """Credit the step before while windows move."""
+        if self._strategies is not None and step.number <= self._end(step):
+            self._strategies.watch()
+
     def after_step(self, step: Step) -> None:
         """Choose windows after the first step, every ``phase`` steps, and for good at the end of exploration."""
-        end = max(1, int(self.config.explore * step.total))
-        number = step.number
+        number, end = step.number, self._end(step)
         if self._strategies is None or number > end:
             return
         if number == 1 or number % self.config.phase == 0 or number == end:
             losses = [partial(step.dev_loss, batch) for batch in range(1, self.config.probe + 1)]
-            row = self._strategies.switch(
-                number, number / step.total, losses, step.average, step.forget, last=number == end
-            )
-            if number == 1:
-                del row["rewards"]  # no phase was before
+            row = self._strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)
             step.log({f"strategy/{name}": value for name, value in row.items() if name != "step"})
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Policy, its optimizer, baseline, the phase that runs, spectra, log."""
+        """Policy, its optimizer, the last phases and the one that runs, spectra, log."""
         return self._strategies.state() if self._strategies else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
@@ -168,15 +175,22 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
         {
             "file": "rewards.png",
             "kind": "lines",
-            "title": "Reward: drop of the dev loss in each phase, a step",
-            "rows": ["reward"],
+            "title": "Drop of the dev loss in each phase, a step",
+            "rows": ["drop"],
             "columns": log["step"][1:],
-            "values": [[sum(rewards) for rewards in log["rewards"][1:]]],
+            "values": [
+                [
+                    (before - after) / (end - start)
+                    for before, after, start, end in zip(
+                        log["dev_loss"], log["dev_loss"][1:], log["step"], log["step"][1:]
+                    )
+                ]
+            ],
             "label": "drop of dev loss a step",
             "column_label": "step",
         },
     ]
-    if all(site.role for site in strategies.sites):
+    if strategies.learns and all(site.role for site in strategies.sites):
         places, widths = strategies.preference()
         for file, what, values in (("place", "place of the window", places), ("width", "width", widths)):
             found.append(_by_depth_and_role(strategies, f"preferred_{file}.png", what, values))

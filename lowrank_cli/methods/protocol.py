@@ -60,8 +60,6 @@ class Step:
     #: this process's share of the mean loss of a dev batch, with its graph: this step's own, or that of a given number
     dev_loss: Callable[..., torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
-    #: drop the optimizer's moments of a parameter that was replaced, perhaps by one of another shape
-    forget: Callable[[torch.nn.Parameter], Any] = lambda parameter: None
     epoch: int = 1  #: steps of one pass over the training set
     optimizer: torch.optim.Optimizer | None = None  #: of the trained tensors that the method does not step itself
     #: a fixed batch of so many dev examples to score ranks on, with so many tokens a pass

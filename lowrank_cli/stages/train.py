@@ -161,7 +161,6 @@ class Trainer:
             rate,
             lambda number=step: self._dev_batch_loss(number),
             self._average,
-            forget=lambda parameter: self.optimizer.state.pop(parameter, None),
             epoch=len(self.batches),
             optimizer=self.optimizer,
             probe=self.session.probe,

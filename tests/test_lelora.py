@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lowrank_cli.adapter import spectrum, state
 from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
-from lowrank_cli.adapter.spectrum import decompose, reachable, weight_gradients, window_start
+from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.methods.lelora import figures
@@ -192,20 +192,37 @@ def test_saved_after_moving_it_loads_exactly_and_an_earlier_one_too(family, tmp_
             assert torch.equal(logits(target), expected)
 
 
-def test_a_bf16_weight_is_rounded_once_however_often_it_is_folded():
-    model = small.model().to(torch.bfloat16)
-    method = small.method("lelora")
-    adapter = method.adapt(model)
-    before = {path: linear.weight.clone() for path, linear in adapter.linears.items()}
+def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_folded():
+    """Five folds, each a thousandth of the weight: the nearest bf16 value would forget most of it."""
+    adapter = small.method("lelora").adapt(small.model().to(torch.bfloat16))
+    before = {path: linear.weight.float() for path, linear in adapter.linears.items()}
+    generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         for path, linear in adapter.linears.items():
             part = adapter.modules[path]
+            noise = torch.randn(part.lora_b.shape, generator=generator)
             with torch.no_grad():
-                part.lora_b.add_(0.02 * torch.randn_like(part.lora_b))
+                size = 1e-3 * before[path].norm() / (part.scale * noise @ part.lora_a).norm()
+                part.lora_b.add_(size * noise)
             part.fold(linear.weight)
     for path, linear in adapter.linears.items():
         b, a = adapter.modules[path].change()
-        assert torch.equal(linear.weight, (before[path].float() + b @ a).to(torch.bfloat16))
+        delta, seen = b @ a, linear.weight.float() - before[path]
+        assert ((seen * delta).sum() / (delta * delta).sum()).item() == pytest.approx(1, abs=0.25)
+        assert ((seen - delta).abs() <= 2**-7 * (before[path] + delta).abs() + 1e-12).all()
+    with adapter.disabled():
+        assert all(torch.equal(linear.weight.float(), before[path]) for path, linear in adapter.linears.items())
+
+
+def test_dither_is_exact_for_bf16_values_and_right_in_the_mean():
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    exact = values.to(torch.bfloat16)
+    assert torch.equal(dithered(exact.float()), exact)
+    for share in (1e-4, 1e-3):
+        change = share * exact.float()
+        seen = dithered(exact.float() + change).float() - exact.float()
+        assert ((seen * change).sum() / (change * change).sum()).item() == pytest.approx(1, abs=0.1)
+    assert torch.equal(dithered(values.t()), dithered(values.t().contiguous()))
 
 
 # ------------------------------------------------------------------------------------------- rewards and credit

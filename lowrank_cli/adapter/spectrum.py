@@ -71,7 +71,9 @@ class Moving(Window):
 
     What was folded is kept as factors, W = W₀ + folded_b folded_a, in fp32. So W₀ comes back bit for bit (from a copy
     on the CPU), loading repeats the same product, a bf16 weight is rounded once, not at every fold, and the whole
-    change is a LoRA. Factors that would outgrow the matrix become the matrix itself.
+    change is a LoRA. A bf16 weight is rounded up or down (:func:`dithered`), so that a change far below its precision
+    is still there in the mean, where the nearest value would be W₀ again. Factors that would outgrow the matrix become
+    the matrix itself.
     """
 
     folded_a: Tensor  #: (F, I)
@@ -128,11 +130,29 @@ class Moving(Window):
             self._pretrained = weight.detach().to("cpu", copy=True)
         pretrained = self._pretrained.to(weight.device)
         folded = enabled and len(self.folded_a)
-        weight.copy_(pretrained.float() + self.folded_b @ self.folded_a if folded else pretrained)
+        if not folded:
+            weight.copy_(pretrained)
+        elif weight.dtype == torch.bfloat16:
+            weight.copy_(dithered(pretrained.float() + self.folded_b @ self.folded_a))
+        else:
+            weight.copy_(pretrained + self.folded_b @ self.folded_a)
 
     def _keep(self, b: Tensor, a: Tensor) -> None:
         self.register_buffer("folded_b", b.detach(), persistent=False)
         self.register_buffer("folded_a", a.detach(), persistent=False)
+
+
+def dithered(values: Tensor) -> Tensor:
+    """fp32 ``values`` (O, I) in bf16, each rounded to a neighbour that is the nearer the more probable.
+
+    The threshold of an entry is fixed by its position (multiples of the golden ratio modulo 1, which fill the unit
+    interval evenly), so the same values round alike everywhere and a value of bf16 stays what it is. The error is that
+    of a coin: up to a unit in the last place of an entry, 0 in the mean over many.
+    """
+    position = torch.arange(values.numel(), device=values.device).view(values.shape)
+    threshold = (position * 2654435769 >> 16) & 0xFFFF  # 2^32 / 1.618…; the 16 bits that bf16 has not
+    bits = values.contiguous().view(torch.int32) + threshold.to(torch.int32)
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
 @torch.no_grad()

@@ -215,13 +215,13 @@ def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_fol
 
 
 def test_dither_is_exact_for_bf16_values_and_right_in_the_mean():
-    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     exact = values.to(torch.bfloat16)
     assert torch.equal(dithered(exact.float()), exact)
     for share in (1e-4, 1e-3):
         change = share * exact.float()
         seen = dithered(exact.float() + change).float() - exact.float()
-        assert ((seen * change).sum() / (change * change).sum()).item() == pytest.approx(1, abs=0.1)
+        assert ((seen * change).sum() / (change * change).sum()).item() == pytest.approx(1, abs=0.05)
     assert torch.equal(dithered(values.t()), dithered(values.t().contiguous()))
 
 

@@ -153,7 +153,7 @@ class LeLoRA(LoRA):
 
 def figures(strategies: Strategies) -> list[dict[str, Any]]:
     """Windows over phases, the reward curve, and the policy's preference by depth and role."""
-    log = {name: [value.tolist() for value in values] for name, values in strategies.log.items()}
+    log: dict[str, Any] = {name: [value.tolist() for value in values] for name, values in strategies.log.items()}
     names = [
         site.path.rpartition(".")[2] if site.role is None else f"{site.layer} {site.role}" for site in strategies.sites
     ]

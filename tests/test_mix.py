@@ -81,6 +81,11 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
     assert [record["index"] for record in records] == list(range(24))
     for record in records:
         assert ("log_probabilities" in record) == (record["task"] == "tiny_topic")
+    (figure,) = run.read_json("figures.json")
+    assert [panel["title"] for panel in figure["panels"]] == ["tiny_topic", "tiny_arithmetic"]
+    for panel in figure["panels"]:
+        assert [sum(row) for row in panel["values"]] == pytest.approx([3] * len(panel["values"])), "k of each prompt"
+    assert (run.path / "plots" / "activated_modules.png").is_file()
     alone = [f"run={run.path.resolve()}", "task=tiny_topic", "task.limit=8"]
     single.start("evaluate", alone, None, "lrk evaluate")
     assert "test/accuracy" in Run.open("outputs/latest").metrics

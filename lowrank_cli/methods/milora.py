@@ -202,10 +202,10 @@ class MiLoRA(LoRA):
         figure = {
             "file": "activated_modules.png",
             "kind": "heatmap",
-            "title": f"Share of {prompts} prompts that activate a module (k = {routing.k})",
+            "title": f"Share of prompts that activate a module (k = {routing.k})",
             "rows": [f"layer {index}" for index in range(len(shares))],
             "columns": self.roles,
             "values": shares.tolist(),
             "label": "share of prompts",
         }
-        return {"activated_parameters": round(adapter.count() - idle)}, [figure]
+        return {"activated_parameters": adapter.count() - idle}, [figure]

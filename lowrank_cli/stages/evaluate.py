@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from lowrank_cli.adapter import state
@@ -70,16 +71,23 @@ def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
 def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[dict[str, Any]], Observed]:
     """Metrics named ``<split>/<metric>``, the predictions, and what the method observed on this split."""
     examples = {"dev": session.task.dev, "test": session.task.test}[split]
+    shown, shots = session.accelerator.is_main_process, demonstrations(session)
+    records: list[dict[str, Any]] = [{}] * len(examples)
+    observed: dict[str, tuple[int, Observed]] = {}
     _observe(session)  # forget what came before
-    shown = session.accelerator.is_main_process
     with progress.bar(f"evaluating {split}", len(examples), shown=shown) as bar:
-        records = predict(session, examples, demonstrations=demonstrations(session), tick=bar.advance)
+        for part in session.config.task.parts or ("",):
+            own = [index for index, example in enumerate(examples) if example.part == part]
+            answers = predict(session, [examples[index] for index in own], demonstrations=shots, tick=bar.advance)
+            for index, record in zip(own, answers, strict=True):
+                records[index] = {**record, "index": index}
+            observed[part] = len(own), _observe(session)
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
     metrics["total_parameters"] = sum(p.numel() for p in session.model.parameters())
     metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
     metrics["activated_parameters"] = metrics["trainable_parameters"]
-    return metrics, records, _observe(session)
+    return metrics, records, _together(observed)
 
 
 def _observe(session: Session) -> Observed:
@@ -87,6 +95,25 @@ def _observe(session: Session) -> Observed:
     if adapter is None or not isinstance(method, Observes):
         return Observed()
     return Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
+
+
+def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
+    """What was observed on the parts of a mix (name: examples and what they showed): means over the examples, and
+    figures that show each part by itself where they differ."""
+    counts, observed = zip(*parts.values(), strict=True)
+    first = observed[0]
+    if len(parts) == 1:
+        return first
+    metrics = {name: fmean([own.metrics[name] for own in observed], weights=counts) for name in first.metrics}
+    figures = []
+    for entries in zip(*(own.figures for own in observed), strict=True):
+        entry = entries[0]
+        if entry["kind"] == "heatmap" and any(other != entry for other in entries):
+            panels = [{"title": name, "values": own["values"]} for name, own in zip(parts, entries, strict=True)]
+            entry = {**entry, "kind": "heatmaps", "panels": panels}
+            del entry["values"]
+        figures.append(entry)
+    return Observed(metrics, figures)
 
 
 def demonstrations(session: Session) -> list[Example]:

@@ -13,10 +13,10 @@ import typer
 from typer.core import TyperCommand
 
 from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
+from lowrank_cli.schema import MEASURES
 
 VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run")  #: the verbs that take overrides
-MEASURES = ("decode",)  #: what bench can measure
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
     "train": [

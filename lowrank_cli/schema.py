@@ -469,11 +469,15 @@ class GenerateRun(RunConfig):
             raise UserError(f"hardware.processes: {self.hardware.processes}, but answers are written by one process")
 
 
+MEASURES = ("decode",)  #: what ``lrk bench`` measures: generation
+BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
+
+
 @dataclass
 class BenchConfig:
     """What a benchmark measures, and how often."""
 
-    measure: str = MISSING  #: ``decode`` (generation); the first word of the command line
+    measure: str = MISSING  #: one of MEASURES; the first word of the command line
     methods: list[str] = (
         MISSING  #: ``base`` (the bare model), methods and ``peft`` (that library's LoRA), each with KEY=VALUE
     )
@@ -488,7 +492,7 @@ class BenchConfig:
     rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
 
     def validate(self) -> None:
-        require_choice("bench.measure", self.measure, ("decode",))
+        require_choice("bench.measure", self.measure, MEASURES)
         for key in ("batch_size", "prompt_length", "rounds"):
             require_range(f"bench.{key}", getattr(self, key), 1)
         require_range("bench.new_tokens", self.new_tokens, 2)

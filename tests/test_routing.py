@@ -274,6 +274,18 @@ def test_rows_that_are_routed_differently_generate_what_each_does_alone(family, 
         assert torch.equal(together[row * copies : (row + 1) * copies, 9:], alone[:, 9 - start :])
 
 
+@pytest.mark.parametrize("pooler", ["self_attention", "average", "max", "last_token"])
+def test_texts_of_different_lengths_in_one_batch_of_an_encoder_are_routed_as_alone(pooler):
+    adapter = small.adapted("milora", "bert", k=2, pooler=pooler)
+    texts, mask = padded(3)
+    texts, mask = texts.flip(1), mask.flip(1)  # encoders are padded on the right
+    with torch.no_grad():
+        together = adapter.model(input_ids=texts, attention_mask=mask).logits
+        for row, length in enumerate(mask.sum(dim=1)):
+            alone = adapter.model(input_ids=texts[row : row + 1, :length]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, atol=2e-5, rtol=1e-4)
+
+
 def test_sampled_sequences_of_a_prompt_share_its_routing():
     """Each of several samples is what the full forward pass makes likely: its logits, token by token, are the same."""
     adapter = small.adapted("milora", k=2)

@@ -15,8 +15,8 @@ from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts
+from lowrank_cli.schema import BASE
 
-BASE = "base"  #: the entry that stands for the bare model
 PEFT, PEFTS_METHOD = "peft", "lora"  #: the PEFT library's LoRA, and the method whose settings it gets
 
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank_cli.methods.protocol import Observes
-from lowrank_cli.schema import BenchConfig
+from lowrank_cli.schema import BASE, BenchConfig
 from lowrank_cli.stages.twins import Twin
-
-BASE = "base"
 
 
 @dataclass

@@ -7,7 +7,7 @@ label; ``lrk evaluate run=…`` then answers the test split behind the same ``--
 calibration. Beside these: no, one and sixteen demonstrations, orders, all wordings of the task, demonstrations chosen
 for each query, few examples for the statistics, features behind the prompt, and the curves over λ (on both fits) and τ
 (where the labels are skewed: with even shares it moves no answer). Run folders go to ``--outputs``, and what is
-finished there is not repeated. The numbers, the commands, the commit, the machine and the CPU time go to
+finished there is not repeated. The numbers, the commands, the commit and the machine go to
 docs/results/idaicl.json, tables and figures beside it.
 
 Four tasks are some 190 commands in one process: expect about an hour of one CPU core.
@@ -19,8 +19,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -249,11 +247,13 @@ def main() -> None:
     for task in args.tasks:
         margins += measure(suite, task, args.draws)
     record = {
-        "command": "python " + " ".join(["scripts/idaicl_evidence.py", *sys.argv[1:]]),
+        "command": "python scripts/idaicl_evidence.py --outputs DIR",
+        "tasks": args.tasks,
+        "draws": args.draws,
+        "set": args.set,
         "seeds": {"statistics": 0, "demonstrations": list(range(args.draws))},
         "commit": git_state(),
         "machine": cpu_name(),
-        "cpu_seconds": round(time.process_time()),
         "packages": package_versions(),
         "margins": margins,
         "cells": suite.cells,

@@ -9,6 +9,7 @@ from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.ablation import ablate, ranks_of
 from lowrank_cli.scoring.probe import IGNORED, Probe
+from lowrank_cli.scoring.reuse import Reuse
 
 
 def dev_batch(family, rows=5):
@@ -135,6 +136,19 @@ def test_far_fewer_layers_run_than_in_the_naive_loop():
     assert sum(rows) < 0.6 * naive_tokens
 
 
+def test_what_is_not_asked_for_is_not_computed():
+    """Behind a layer whose inside is remembered; in an encoder's last feed-forward, all positions but the first."""
+    adapter, batch = small.adapted(), dev_batch("llama")
+    reuse, calls = Reuse(adapter, batch), []
+    adapter.model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    assert reuse.known(0, 2, set(), 1) and reuse.layer == 0 and not calls
+    adapter, positions = small.adapted("lora", "bert"), set()
+    dense = adapter.model.bert.encoder.layer[-1].intermediate.dense
+    dense.register_forward_hook(lambda module, args, output: positions.add(args[0].shape[1]))
+    ablate(adapter, Probe(dev_batch("bert"), 100), ranks_of(adapter))
+    assert positions == {1}
+
+
 def test_groups_of_like_length_cover_the_batch():
     probe = Probe(dev_batch("llama"), 24)
     groups = probe.groups()
@@ -142,6 +156,21 @@ def test_groups_of_like_length_cover_the_batch():
     assert all(group["input_ids"].numel() <= 24 for group in groups)
     assert all(group["attention_mask"].sum() >= 0.8 * group["attention_mask"].numel() for group in groups)
     assert [len(piece["labels"]) for piece in probe.pieces(2)] == [3, 2]
+    assert [len(piece["labels"]) for piece in probe.pieces(8)] == [1] * 5
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(17, 2), (32, 3), (5, 4), (32, 1)])
+def test_every_process_has_as_many_pieces(rows, processes):
+    """Each piece is summed over processes: one more in one of them would wait forever."""
+    shares = [range(rows)[process::processes] for process in range(processes)]
+    counts = set()
+    for share in shares:
+        batch = {key: torch.ones(len(share), 4, dtype=torch.long) for key in ("input_ids", "attention_mask", "labels")}
+        probe = Probe(batch, 100, add_up=lambda own: torch.tensor([rows, processes]))
+        pieces = probe.pieces(8)
+        assert sum(len(piece["labels"]) for piece in pieces) == len(share)
+        counts.add(len(pieces))
+    assert counts == {min(8, rows // processes)}
 
 
 def test_routed_modules_are_refused():

@@ -87,6 +87,9 @@ def test_train_score_prune_evaluate_and_train_on():
     assert {key: rank for key, rank in kept.items() if rank} == ranks
     assert pruned.metrics["trainable_parameters"] < trained.metrics["trainable_parameters"]
 
+    with pytest.raises(UserError, match=r"score.kind: 'taylor' is asked for, but .* scored by 'ab' .*run="):
+        lrk_run("prune", f"run={scored.path}", "prune.budget=100", "score.kind=taylor")
+
     direct = lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4")
     files = [state.load_file(run.path / "adapter" / state.WEIGHTS) for run in (pruned, direct)]
     assert files[0].keys() == files[1].keys()

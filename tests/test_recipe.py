@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -64,6 +65,27 @@ def test_the_papers_settings():
     assert test.config.evaluate.num_beams == 1 and test.config.task.max_length == 768  # BoolQ's answers are scored
     generated = recipe.check("run", ["recipe=milora_llama2_7b", "task=gsm8k", "evaluate.num_beams=3"], None)
     assert recipe.parts(generated, None)[1][1].config.evaluate.num_beams == 3
+
+
+def advertised():
+    """Every command in the heading of a shipped recipe, without what is said of it."""
+    for path in files("recipe").values():
+        for line in Path(path).read_text().splitlines():
+            if found := re.match(r"#\s+lrk run (?!-m)(.*?)(?:\s{2,}|$)", line):
+                yield found[1]
+
+
+@pytest.mark.parametrize("command", list(advertised()))
+def test_what_the_heading_of_a_recipe_suggests_can_be_planned(command):
+    composed = recipe.check("run", command.split(), None)
+    assert recipe.parts(composed, None)
+
+
+def test_a_methods_key_goes_to_the_stages_of_methods_that_have_it():
+    composed = recipe.check("run", ["recipe=alora", "method.score=sensitivity", "method.rank=2"], None)
+    planned = dict(recipe.parts(composed, None))
+    assert planned["train"].config.method.score == "sensitivity"
+    assert planned["train"].config.method.rank == planned["lora"].config.method.rank == 2
 
 
 def test_beams_of_the_shipped_recipe_want_generated_answers():

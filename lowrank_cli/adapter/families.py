@@ -26,6 +26,7 @@ class Family:
 
     layers: str
     roles: dict[str, str | tuple[str, int, int]]
+    first_answers: bool = False  #: a classifier of the family reads the first position of the last layer alone
 
 
 def _gated(attention: str = "self_attn", mlp: str = "mlp") -> Family:
@@ -75,6 +76,7 @@ _BERT = Family(
         "U": "intermediate.dense",
         "D": "output.dense",
     },
+    first_answers=True,
 )
 
 #: By ``config.model_type``.

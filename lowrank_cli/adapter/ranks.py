@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -34,6 +34,16 @@ def resize(
             adapter.emptied[key] = adapter.detach(adapter.sites[key])
             if optimizer is not None:
                 _forget(part, optimizer)
+
+
+def all_but_lowest(scores: Mapping[str, Sequence[float]], count: int) -> dict[str, list[int]]:
+    """The ranks of each module that stay where the ``count`` lowest of all go; of equal ones the first go."""
+    order = sorted((score, at, rank) for at, row in enumerate(scores.values()) for rank, score in enumerate(row))
+    gone = {(at, rank) for _, at, rank in order[:count]}
+    return {
+        key: [rank for rank in range(len(row)) if (at, rank) not in gone]
+        for at, (key, row) in enumerate(scores.items())
+    }
 
 
 def rebuild(

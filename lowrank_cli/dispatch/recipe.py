@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from rich.console import Group, RenderableType
 
-from lowrank_cli import stages
+from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import VERBS, Composed, Source, compose, rebuild, restore
 from lowrank_cli.config.folders import GROUPS
 from lowrank_cli.dispatch import stage
@@ -130,9 +130,14 @@ def _knows(kind: Any, key: str) -> bool:
 
 
 def _takes(entry: dict[str, Any], key: str) -> bool:
-    """Whether a stage's verb knows the key, and does not take it from an earlier stage."""
+    """Whether a stage's verb and method know the key, and it does not come from an earlier stage."""
     inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None
-    return entry["stage"] in VERBS and _knows(VERBS[entry["stage"]], key) and not inherits
+    known = entry["stage"] in VERBS and _knows(VERBS[entry["stage"]], key)
+    if key.startswith("method."):
+        chosen = [override.removeprefix("method=") for override in entry["overrides"] if override.startswith("method=")]
+        kind = methods.config_classes().get(chosen[-1]) if chosen else None  # none: left to composing
+        known = known and (kind is None or _knows(kind, key.removeprefix("method.")))
+    return known and not inherits
 
 
 def _inherited(overrides: list[str]) -> str | None:

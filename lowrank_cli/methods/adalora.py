@@ -114,18 +114,22 @@ class AdaLoRA(LoRA):
     Config = AdaLoRAConfig
     config: AdaLoRAConfig
 
+    def __init__(self, config: AdaLoRAConfig):
+        super().__init__(config)
+        self.importance: Importance | None = None  # from the first step until the final budget holds
+        self._settled = False
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """P and Q Gaussian with the deviation of the authors' code, Λ = 0: the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.allocation import Importance, valued
+        from lowrank_cli.adapter.allocation import valued
 
         adapter = inject_values(model, self.config)
         for part in valued(adapter).values():
             nn.init.normal_(part.lora_a, std=0.02)
             nn.init.normal_(part.lora_b, std=0.02)
             nn.init.zeros_(part.values)
-        self.importance: Importance | None = Importance(adapter, self.config.beta1, self.config.beta2)
         return adapter
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
@@ -139,8 +143,15 @@ class AdaLoRA(LoRA):
 
     def before_step(self, step: Step) -> None:
         """Importance of the weights by the gradients that are about to move them."""
-        if self.importance:
+        if not self._settled:
+            self.importance = self.importance or self._importance(step.adapter)
             self.importance.update({name: weight.grad for name, weight in self.importance.weights.items()})
+
+    def _importance(self, adapter: Adapter) -> Importance:
+        """Of the ranks that there are: fewer than at the start, where training goes on from another run."""
+        from lowrank_cli.adapter.allocation import Importance
+
+        return Importance(adapter, self.config.beta1, self.config.beta2)
 
     def after_step(self, step: Step) -> None:
         """Allocate the budget of this step; the final one for good."""
@@ -154,13 +165,13 @@ class AdaLoRA(LoRA):
         budget = cubic_budget(step.number, first, last, modules * config.start_rank, modules * config.rank)
         if step.number >= last:
             remove(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
-            self.importance = None
+            self.importance, self._settled = None, True
         elif step.number > first and step.number % config.interval == 0:
             silence(adapter, keep_largest(self.importance.scores(), budget))
 
     def unsettled(self) -> str | None:
         """Until the final budget holds."""
-        return None if self.importance is None else "more ranks than the budget"
+        return None if self._settled else "more ranks than the budget"
 
     def state(self) -> dict[str, torch.Tensor]:
         """The moving averages, until they have served."""
@@ -168,10 +179,10 @@ class AdaLoRA(LoRA):
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` was taken."""
-        if self.importance and state:
+        self._settled = not state
+        if state:
+            self.importance = self._importance(adapter)
             self.importance.load_state(state)
-        else:
-            self.importance = None
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]

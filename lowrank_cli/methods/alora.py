@@ -55,8 +55,9 @@ class ALoRAConfig(LoRAConfig):
     settle: float = (
         MISSING  #: share of new ranks among the n_A lowest above which ranks stop moving; 1 never stops them
     )
-    dev_batch: int = MISSING  #: dev examples that ranks are scored on
-    tokens: int = MISSING  #: of one scoring pass, at most: bounds memory
+    dev_batch: int = MISSING  #: |B_val|, dev examples that ranks are scored on
+    #: of one scoring pass, at most: bounds memory; about 1024 suits the caches of a CPU, a GPU is faster with more
+    tokens: int = MISSING
 
     def validate(self) -> None:
         super().validate()
@@ -92,7 +93,6 @@ class ALoRA(LoRA):
         if self._moved >= total:
             raise UserError(f"method.moved: {self._moved} ranks in a round leave none of {total} (raise method.rank)")
         self._keys = list(adapter.sites)
-        self._note(adapter)
         return adapter
 
     def after_step(self, step: Step) -> None:
@@ -130,13 +130,14 @@ class ALoRA(LoRA):
             step.say(f"{name}: settled, for {new} of the {lowest} lowest ranks are new")
             return
         step.say(f"{name}: {told(plan, scores, {key: str(site.role or key) for key, site in adapter.sites.items()})}")
+        if not self._allocations:
+            self._note(adapter)
         resize(adapter, plan, step.optimizer)
         self._new = {key: fresh for key, (_, fresh) in plan.items()}
         self._steps.append(step.number)
         self._note(adapter)
-        step.log(
-            {"round": len(self._steps), "ranks": adapter.ranks(), "dev_batch_loss": scores.whole and -scores.whole}
-        )
+        loss = {} if scores.whole is None else {"dev_batch_loss": -scores.whole}  # before the round
+        step.log({"round": len(self._steps), "ranks": adapter.ranks(), **loss})
 
     def _note(self, adapter: Adapter) -> None:
         ranks = adapter.ranks()
@@ -192,12 +193,9 @@ def reallocated(
     ``scores`` of every live rank; ``limits`` are the largest ranks; ``moved`` is n_A. Equal scores are pruned in the
     order of modules and ranks.
     """
-    order = sorted((score, at, rank) for at, row in enumerate(scores.values()) for rank, score in enumerate(row))
-    pruned = {(at, rank) for _, at, rank in order[:moved]}
-    keep = {
-        key: [rank for rank in range(len(row)) if (at, rank) not in pruned]
-        for at, (key, row) in enumerate(scores.items())
-    }
+    from lowrank_cli.adapter.ranks import all_but_lowest
+
+    keep = all_but_lowest(scores, moved)
     mean = {key: sum(row) / len(row) for key, row in scores.items()}
     takers = sorted((key for key, row in scores.items() if len(keep[key]) == len(row)), key=lambda key: -mean[key])
     fresh = dict.fromkeys(scores, 0)
@@ -222,11 +220,11 @@ def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mappi
     """A round in words: how many ranks went and came, by role, and how far apart their scores are."""
     gone: Counter[str] = Counter()
     come: Counter[str] = Counter()
-    lost, kept = [], []
+    pruned, kept = [], []
     for key, (keep, fresh) in plan.items():
         row = [score - scores.nothing for score in scores.values[key]]
         kept += [row[rank] for rank in keep]
-        lost += [score for rank, score in enumerate(row) if rank not in keep]
+        pruned += [score for rank, score in enumerate(row) if rank not in keep]
         gone[roles[key]] += len(row) - len(keep)
         come[roles[key]] += fresh
 
@@ -234,8 +232,8 @@ def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mappi
         return ", ".join(f"{role} {count}" for role, count in counts.items() if count)
 
     return (
-        f"{len(lost)} of {len(lost) + len(kept)} ranks pruned, {come.total()} added\n"
-        f"  scores: pruned {min(lost):.2g} to {max(lost):.2g}, kept up to {max(kept):.2g}\n"
+        f"{len(pruned)} of {len(pruned) + len(kept)} ranks pruned, {come.total()} added\n"
+        f"  scores: pruned {min(pruned):.2g} to {max(pruned):.2g}, kept up to {max(kept):.2g}\n"
         f"  pruned: {by_role(gone)}\n"
         f"  added: {by_role(come) or 'none, as every module lost a rank'}"
     )

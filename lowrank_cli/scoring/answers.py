@@ -1,4 +1,4 @@
-"""A forward pass that computes, behind the last attention, only the positions whose next token is an answer's."""
+"""A forward pass that computes, behind the last attention, only the positions that an answer is read from."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from lowrank_cli.adapter.families import family_of, layers, layers_path
 def answers_only(model: PreTrainedModel, answered: Tensor) -> Iterator[None]:
     """Inside, the last layer's feed-forward and the LM head see the positions ``answered`` (B, T) alone.
 
-    What the layer returns elsewhere is zero; the logits are (N, V), N the number of those positions. A head that is
-    adapted, or no linear, sees everything, and so does the last layer of an unknown family.
+    What the layer returns elsewhere is zero, so a classifier's head must not read it; the logits of an LM head are
+    (N, V), N the number of those positions. A head that is adapted, or no linear, sees everything, and so does the
+    last layer of an unknown family.
     """
     head = model.get_output_embeddings()
     with ExitStack() as stack:
@@ -40,12 +41,12 @@ def _narrowed(layer: nn.Module, attention: nn.Module, answered: Tensor) -> Calla
 
         def stop(module: nn.Module, inputs: tuple, output: Any) -> None:
             found.append(output)
-            raise _Done
+            raise Done
 
         hook = attention.register_forward_hook(stop)
         try:
             original(*args, **kwargs)
-        except _Done:
+        except Done:
             pass
         finally:
             hook.remove()
@@ -63,8 +64,8 @@ def _narrowed(layer: nn.Module, attention: nn.Module, answered: Tensor) -> Calla
     return forward
 
 
-class _Done(Exception):
-    """The first pass of a narrowed layer has what it wanted."""
+class Done(Exception):
+    """Raised inside a forward pass of which nothing more is wanted."""
 
 
 def role_paths(model: PreTrainedModel, index: int) -> dict[str, str]:

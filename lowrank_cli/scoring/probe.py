@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.families import family_of
 from lowrank_cli.scoring.answers import answers_only
 
 Batch = dict[str, Tensor]
@@ -55,9 +56,10 @@ class Probe:
         return [self._take(rows, lengths[rows[0]]) for rows in groups]
 
     def pieces(self, count: int) -> list[Batch]:
-        """The batch in at most ``count`` parts of equal size, in its own order."""
+        """The batch in at most ``count`` parts of like size, in its own order; as many in every process."""
         lengths = self.batch["attention_mask"].sum(dim=1).tolist()
-        rows = torch.arange(self.rows).chunk(count)
+        rows, processes = self.add_up(torch.tensor([self.rows, 1], device=self.batch["labels"].device)).tolist()
+        rows = torch.arange(self.rows).tensor_split(min(count, rows // processes))  # shares differ by one row at most
         return [self._take(part.tolist(), max(lengths[row] for row in part)) for part in rows]
 
     def _take(self, rows: list[int], longest: int) -> Batch:
@@ -98,7 +100,10 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits (N, V), fp32, of the N response tokens of all rows in a row; of an encoder one answer (N = B) a row."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if batch["labels"].dim() == 1:
-        return model(**inputs).logits.float()
+        family, first = family_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
+        first[:, 0] = True
+        with answers_only(model, first) if family and family.first_answers else nullcontext():
+            return model(**inputs).logits.float()
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
     answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import family_of, layers
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.scoring.answers import answering, attention_of, role_paths
+from lowrank_cli.scoring.answers import Done, answering, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
 
 #: The order in which a layer computes its roles; those with the same number do not depend on each other.
@@ -46,9 +47,7 @@ class Reuse:
 
     def _note_output(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module not in self.outputs:  # attention of the last layer is called again, for answers only
-            self.outputs[module] = (
-                output.clone() if isinstance(output, Tensor) else output
-            )  # updates are added in place
+            self.outputs[module] = output.clone() if isinstance(output, Tensor) else output  # updates come in place
 
     def _enter(self, index: int) -> None:
         """Remember the inside of layer ``index``."""
@@ -58,8 +57,9 @@ class Reuse:
         modules += [module.base for module in modules if isinstance(module, AdaptedLinear)]
         self.outputs: dict[nn.Module, Any] = {}
         hooks = [module.register_forward_hook(self._note_output) for module in (*modules, self.attention)]
+        hooks.append(self.blocks[index].register_forward_hook(_stop))
         try:
-            with answering(self._in_front(index, 1)):
+            with answering(self._in_front(index, 1)), suppress(Done):
                 row_losses(self.model, self.batch)
         finally:
             for hook in hooks:
@@ -96,6 +96,10 @@ class Reuse:
             whole = hidden if extras is None else (hidden, *[None] * extras)
             answers[self.blocks[at]] = lambda *args, whole=whole, **kwargs: whole
         return answers
+
+
+def _stop(module: nn.Module, args: tuple, output: Any) -> None:
+    raise Done
 
 
 def _constant(output: Any, times: int) -> Callable:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.adapter.ranks import all_but_lowest, resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import PruneConfig, PruneRun
@@ -32,7 +31,7 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     choice = setting.chosen if whole else chosen
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
-    scores = read(scoring, adapter, config.level) if scoring else None
+    scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
     session.greet()
     if scores is None:
         scores = measure(session, config.score, config.level)
@@ -77,29 +76,36 @@ def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str,
     """The ranks of every module that stay: all but the lowest of the model, or but as many lowest of each layer."""
     groups = _groups(adapter, settings.per_layer)
     drop = amount(settings, adapter) // len(groups)
-    keep = {key: set(range(rank)) for key, rank in adapter.ranks().items()}
+    keep = {}
     for layer, keys in groups.items():
-        order = sorted((values[key][rank], key, rank) for key in keys for rank in keep[key])
-        if drop > len(order):
-            raise UserError(f"prune: layer {layer} has {len(order)} ranks, not {drop} to take out")
-        for _, key, rank in order[:drop]:
-            keep[key].remove(rank)
-    return {key: sorted(ranks) for key, ranks in keep.items()}
+        own = {key: values[key] for key in keys}
+        if drop > (count := sum(map(len, own.values()))):
+            raise UserError(f"prune: layer {layer} has {count} ranks, not {drop} to take out")
+        keep |= all_but_lowest(own, drop)
+    return keep
 
 
-def read(scoring: Run, adapter: Adapter, level: str) -> Scores:
-    """The scores of a run of ``lrk score``. Raises UserError for another adapter's, or those of another level."""
+def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores:
+    """The scores of a run of ``lrk score``.
+
+    Raises UserError for another adapter's, those of another level, or of another ``kind`` where one is asked for.
+    """
+    record = scoring.read_json("scores.json")
     try:
-        record = scoring.read_json("scores.json")
         values = {entry["module"]: entry["scores"] for entry in record["modules"]}
         scores = Scores(record["kind"], values, whole=record["whole"], bare=record["bare"], level=record["level"])
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError):
         raise UserError(f"{scoring.path / 'scores.json'} is damaged") from None
     below = scoring.config()["run"]
     if scores.level != level:
         raise UserError(
             f"run: '{scoring.path}' scored {scores.level}s, but {level}s are to be taken out; "
             f"first: lrk score run={below} score.level={level}"
+        )
+    if kind not in (None, scores.kind):
+        raise UserError(
+            f"score.kind: '{kind}' is asked for, but '{scoring.path}' scored by '{scores.kind}' (leave score.kind out, "
+            f"or name the adapter's run, which is scored first: run={below})"
         )
     expected = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.ranks(), 1)
     if {key: len(row) for key, row in values.items()} != expected:

@@ -118,7 +118,9 @@ class Session:
         """This process's share of a fixed batch of ``size`` dev examples (all, where there are fewer) to score on."""
         dev, world = self.task.dev, self.accelerator.num_processes
         if min(size, len(dev)) < world:
-            raise UserError(f"score.batch: {min(size, len(dev))} dev examples cannot be shared by {world} processes")
+            raise UserError(
+                f"hardware.processes: {world} cannot share the {min(size, len(dev))} dev examples to score on"
+            )
         chosen = random.Random(self.config.seed).sample(dev, min(size, len(dev)))
         mine = self.encode(chosen[self.accelerator.process_index :: world])
         return Probe(

@@ -89,7 +89,8 @@ class Trainer:
         if resume and (folder := checkpoint.newest(self.run)):
             self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
             self._prepare_again()
-        self.run.rewind(self.progress["step"])
+        if resume:
+            self.run.rewind(self.progress["step"])
         before, began = self.progress["seconds"], time.monotonic()
         start = self.progress["step"]
         with (

@@ -3,14 +3,14 @@
     python scripts/evidence.py scripts/suites/milora.yaml --outputs DIR [--groups bundled] [--set data=DIR encoder=DIR]
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
-``overrides``. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one with the best
-dev loss at seed 100 on each task, or for all tasks on ``task`` where that is named. Where a group, or the suite, has
-``prepare`` (name: a verb and its overrides), these run before, the group's first, for every seed: ``{name}`` is the
-folder that one leaves, for later ones and for the methods, and ``{seed}`` the seed. A cell (task, method) is one sweep
-of ``lrk train`` over the seeds; what is finished is kept, so the script can be stopped and called again; a cell made
-with other overrides is refused. Results go to docs/results/<suite>/<group>/: the tables of ``lrk compare`` (Markdown
-and CSV, one line a method with its values by seed) and about.json (commands with the names of ``--set``, tuned values,
-commits of the runs, machine).
+``overrides``. A task is a list of overrides, or has one for each method. Where a group has ``tune``, each method first
+takes, from ``values`` of ``key``, the one with the best dev loss at seed 100 on each task, or for all tasks on ``task``
+where that is named. Where a group, or the suite, has ``prepare`` (name: a verb and its overrides), these run before,
+the group's first, for every seed: ``{name}`` is the folder that one leaves, for later ones and for the methods, and
+``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
+the script can be stopped and called again; a cell made with other overrides is refused. Results go to
+docs/results/<suite>/<group>/: the tables of ``lrk compare`` (Markdown and CSV, one line a method with its values by
+seed) and about.json (commands with the names of ``--set``, tuned values, commits of the runs, machine).
 """
 
 from __future__ import annotations
@@ -93,25 +93,26 @@ def run_group(suite: dict, name: str, variables: dict[str, str], outputs: Path) 
         commands += prepare(steps, str(seed), variables, prepared)
     values = variables | left(steps, "${seed}", prepared)
 
-    def cell(overrides: list[str], folder: Path) -> None:
+    def cell(task: str, method: str, rest: list[str], folder: Path) -> None:
+        own = group["tasks"][task]
+        own = own[method] if isinstance(own, dict) else own
+        overrides = [*group["overrides"], *own, *suite["methods"][method], *rest]
         commands.append(" ".join(["lrk train -m", *overrides]))
         sweep(filled(overrides, values), folder)
 
-    def tuned_on(task: str, method: str, settings: list[str]) -> str:
+    def tuned_on(task: str, method: str) -> str:
         key, options = group["tune"]["key"], ",".join(map(str, group["tune"]["values"]))
         task = group["tune"].get("task", task)
         folder = outputs / "tuning" / name / task / method
         if method not in tuned.setdefault(task, {}):
-            searched = [f"{key}={options}", f"seed={TUNING_SEED}"]
-            cell([*group["overrides"], *group["tasks"][task], *settings, *searched], folder)
+            cell(task, method, [f"{key}={options}", f"seed={TUNING_SEED}"], folder)
             tuned[task][method] = f"{key}={best(folder, key)}"
         return tuned[task][method]
 
-    for method, settings in suite["methods"].items():
-        for task, overrides in group["tasks"].items():
-            chosen = [tuned_on(task, method, settings)] if "tune" in group else []
-            folder = outputs / "runs" / name / task / method
-            cell([*group["overrides"], *overrides, *settings, *chosen, f"seed={seeds}"], folder)
+    for method in suite["methods"]:
+        for task in group["tasks"]:
+            chosen = [tuned_on(task, method)] if "tune" in group else []
+            cell(task, method, [*chosen, f"seed={seeds}"], outputs / "runs" / name / task / method)
     return {"commands": commands, "tuned": tuned}
 
 

@@ -25,6 +25,7 @@ def test_a_cell_of_a_suite_composes(cell, tmp_path):
     given = dict.fromkeys(["encoder", "data", "pairs", *steps], str(tmp_path)) | {"seed": "0"}
     settings = [text.format(**given) for text in suite["methods"][method]]
     for overrides in list(group["tasks"].values())[: None if method == suite["baseline"] else 1]:
+        overrides = overrides[method] if isinstance(overrides, dict) else overrides
         asked = [text.format(**given) for text in (*group["overrides"], *overrides)]
         config = compose("train", [*asked, *settings, "seed=0"], later=(str(tmp_path),)).config
         assert config.train.max_steps is not None

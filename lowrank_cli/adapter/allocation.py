@@ -41,9 +41,9 @@ class RankValues(LowRank):
     def peft_options(self) -> None:
         """Nothing: the PEFT library's LoRA computes something else."""
 
-    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
-        h = super().hidden(x, a)  # (B, T, I) -> (B, T, R)
-        return h * self.values.to(h.dtype)
+    def gate(self, x: Tensor) -> Tensor:
+        gate = super().gate(x)
+        return self.values if gate is None else self.values * gate
 
     def columns(self) -> Tensor:
         return super().columns() * self.values

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import Site, head_names
+from lowrank_cli.adapter.families import SIBLINGS, Site, head_names
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
 from lowrank_cli.adapter.routing import PromptRouting
+from lowrank_cli.adapter.siblings import Siblings
 from lowrank_cli.errors import UserError
 
 
@@ -34,6 +35,7 @@ class Adapter:
         self.initial_ranks: dict[str, int] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.deferred: set[str] = set()
+        self._groups: dict[tuple[int | None, str], Siblings] = {}  # by layer and roles
         self.routing: PromptRouting | None = None
         self.fingerprint = fingerprint(model)
         model.requires_grad_(False)
@@ -60,6 +62,7 @@ class Adapter:
         if linear is None:
             linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
             replace_module(self.model, site.path, linear)
+            self._siblings(site).add(linear)
         linear.add(site.label, part, site.span)
         self.modules[site.key] = part
         self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
@@ -71,8 +74,16 @@ class Adapter:
             del self.trained[f"{site.key}.{name}"]
         linear.remove(site.label)
         if not linear.parts:
+            linear.siblings.remove(linear)
             replace_module(self.model, site.path, self.linears.pop(site.path).base)
         return part
+
+    def _siblings(self, site: Site) -> Siblings:
+        """Those of the linear at ``site``, who read the same input."""
+        roles = next((roles for roles in SIBLINGS if site.role is not None and site.role in roles), None)
+        if roles is None:
+            return Siblings()
+        return self._groups.setdefault((site.layer, roles), Siblings())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

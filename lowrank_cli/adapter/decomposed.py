@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.adapter.fused import Terms
 from lowrank_cli.adapter.linear import LowRank
 
 #: Smallest squared norm of V's rows, relative to W's: below it the Gram identity is fp32 rounding only.
@@ -88,6 +89,11 @@ class Decomposed(LowRank):
         if torch.is_grad_enabled() or self.rank_gate is not None:
             return compute()
         return self.kept(("rescaled", dtype), laid_out)
+
+    def terms(self, x: Tensor, dtype: torch.dtype) -> Terms | None:
+        if self.rank_gate is not None or self.module_gate is not None:
+            return None  # they change the factors from row to row
+        return self._terms(x, dtype, self.magnitude / self.norms())
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         ratio, a, b = self._rescaled(y.dtype)

@@ -69,10 +69,9 @@ class Experts(LowRank):
         kept = logits.topk(self.k)
         return torch.zeros_like(logits).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
 
-    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
-        h = super().hidden(x, a)  # (B, T, I) -> (B, T, R)
-        h = h.view(*h.shape[:-1], self.experts, -1)  # (B, T, R) -> (B, T, E, R / E)
-        return (h * self.gates(x).unsqueeze(-1).to(h.dtype)).flatten(-2)  # (B, T, E, R / E) -> (B, T, R)
+    def gate(self, x: Tensor) -> Tensor:
+        gate, experts = super().gate(x), self.gates(x).repeat_interleave(self.rank // self.experts, dim=-1)
+        return experts if gate is None else experts * gate  # (B, T, R)
 
 
 def count_shown(model: nn.Module, parts: Iterable[Experts]) -> None:

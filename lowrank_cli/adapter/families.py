@@ -15,6 +15,8 @@ from lowrank_cli.adapter.linear import LINEARS, linear_shape
 from lowrank_cli.errors import UserError, nearest
 
 ROLES = ("Q", "K", "V", "O", "G", "U", "D")
+#: Roles of a layer that read the same input.
+SIBLINGS = ("QKV", "GU")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_cli.adapter.fused import Frozen, Terms
+from lowrank_cli.adapter.siblings import Siblings
+
 LINEARS = (nn.Linear, Conv1D)
 
 
@@ -168,21 +171,47 @@ class LowRank(nn.Module):
             return self.down().to(dtype), self.up().to(dtype).t()
         return self.kept(dtype, lambda: (self.down().to(dtype), self.up().to(dtype).t().contiguous()))
 
-    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
-        """w ⊙ g ⊙ (A drop(x)), with A as :meth:`operands` gives it: (B, T, I) -> (B, T, R).
+    def gate(self, x: Tensor) -> Tensor | None:
+        """What A drop(x) is multiplied with, which is w ⊙ g: it broadcasts to (B, T, R). None where that is 1.
 
         A w that is one number is not in it but in :attr:`strength`.
         """
+        ranks, gate = self.rank_gate, self.module_gate
+        if ranks is not None and ranks.dim() == 2:
+            ranks = _over_tokens(ranks, x)
+        if not isinstance(gate, Tensor):
+            return ranks
+        gate = _over_tokens(gate.unsqueeze(-1), x) if gate.dim() == 1 else gate.reshape(*x.shape[:-1], 1)
+        return gate if ranks is None else ranks * gate
+
+    def hidden(self, x: Tensor, a: Tensor) -> Tensor:
+        """w ⊙ g ⊙ (A drop(x)), with A as :meth:`operands` gives it: (B, T, I) -> (B, T, R)."""
+        gate = self.gate(x)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         h = F.linear(x, a)  # (B, T, I) @ (I, R) -> (B, T, R)
-        ranks, gate = self.rank_gate, self.module_gate
-        if ranks is not None:
-            h = h * (ranks if ranks.dim() == 1 else _over_tokens(ranks, h)).to(h.dtype)
-        if isinstance(gate, Tensor):
-            gate = _over_tokens(gate.unsqueeze(-1), h) if gate.dim() == 1 else gate.reshape(*h.shape[:-1], 1)
-            h = h * gate.to(h.dtype)
-        return h
+        return h if gate is None else h * gate.to(h.dtype)
+
+    def terms(self, x: Tensor, dtype: torch.dtype) -> Terms | None:
+        """The update for ``x`` (B, T, I), computed in ``dtype``, as :mod:`lowrank_cli.adapter.fused` wants it.
+
+        None where only :meth:`add_to` computes it, as for a kind that has its own.
+        """
+        if type(self).add_to is not LowRank.add_to or type(self).hidden is not LowRank.hidden:
+            return None
+        return self._terms(x, dtype, None)
+
+    def _terms(self, x: Tensor, dtype: torch.dtype, stretch: Tensor | None) -> Terms:
+        gate = self.gate(x)
+        self._results.clear()
+        return Terms(
+            self.down().to(dtype),
+            self.up().to(dtype),
+            None if gate is None else gate.to(dtype),
+            None if stretch is None else stretch.to(dtype),
+            self.strength,
+            self.dropout if self.training else 0.0,
+        )
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """``y`` (B * T, O), the frozen output, += the update for ``x`` (B, T, I), in place, in one matrix product."""
@@ -213,11 +242,11 @@ def resized(tensor: Tensor, axis: int, keep: Tensor, fresh: int) -> Tensor:
     return torch.cat([kept, kept.new_zeros(shape)], dim=axis)
 
 
-def _over_tokens(gate: Tensor, h: Tensor) -> Tensor:
-    """A gate (B, X) shaped to multiply h (B, T, R), or h (B * T, R) where a model flattens its tokens (OPT)."""
-    if h.dim() == 3:
+def _over_tokens(gate: Tensor, x: Tensor) -> Tensor:
+    """A gate (B, X) shaped for an input (B, T, I), or (B * T, I) where a model flattens its tokens (OPT)."""
+    if x.dim() == 3:
         return gate.unsqueeze(1)  # (B, X) -> (B, 1, X)
-    return gate.repeat_interleave(h.shape[0] // gate.shape[0], dim=0)  # (B, X) -> (B * T, X)
+    return gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)  # (B, X) -> (B * T, X)
 
 
 #: A low-rank module and the span (start, stop) of the output that it covers; None is all of it.
@@ -239,6 +268,7 @@ class AdaptedLinear(nn.Module):
         self._active: list[Update] = []  # those to compute: not skipped, not merged, not switched off
         self.enabled = True
         self._unmerged: Tensor | None = None
+        self.siblings = Siblings(self)
 
     @property
     def weight(self) -> Tensor:
@@ -302,10 +332,25 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._active:
             return self.base(x)
+        if torch.is_grad_enabled() and (fused := self.siblings.output(self, x)) is not None:
+            return fused
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self._active:
             part.add_to(y if span is None else y[:, slice(*span)], x)
         return y.view(*x.shape[:-1], -1)
+
+    def fusible(self, x: Tensor) -> Frozen | None:
+        """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
+        device, weight = x.device.type, self.rows(None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not self._active or weight.dtype not in (dtype, x.dtype):
+            return None  # a quantised weight
+        updates = [(part.terms(x, dtype), span) for part, span in self._active]
+        bias = getattr(self.base, "bias", None)
+        known = [(terms, span) for terms, span in updates if terms is not None]
+        if len(known) < len(updates):
+            return None
+        return Frozen(weight.to(dtype), bias if bias is None else bias.to(dtype), known)
 
     @torch.no_grad()
     def merge(self) -> None:

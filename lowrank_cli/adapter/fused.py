@@ -1,0 +1,200 @@
+"""Training passes: frozen linears that read one input, together with their low-rank updates, as one function.
+
+For linears j and updates i of them, with γ = w ⊙ g between the products and c what stretches the rows (1 but for DoRA):
+
+    y_j = c_j ⊙ (W_j x + Σ_i s_i · B_i (γ_i ⊙ (A_i drop(x)))) + bias_j
+
+What this saves against one autograd graph for each operation: one product for the A of all updates and one for their
+gradients, one dropout mask, gradients of the input added up inside matrix products, and no dropped copy of the input
+is kept, only the mask (a byte for each number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Span = tuple[int, int] | None  #: the part of a linear's output that an update covers; None is all of it
+
+LANES = 4  #: draws of 16 bits in one number of 64
+STEPS = 1 << 16  #: of a draw: the probability of dropout is rounded to multiples of 1 / STEPS
+
+
+def kept_by_dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """What dropout keeps of ``x``, as a mask of its shape, and the probability to be kept.
+
+    On a CPU ``bernoulli_`` would take several times as long as the products of a low-rank update.
+    """
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 - p
+    dropped = round(p * STEPS)
+    bits = torch.empty(-(-x.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
+    draws = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    return draws >= dropped - STEPS // 2, 1 - dropped / STEPS
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One update: A (R, I), B (O, R), the gate γ, which broadcasts to (B, T, R), the row factors c (O,), s and p."""
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None
+    stretch: Tensor | None
+    strength: float
+    dropout: float
+
+
+class Frozen(NamedTuple):
+    """A frozen linear, W (O, I) and bias (O,), and its updates with the spans that they cover."""
+
+    weight: Tensor
+    bias: Tensor | None
+    updates: Sequence[tuple[Terms, Span]]
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout, which all updates share."""
+        return self.updates[0][0].dropout
+
+
+def outputs(x: Tensor, linears: Sequence[Frozen]) -> tuple[Tensor, ...]:
+    """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all."""
+    p, x = linears[0].dropout, x.to(linears[0].weight.dtype)
+    mask, kept = kept_by_dropout(x, p) if p else (None, 1.0)
+    plan = tuple(tuple((span, terms.strength / kept) for terms, span in linear.updates) for linear in linears)
+    tensors: list[Tensor | None] = []
+    for linear in linears:
+        tensors += [linear.weight, linear.bias]
+        for terms, _ in linear.updates:
+            tensors += [terms.a, terms.b, terms.gate, terms.stretch]
+    found: tuple[Tensor, ...] = FusedLinears.apply(x, mask, plan, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+class FusedLinears(torch.autograd.Function):
+    """The function, of x (…, I), the dropout mask (…, I), spans and strengths of each linear's updates, and tensors.
+
+    These are W and bias of each linear, each followed by A, B, γ and c of its updates. There are gradients for x, A, B,
+    γ and c, in the dtype of x, and no second ones.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        linears = _grouped(plan, tensors)
+        flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
+        hidden = _dropped(flat, mask) @ _stacked(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
+        ys, unstretched, start = [], [], 0
+        for weight, bias, updates in linears:
+            factor = _factor(weight, updates)
+            y = F.linear(flat, weight, bias if factor is None else None)  # (N, I) @ (I, O) -> (N, O)
+            for span, strength, a, b, gate, _ in updates:
+                h = _gated(hidden[:, start : start + len(a)], gate, x)
+                _part(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
+                start += len(a)
+            if factor is not None:
+                unstretched.append(y)
+                y = y * factor if bias is None else torch.addcmul(bias, y, factor)
+            ys.append(y.view(*x.shape[:-1], -1))  # (N, O) -> (…, O)
+        ctx.plan = plan
+        ctx.save_for_backward(x, mask, hidden, *tensors, *unstretched)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, hidden, *tensors = ctx.saved_tensors
+        linears = _grouped(ctx.plan, tensors)
+        unstretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
+        flat, down = x.reshape(-1, x.shape[-1]), _stacked(linears)  # (N, I), (ΣR, I)
+        to_hidden, start, places = torch.empty_like(hidden), 0, []  # (N, ΣR)
+        found: list[Tensor | None] = []  # for ``tensors``
+        towards = []  # what reaches each W x, (N, O)
+        for (weight, _, updates), gradient in zip(linears, gradients, strict=True):
+            g = gradient.reshape(len(flat), -1)  # (…, O) -> (N, O)
+            factor, to_factor = _factor(weight, updates), None
+            if factor is not None:
+                to_factor = (g * next(unstretched)).sum(dim=0)  # (N, O) -> (O,)
+                g = g * factor
+            towards.append(g)
+            found += [None, None]
+            for span, strength, a, b, gate, stretch in updates:
+                ranks, own = slice(start, start + len(a)), _part(g, span)
+                h, to_h = hidden[:, ranks], (own @ b).mul_(strength)  # (N, O) @ (O, R) -> (N, R)
+                to_b = ((_gated(h, gate, x) * strength).t() @ own).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
+                to_gate = None if gate is None else (to_h * h).view(*x.shape[:-1], -1).sum_to_size(gate.shape)
+                to_hidden[:, ranks] = _gated(to_h, gate, x)
+                to_stretch = None if stretch is None or to_factor is None else _part(to_factor, span)
+                places.append(len(found))
+                found += [None, to_b, to_gate, to_stretch]
+                start += len(a)
+        to_down = to_hidden.t() @ _dropped(flat, mask)  # (ΣR, N) @ (N, I) -> (ΣR, I)
+        for place, to_a in zip(places, torch.split(to_down, [len(tensors[place]) for place in places]), strict=True):
+            found[place] = to_a
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, *found
+        to_x = _dropped(to_hidden @ down, mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
+        for g, (weight, _, _) in zip(towards, linears, strict=True):
+            to_x.addmm_(g, weight)  # += (N, O) @ (O, I): adding costs no time of its own in a product this large
+        return to_x.view(x.shape), None, None, *found
+
+
+#: For each linear, the span and the strength of each of its updates.
+Plan = tuple[tuple[tuple[Span, float], ...], ...]
+
+
+class _Update(NamedTuple):
+    span: Span
+    strength: float
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None
+    stretch: Tensor | None
+
+
+def _grouped(plan: Plan, tensors: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, list[_Update]]]:
+    """W, bias and updates of each linear."""
+    rest, found = iter(tensors), []
+    for updates in plan:
+        weight, bias = next(rest), next(rest)
+        made = [_Update(*update, next(rest), next(rest), next(rest), next(rest)) for update in updates]
+        found.append((weight, bias, made))
+    return found
+
+
+def _stacked(linears: Sequence[tuple[Tensor, Tensor | None, list[_Update]]]) -> Tensor:
+    """A of all updates, (ΣR, I)."""
+    downs = [update.a for _, _, updates in linears for update in updates]
+    return downs[0] if len(downs) == 1 else torch.cat(downs)
+
+
+def _dropped(flat: Tensor, mask: Tensor | None) -> Tensor:
+    return flat if mask is None else flat * mask.view_as(flat)
+
+
+def _gated(h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
+    """γ ⊙ h, (N, R), with γ broadcasting to (…, R)."""
+    return h if gate is None else (h.view(*x.shape[:-1], -1) * gate).view(h.shape)
+
+
+def _part(y: Tensor, span: Span) -> Tensor:
+    return y if span is None else y[..., slice(*span)]
+
+
+def _factor(weight: Tensor, updates: Sequence[_Update]) -> Tensor | None:
+    """c of a linear, (O,); None where nothing stretches it."""
+    if all(update.stretch is None for update in updates):
+        return None
+    if len(updates) == 1 and updates[0].span is None:
+        return updates[0].stretch
+    factor = weight.new_ones(len(weight))
+    for update in updates:
+        if update.stretch is not None:
+            _part(factor, update.span).copy_(update.stretch)
+    return factor

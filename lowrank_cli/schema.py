@@ -131,6 +131,9 @@ class TaskConfig:
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
     parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
     templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
+    #: ``free`` only: rows with an empty answer are left out, and an answer too long for ``max_length`` loses its end,
+    #: instead of being refused
+    lenient: bool = False
 
     def validate(self) -> None:
         require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
@@ -150,6 +153,8 @@ class TaskConfig:
             require_range("task.limit", self.limit, 1)
         if self.parts:
             self._refuse_what_parts_have()
+        if self.lenient and self.answer != "free":
+            raise UserError(f"task.lenient: true is for task.answer=free, not {self.answer}")
         if self.answer == "labels" and len(self.label_words) < 2:
             raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
         for key in ("label_words", "label_values"):

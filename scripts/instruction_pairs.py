@@ -1,4 +1,4 @@
-"""Instruction data for an encoder, from training sets of tasks that it is not tested on: is this the answer to that?
+"""Instruction data for an encoder, from sets of tasks that it is not tested on: is this the answer to that?
 
     python scripts/instruction_pairs.py --data DIR --output DIR
 
@@ -37,7 +37,7 @@ def pairs(rows: list[tuple[str, str]], draw: random.Random) -> list[dict]:
     found = []
     for number, (question, answer) in enumerate(rows[: TRAIN + VALIDATION]):
         if number % 2:
-            answer = draw.choice([other for asked, other in draw.sample(rows, 10) if asked != question])
+            answer = draw.choice([o for asked, o in draw.sample(rows, 10) if asked != question and o != answer])
         found.append({"sentence1": question, "sentence2": answer, "label": number % 2})
     return found
 

@@ -236,10 +236,12 @@ def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone():
 
 
 def test_time_is_drawn_against_the_modules_that_are_kept():
-    entries = "bench.methods=[base,'lora target_modules=[V]','lora target_modules=[V,D] rank=2',milora]"
+    for name, roles in (("one", "[V]"), ("two", "[V, D]")):
+        Path(f"{name}.yaml").write_text(f"layers: {{all: {roles}}}")
+    entries = "bench.methods=[base,'fanlora setting=one.yaml','fanlora setting=two.yaml rank=2',milora]"
     run = measured("bench.rounds=1", "bench.beams=[1]", entries)
     figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "modules.png")
-    assert (figure["rows"], figure["columns"]) == (["lora"], [0, 1, 2])
+    assert (figure["rows"], figure["columns"]) == (["fanlora"], [0, 1, 2])
     assert figure["values"] == [[row["ms_per_token"] for row in run.read_json("bench.json")["rows"][:3]]]
 
 

@@ -92,6 +92,19 @@ def test_prompt_that_only_the_shorter_answer_leaves_room_for(tokenizer):
     assert kept == {tight - max(lengths) - 1}
 
 
+def test_long_answers_lose_their_end_where_they_are_cut(tokenizer):
+    long = example(answer=" maybe," * 30, choices=())
+    (cut,) = encode.encode_all(tokenizer, [long], 40, cut=True)
+    whole = encode.encode(tokenizer, long, 1000)
+    assert cut.input_ids == whole.input_ids[:40] and cut.prompt_length == whole.prompt_length < 20
+    both = example("dull, " * 50 + "Sentiment:", " maybe," * 30, ())
+    (halved,) = encode.encode_all(tokenizer, [both], 40, cut=True)
+    assert (len(halved.input_ids), halved.prompt_length) == (40, 20)
+    assert tokenizer.decode(halved.input_ids[:20]).endswith("Sentiment:")
+    items = [example(), example("dull, " * 50, choices=())]
+    assert encode.encode_all(tokenizer, items, 30, cut=True) == encode.encode_all(tokenizer, items, 30)
+
+
 def test_answer_without_room(tokenizer):
     with pytest.raises(UserError, match=r"^task.max_length: 6 leaves no room for a prompt .* 'maybe, maybe"):
         encode.encode(tokenizer, example(answer=" maybe," * 9, choices=()), 6)

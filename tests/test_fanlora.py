@@ -1,8 +1,11 @@
 """FanLoRA: scores of modules, the setting that they lead to, and training with it."""
 
 import io
+import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -16,20 +19,22 @@ from lowrank_cli import methods
 from lowrank_cli.adapter import state
 from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import single
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.methods.fanlora import BUNDLED
 from lowrank_cli.report.settings import learned
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.modules import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
 from lowrank_cli.scoring.setting import Setting, choose, read, text
+from lowrank_cli.stages.score import measure
 
 FAMILIES = ("llama", "gpt2", "opt", "bert", "llama_classifier")
 
 
-def trained(family="llama"):
+def trained(family="llama", targets=("all",)):
     """An adapter whose modules differ, under a head that is not nearly constant."""
-    adapter = small.adapted("lora", family)
+    adapter = small.adapted("lora", family, target_modules=list(targets))
     with torch.no_grad():
         for number, part in enumerate(adapter.modules.values()):
             part.lora_b.mul_(0.5 + number % 4)
@@ -107,9 +112,11 @@ def mean_loss(adapter, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_magnitude_is_the_size_of_the_update_beside_the_frozen_output(family):
-    adapter, batch = trained(family), dev_batch(family)
+@pytest.mark.parametrize(
+    ("family", "targets"), [*((family, ["all"]) for family in FAMILIES), ("bert", ["pooler.dense"])]
+)
+def test_magnitude_is_the_size_of_the_update_beside_the_frozen_output(family, targets):
+    adapter, batch = trained(family, targets), dev_batch(family)
     found = scored("magnitude", adapter, batch)
     inputs, hooks = {}, []
     for path, linear in adapter.linears.items():
@@ -120,8 +127,8 @@ def test_magnitude_is_the_size_of_the_update_beside_the_frozen_output(family):
     used = batch["attention_mask"].bool()
     for key, part in adapter.modules.items():
         site = adapter.sites[key]
-        x = inputs[site.path]
-        x = x[used] if x.dim() == 3 else x[used.flatten()]
+        x = inputs[site.path].flatten(0, -2)
+        x = x if len(x) == len(used) else x[used.flatten()]  # a pooler sees one position of each example
         weight = adapter.linears[site.path].rows(site.span)
         ratio = (x @ part.delta().t()).norm(dim=-1).sum() / (x @ weight.t()).norm(dim=-1).sum()
         assert found[key] == pytest.approx(ratio.item(), rel=1e-4)
@@ -156,6 +163,34 @@ def test_a_module_that_adds_nothing_scores_nothing(kind):
     assert found[key] == pytest.approx(0, abs=1e-6) and max(map(abs, found.values())) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["ablation", "kl", "taylor", "magnitude"])
+def test_two_processes_that_share_the_batch_find_the_same(kind):
+    """Each scores its rows, and what they sum is added up."""
+    adapter, batch = trained(), dev_batch("llama")
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, 5))]
+    sums = [[], []]
+    for half, seen in zip(halves, sums, strict=True):
+        score(kind, adapter, Probe(half, 150, add_up=lambda t, seen=seen: (seen.append(t.clone()), t)[1]), 0)
+    totals = iter([one + other for one, other in zip(*sums, strict=True)])
+    together = score(kind, adapter, Probe(halves[0], 150, add_up=lambda tensor: next(totals)), 0)
+    whole = scored(kind, adapter, batch)
+    assert [value for (value,) in together.values.values()] == pytest.approx(list(whole.values()), abs=1e-5, rel=1e-4)
+
+
+def test_a_score_that_is_no_number_ends_the_work():
+    adapter = trained()
+    key = list(adapter.modules)[3]
+    adapter.modules[key].lora_b.data[0, 0] = float("nan")
+    session = SimpleNamespace(
+        adapter=adapter,
+        probe=lambda size, tokens: Probe(dev_batch("llama"), tokens),
+        config=SimpleNamespace(seed=0),
+        accelerator=SimpleNamespace(is_main_process=False),
+    )
+    with pytest.raises(WorkFailed, match=rf"^score.kind=magnitude: the score of '{key}' is no finite number"):
+        measure(session, ScoreConfig(level="module", kind="magnitude", batch=5, tokens=150), "module")
+
+
 def test_a_kind_of_the_other_level_is_refused():
     settings = ScoreConfig(level="module", kind="dnas", batch=1, tokens=1)
     with pytest.raises(UserError, match=r"score.kind: 'dnas' scores ranks \(allowed for modules: ablation, kl, .*"):
@@ -169,10 +204,10 @@ TABLE = ((9, 6, 7, 8), (1, 5, 4, 0), (3, 2, 1, 0))
 SCORES = {(layer, role): float(value) for layer, row in enumerate(TABLE) for role, value in zip("QKVO", row)}
 
 
-def kept(**settings):
+def kept(scores=SCORES, **settings):
     prune = PruneConfig(**({"drop": None, "budget": None, "per_layer": None} | settings))
     prune.validate()
-    return {layer: "".join(roles) for layer, roles in choose(prune, SCORES).items()}
+    return {layer: "".join(roles) for layer, roles in choose(prune, scores).items()}
 
 
 def test_which_modules_stay():
@@ -196,6 +231,23 @@ def test_which_modules_stay():
 def test_amounts_of_modules_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         kept(**settings)
+
+
+def test_where_layers_have_unlike_many_modules_some_must_go():
+    uneven = {place: score for place, score in SCORES.items() if place[0] == 0 or place[1] == "Q"}
+    assert kept(uneven, keep=2) == {"0": "QO", "1": "Q", "2": "Q"}
+    assert kept(uneven, keep=1, per_layer=False) == {"0": "QVO", "1": "", "2": ""}
+    with pytest.raises(UserError, match=r"prune.keep: 2 is out of range \(allowed: 1 to 1; 3 layers have 6 modules\)"):
+        kept(uneven, keep=2, per_layer=False)
+    single = {place: score for place, score in SCORES.items() if place[1] == "Q"}
+    with pytest.raises(UserError, match=r"prune.keep: 1 is out of range \(none can be taken out; a layer has 1 mod"):
+        kept(single, keep=1)
+
+
+def test_the_bundled_setting_is_what_its_scores_say():
+    found = yaml.safe_load(BUNDLED.read_text())
+    scores = {(layer, role): value for layer, row in found["scores"].items() for role, value in row.items()}
+    assert kept(scores, keep=2) == {layer: "".join(roles) for layer, roles in read(BUNDLED).layers.items()}
 
 
 def write(text, name="mine.yaml"):
@@ -232,6 +284,8 @@ def test_with_every_role_it_is_lora():
             "it is for 3 layers, and this model has 2 .0 to 1;",
         ),
         ({"0": ["Q"], "5": ["V"]}, "llama", "it lacks layer 1, and this model has 2"),
+        ({"1": ["V"]}, "llama", "it lacks layer 0, and this model has 2"),
+        ({"0": ["V"]}, "llama", "it is for 1 layer, and this model has 2"),
         ({"all": ["V", "G"]}, "gpt2", r"layer 0 of family 'gpt2' has no role 'G' \(it has Q K V O U D\)"),
         ({"0": [], "1": []}, "llama", "it keeps no module"),
     ],
@@ -327,16 +381,17 @@ def test_train_score_prune_and_train_another_task(capsys):
 
     pruned = lrk_run("prune", f"run={scored.path}", "prune.keep=2")
     found = yaml.safe_load((pruned.path / "setting.yaml").read_text())
-    best = {entry["module"]: entry["scores"][0] for entry in record["modules"]}
     for layer in range(6):
         own = [entry for entry in record["modules"] if entry["layer"] == layer]
         own.sort(key=lambda entry: -entry["scores"][0])
         assert set(found["layers"][layer]) == {entry["role"] for entry in own[:2]}
     assert found["name"] == "ablation keep=2" and found["source"]["task"] == "tiny_topic"
-    assert pruned.metrics["modules"] == 12 and len(best) == pruned.metrics["modules_before"] == 42
+    assert (pruned.metrics["modules"], pruned.metrics["modules_before"]) == (12, 42)
     assert (pruned.path / "plots" / "setting.png").is_file()
     out = capsys.readouterr().out
-    assert "kept 12 of 42 modules (ablation keep=2)" in out and "lrk train method=fanlora method.setting=" in out
+    assert "kept 12 of 42 modules (ablation keep=2)" in out and re.search(
+        r"lrk train method=fanlora method.setting=\S+ model=llama\n", out
+    )
 
     setting = shutil.copy(pruned.path / "setting.yaml", "found.yaml")
     trained = lrk_run("train", "method=fanlora", f"method.setting={setting}", "task=tiny_yesno", *QUICK, *TRAIN)
@@ -358,6 +413,28 @@ def test_a_setting_in_one_command_and_its_controls():
         assert (setting["name"], setting["kind"]) == ("control", "random")
         assert sum(map(len, setting["layers"].values())) == 9 and all(setting["layers"].values())
     assert layers[0] == layers[1] != layers[2]
+
+
+@pytest.mark.slow
+def test_a_setting_names_the_layers_that_keep_nothing():
+    lrk_run("train", "method=lora", "task=tiny_topic", *QUICK, *TRAIN, "method.target_modules=[V]")
+    few = lrk_run("prune", "score.kind=magnitude", "prune.keep_total=4", "prune.per_layer=false")
+    again = lrk_run("prune", f"run={few.path}", "score.kind=random", "prune.keep_total=2", "prune.per_layer=false")
+    layers = read(again.path / "setting.yaml").layers
+    assert list(layers) == list("012345") and sorted(map(len, layers.values())) == [0, 0, 0, 0, 1, 1]
+    setting = f"method.setting={again.path / 'setting.yaml'}"
+    trained = lrk_run("train", "method=fanlora", setting, "task=tiny_yesno", *QUICK, *TRAIN, "method.rank=1")
+    assert trained.metrics["modules"] == 2
+
+
+@pytest.mark.slow
+def test_instructions_with_empty_and_with_long_answers_are_learned():
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": " ".join(["word"] * (n % 3) * 200)} for n in range(30)]
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ["task.max_length=48", "task.max_new_tokens=4"]
+    run = lrk_run("train", "method=lora", "task=alpaca", "task.path=data", *short, *QUICK, *TRAIN)
+    assert run.metrics["test/examples"] == 2 and run.metrics["dev/loss"] > 0
 
 
 def test_a_recipe_ends_with_its_tasks_by_method(add_run):

@@ -310,6 +310,15 @@ def test_a_column_is_read_inside():
             tasks.examples(config("ultrachat"), [{"prompt": "Why?", "messages": broken}], "a.jsonl")
 
 
+def test_empty_answers_are_left_out_where_the_task_is_lenient():
+    rows = [{"instruction": "Say it.", "input": "", "output": answer} for answer in ("Done.", " ", "Yes.")]
+    assert [example.answer for example in tasks.examples(config("alpaca"), rows, "a.jsonl")] == [" Done.", " Yes."]
+    with pytest.raises(UserError, match=r"^a\.jsonl:2: column 'output' holds no answer"):
+        tasks.examples(config("alpaca", lenient=False), rows, "a.jsonl")
+    with pytest.raises(UserError, match=r"^task\.lenient: true is for task\.answer=free, not labels"):
+        config("sst2", lenient=True)
+
+
 def test_a_split_must_not_be_empty(tmp_path):
     path = write(tmp_path / "data", train=reviews(9), validation=reviews(1, 100))
     with pytest.raises(UserError) as error:

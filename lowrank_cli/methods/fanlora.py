@@ -1,11 +1,13 @@
 """FanLoRA: the few LoRA modules that matter are found once, on instruction data, and used for every task.
 
-The abstract of FanLoRA fixes four steps: (a) fine-tune LoRA on all linears on a large instruction set, (b) score the
-importance of every module, (c) keep the most critical ones of each layer, (d) fine-tune downstream tasks with those
-alone. Steps b and c are ``lrk score score.level=module`` and ``lrk prune prune.keep=N``; their outcome is a setting,
-and this method is step d, plain LoRA on the modules of a setting.
+After Tian et al., "FanLoRA: Fantastic LoRAs and Where to Find Them in Large Language Model Fine-tuning" (EMNLP 2024
+Industry Track, pages 515–528), from its abstract alone, which fixes four steps: (a) fine-tune LoRA on all linears on a
+large instruction set, (b) score the importance of every module, (c) keep the most critical ones of each layer, (d)
+fine-tune downstream tasks with those alone. Steps b and c are ``lrk score score.level=module`` and ``lrk prune
+prune.keep=N``; their outcome is a setting, and this method is step d, plain LoRA on the modules of a setting.
 
-Reconstructions: the importance score (:mod:`lowrank_cli.scoring.modules`); the rank, which is raised to
+Reconstructions: the importance score (:mod:`lowrank_cli.scoring.modules`); how many modules a layer keeps; the rank,
+which is raised to
 
     r' = round(r · Σ (I + O) over all roles / Σ (I + O) over the modules kept)
 

@@ -215,7 +215,9 @@ def _next(run: Run) -> Iterable[str]:
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and (run.path / SETTING).is_file():
-        return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)}"]
+        path = run.config()["model"]["path"]
+        model = f"model={run.info['choices']['model']}" + (f" model.path={typed(Path(path))}" if path else "")
+        return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)} {model}"]
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":

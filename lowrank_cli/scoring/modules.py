@@ -1,14 +1,15 @@
 """Scores of whole modules: what FanLoRA chooses by, and what its choice is judged against.
 
-FanLoRA's abstract names "a novel importance scoring method" without its formula, so the formulas are a reconstruction.
-With M the whole adapter, M_0 none, M∖m all but module m, M_m module m alone, g_m a gate on module m, and S minus the
-mean cross-entropy over response tokens:
+FanLoRA's abstract (Tian et al., EMNLP 2024 Industry Track) names "a novel importance scoring method" without its
+formula, so the formulas are a reconstruction.
+With M the whole adapter, M_0 none of its modules (a classification head stays as trained), M∖m all but module m, M_m
+module m alone, g_m a gate on module m, and S = −(mean cross-entropy over response tokens, of an encoder over examples):
 
-    ablation    [S(M) − S(M∖m)] + [S(M_m) − S(M_0)]: what is lost without m, and what m brings alone
-    kl          mean KL(p_M ‖ p_{M∖m}) over response tokens; their words are not looked at
-    taylor      ∂S/∂g_m at g = 1 and at g = 0: the ablation to first order, in two backward passes for all modules
-    magnitude   E‖s · B A x‖ / E‖W x‖ over tokens x; the cheap baseline
-    random      numbers drawn by the seed; the control
+    ablation    nats    [S(M) − S(M∖m)] + [S(M_m) − S(M_0)]: what is lost without m, and what m brings alone
+    kl          nats    mean KL(p_M ‖ p_{M∖m}) over response tokens; their words are not looked at
+    taylor      nats    ∂S/∂g_m at g = 1, plus that at g = 0: the ablation to first order, in two backward passes in all
+    magnitude   ratio   E‖s · B A x‖ / E‖W x‖ over tokens x; the cheap baseline
+    random      0 to 1  numbers drawn by the seed; the control
 """
 
 from __future__ import annotations
@@ -84,13 +85,17 @@ def _divergences(reference: Tensor, rows: int, model: torch.nn.Module, copies: B
 
 @torch.no_grad()
 def magnitude(adapter: Adapter, probe: Probe) -> dict[str, float]:
-    """E‖s · B A x‖ / E‖W x‖ over the inputs x of all tokens but padding, dropout off; a bias is not part of W x."""
+    """E‖s · B A x‖ / E‖W x‖ over the inputs x of all tokens but padding, dropout off; a bias is not part of W x.
+
+    A linear that is called once for each example (an encoder's pooler) has as many inputs.
+    """
     sums = {key: torch.zeros(2, dtype=torch.float64, device=adapter.model.device) for key in adapter.modules}
     names = {id(part): key for key, part in adapter.modules.items()}
-    used: Tensor | None = None
+    used = torch.empty(0)
 
     def note(linear: AdaptedLinear, args: tuple, output: Tensor) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])[used]  # (B, T, I) -> (N, I)
+        x = args[0].reshape(-1, args[0].shape[-1])  # (B, T, I) -> (B * T, I)
+        x = x[used] if len(x) == len(used) else x  # (N, I)
         for part, _ in linear.updates:
             frozen = F.linear(x, part.frozen()[0].to(x.dtype))  # (N, I) -> (N, O)
             update = torch.zeros_like(frozen)

@@ -89,9 +89,12 @@ def choose(prune: PruneConfig, scores: Mapping[Module, float]) -> Layers:
     layers = sorted({layer for layer, _ in scores})
     per_layer = prune.per_layer is not False
     order = sorted(scores, key=lambda module: -scores[module])  # stable
-    if prune.keep is not None:
+    every = f"{len(layers)} layers have {len(scores)} modules"
+    if prune.keep is not None and per_layer:
         most = max(sum(own == layer for own, _ in scores) for layer in layers)
         _require("keep", prune.keep, 1, most - 1, f"a layer has {most} modules")
+    elif prune.keep is not None:
+        _require("keep", prune.keep, 1, (len(scores) - 1) // len(layers), every)
     if prune.same_roles:
         sums: dict[str, float] = {}
         for (_, role), score in scores.items():
@@ -102,10 +105,7 @@ def choose(prune: PruneConfig, scores: Mapping[Module, float]) -> Layers:
         best = [[module for module in order if module[0] == layer][: prune.keep] for layer in layers]
         return _by_layer([module for own in best for module in own], scores, layers)
     if prune.keep_total is not None:
-        least = len(layers) if per_layer else 1
-        _require(
-            "keep_total", prune.keep_total, least, len(scores) - 1, f"{len(layers)} layers have {len(scores)} modules"
-        )
+        _require("keep_total", prune.keep_total, len(layers) if per_layer else 1, len(scores) - 1, every)
     total = prune.keep_total or (prune.keep or 0) * len(layers)
     first = [next(module for module in order if module[0] == layer) for layer in layers] if per_layer else []
     rest = [module for module in order if module not in first]
@@ -114,7 +114,8 @@ def choose(prune: PruneConfig, scores: Mapping[Module, float]) -> Layers:
 
 def _require(key: str, value: int, low: int, high: int, why: str) -> None:
     if not low <= value <= high:
-        raise UserError(f"prune.{key}: {value} is out of range (allowed: {low} to {high}; {why})")
+        allowed = f"allowed: {low} to {high}" if low <= high else "none can be taken out"
+        raise UserError(f"prune.{key}: {value} is out of range ({allowed}; {why})")
 
 
 def _by_layer(kept: Sequence[Module], scores: Mapping[Module, float], layers: Sequence[int]) -> Layers:
@@ -130,8 +131,8 @@ def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: 
     named = {str(layer): layers[EVERY] for layer in range(depth)} if EVERY in layers else layers
     wanted = [str(layer) for layer in range(depth)]
     if named.keys() != set(wanted):
-        absent = [layer for layer in wanted if layer not in named]
-        what = f"it lacks layer {absent[0]}" if len(named) == depth else f"it is for {len(named)} layers"
+        first = next(layer for layer in range(len(named) + 1) if str(layer) not in named)
+        what = f"it is for {first} layer{'s' * (first != 1)}" if first == len(named) else f"it lacks layer {first}"
         raise UserError(
             f"method.setting: {what}, and this model has {depth} (0 to {depth - 1}; [] keeps none of a layer)"
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import kinds, modules
@@ -48,7 +49,10 @@ def adapted(config: RunConfig) -> tuple[Session, Adapter]:
 
 
 def measure(session: Session, settings: ScoreConfig, level: str) -> Scores:
-    """Scores of every rank or module, with a progress bar. The same for the same seed and settings."""
+    """Scores of every rank or module, with a progress bar. The same for the same seed and settings.
+
+    Raises WorkFailed for a score that is no number, by which nothing can be ordered.
+    """
     assert session.adapter is not None
     kind, adapter = settings.kind_of(level), session.adapter
     probe = session.probe(settings.batch, settings.tokens)
@@ -56,8 +60,15 @@ def measure(session: Session, settings: ScoreConfig, level: str) -> Scores:
     with progress.bar(f"scoring ({kind})", rows, shown=session.accelerator.is_main_process) as bar:
         probe.tick = bar.advance
         if level == "module":
-            return modules.score(kind, adapter, probe, session.config.seed)
-        return kinds.score(kind, adapter, probe)
+            scores = modules.score(kind, adapter, probe, session.config.seed)
+        else:
+            scores = kinds.score(kind, adapter, probe)
+    broken = [key for key, values in scores.values.items() if not all(map(math.isfinite, values))]
+    if broken:
+        raise WorkFailed(
+            f"score.kind={kind}: the score of '{broken[0]}' is no finite number ({len(broken)} such modules)"
+        )
+    return scores
 
 
 def write(run: Run, adapter: Adapter, scores: Scores) -> None:

@@ -97,7 +97,8 @@ class Session:
         encoded: list[Any] = [None] * len(examples)
         for part in dict.fromkeys(example.part for example in examples):
             own = [index for index, example in enumerate(examples) if example.part == part]
-            rows = encode.encode_all(self.tokenizer, [examples[index] for index in own], self.room(part=part))
+            cut = self.config.task.parts.get(part, self.config.task).lenient
+            rows = encode.encode_all(self.tokenizer, [examples[index] for index in own], self.room(part=part), cut)
             for index, row in zip(own, rows, strict=True):
                 encoded[index] = row
         return encoded

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.families import layers
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig, PruneRun
@@ -18,9 +19,9 @@ Values = dict[str, list[float]]
 def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str, list[int]]:
     """The ranks of every module that stay: all of those that :func:`choose` keeps, none of the others."""
     places = places_of(adapter)
-    layers = choose(settings, {places[key]: row[0] for key, row in values.items()})
+    kept = choose(settings, {places[key]: row[0] for key, row in values.items()})
     return {
-        key: list(range(part.rank)) if places[key][1] in layers[str(places[key][0])] else []
+        key: list(range(part.rank)) if places[key][1] in kept[str(places[key][0])] else []
         for key, part in adapter.modules.items()
     }
 
@@ -39,12 +40,13 @@ def places_of(adapter: Adapter) -> dict[str, Module]:
 def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Scores, keep: dict[str, list[int]]) -> Any:
     """Write the setting into ``run``'s folder, before the adapter is resized. Returns the figure that shows it.
 
-    ``source`` is the run that the scores came from.
+    It names every layer of the model, those too where the adapter had no module. ``source`` is the run that the scores
+    came from.
     """
     places = places_of(adapter)
-    layers: dict[str, list[str]] = {str(layer): [] for layer, _ in places.values()}
+    kept: dict[str, list[str]] = {str(layer): [] for layer in range(len(layers(adapter.model)))}
     for key, (layer, role) in places.items():
-        layers[str(layer)] += [role] * bool(keep[key])
+        kept[str(layer)] += [role] * bool(keep[key])
     used = source.config()
     about = {
         "family": adapter.model.config.model_type,
@@ -57,13 +59,12 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
         "kind": scores.kind,
     }
     table = {place: scores.values[key][0] for key, place in places.items()}
-    run.write_text(FILE, text(Setting(config.name or _name(config.prune, scores.kind), layers), table, about))
-    kept = [key for key, ranks in keep.items() if ranks]
-    return heat_map(adapter, scores, kept) | {"file": "setting.png"}
+    run.write_text(FILE, text(Setting(config.name or _name(config.prune, scores.kind), kept), table, about))
+    return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
 
 
 def _name(settings: PruneConfig, kind: str) -> str:
     """The kind of score and the rule: ``ablation keep=2``."""
-    defaults = {"drop": None, "budget": None, "per_layer": True, "keep": None, "keep_total": None, "same_roles": False}
-    used = {key: value for key, value in vars(settings).items() if value not in (None, defaults[key])}
+    usual = {"per_layer": True, "same_roles": False}
+    used = {key: value for key, value in vars(settings).items() if value is not None and value is not usual.get(key)}
     return " ".join([kind, *(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))])

@@ -40,11 +40,12 @@ def encode(tokenizer, example: Example, max_length: int) -> Encoded:
     return encode_all(tokenizer, [example], max_length)[0]
 
 
-def encode_all(tokenizer, examples: Sequence[Example], max_length: int) -> list[Encoded]:
+def encode_all(tokenizer, examples: Sequence[Example], max_length: int, cut: bool = False) -> list[Encoded]:
     """Prompt, answer and EOS of each example, at most ``max_length`` tokens.
 
     A longer prompt loses its beginning but keeps BOS. Where the answer is one of several ``choices``, room is
-    left for the longest, so that training and scoring keep the same prompt.
+    left for the longest, so that training and scoring keep the same prompt. With ``cut`` a prompt keeps half of the
+    tokens where it needs them, and an answer that is longer than the rest loses its end, EOS included.
 
     Raises:
         UserError: an answer leaves no room for a prompt.
@@ -57,13 +58,15 @@ def encode_all(tokenizer, examples: Sequence[Example], max_length: int) -> list[
         most = max((len(choice.encode()) for choice in example.choices), default=0)  # a token has a byte or more
         if len(prompt) + most + 1 > max_length and example.choices:
             room = prompt_room(candidates(tokenizer, example.prompt, example.choices), max_length)
+        if cut:
+            room = max(room, min(len(prompt), max_length // 2))
         if room < least:
             raise UserError(
                 f"task.max_length: {max_length} leaves no room for a prompt before an answer of "
                 f"{len(answer)} tokens: {example.answer.strip()[:60]!r}"
             )
         prompt = _truncate(tokenizer, prompt, room)
-        encoded.append(Encoded(prompt + answer + [tokenizer.eos_token_id], len(prompt)))
+        encoded.append(Encoded((prompt + answer + [tokenizer.eos_token_id])[:max_length], len(prompt)))
     return encoded
 
 

@@ -156,7 +156,9 @@ def template_hashes(config: TaskConfig) -> dict[str, str]:
 
 
 def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Example]:
-    """One example for each row; ``where`` names the rows in messages (row ``i``, from 1, is ``where:i``).
+    """One example for each row (``task.lenient``: that has an answer).
+
+    ``where`` names the rows in messages: row ``i``, from 1, is ``where:i``.
 
     Raises:
         UserError: an absent or empty column, or an answer outside the allowed ones.
@@ -165,6 +167,8 @@ def examples(config: TaskConfig, rows: Sequence[dict], where: str) -> list[Examp
     names, found = columns(config.template), []
     for number, row in enumerate(rows, start=1):
         place = f"{where}:{number}"
+        if config.lenient and not _text(row, config.target, place).strip():
+            continue
         options, label, choices, references = make(config, row, place)
         prompt = _prompt(config.template, row, options, place)
         space = "" if prompt[-1:].isspace() else " "

@@ -57,6 +57,7 @@ EXAMPLES = {
         "lrk bench decode",
         "lrk bench decode model.shape=100m bench.batch_size=8 bench.beams=[1]",
         "lrk bench decode --tenants 1,8,64 model.shape=100m",
+        "lrk bench train model.shape=100m",
         "lrk bench decode model.shape=7b hardware=gpu \"bench.methods=[base,lora,'milora k=3']\"",
     ],
     "run": [
@@ -257,7 +258,7 @@ def bench(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Measure methods against the bare model, in turn in one process: decode is the speed of generation."""
+    """Measure methods against the bare model, in turn: decode is the speed of generation, train of a training step."""
     words = [*(overrides or []), *([f"bench.tenants=[{tenants}]"] if tenants is not None else [])]
     _stage("bench", _worded("bench", words), multirun, resume, dry_run, config_dir)
 

@@ -474,7 +474,7 @@ class GenerateRun(RunConfig):
             raise UserError(f"hardware.processes: {self.hardware.processes}, but answers are written by one process")
 
 
-MEASURES = ("decode",)  #: what ``lrk bench`` measures: generation
+MEASURES = ("decode", "train")  #: what ``lrk bench`` measures: generation, or a training step
 BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
 
 
@@ -487,12 +487,12 @@ class BenchConfig:
         MISSING  #: ``base`` (the bare model), methods and ``peft`` (that library's LoRA), each with KEY=VALUE
     )
     rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
-    batch_size: int = MISSING  #: prompts generated from at once
+    batch_size: int = MISSING  #: prompts generated from, or trained on, at once
     prompt_length: int = MISSING  #: random tokens of each prompt
-    new_tokens: int = MISSING  #: generated for each prompt; none stops earlier
-    beams: list[int] = MISSING  #: 1 is greedy decoding
-    #: different adapters in one batch, in turn over its rows: ours in a bank; for each of these numbers all is measured
-    #: once more
+    new_tokens: int = MISSING  #: ``decode``: generated for each prompt; none stops earlier
+    beams: list[int] = MISSING  #: ``decode``: 1 is greedy decoding
+    #: ``decode``: different adapters in one batch, in turn over its rows: ours in a bank; for each of these numbers all
+    #: is measured once more
     tenants: list[int] = MISSING
     rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
 
@@ -507,6 +507,8 @@ class BenchConfig:
             require_range("bench.beams", beams, 1)
         if len(set(self.tenants)) < len(self.tenants):
             raise UserError(f"bench.tenants: {list(self.tenants)} names a number twice")
+        if self.tenants and self.measure != "decode":
+            raise UserError("bench.tenants: adapters share a batch in lrk bench decode only; leave it out")
         for count in self.tenants:
             require_range("bench.tenants", count, 1)
             if count > self.batch_size:

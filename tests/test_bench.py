@@ -1,4 +1,4 @@
-"""lrk bench decode: what it leaves behind, what it refuses, and that it changes no model. Nothing here is timed."""
+"""lrk bench: what it leaves behind, what it refuses, and that it changes no model. Nothing here is timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SHAPES, BenchConfig, HardwareConfig, ModelConfig
-from lowrank_cli.stages import bench, progress
+from lowrank_cli.stages import bench, bench_train, progress
 from lowrank_cli.stages.bench_rows import Sample, ratio
 from lowrank_cli.stages.twins import crowds, twins
 
@@ -117,6 +117,7 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
             "bench.tenants: 'dora' cannot share a batch",
         ),
         (["decode", "bench.rounds=0"], "bench.rounds: 0 is out of range"),
+        (["train", "bench.tenants=[1]"], "bench.tenants: adapters share a batch in lrk bench decode only"),
     ],
 )
 def test_mistakes_are_one_line(lrk, words, message):  # noqa: F811
@@ -274,3 +275,35 @@ def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
         "bench", "decode", "--tenants", "8", "bench.batch_size=16", "bench.methods=[base,lora]", "--dry-run"
     ).out
     assert "batch_size: 16" in shown and "peft" not in shown
+
+
+def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
+    entries = ["base", "lora", "lora dropout=0.5", "moelora rank=8", "peft dropout=0.5"]
+    ended = lrk("bench", "train", *TINY, "bench.rounds=2", f"bench.methods=[{','.join(map(repr, entries))}]")
+    assert ended.code == 0, ended
+    assert "forward and backward, 4 × 128" not in ended.out and "4 × 5 tokens" in ended.out
+    run = Run.open("outputs/latest")
+    rows = {row["method"]: row for row in run.read_json("bench.json")["rows"]}
+    assert list(rows) == entries
+    for row in rows.values():
+        assert len(row["seconds"]) == len(row["cpu_seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["step_ratio_quartiles"][0] <= row["step_ratio"] <= row["step_ratio_quartiles"][1]
+        assert row["peak_memory_bytes"] > 0
+    assert (rows["base"]["step_ratio"], rows["base"]["cpu_ratio"], rows["base"]["parameters"]) == (1, 1, 0)
+    saved = {name: row["saved_bytes"] for name, row in rows.items()}
+    assert saved["base"] < saved["lora"] < saved["lora dropout=0.5"] < saved["peft dropout=0.5"]
+    assert run.metrics["bench/lora/saved_bytes"] == saved["lora"]
+    assert (run.path / "plots" / "train.png").stat().st_size > 1000
+
+
+def test_a_training_step_reaches_every_trained_tensor_and_leaves_the_model_as_it_was():
+    models, ids = small_twins(), small.ids(2, 6)
+    for name, twin in models.items():
+        before = {key: parameter.clone() for key, parameter in twin.model.named_parameters()}
+        twin.model.train()
+        bench_train.loss(twin, ids).backward()
+        if twin.adapter is not None:
+            assert all(parameter.grad is not None for parameter in twin.adapter.trained.values()), name
+        bench_train.timed(twin, ids)
+        assert all(parameter.grad is None for parameter in twin.model.parameters())
+        assert all(torch.equal(parameter, before[key]) for key, parameter in twin.model.named_parameters())

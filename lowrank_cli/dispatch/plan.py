@@ -109,10 +109,11 @@ def _evaluation(asked: Any) -> str:
 
 def _bench(config: BenchRun) -> list[tuple[str, str]]:
     bench = config.bench
-    amount = f"{bench.batch_size} × {bench.prompt_length} prompt tokens, {bench.new_tokens} new ones"
+    tokens, beams = f"{bench.batch_size} × {bench.prompt_length}", ", ".join(map(str, bench.beams))
+    decoding = ("decoding", f"{tokens} prompt tokens, {bench.new_tokens} new ones, beams {beams}")
     return [
         ("methods", ", ".join(config.variants)),
-        ("decoding", f"{amount}, beams {', '.join(map(str, bench.beams))}"),
+        ("a step", f"forward and backward, {tokens} tokens") if bench.measure == "train" else decoding,
         ("rounds", f"{bench.rounds} and one to warm up"),
         ("seed", str(config.seed)),
     ]

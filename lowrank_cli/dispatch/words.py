@@ -12,6 +12,10 @@ from lowrank_cli.runs.requests import read_requests
 
 OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
 FILE, COUNTS = "generate.tenants=", "bench.tenants="
+TRAINED = (
+    "[base,lora,'lora dropout=0.05','lora target_modules=[V,D]',dora,alora,milora,moelora,adalora,sora,"
+    "peft,'peft dropout=0.05']"
+)
 
 
 def generate(words: Sequence[str]) -> list[str]:
@@ -40,8 +44,10 @@ def _model_of(file: Path) -> str:
 
 
 def bench(words: Sequence[str]) -> list[str]:
-    """``words``, and what ``bench.tenants`` asks for beside it unless they say so themselves."""
-    found = list(words)
+    """``words``, and what a training step or ``bench.tenants`` asks for beside it unless they say so themselves."""
+    found, defaults = list(words), {}
+    if "bench.measure=train" in found:
+        defaults = {"bench.batch_size": "4", "bench.prompt_length": "128", "bench.rank": "16", "bench.methods": TRAINED}
     counts = [word.removeprefix(COUNTS).strip("[]").split(",") for word in found if word.startswith(COUNTS)]
     if counts and all(count.strip().isdigit() for count in counts[-1]):
         defaults = {
@@ -49,5 +55,4 @@ def bench(words: Sequence[str]) -> list[str]:
             "bench.beams": "[1]",
             "bench.methods": "[base,lora,'milora k=3',peft]",
         }
-        found += [f"{key}={value}" for key, value in defaults.items() if not any(w.startswith(key) for w in words)]
-    return found
+    return found + [f"{key}={value}" for key, value in defaults.items() if not any(w.startswith(key) for w in words)]

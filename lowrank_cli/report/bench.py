@@ -1,4 +1,4 @@
-"""The tables of ``bench.json``: one for each number of beams."""
+"""The tables of ``bench.json``: one for each number of beams, or one of training steps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def shown(run: Run) -> list[RenderableType]:
         return []
     record = run.read_json("bench.json")
     memory = Text(f"memory: {record['memory']}", style="dim")
+    if record["bench"]["measure"] == "train":
+        return [_steps(record), memory]
     settings = dict.fromkeys((row["beams"], row["tenants"]) for row in record["rows"])
     return [*(_table(record, *setting) for setting in settings), *_pairs(record), memory]
 
@@ -63,4 +65,28 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
                 tables.size(row["adapters_bytes"]),
             ]
             table.rows.append(cells)
+    return table
+
+
+def _steps(record: dict[str, Any]) -> tables.Fitted:
+    bench = record["bench"]
+    heading = (
+        f"train: forward and backward, {bench['batch_size']} × {bench['prompt_length']} tokens, "
+        f"{bench['rounds']} rounds; time against the frozen model's own step"
+    )
+    columns = ["method", "× base", "quartiles", "CPU time", "ms/step", "saved", "memory", "adapters"]
+    table = tables.Fitted(heading, columns, leave_out=["adapters", "memory", "quartiles", "ms/step"])
+    for row in record["rows"]:
+        low, high = row["step_ratio_quartiles"]
+        cells = [
+            row["method"],
+            f"{row['step_ratio']:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            f"{row['cpu_ratio']:.3f}",
+            f"{row['ms_per_step']:.1f}",
+            tables.size(row["saved_bytes"]),
+            tables.size(row["peak_memory_bytes"]),
+            tables.size(row["adapters_bytes"]),
+        ]
+        table.rows.append(cells)
     return table

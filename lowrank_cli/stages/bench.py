@@ -1,8 +1,7 @@
-"""``lrk bench decode``: generation with adapters that are not merged, against the bare model, in interleaved rounds.
+"""``lrk bench``: methods against the bare model, all on one set of frozen weights, in interleaved rounds.
 
-All methods stand on one set of frozen weights. A round runs each of them once, in an order that rotates from round to
-round; a first round is not counted. With ``bench.tenants`` the same is done once more for each number of adapters in a
-batch.
+``decode`` is generation with adapters that are not merged, and with ``bench.tenants`` the same once more for each
+number of adapters in a batch; ``train`` is in :mod:`lowrank_cli.stages.bench_train`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory
 from lowrank_cli.schema import BenchConfig, BenchRun
-from lowrank_cli.stages import progress
-from lowrank_cli.stages.bench_rows import Sample, compared, figures, metrics, row
+from lowrank_cli.stages import bench_rows, bench_train, progress
+from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
+from lowrank_cli.stages.bench_rows import Sample, compared, row
 from lowrank_cli.stages.session import prepare
 from lowrank_cli.stages.twins import Twin, crowds, twins
 
 MEMORY = {
-    "cuda": "largest allocation on the device during a generation, without the other methods' adapters",
-    "cpu": "largest resident size of the process during a generation, without the other methods' adapters",
+    "cuda": "largest allocation on the device during a {}, without the other methods' adapters",
+    "cpu": "largest resident size of the process during a {}, without the other methods' adapters",
 }
 
 
@@ -41,21 +40,19 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     settings: dict[int | None, dict[str, Twin]] = {None: twins(base, config.variants, config.seed)}
     if bench.tenants:
         settings |= crowds(base, config.variants, bench.tenants, bench.batch_size, config.seed)
-    prompts = torch.randint(base.config.vocab_size, (bench.batch_size, bench.prompt_length)).to(device)
-    total = len(bench.beams) * (bench.rounds + 1) * len(settings) * len(config.variants)
-    rows, pairs = [], []
+    ids = torch.randint(base.config.vocab_size, (bench.batch_size, bench.prompt_length)).to(device)
+    training = bench.measure == "train"
+    total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * len(config.variants)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast"),
         progress.bar("measuring", total, shown=True) as bar,
     ):
-        for beams in bench.beams:
-            for tenants, models in settings.items():
-                cell = rounds(models, prompts, bench, beams, bar)
-                setting = {"beams": beams, "tenants": tenants}
-                rows += [{**row(bench, name, models[name], cell), **setting} for name in models]
-                pairs += [{**pair, **setting} for pair in compared(cell)]
+        if training:
+            found = {"rows": bench_train.measure(settings[None], ids, bench, bar)}
+        else:
+            found = decode(settings, ids, bench, bar)
     if device.type == "cuda":
-        memory = max(row["peak_memory_bytes"] for row in rows)
+        memory = max(row["peak_memory_bytes"] for row in found["rows"])
         run.update(device=torch.cuda.get_device_name(device), device_memory_bytes=memory)
     record = {
         **{key: run.info[key] for key in ("command", "git", "device", "packages", "python", "platform")},
@@ -63,15 +60,29 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         "precision": config.hardware.precision,
         "layers": base.config.num_hidden_layers,
         "threads": torch.get_num_threads(),
-        "memory": MEMORY[device.type],
+        "memory": MEMORY[device.type].format("step" if training else "generation"),
         "bench": vars(bench),
         "variants": run.config()["variants"],
-        "rows": rows,
-        "pairs": pairs,
+        **found,
     }
+    made = bench_train if training else bench_rows
     run.write_json("bench.json", record)
-    run.write_json("figures.json", figures(record))
-    return metrics(rows)
+    run.write_json("figures.json", made.figures(record))
+    return made.metrics(found["rows"])
+
+
+def decode(
+    settings: Mapping[int | None, Mapping[str, Twin]], prompts: Tensor, bench: BenchConfig, bar: progress.Bar
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows for each method, number of beams and number of adapters in the batch, and each pair of methods."""
+    rows, pairs = [], []
+    for beams in bench.beams:
+        for tenants, models in settings.items():
+            cell = rounds(models, prompts, bench, beams, bar)
+            setting = {"beams": beams, "tenants": tenants}
+            rows += [{**row(bench, name, models[name], cell), **setting} for name in models]
+            pairs += [{**pair, **setting} for pair in compared(cell)]
+    return {"rows": rows, "pairs": pairs}
 
 
 def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str]:
@@ -91,24 +102,12 @@ def rounds(
     models: Mapping[str, Twin], prompts: Tensor, bench: BenchConfig, beams: int, bar: progress.Bar
 ) -> dict[str, list[Sample]]:
     """The samples of each method, round by round."""
-    names = list(models)
-    found: dict[str, list[Sample]] = {name: [] for name in names}
-    for number in range(bench.rounds + 1):
-        turn = number % len(names)
-        order = names[turn:] + names[:turn]
-        for name in order if number % 2 else reversed(order):  # so that none always follows the same other one
-            others = sum(twin.held_bytes() for twin in models.values()) - models[name].held_bytes()
-            sample = generate(models[name], prompts, beams, bench.new_tokens)
-            sample.memory -= others
-            if number:
-                found[name].append(sample)
-            bar.advance()
-    return found
+    return in_turns(models, bench.rounds, lambda twin: generate(twin, prompts, beams, bench.new_tokens), bar)
 
 
 def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
     """Time one call of ``generate`` on prompts (B, T) of equal length, with all that a batch of them needs."""
-    _reset_peak(prompts.device)
+    reset_peak(prompts.device)
     clock = Clock(prompts.device)
     began = clock.now()
     with twin.around():
@@ -125,7 +124,7 @@ def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample
     ended = clock.now()
     assert made.shape[1] == prompts.shape[1] + new_tokens
     steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return Sample(ended - began, clock.times[0] - began, steps, _peak(prompts.device))
+    return Sample(ended - began, clock.times[0] - began, steps, peak_memory(prompts.device))
 
 
 @dataclass
@@ -136,21 +135,9 @@ class Clock(StoppingCriteria):
     times: list[float] = field(default_factory=list)
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronized(self.device)
         return time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        reset_peak_memory()
-
-
-def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()

@@ -65,8 +65,13 @@ def _step_ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float
 def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
     """Speed relative to ``reference`` within each round: the median, and the quartiles."""
     ratios = [other.seconds / sample.seconds for sample, other in zip(samples, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"ratio": statistics.median(ratios), "ratio_quartiles": [low, high]}
+    return {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower and the upper one."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return [low, high]
 
 
 def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:

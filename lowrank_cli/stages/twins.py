@@ -146,7 +146,12 @@ def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
     model = copied(base)
     targets = sorted({site.path for site in find_sites(model, list(config.target_modules))})
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -154,7 +159,7 @@ def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
         adapted = peft.get_peft_model(model, settings, adapter_name="0")
         for number in range(1, count):
             adapted.add_adapter(str(number), settings)
-    adapted.eval().requires_grad_(False)
+    adapted.eval()
     own = [parameter for name, parameter in adapted.named_parameters() if ".lora_" in name]
     return Twin(
         adapted,

@@ -208,6 +208,8 @@ class HardwareConfig:
     threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's Conv1D)
     prepack: bool = False
+    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``
+    gradient_checkpointing: str = "none"
 
     def validate(self) -> None:
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
@@ -217,6 +219,9 @@ class HardwareConfig:
                 f"hardware.prepack: true is for hardware.device=cpu and hardware.precision=fp32, "
                 f"not {self.device} and {self.precision}"
             )
+        require_choice(
+            "hardware.gradient_checkpointing", self.gradient_checkpointing, ("none", "feed_forward", "layers")
+        )
         require_range("hardware.processes", self.processes, 1)
         if self.threads is not None:
             require_range("hardware.threads", self.threads, 1)

@@ -50,16 +50,18 @@ def case(gates=False, stretched=False, masked=False):
 )
 def test_value_and_gradients_are_those_of_the_formula(settings):
     x, mask, plan, tensors = case(**settings)
-    found = FusedLinears.apply(x, mask, plan, *tensors)
+    found = FusedLinears.apply(x, mask, plan, None, *tensors)
     first = plain(x, mask, tensors[:2], [(*plan[0][0], *tensors[2:6])])
     second = plain(x, mask, tensors[6:8], [(*plan[1][0], *tensors[8:12]), (*plan[1][1], *tensors[12:])])
     torch.testing.assert_close(found, (first, second))
-    assert torch.autograd.gradcheck(lambda *given: FusedLinears.apply(given[0], mask, plan, *given[1:]), (x, *tensors))
+    assert torch.autograd.gradcheck(
+        lambda *given: FusedLinears.apply(given[0], mask, plan, None, *given[1:]), (x, *tensors)
+    )
 
 
 def test_a_second_derivative_is_refused():
     x, mask, plan, tensors = case()
-    loss = FusedLinears.apply(x, mask, plan, *tensors)[0].square().sum()
+    loss = FusedLinears.apply(x, mask, plan, None, *tensors)[0].square().sum()
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

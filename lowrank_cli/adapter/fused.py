@@ -11,7 +11,7 @@ is kept, only the mask (a byte for each number).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,8 +64,11 @@ class Frozen(NamedTuple):
         return self.updates[0][0].dropout
 
 
-def outputs(x: Tensor, linears: Sequence[Frozen]) -> tuple[Tensor, ...]:
-    """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all."""
+def outputs(x: Tensor, linears: Sequence[Frozen], remake: Callable[[], Tensor] | None = None) -> tuple[Tensor, ...]:
+    """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all.
+
+    With ``remake``, which computes ``x`` again, nothing of its size is saved for the backward pass.
+    """
     p, x = linears[0].dropout, x.to(linears[0].weight.dtype)
     mask, kept = kept_by_dropout(x, p) if p else (None, 1.0)
     plan = tuple(tuple((span, terms.strength / kept) for terms, span in linear.updates) for linear in linears)
@@ -74,19 +77,26 @@ def outputs(x: Tensor, linears: Sequence[Frozen]) -> tuple[Tensor, ...]:
         tensors += [linear.weight, linear.bias]
         for terms, _ in linear.updates:
             tensors += [terms.a, terms.b, terms.gate, terms.stretch]
-    found: tuple[Tensor, ...] = FusedLinears.apply(x, mask, plan, *tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = FusedLinears.apply(x, mask, plan, remake, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
 class FusedLinears(torch.autograd.Function):
-    """The function, of x (…, I), the dropout mask (…, I), spans and strengths of each linear's updates, and tensors.
+    """The function, of x (…, I), the dropout mask (…, I), spans and strengths of updates, what remakes x, and tensors.
 
     These are W and bias of each linear, each followed by A, B, γ and c of its updates. There are gradients for x, A, B,
     γ and c, in the dtype of x, and no second ones.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        plan: Plan,
+        remake: Callable[[], Tensor] | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         linears = _grouped(plan, tensors)
         flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
         hidden = _dropped(flat, mask) @ _stacked(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
@@ -102,14 +112,15 @@ class FusedLinears(torch.autograd.Function):
                 unstretched.append(y)
                 y = y * factor if bias is None else torch.addcmul(bias, y, factor)
             ys.append(y.view(*x.shape[:-1], -1))  # (N, O) -> (…, O)
-        ctx.plan = plan
-        ctx.save_for_backward(x, mask, hidden, *tensors, *unstretched)
+        ctx.plan, ctx.remake = plan, remake
+        ctx.save_for_backward(x if remake is None else None, mask, hidden, *tensors, *unstretched)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, hidden, *tensors = ctx.saved_tensors
+        x = x if ctx.remake is None else ctx.remake().to(hidden.dtype)
         linears = _grouped(ctx.plan, tensors)
         unstretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
         flat, down = x.reshape(-1, x.shape[-1]), _stacked(linears)  # (N, I), (ΣR, I)
@@ -138,11 +149,11 @@ class FusedLinears(torch.autograd.Function):
         for place, to_a in zip(places, torch.split(to_down, [len(tensors[place]) for place in places]), strict=True):
             found[place] = to_a
         if not ctx.needs_input_grad[0]:
-            return None, None, None, *found
+            return None, None, None, None, *found
         to_x = _dropped(to_hidden @ down, mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
         for g, (weight, _, _) in zip(towards, linears, strict=True):
             to_x.addmm_(g, weight)  # += (N, O) @ (O, I): adding costs no time of its own in a product this large
-        return to_x.view(x.shape), None, None, *found
+        return to_x.view(x.shape), None, None, None, *found
 
 
 #: For each linear, the span and the strength of each of its updates.

@@ -329,10 +329,11 @@ class AdaptedLinear(nn.Module):
         on = self.enabled and not self.merged
         self._active = [update for update in self.updates if not update[0].skip] if on else []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Tensor:
+        """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, training does not save ``x``."""
         if not self._active:
             return self.base(x)
-        if torch.is_grad_enabled() and (fused := self.siblings.output(self, x)) is not None:
+        if torch.is_grad_enabled() and (fused := self.siblings.output(self, x, remake)) is not None:
             return fused
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self._active:

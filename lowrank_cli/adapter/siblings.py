@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,17 +37,20 @@ class Siblings:
         self._waiting = {}
         linear.siblings = Siblings(linear)
 
-    def output(self, linear: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """y (B, T, O) of ``linear`` for ``x`` (B, T, I), with what its updates add; None where it cannot be fused."""
+    def output(self, linear: AdaptedLinear, x: Tensor, remake: Callable[[], Tensor] | None) -> Tensor | None:
+        """y (B, T, O) of ``linear`` for ``x`` (B, T, I), with what its updates add; None where it cannot be fused.
+
+        ``remake`` computes ``x`` again, so that it need not be saved.
+        """
         if x is not self._x or x._version != self._version or linear not in self._waiting:
-            self._compute(linear, x)
+            self._compute(linear, x, remake)
         found = self._waiting.pop(linear, None)
         if not self._waiting:
             self._x = None
         return found
 
-    def _compute(self, linear: AdaptedLinear, x: Tensor) -> None:
-        self._x, self._version, self._waiting = x, x._version, {}
+    def _compute(self, linear: AdaptedLinear, x: Tensor, remake: Callable[[], Tensor] | None) -> None:
+        self._x, self._waiting = None, {}
         own = linear.fusible(x)
         if own is None:
             return
@@ -55,4 +59,5 @@ class Siblings:
             frozen = None if other is linear else other.fusible(x)
             if frozen is not None and frozen.dropout == own.dropout:
                 found[other] = frozen
-        self._waiting = dict(zip(found, outputs(x, list(found.values())), strict=True))
+        self._waiting = dict(zip(found, outputs(x, list(found.values()), remake), strict=True))
+        self._x, self._version = x, x._version

@@ -48,7 +48,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         progress.bar("measuring", total, shown=True) as bar,
     ):
         if training:
-            found = {"rows": bench_train.measure(settings[None], ids, bench, bar)}
+            found = {"rows": bench_train.measure(settings[None], ids, config, bar)}
         else:
             found = decode(settings, ids, bench, bar)
     if device.type == "cuda":

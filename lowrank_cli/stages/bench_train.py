@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.methods.protocol import AddsLoss
-from lowrank_cli.schema import BASE, BenchConfig
+from lowrank_cli.schema import BASE, BenchConfig, BenchRun
 from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.stages.bench_rows import quartiles
 from lowrank_cli.stages.progress import Bar
@@ -34,10 +35,13 @@ class Sample:
     memory: int
 
 
-def measure(models: Mapping[str, Twin], ids: Tensor, bench: BenchConfig, bar: Bar) -> list[dict[str, Any]]:
-    """A row for each of ``models``, trained on the tokens ``ids`` (B, T)."""
+def measure(models: Mapping[str, Twin], ids: Tensor, config: BenchRun, bar: Bar) -> list[dict[str, Any]]:
+    """A row for each of ``models``, trained on the tokens ``ids`` (B, T); our methods with the run's checkpointing."""
+    bench = config.bench
     for twin in models.values():
         twin.model.train()
+        if twin.adapter is not None:
+            recompute(twin.adapter.model, config.hardware.gradient_checkpointing)
     saved = {name: saved_bytes(twin, ids) for name, twin in models.items()}
     cell = in_turns(models, bench.rounds, lambda twin: timed(twin, ids), bar)
     return [row(bench, name, models[name], saved[name], cell) for name in models]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.adapter import state
+from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Calibrates, Settles, Step
 from lowrank_cli.runs import Run, atomic_folder
@@ -69,7 +70,8 @@ class Trainer:
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
         inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
-        self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
+        recompute(session.model, self.config.hardware.gradient_checkpointing)
         self.model = self.accelerator.prepare_model(session.model)
         self.progress: dict[str, Any] = {
             "step": 0,

@@ -1,0 +1,85 @@
+"""Less memory in training: what the backward pass computes again instead of finding it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.families import family_of, layers
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.errors import UserError
+
+KEY = "hardware.gradient_checkpointing"
+
+
+def recompute(model: PreTrainedModel, what: str) -> None:
+    """From now on, training passes of the adapted ``model`` save less; equal outputs and gradients.
+
+    - ``none``: nothing is computed again;
+    - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features;
+    - ``layers``: every layer, from its input (about a third more time; the least memory).
+
+    Raises UserError for a model that has no such part.
+    """
+    if what == "none":
+        return
+    family = family_of(model)
+    if family is None:
+        raise UserError(f"{KEY}: the layers of family '{model.config.model_type}' are not known; set it to none")
+    if what == "feed_forward" and "G" not in family.roles:
+        raise UserError(f"{KEY}: family '{model.config.model_type}' has no gated feed-forward; take layers, or none")
+    for layer in layers(model):
+        if what == "layers":
+            layer.forward = partial(_checkpointed, layer, layer.forward)
+        else:
+            parent = layer.get_submodule(str(family.roles["G"]).rpartition(".")[0])
+            parent.forward = partial(_gated, parent, parent.forward)
+
+
+def _checkpointed(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The hooks of a layer, its router among them, run outside, once."""
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:
+    """down(act(gate(x)) ⊙ up(x)), (B, T, D) -> (B, T, D)."""
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(x)
+    gate, up, down = block.gate_proj(x), block.up_proj(x), block.down_proj
+    product = GatedProduct.apply(gate, up, block.act_fn)  # type: ignore[no-untyped-call]
+    if not isinstance(down, AdaptedLinear):
+        return down(product)
+    return down(product, partial(_product, gate.detach(), up.detach(), block.act_fn))
+
+
+def _product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    return act(gate) * up
+
+
+class GatedProduct(torch.autograd.Function):
+    """act(gate) ⊙ up, elementwise, which saves no more than its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return _product(gate, up, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (to_gate,) = torch.autograd.grad(activated, gate, gradient * up)
+        return to_gate, gradient * activated.detach(), None

@@ -1,0 +1,91 @@
+"""hardware.gradient_checkpointing: the same loss and gradients from less saved memory."""
+
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from lowrank_cli.adapter.recompute import GatedProduct, recompute
+from lowrank_cli.dispatch import single
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import AddsLoss
+from lowrank_cli.runs import Run
+from lowrank_cli.stages.bench_train import saved_bytes
+from lowrank_cli.stages.twins import Twin
+
+WAYS = ["feed_forward", "layers"]
+GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
+
+
+def passed(name, family, what, **settings):
+    """Loss, gradients and saved bytes of one training pass."""
+    method, adapter = small.method(name, **settings), small.adapted(name, family, **settings)
+    recompute(adapter.model, what)
+    adapter.model.train()
+    torch.manual_seed(0)
+    inputs = {"input_ids": small.ids()} | ({"labels": torch.tensor([0, 1, 0])} if "bert" in family else {})
+    output = adapter.model(**inputs)
+    loss = output.loss if "bert" in family else output.logits.square().mean()
+    if isinstance(method, AddsLoss):
+        loss = loss + method.extra_loss(adapter)
+    loss.backward()
+    found = {key: parameter.grad for key, parameter in adapter.trained.items()}
+    return loss.detach(), found, adapter
+
+
+def check(name, family, what, **settings):
+    loss, gradients, _ = passed(name, family, what, **settings)
+    expected, plain, _ = passed(name, family, "none", **settings)
+    torch.testing.assert_close(loss, expected)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[key], msg=key)
+
+
+@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("name", ["lora", "dora", "milora", "moelora", "fanlora"])
+def test_gradients_are_the_same(name, what):
+    check(name, "llama", what, dropout=0.3)
+
+
+@pytest.mark.parametrize("family", GATED[1:])
+def test_the_feed_forward_of_every_gated_family(family):
+    check("lora", family, "feed_forward")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert"])
+def test_the_layers_of_other_families(family):
+    check("lora", family, "layers")
+
+
+def test_less_is_saved():
+    ids = small.ids(4, 16)
+
+    def saved(what):
+        adapter = small.adapted()
+        recompute(adapter.model, what)
+        return saved_bytes(Twin(adapter.model.train()), ids)
+
+    layers, feed_forward, nothing = saved("layers"), saved("feed_forward"), saved("none")
+    assert layers < feed_forward
+    assert nothing - feed_forward == 2 * 2 * 4 * 16 * 48 * 4  # layers × features × rows × tokens × width × bytes
+
+
+def test_the_product_has_the_right_gradient():
+    gate, up = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda gate, up: GatedProduct.apply(gate, up, torch.nn.functional.silu), (gate, up))
+
+
+def test_a_family_without_a_gate_is_refused():
+    with pytest.raises(UserError, match=r"hardware\.gradient_checkpointing: family 'gpt2' has no gated feed-forward"):
+        recompute(small.model("gpt2"), "feed_forward")
+
+
+@pytest.mark.parametrize("what", WAYS)
+def test_training_uses_it(what):
+    quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
+    runs = []
+    for value in ("none", what):
+        single.start("train", [*quick, "method=milora", f"hardware.gradient_checkpointing={value}"], None, "lrk train")
+        runs.append(Run.open(Path("outputs/latest").resolve()))
+    assert runs[1].metrics["dev/loss"] == pytest.approx(runs[0].metrics["dev/loss"], rel=1e-5)

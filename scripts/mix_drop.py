@@ -66,18 +66,22 @@ def main() -> None:
     target = ROOT / "docs" / "results" / args.suite.stem / args.group / "mix_drop.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record | {"git": git_state()}, indent=1) + "\n")
-    against = f"less than {suite['baseline']}'s"
-    table = Table("method", *(f"{part}: alone → mix" for part in parts), "mean drop", "p", against, "p")
+    table = Table(
+        *("method", *(part.removeprefix("tiny_") for part in parts), "drop", "p", f"−{suite['baseline']}", "p"),
+        title=f"Median {args.metric} in %, alone→in the mix; mean drop in points",
+        box=None,
+    )
     for method, result in found.items():
         if not result["seeds"]:
             continue
         medians = [
-            f"{statistics.median(result['alone'][part]):.3f} → {statistics.median(result['mix'][part]):.3f}"
+            "→".join(f"{100 * statistics.median(result[place][part]):.1f}" for place in ("alone", "mix"))
             for part in parts
         ]
-        tested = result["against_baseline"]
-        gain = f"{-statistics.mean(tested['differences']):+.4f}" if tested["differences"] else ""
-        numbers = [f"{statistics.mean(result['drop']):+.4f}", f"{result['p_value']}", gain, f"{tested['p_value']}"]
+        numbers = [f"{100 * statistics.mean(result['drop']):+.1f}", f"{result['p_value']:.3f}"]
+        if method != suite["baseline"]:
+            against = result["against_baseline"]
+            numbers += [f"{100 * statistics.mean(against['differences']):+.1f}", f"{against['p_value']:.3f}"]
         table.add_row(method, *medians, *numbers)
     Console().print(table)
 

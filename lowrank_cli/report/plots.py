@@ -214,7 +214,7 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
 
     rows, columns, panels = entry["rows"], entry["columns"], entry["panels"]
     grids = [_numbers(panel["values"]) for panel in panels]
-    across = min(len(panels), 3 if len(columns) <= 16 else 2)
+    across = min(len(panels), 2 if len(columns) > 16 or len(panels) == 4 else 3)
     down = math.ceil(len(panels) / across)
     width = 0.9 + min(max(0.26 * len(columns), 1.6), 5.5)  # inches of a panel
     figure = Figure(figsize=(width * across + 1, (0.2 * len(rows) + 0.7) * down + 0.6), layout="constrained")

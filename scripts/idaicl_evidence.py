@@ -133,10 +133,10 @@ def margin(plain: Path, ida: Path) -> dict[str, float]:
     """
     margins, offsets, flipped = [], [], []
     for before, after in zip(*(_predictions(path) for path in (plain, ida)), strict=True):
-        scores = before["log_probabilities"]
+        scores = before["scores"]
         best, second = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:2]
         margins.append(scores[best] - scores[second])
-        offsets.append(after["log_probabilities"][best] - after["log_probabilities"][second] - margins[-1])
+        offsets.append(after["scores"][best] - after["scores"][second] - margins[-1])
         flipped.append(before["choice"] != after["choice"])
     return {
         "margin": statistics.median(margins),

@@ -232,19 +232,25 @@ def test_generate_says_the_answer_of_the_best_score(bonus):
     scores = candidate_scores(model, **batch, options=[answers] * len(PROMPTS), rule=rule)
     expected = [max(range(4), key=lambda i: row[i] + bonus[i]) for row in scores]
     processor = AnswerProcessor(rule, answers, bonus, eos=2)
-    made = model.generate(
-        **batch,
-        max_new_tokens=5,
-        do_sample=False,
-        num_beams=processor.beams,
-        length_penalty=0.0,
-        early_stopping=False,
-        logits_processor=[processor],
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    said = [[token for token in row if token not in (0, 2)] for row in made[:, batch["input_ids"].shape[1] :].tolist()]
-    assert said == [answers[index] for index in expected]
+
+    def said(prompts):
+        made = model.generate(
+            **prompts,
+            max_new_tokens=5,
+            do_sample=False,
+            num_beams=processor.beams,
+            length_penalty=0.0,
+            early_stopping=False,
+            logits_processor=[processor],
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        answered = made[:, prompts["input_ids"].shape[1] :].tolist()
+        return [[token for token in row if token not in (0, 2)] for row in answered]
+
+    assert said(batch) == [answers[index] for index in expected]
+    for row, index in enumerate(expected):  # other calls of the same processor, with prompts of other lengths
+        assert said(collate_prompts([PROMPTS[row]], 0)) == [answers[index]]
 
 
 @torch.no_grad()

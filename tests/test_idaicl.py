@@ -121,7 +121,7 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
     sigma = found["0.factor"].t() @ found["0.factor"]
     for record in predictions(run)[:2]:
         (prompt,) = tokens([record["prompt"]])
-        for answer, value in zip(about["answers"], record["log_probabilities"], strict=True):
+        for answer, value in zip(about["answers"], record["scores"], strict=True):
             features = hidden([prompt + answer[:at] for at in range(len(answer))])
             total = 0.0
             for feature, token in zip(features, answer, strict=True):
@@ -131,8 +131,8 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
             assert value == pytest.approx(total, rel=1e-4, abs=2e-3)
     normalised = lrk("evaluate", f"run={run.path}", "method.normalize_length=true")
     for whole, each in zip(predictions(run), predictions(normalised), strict=True):
-        expected = [value / length for value, length in zip(whole["log_probabilities"], lengths, strict=True)]
-        assert each["log_probabilities"] == pytest.approx(expected, abs=1e-4)
+        expected = [value / length for value, length in zip(whole["scores"], lengths, strict=True)]
+        assert each["scores"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
@@ -157,7 +157,7 @@ def test_every_calibration_answers_differently_from_none(fitted, kind):
     ours = lrk("evaluate", *common, f"method.calibration={kind}")
     plain = lrk("evaluate", *common, "method.calibration=none")
     pairs = list(zip(predictions(ours), predictions(plain), strict=True))
-    assert all(a["log_probabilities"] != b["log_probabilities"] and a["label"] == b["label"] for a, b in pairs)
+    assert all(a["scores"] != b["scores"] and a["label"] == b["label"] for a, b in pairs)
 
 
 def test_demonstrations_run_once_for_all_queries_and_probes(fitted, monkeypatch):
@@ -183,10 +183,7 @@ def test_a_demonstration_too_long_for_the_room_changes_no_other_answer():
     uncut = [length <= 5 * room - 2 for length in lengths]  # beside an answer of one token and EOS
     assert any(uncut) and not all(uncut)
     whole, cut = (predictions(lrk("evaluate", *common, f"task.max_length={most}")) for most in (64, room))
-    same = [
-        a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-3)
-        for a, b in zip(whole, cut, strict=True)
-    ]
+    same = [a["scores"] == pytest.approx(b["scores"], abs=1e-3) for a, b in zip(whole, cut, strict=True)]
     assert same == uncut
 
 
@@ -232,7 +229,7 @@ def test_a_share_holds_in_the_statistics_and_in_the_prompts():
     )
     expected = (-2 * tensors["0.shares"].log()).tolist()  # the rare label gains most
     for a, b in zip(plain, weighed, strict=True):
-        gained = [y - x for x, y in zip(a["log_probabilities"], b["log_probabilities"], strict=True)]
+        gained = [y - x for x, y in zip(a["scores"], b["scores"], strict=True)]
         assert gained == pytest.approx(expected, abs=1e-4) and gained[0] > gained[1]
 
 
@@ -460,7 +457,8 @@ def test_orders_keep_the_set_and_sets_follow_the_seed():
 
 def test_confusion_is_the_share_of_each_labels_queries():
     rows = [{"label": 0, "choice": 0}, {"label": 0, "choice": 1}, {"label": 1, "choice": 1}, {"label": 0, "choice": 1}]
-    found = spread.confusion(rows, ["a", "b", "c"], "test")
+    results = [spread.Result(Arrangement(0, 0, 0), "accuracy", 0.5, None, part) for part in (rows[:1], rows[1:])]
+    found = spread.confusion(results, ["a", "b", "c"], "test")
     assert found["values"] == [[1 / 3, 2 / 3, 0], [0, 1, 0], [None, None, None]]
 
 

@@ -80,7 +80,7 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
     records = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(24))
     for record in records:
-        assert ("log_probabilities" in record) == (record["task"] == "tiny_topic")
+        assert ("scores" in record) == (record["task"] == "tiny_topic")
     (figure,) = run.read_json("figures.json")
     assert [panel["title"] for panel in figure["panels"]] == ["tiny_topic", "tiny_arithmetic"]
     for panel in figure["panels"]:

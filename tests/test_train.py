@@ -278,6 +278,6 @@ def test_demonstrations_change_what_the_frozen_model_answers():
     for shots in (0, 8):
         single.start("evaluate", [*common, f"evaluate.shots={shots}"], None, "lrk evaluate")
         lines = (Path("outputs/latest") / "predictions.jsonl").read_text().splitlines()
-        scores.append([json.loads(line)["log_probabilities"] for line in lines])
+        scores.append([json.loads(line)["scores"] for line in lines])
     assert len(scores[0]) == len(scores[1]) == 24
     assert all(zero != eight for zero, eight in zip(*scores, strict=True))

@@ -3,9 +3,9 @@
     processor = AnswerProcessor.from_folder("RUN/statistics", model, tokenizer.eos_token_id)
     model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0, …)
 
-The sum of a finished answer's scores is −Σ log q of its tokens − τ log π: with as many beams as answers (``beams``) no
-answer is lost and the best one is returned. Where the answers' first tokens differ and are all there is, greedy
-decoding gives the same.
+One processor serves any number of calls. The sum of a finished answer's scores is −Σ log q of its tokens − τ log π:
+with as many beams as answers (``beams``) no answer is lost and the best one is returned. Where the answers' first
+tokens differ and are all there is, greedy decoding gives the same.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ FOLLOWED = {"calibration": "ida", "normalize_length": False}  #: settings of the
 
 
 class AnswerProcessor(LogitsProcessor):
-    """Restricts one call of ``generate`` to ``answers`` (token ids); ``bonus`` (C,) is added once for each answer.
+    """Restricts ``generate`` to ``answers`` (token ids); ``bonus`` (C,) is added once for each answer.
 
-    The answer begins where the first scores are asked for, so each call of ``generate`` needs its own processor or
-    :meth:`reset`.
+    The answer begins behind the prompts, which are what the first scores of a call are asked for. Another call is told
+    from the next step of the same one by its length and its prompts; a prompt that is the last one and just the token
+    that was said to it needs :meth:`reset` before.
     """
 
     def __init__(self, rule: TokenRule, answers: Sequence[Sequence[int]], bonus: Sequence[float], eos: int):
@@ -76,12 +77,15 @@ class AnswerProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget where the last answers began."""
-        self.start: int | None = None
+        self.start, self.length = 0, -1  # tokens of the prompts; of them and what was said, in the last step
+        self.prompts: set[tuple[int, ...]] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores of the next token (N, V); log probabilities or logits, since a constant cancels."""
-        if self.start is None:
-            self.start = input_ids.shape[1]
+        prompts = {tuple(row) for row in input_ids[:, : self.start].tolist()}
+        if input_ids.shape[1] != self.length + 1 or not prompts <= self.prompts:
+            self.start, self.prompts = input_ids.shape[1], {tuple(row) for row in input_ids.tolist()}
+        self.length = input_ids.shape[1]
         out = torch.full_like(scores, -torch.inf)
         for row, said in enumerate(input_ids[:, self.start :].tolist()):
             follow = self.following.get(tuple(said))

@@ -207,5 +207,6 @@ class MiLoRA(LoRA):
             "columns": self.roles,
             "values": shares.tolist(),
             "label": "share of prompts",
+            "scale": (0, 1),
         }
         return {"activated_parameters": adapter.count() - idle}, [figure]

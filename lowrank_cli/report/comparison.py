@@ -209,7 +209,7 @@ def _line(line: Sequence[str]) -> str:
 
 
 def curve(section: Section) -> dict[str, Any] | None:
-    """Where one number is all that varies within methods: medians over it, for :func:`lowrank_cli.report.plots.lines`.
+    """Where one number is all that varies within methods: medians and their intervals over it, drawn as ``lines``.
 
     A method without a setting is a level line. None below three numbers.
     """
@@ -222,17 +222,27 @@ def curve(section: Section) -> dict[str, Any] | None:
     columns = sorted(set(swept.values()))
     if len(keys) != 1 or len(columns) < 3:
         return None
-    values: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, Row]] = {}
     for row in section.rows:
         for column in [swept[row.label]] if row.setting else columns:
-            values.setdefault(row.method, {})[column] = row.median
+            found.setdefault(row.method, {})[column] = row
+    seeds = sorted({len(row.values) for row in section.rows})
+    counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    label = (
+        f"{section.metric}, median and interval of {counted} seeds" if seeds[-1] > 1 else f"{section.metric}, 1 seed"
+    )
+
+    def grid(part: str) -> list[list[float | None]]:
+        return [[getattr(line.get(column), part, None) for column in columns] for line in found.values()]
+
     return {
         "title": f"{section.model} · {section.task}",
-        "rows": list(values),
+        "rows": list(found),
         "columns": columns,
-        "values": [[line.get(column) for column in columns] for line in values.values()],
+        "values": grid("median"),
+        **({"low": grid("low"), "high": grid("high")} if seeds[-1] > 1 else {}),
         "column_label": keys.pop(),
-        "label": f"{section.metric}, median of the seeds",
+        "label": label,
     }
 
 

@@ -29,12 +29,13 @@ def draw(run: Run) -> list[Path]:
 
     An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
     where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells, framed where the optional
-    ``outlined`` (rows × columns) is true; ``lines`` draws each row as a line over the numbers in ``columns``; ``box``
-    draws the values of each row, which may differ in number, as a box with its points; ``bubbles`` a disc for each
-    value as colour, its area from ``sizes`` (rows × columns), over the numbers in ``columns``; ``heatmaps`` draws
-    ``panels``, each with ``title`` and ``values`` of its own, as small grids of one scale; ``bars`` draws a group of
-    bars for each row, one a column, with error bars from ``low`` to ``high`` (rows × columns). Optional ``row_label``
-    and ``column_label`` name the axes.
+    ``outlined`` (rows × columns) is true; ``heatmaps`` draws ``panels``, each with ``title`` and ``values`` of its own,
+    as small grids of one scale; the colours of both go from 0 to the largest value, or over the optional ``scale``.
+    ``lines`` draws each row as a line over the numbers in ``columns``, with optional ``low`` and ``high`` (rows ×
+    columns) as a band; ``box`` draws the values of each row, which may differ in number, as a box with its points;
+    ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over the numbers in
+    ``columns``; ``bars`` draws a group of bars for each row, one a column, with error bars from ``low`` to ``high``
+    (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -167,6 +168,7 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     finite = [value for line in values for value in line if math.isfinite(value)] or [0.0]
     low = 0.0 if min(finite) >= 0 else min(finite)
     high = max(finite) if max(finite) > low else low + 1.0
+    low, high = entry.get("scale", (low, high))
     axes.set_facecolor("#eeeeee")  # shows through where a value is missing
     image = axes.imshow(values, cmap="YlGnBu", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=9)
@@ -221,7 +223,7 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False)
     finite = [value for grid in grids for line in grid for value in line if math.isfinite(value)] or [0.0]
-    low, high = min(0.0, min(finite)), max(finite)
+    low, high = entry.get("scale", (min(0.0, min(finite)), max(finite)))
     for at, place in enumerate(axes.flat):
         if at >= len(panels):
             place.set_visible(False)
@@ -246,7 +248,7 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
 
 
 def lines(entry: dict[str, Any]) -> Figure:
-    """Each row of values as a line over the numbers in ``columns``."""
+    """Each row of values as a line over the numbers in ``columns``, in a band from ``low`` to ``high`` if given."""
     from matplotlib import colormaps
     from numpy import linspace
 
@@ -254,8 +256,11 @@ def lines(entry: dict[str, Any]) -> Figure:
     if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
         axes.set_prop_cycle(color=colormaps["viridis"](linspace(0, 0.95, len(entry["rows"]))))
     table = _numbers(entry["values"])
-    for name, values in zip(entry["rows"], table, strict=True):
-        axes.plot(entry["columns"], values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+    lows, highs = (_numbers(entry.get(key, [])) for key in ("low", "high"))
+    for at, (name, values) in enumerate(zip(entry["rows"], table, strict=True)):
+        (line,) = axes.plot(entry["columns"], values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+        if lows:
+            axes.fill_between(entry["columns"], lows[at], highs[at], color=line.get_color(), alpha=0.15, linewidth=0)
     for axis, values in ((axes.xaxis, entry["columns"]), (axes.yaxis, [value for line in table for value in line])):
         if _whole(values):
             _whole_ticks(axis)
@@ -272,7 +277,7 @@ def box(entry: dict[str, Any]) -> Figure:
     width = max(3.6, 1.1 * len(entry["rows"]) + 1.6)
     figure, axes = _figure(width, 4.2)
     places = range(1, len(entry["rows"]) + 1)
-    axes.boxplot(
+    drawn = axes.boxplot(
         entry["values"],
         positions=list(places),
         whis=(0, 100),
@@ -282,12 +287,25 @@ def box(entry: dict[str, Any]) -> Figure:
         meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": DEV, "markersize": 5},
     )
     for place, values in zip(places, entry["values"], strict=True):
-        axes.plot([place] * len(values), values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
+        apart = [place + 0.06 * offset for offset in _beside(values)]
+        axes.plot(apart, values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
+    shown = [drawn["medians"][0], drawn["means"][0]]
+    axes.legend(shown, ["median", "mean"], frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_xticks(list(places), [f"{name}\n(n = {len(v)})" for name, v in zip(entry["rows"], entry["values"])])
     axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
     return figure
+
+
+def _beside(values: list[float]) -> list[float]:
+    """For each value how many places it stands beside the middle, so that equal ones do not cover each other."""
+    seen: dict[float, int] = {}
+    found = []
+    for value in values:
+        number = seen[value] = seen.get(value, -1) + 1
+        found.append((number + 1) // 2 * (-1) ** number)
+    return found
 
 
 def bubbles(entry: dict[str, Any]) -> Figure:

@@ -117,7 +117,7 @@ def _generate_error(session: Session, kept: Fitted, folder: Path) -> float:
     processor = AnswerProcessor.from_folder(folder, session.model, tokenizer.eos_token_id)
     asked = Asked(session, [_calibrates(session)], kept.wordings[0], head_weight(session.model), kept.seed)
     (result,) = asked.results(Arrangement(0, 0, 0), queries, 0)
-    expected = torch.tensor([max(record["log_probabilities"]) for record in result.records])  # (Q,)
+    expected = torch.tensor([max(record["scores"]) for record in result.records])  # (Q,)
     longest = max(len(answer) for answer in answers(session, queries[0])) + 1
     rows = encode.encode_prompts(tokenizer, [q.prompt for q in queries], [session.room() - longest] * len(queries))
     batch = encode.collate_prompts(rows, tokenizer.pad_token_id)
@@ -143,7 +143,7 @@ def evaluate(session: Session, run: Run, fitted: Fitted, split: str) -> dict[str
     curves = method.variants()
     varied = [variant for variants in curves.values() for variant in variants.values()]
     results, *others = arranged(session, [method, *varied], fitted, split)
-    figures = [spread.confusion([r for result in results for r in result.records], session.task.label_words, split)]
+    figures = [spread.confusion(results, session.task.label_words, split)]
     if len(results) > 1:
         figures.append(spread.box(results, split))
     for key, variants in curves.items():

@@ -59,7 +59,7 @@ def choice(example: Example, scores: Sequence[float]) -> dict[str, Any]:
         "prediction": example.choices[best].strip(),
         "label": example.label,
         "choice": best,
-        "log_probabilities": [round(value, 5) for value in scores],
+        "scores": [round(value, 5) for value in scores],
     }
 
 

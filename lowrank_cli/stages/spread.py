@@ -33,15 +33,16 @@ def metrics(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: mean(values), f"{name}_std": stdev(values), f"{name}_worst": min(values)}
 
 
-def confusion(records: Sequence[dict[str, Any]], words: Sequence[str], split: str) -> dict[str, Any]:
-    """The share of each label's queries that got each answer."""
+def confusion(results: Sequence[Result], words: Sequence[str], split: str) -> dict[str, Any]:
+    """The share of each label's queries that got each answer, over all arrangements."""
     counts = [[0] * len(words) for _ in words]
-    for record in records:
+    for record in (record for result in results for record in result.records):
         counts[record["label"]][record["choice"]] += 1
+    behind = f", behind {len(results)} arrangements of demonstrations" if len(results) > 1 else ""
     return {
         "file": "confusion.png",
         "kind": "heatmap",
-        "title": f"Answers to {split} queries of each label",
+        "title": f"Answers to {split} queries of each label{behind}",
         "rows": list(words),
         "columns": list(words),
         "values": [[count / sum(row) if sum(row) else None for count in row] for row in counts],
@@ -52,13 +53,16 @@ def confusion(records: Sequence[dict[str, Any]], words: Sequence[str], split: st
 
 
 def box(results: Sequence[Result], split: str) -> dict[str, Any]:
-    """All results, and those where one of the three choices differs and the others are the first."""
+    """All results, and those where one of the three choices differs and the others are the first.
+
+    Where only one differs at all, that is all results.
+    """
     groups = {"all": [result.value for result in results]}
     for key in ("draw", "permutation", "template"):
         others = [name for name in ("draw", "permutation", "template") if name != key]
         same = [result.value for result in results if not any(getattr(result.way, name) for name in others)]
-        if len(same) > 1:
-            groups[f"{key}s"] = same
+        if 1 < len(same) < len(results):
+            groups[f"{key}s alone"] = same
     return {
         "file": "spread.png",
         "kind": "box",

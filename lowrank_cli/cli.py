@@ -340,14 +340,20 @@ def list_(
         str | None,
         typer.Argument(metavar=f"[{'|'.join(LISTS)}]", help="everything when left out", autocompletion=_complete_list),
     ] = None,
+    method: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="after methods: its keys, explained")] = None,
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
     config_dir: ConfigDir = None,
 ) -> None:
-    """List methods, models, tasks, hardware, recipes and runs."""
-    from lowrank_cli.dispatch.plan import print_list
+    """List methods, models, tasks, hardware, recipes and runs, or the keys of one method."""
+    from lowrank_cli.dispatch.plan import print_keys, print_list
 
     if what is not None and what not in LISTS:
         raise unknown("list", what, LISTS)
+    if method is not None:
+        if what != "methods":
+            raise UserError(f"list: '{method}' after '{what}'; keys are explained of a method: lrk list methods NAME")
+        print_keys(method, config_dir)
+        return
     for name in LISTS if what is None else (what,):
         print_list(name, outputs, config_dir)
 

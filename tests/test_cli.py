@@ -88,6 +88,9 @@ def test_list_says_what_there_is(lrk):
     assert "milora" in lrk("list", "methods").out and "once per prompt" in lrk("list", "methods").out
     assert "no runs yet" in everything
     assert "did you mean 'tasks'" in one_line(lrk("list", "taks"))
+    assert "method.k" in lrk("list", "methods", "milora").out
+    assert "did you mean 'milora'" in one_line(lrk("list", "methods", "milra"))
+    assert "lrk list methods NAME" in one_line(lrk("list", "tasks", "trec"))
 
 
 def test_list_shows_the_users_own(lrk):

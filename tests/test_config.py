@@ -12,6 +12,7 @@ import yaml
 
 from lowrank_cli import config, methods, schema
 from lowrank_cli.config import composition, folders
+from lowrank_cli.config.keys import comments, method_keys
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, provenance
 
@@ -310,3 +311,23 @@ def test_quoting_survives_hydras_parser():
     for value in ["a", "it's", "\\", "\\'", "a\\\\'b\\", "'", "x, y"]:
         parsed = OverridesParser.create().parse_override(f"key={composition.quoted(value)}")
         assert parsed.value() == value
+
+
+class Commented:
+    """A field: of no meaning."""
+
+    #: ``one``;
+    #: and more
+    first: int = 1
+    second: int = 2  #: two or three
+    third: int = 3
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_key_of_a_method_is_explained(name):
+    rows = method_keys(name, None)
+    assert [key for key, _, meaning in rows if not meaning] == []
+
+
+def test_a_comment_is_found_above_a_field_and_behind_it():
+    assert comments(Commented) == {"first": "one; and more", "second": "two or three"}

@@ -12,6 +12,7 @@ from rich.text import Text
 from lowrank_cli import methods
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.folders import description, files
+from lowrank_cli.config.keys import method_keys
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import all_runs
@@ -117,6 +118,18 @@ def _bench(config: BenchRun) -> list[tuple[str, str]]:
         ("rounds", f"{bench.rounds} and one to warm up"),
         ("seed", str(config.seed)),
     ]
+
+
+def print_keys(method: str, config_dir: str | None) -> None:
+    """What can be set in ``method=METHOD``, to which values its file sets it, and what it means."""
+    table = Table(title=f"method={method}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold", max_width=24)
+    table.add_column(overflow="fold")
+    table.show_header = False
+    for key, value, meaning in method_keys(method, config_dir):
+        tables.add(table, Text(f"method.{key}"), value, meaning)
+    Console(highlight=False).print(tables.Trimmed(table), crop=False)
 
 
 def print_list(what: str, outputs: str, config_dir: str | None) -> None:

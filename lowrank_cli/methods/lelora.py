@@ -48,7 +48,7 @@ class LeLoRAConfig(LoRAConfig):
     reward: str = MISSING  #: ``per_matrix`` (first-order shares of the drop) or ``global`` (dev loss, the same for all)
     probe: int = MISSING  #: dev batches, the same in all phases, for the loss that is logged and for ``global``
     refresh: float = MISSING  #: change of a large matrix, relative to its norm, after which it is decomposed again
-    policy_learning_rate: float = MISSING
+    policy_learning_rate: float = MISSING  #: of the policy network (Adam)
     entropy: float = MISSING  #: weight of the entropy bonus
 
     def validate(self) -> None:

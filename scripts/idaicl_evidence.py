@@ -26,6 +26,7 @@ from lowrank_cli.calibration import store
 from lowrank_cli.config import compose
 from lowrank_cli.dispatch import single
 from lowrank_cli.report import plots
+from lowrank_cli.report.statistics import sign_flip_test
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 
@@ -157,9 +158,17 @@ def tables(cells: list[dict[str, Any]], margins: list[dict[str, Any]]) -> str:
         groups.setdefault((cell["task"], f"{cell['part']}, m = {m}", str(cell["shares"][0])), {})[
             cell["calibration"]
         ] = cell
-    rows = [[*key, *(_cell(found.get(name)) for name in CALIBRATIONS)] for key, found in groups.items()]
-    head = ["task", "demonstrations", "share of the first label in D", *CALIBRATIONS]
-    lines = ["Accuracy in %: mean ± standard deviation over sets, orders or wordings (worst).", "", *_table(head, rows)]
+    rows = [
+        [*key, *(_cell(found.get(name)) for name in CALIBRATIONS), *_against_plain(found)]
+        for key, found in groups.items()
+    ]
+    head = ["task", "demonstrations", "share of the first label in D", *CALIBRATIONS, "ida − none", "p"]
+    lines = [
+        "Accuracy in %: mean ± standard deviation over sets, orders or wordings (worst); at the end the mean",
+        "difference in points over the same sets, orders or wordings, with its sign-flip test.",
+        "",
+        *_table(head, rows),
+    ]
     rows = [
         [
             row["task"],
@@ -202,6 +211,15 @@ def _cell(cell: dict[str, Any] | None) -> str:
     if cell["std"] is None:
         return f"{100 * cell['mean']:.1f}"
     return f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f} ({100 * cell['worst']:.1f})"
+
+
+def _against_plain(found: dict[str, dict[str, Any]]) -> list[str]:
+    if "none" not in found or "ida" not in found:
+        return ["", ""]
+    pairs = zip(found["ida"]["values"], found["none"]["values"], strict=True)
+    differences = [ida - plain for ida, plain in pairs]
+    p = sign_flip_test(differences) if len(differences) > 1 else None
+    return [f"{100 * statistics.mean(differences):+.1f}", "" if p is None else f"{p:.3f}"]
 
 
 def _mean_and_worst(point: tuple[float, ...]) -> str:

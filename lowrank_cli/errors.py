@@ -38,9 +38,19 @@ def inside(key: str, full: str) -> Iterator[None]:
 
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``allowed``, or the empty string."""
-    match = difflib.get_close_matches(str(value), [str(item) for item in allowed], n=1, cutoff=0.5)
+    """``"; did you mean 'x'?"`` for the closest of ``allowed``, else the first that ``value`` is a part of; or empty.
+
+    Never the opposite: of ``imbalanced`` only the end is like ``ballanced``.
+    """
+    word, names = str(value), [str(item) for item in allowed]
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    match = [name for name in close if _alike(word, re.sub(r"^(im|in|un|dis)", "", name)) <= _alike(word, name)]
+    match += [name for name in names if len(word) > 2 and word in name]
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _alike(word: str, name: str) -> float:
+    return difflib.SequenceMatcher(None, name, word).ratio()
 
 
 def unknown(key: str, value: object, allowed: Iterable[object]) -> UserError:

@@ -146,7 +146,7 @@ MISTAKES = {
         "evaluate",
         "method=idaicl",
         "task=cb",
-    ): "run: no finished run of method=idaicl under 'outputs'; start one with: lrk train method=idaicl task=cb",
+    ): "run: no finished run of method=idaicl task=cb under 'outputs'; start one with: lrk train method=idaicl task=cb",
     ("evaluate", "run=nowhere"): "run: there is no folder 'nowhere'",
     ("run",): "recipe: missing; choose one of ",
     ("train", "-m", "seed=0,1", "method.rank=0"): "method.rank: 0 is out of range",

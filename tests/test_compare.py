@@ -11,6 +11,7 @@ import random
 from statistics import median
 
 import pytest
+import yaml
 from rich.console import Console
 
 from lowrank_cli.errors import UserError
@@ -277,6 +278,35 @@ def test_evaluations_alone_keep_the_training_settings_apart(add):
     }
 
 
+def test_an_adapter_measured_with_other_values_is_a_row_of_its_own(add):
+    three = add("milora", 0, 0.8, config={"method.k": 3})
+    add("milora", 0, 0.9, config={"method.k": 5})
+    add("milora", 0, 0.1, stage="evaluate", run=three.path, config={"method.k": 5})
+    add("milora", 0, 0.2, stage="evaluate", run=three.path, config={"method.k": 3}, task="tiny_topic")
+    elsewhere = {("tiny_topic", "trained.task=tiny_yesno"): 0.2}
+    others = [path for path in sorted((add.outputs / "day").iterdir()) if path != three.path]
+    for paths, expected in (
+        ([], {"k=3": 0.8, "k=5": 0.9, "k=5 trained.k=3": 0.1}),
+        (others, {"": 0.9, "trained.k=3": 0.1}),  # the training is not among them
+    ):
+        rows, markdown, _ = run_compare(add, paths)
+        found = {(row["task"], row["setting"]): float(row["median"]) for row in rows}
+        assert found == elsewhere | {("tiny_yesno", setting): value for setting, value in expected.items()}
+        assert "replaced" not in markdown
+
+
+def test_statistics_are_not_trained_with_the_settings_of_an_evaluation(add):
+    lora = add("lora", 0, 0.8, config={"method.rank": 4})
+    fit = add("idaicl", 0, 0.5, config={"method.calibration": "ida"})
+    above = add("idaicl", 0, 0.6, config={"method.calibration": "ida", "train.x": 1})
+    for run, below in ((fit, None), (above, lora)):
+        (run.path / "statistics").mkdir()
+        run.write_text("config.yaml", yaml.safe_dump(run.config() | {"run": below and str(below.path)}))
+        add("idaicl", 0, 0.7, stage="evaluate", run=run.path, config={"method.calibration": "conca"})
+    settings = {row["setting"] for row in run_compare(add)[0] if row["method"] == "idaicl"}
+    assert sum("trained.method=lora" in setting for setting in settings) == 2 and len(settings) == 4
+
+
 def test_sweep_and_recipe_folders_and_single_runs(add):
     day = add.outputs / "day"
     for job in range(3):
@@ -419,6 +449,17 @@ def test_errors_name_what_is_wrong(add, tmp_path):
     with pytest.raises(UserError, match="is a file; name a folder"):
         compare([], None, None, str(tmp_path / "file"), str(add.outputs))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_of_several_rows_with_nothing_to_compare_names_them(add):
+    for calibration in ("none", "ida"):
+        add("idaicl", 0, 0.5, config={"method.calibration": calibration})
+    with pytest.raises(UserError, match=r"several settings; name one of: 'idaicl calibration=(none|ida)'; 'idaicl c"):
+        run_compare(add, baseline="idaicl")
+    with pytest.raises(UserError, match=r"unknown value 'none'; did you mean 'idaicl calibration=none'\?"):
+        run_compare(add, baseline="none")
+    with pytest.raises(UserError, match=r"--metric: unknown value 'acc'; did you mean 'test/accuracy'\?"):
+        run_compare(add, metric="acc")
 
 
 def test_no_finished_runs_and_no_quality_metric(add):

@@ -53,7 +53,13 @@ def test_defaults_train_milora_on_the_bundled_model():
 
 
 def test_values_are_typed_and_lists_are_lists():
-    overrides = ["train.learning_rate=1e-4", "train.max_steps=null", "method.target_modules=[Q,V]", "seed=7"]
+    overrides = [
+        "train.learning_rate=1e-4",
+        "train.max_steps=null",
+        "method.target_modules=[Q,V]",
+        "method.k=2",
+        "seed=7",
+    ]
     composed = config.compose("train", [*overrides, "method.alpha=4"])
     assert composed.config.train.learning_rate == 1e-4 and composed.config.train.max_steps is None
     assert composed.config.method.target_modules == ["Q", "V"] and composed.config.method.alpha == 4.0
@@ -257,6 +263,48 @@ def test_evaluate_finds_the_run_of_a_method():
     used = config.compose("evaluate", ["method=lora"]).config
     assert used.run == str(lora.path.absolute()) and used.method.rank == 3
     assert "start one with: lrk train method=full" in refused(["method=full"], "evaluate")
+
+
+def test_evaluate_asks_as_the_run_did_on_its_own_task():
+    run = trained(["task=tiny_arithmetic", "evaluate.shots=8", "evaluate.num_beams=3"])
+    used = config.compose("evaluate", []).config.evaluate
+    assert (used.shots, used.num_beams) == (8, 3)
+    used = config.compose("evaluate", [f"run={run.path}", "evaluate.shots=2"]).config.evaluate
+    assert (used.shots, used.num_beams) == (2, 3)
+    used = config.compose("evaluate", [f"run={run.path}", "task=tiny_yesno"]).config.evaluate
+    assert (used.shots, used.num_beams) == (0, 1)
+
+
+def test_a_job_below_latest_is_saved_by_its_own_name():
+    run = trained()
+    (run.path / "01-train").mkdir()
+    for file in ("run.json", "config.yaml", "metrics.json"):
+        shutil.copy(run.path / file, run.path / "01-train" / file)
+    used = config.compose("evaluate", ["run=outputs/latest/01-train", "model.path=outputs/latest"]).config
+    assert (used.run, used.model.path) == (str(run.path.absolute() / "01-train"), str(run.path.absolute()))
+
+
+def test_statistics_are_found_by_their_task():
+    topic = trained(["method=idaicl", "task=tiny_topic"])
+    trained(["method=idaicl", "task=tiny_sentiment"])
+    found = config.compose("evaluate", ["method=idaicl", "task=tiny_topic"]).config
+    assert found.run == str(topic.path.absolute())
+    assert "lrk train method=idaicl task=cb" in refused(["method=idaicl", "task=cb"], "evaluate")
+
+
+def test_what_a_run_keeps_was_made_with():
+    run = trained(["method=lora"])
+    message = refused([f"run={run.path}", "method.rank=4"], "evaluate")
+    assert message.startswith(f"method.rank: 4, but '{run.path}' was made with 8; leave it out, or make another")
+    assert message.endswith("lrk train method=lora task=tiny_yesno method.rank=4")
+    message = refused([f"run={run.path}", "model=gpt2"], "evaluate")
+    assert message.startswith(f"model: '{run.path}' was made with 'llama', not 'gpt2'; leave model out")
+    folder = config.compose("evaluate", [f"run={run.path}", "model=gpt2", "model.path=x"]).config
+    assert folder.model.name == "gpt2"
+    fitted = trained(["method=idaicl", "task=sst2", "method.templates=2"])
+    config.compose("evaluate", [f"run={fitted.path}", "method.templates=1"])
+    message = refused([f"run={fitted.path}", "method.templates=3"], "evaluate")
+    assert message.endswith("lrk train method=idaicl task=sst2 method.templates=3")
 
 
 def test_switching_a_group_replaces_its_values():

@@ -137,7 +137,7 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
 
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
     monkeypatch.setattr("lowrank_cli.stages.calibrate.fit", None)
-    again = lrk("evaluate", f"run={fitted.path}", "evaluate.shots=4")
+    again = lrk("evaluate", f"run={fitted.path}")  # with its task, templates, draws and shots
     assert predictions(again) == predictions(fitted)
     assert again.metrics["test/accuracy"] == fitted.metrics["test/accuracy"]
 
@@ -347,18 +347,22 @@ def test_prompts_of_a_routed_adapter_are_never_cut():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.features=prompt"], "were fitted with answered True, not False; fit them again"),
-        (["method.templates=3"], "were fitted with templates"),
+        (["method.features=prompt"], "method.features: prompt, but .* was made with answer; leave it out"),
         (["task.limit=23"], r"were fitted with data 24 examples \(\w+\), not 23 examples"),
-        (["task.max_length=63"], "were fitted with max_length 64, not 63"),
-        (["method.templates=99"], r"method.templates: 99, but task=tiny_sentiment has \d+ of them"),
-        (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
+        (["task.max_length=63"], "were fitted with max_length 64, not 63; .*method.templates=2 task.max_length=63"),
+        (["export.format=lora"], "export.format: 'idaicl' exports its statistics"),
         (["evaluate.shots=25"], "evaluate.shots: 25 are asked for, there are 24 demonstrations"),
     ],
 )
 def test_statistics_of_something_else_are_refused(fitted, overrides, message):
     with pytest.raises(UserError, match=message):
-        lrk("evaluate", f"run={fitted.path}", *overrides)
+        lrk("export" if "export" in overrides[0] else "evaluate", f"run={fitted.path}", *overrides)
+
+
+def test_options_without_effect_are_said(fitted, capsys):
+    lrk("evaluate", f"run={fitted.path}", "evaluate.shots=0", "method.draws=2", "method.templates=1")
+    said = capsys.readouterr().err
+    assert "method.draws=2 has no effect with evaluate.shots=0" in said and "permutations" not in said
 
 
 @pytest.mark.parametrize(
@@ -367,7 +371,10 @@ def test_statistics_of_something_else_are_refused(fitted, overrides, message):
         (["method.calibration=idaa"], "method.calibration: unknown value 'idaa'; did you mean 'ida'?"),
         (["method.strength=-1"], "method.strength: -1.0 is out of range"),
         (["method.share=0.5"], "method.share: 0.5 with method.demonstrations=random"),
-        (["method.demonstrations=imbalanced"], "method.share: None with method.demonstrations=imbalanced"),
+        (["method.demonstrations=imbalanced"], "method.share: missing; method.demonstrations=imbalanced"),
+        (["method.demonstrations=ballanced"], "method.demonstrations: unknown value 'ballanced' (allowed: random"),
+        (["method.templates=99"], "method.templates: 99, but task=tiny_sentiment has"),
+        (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
         (["method.demonstrations=similar", "method.draws=2"], "method.draws: 2, but similar demonstrations"),
         (["method.taus=[1]", "method.calibration=none"], "method.taus: a curve of calibration=ida"),
         (["model=minilm"], "method: 'idaicl' would leave the head of the encoder minilm random"),

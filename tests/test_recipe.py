@@ -88,6 +88,13 @@ def test_a_methods_key_goes_to_the_stages_of_methods_that_have_it():
     assert planned["train"].config.method.rank == planned["lora"].config.method.rank == 2
 
 
+def test_a_methods_key_overrides_what_later_stages_set_themselves():
+    composed = recipe.check("run", ["recipe=idaicl_gpt2_large", "method.templates=15", "method.draws=1"], None)
+    found = {name: part.config.method for name, part in recipe.parts(composed, None)}
+    assert {(method.templates, method.draws) for method in found.values()} == {(15, 1)}
+    assert found["fit"].calibration == "ida" and found["conca"].calibration == "conca"
+
+
 def test_beams_of_the_shipped_recipe_want_generated_answers():
     (_, train), (_, test) = recipe.parts(recipe.check("run", ["recipe=milora"], None), None)
     assert (train.config.task.answer, test.config.evaluate.num_beams) == ("free", 3)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 from rich.console import Console
 
 from lowrank_cli.report import plots, scores, tables
@@ -113,6 +115,15 @@ def test_end_of_an_evaluation_and_of_a_failure(make):
     failed.fail("train: the loss is nan at step [3]")
     shown = text(tables.end_of_run(failed), width=300)
     assert "the loss is nan at step [3]" in shown and f"lrk train --resume {tables.shown(failed.path)}" in shown
+
+
+def test_how_answers_were_asked_for_is_shown_where_not_plainly(make):
+    run = make(stage="evaluate")
+    run.finish({"test/accuracy": 0.7})
+    assert "shots" not in text(tables.end_of_run(run))
+    run.write_text("config.yaml", yaml.safe_dump({"evaluate": {"shots": 8, "num_beams": 1}}))
+    shown = text(tables.end_of_run(run))
+    assert re.search(r"shots +8 ", shown) and "beams" not in shown
 
 
 def test_results_over_arrangements_are_shown_with_their_spread(make):

@@ -13,7 +13,7 @@ import yaml
 
 from lowrank_cli import runs
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs import Run, all_runs, atomic_folder, atomic_write, config_hash, discard, find, provenance
+from lowrank_cli.runs import Run, all_runs, atomic_folder, atomic_write, config_hash, discard, find, provenance, settled
 
 CHOICES = {"model": "llama", "task": "tiny_yesno", "hardware": "cpu", "method": "milora"}
 
@@ -187,6 +187,21 @@ def test_the_newest_finished_run_is_found():
 def test_latest_stands_for_the_folder_it_points_at():
     run = create()
     assert Run.open("outputs/latest").path == run.path
+
+
+def test_a_job_below_latest_keeps_its_folder_when_latest_moves_on():
+    run = create()
+    job = create(folder=run.path / "01-fit")
+    found = Run.open("outputs/latest/01-fit")
+    create()
+    assert found.path == job.path and Run.open(found.path).info["stage"] == "train"
+    assert settled("outputs/elsewhere") == Path("outputs/elsewhere")
+
+
+def test_a_folder_that_is_not_there_has_a_nearest_match():
+    run = create()
+    with pytest.raises(UserError, match=f"; did you mean '{run.path.name}'"):
+        Run.open(str(run.path)[:-1])
 
 
 def test_a_recipe_is_no_training_run():

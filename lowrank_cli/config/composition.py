@@ -55,6 +55,7 @@ READS = {
     "prune": (*ADAPTERS, "score"),
 }
 NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
+ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -146,7 +147,23 @@ def compose(
             del cfg["hydra"]
             if verb == "bench":
                 cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
-        return _finish(verb, cfg, choices, asked)
+        composed = _finish(verb, cfg, choices, asked)
+    if source is not None and verb != "train":
+        _check_made_with(composed.config.method, source)
+    return composed
+
+
+def _check_made_with(method: schema.MethodConfig, source: Source) -> None:
+    """Refuse values of its own method that do not go with what the source keeps."""
+    made = source.resolved["method"]
+    changed = method.unfit(made) if method.name == made["name"] else []
+    if changed:
+        key, others = changed[0], " ".join(f"method.{key}={getattr(method, key)}" for key in changed)
+        task = source.choices["task"]
+        raise UserError(
+            f"method.{key}: {getattr(method, key)}, but '{source.path}' was made with {made.get(key)}; leave it out, "
+            f"or make another run with: lrk train method={source.choices['method']} task={task} {others}"
+        )
 
 
 def restore(run: runs.Run) -> Composed:
@@ -216,6 +233,9 @@ def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> So
             if path is not None:
                 raise UserError(f"run: method={wanted['method']} is never trained, so it has no run")
             return None
+        fitted = name in methods.names() and methods.can(name, Calibrates)
+        if fitted and load.repository.config_exists(f"task/{given.get('task')}"):
+            wanted["task"] = given["task"]  # what it keeps is of one task
     others = {group: given[group] for group in GROUPS if group in given and group not in wanted}
     run = runs.find(path, READS[verb], outputs, wanted, others)
     return Source(str(run.path), run.config(), run.info.get("choices", {}))
@@ -228,11 +248,12 @@ def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:
 def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Override]) -> list[str]:
     """Overrides that choose the source's sections where the user leaves the choice alone, then the user's.
 
-    The method is the source's own, or one that calibrates its model.
+    The method is the source's own, or one that calibrates its model. With the source's task comes how it was asked.
     """
     given = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
     fresh = given.get("method", method) != method
+    _check_model(load, source, given)
     if fresh:
         _check_calibrates(verb, load, source, given.get("method"))
     adopted = [group for group in GROUPS if given.get(group) in (None, source.choices.get(group))]
@@ -244,7 +265,21 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Overr
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
     own = [item.input_line for item in parsed if item.key_or_group not in adopted]
     seed = [] if "seed" in given else [f"seed={source.resolved['seed']}"]
-    return [*(f"{group}={FROM_RUN}" for group in adopted), *seed, *own]
+    before = source.resolved.get("evaluate", {}) if "task" in adopted and hasattr(VERBS[verb](), "evaluate") else {}
+    asked = [f"evaluate.{key}={before[key]}" for key in ASKED if key in before and f"evaluate.{key}" not in given]
+    return [*(f"{group}={FROM_RUN}" for group in adopted), *seed, *asked, *own]
+
+
+def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) -> None:
+    """Refuse another model, unless it is a folder, in which the same weights may lie."""
+    choice, used = given.get("model"), source.choices.get("model")
+    if choice in (None, used) or given.get("model.path") or not load.repository.config_exists(f"model/{choice}"):
+        return
+    if not load.repository.load_config(f"model/{choice}").config.get("path"):
+        raise UserError(
+            f"model: '{source.path}' was made with '{used}', not '{choice}'; leave model out (model.path=FOLDER says "
+            f"where its weights lie)"
+        )
 
 
 def _check_calibrates(verb: str, load: ConfigLoaderImpl, source: Source, choice: str | None) -> None:
@@ -268,7 +303,7 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
         group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):
-            OmegaConf.update(cfg, key, os.path.abspath(os.path.expanduser(path)))
+            OmegaConf.update(cfg, key, os.path.abspath(runs.settled(os.path.expanduser(path))))
 
 
 def _literal_path(override: str) -> str:

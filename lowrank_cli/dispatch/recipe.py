@@ -2,7 +2,8 @@
 
 ``outputs/<date>/<time>-recipe-<name>/`` is itself a run folder, with ``recipe.json`` (the stages and their states)
 and one run folder ``<nn>-<stage name>`` for each stage. ``{name}`` in the overrides of a stage is the run folder of
-the earlier stage of that name; a stage with ``run={name}`` takes model, task, method and hardware from there.
+the earlier stage of that name; a stage with ``run={name}`` takes model, task, method and hardware from there. What the
+user sets goes to every stage that knows it; in one with ``run={name}``, of these four only what it sets itself.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ def _knows(kind: Any, key: str) -> bool:
 
 
 def _takes(entry: dict[str, Any], key: str) -> bool:
-    """Whether a stage's verb and method know the key, and it does not come from an earlier stage."""
-    inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None
+    """Whether a stage's verb and method know the key, and it sets it itself or does not get it from an earlier one."""
+    own = any(override.partition("=")[0] == key for override in entry["overrides"])
+    inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None and not own
     known = entry["stage"] in VERBS and _knows(VERBS[entry["stage"]], key)
     if key.startswith("method."):
         chosen = [override.removeprefix("method=") for override in entry["overrides"] if override.startswith("method=")]

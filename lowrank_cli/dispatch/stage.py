@@ -15,7 +15,7 @@ from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
 from lowrank_cli.errors import LrkError, UserError
-from lowrank_cli.methods.protocol import Adapts
+from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, settings, tables
 from lowrank_cli.runs import PENDING, Run
 from lowrank_cli.schema import RunConfig
@@ -48,12 +48,14 @@ def check(
         has = ", ".join(sorted(can)) or "none"
         raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
     _refuse_what_would_do_nothing(config)
+    if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
+        _refuse_what_cannot_be_calibrated(composed, method.plan())
     if verb == "export" and (reason := methods.unmergeable(config.method.name)):
         able = [name for name in methods.names() if "export" in methods.capabilities(name)]
         able = [name for name in able if not methods.unmergeable(name)]
         raise UserError(
             f"method: '{composed.choices['method']}' has no export: {reason}, so no single weight equals them "
-            f"(allowed: {', '.join(able)}); name such a run with run=FOLDER"
+            f"(allowed: {', '.join(able)}; run=FOLDER names such a run)"
         )
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
@@ -92,10 +94,31 @@ def _refuse_what_would_do_nothing(config: Any) -> None:
                 f"has none; set evaluate.shots=0"
             )
         if not methods.can(config.method.name, Adapts):
+            trained = "" if "train" in methods.capabilities(config.method.name) else "train it, or "
             raise UserError(
                 f"method: '{config.method.name}' would leave the head of the encoder {config.model.name} random; "
-                f"train it, or take a causal model"
+                f"{trained}take a causal model (such as model=llama)"
             )
+
+
+def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
+    """A task without what a calibrating method asks of it, and options of an export that it has no use for."""
+    task = composed.config.task
+    if task.answer != "labels":
+        raise UserError(
+            f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "
+            f"(task.answer=labels)"
+        )
+    if plan.templates > 1 + len(task.templates):
+        raise UserError(
+            f"method.templates: {plan.templates}, but task={task.name} has {1 + len(task.templates)} of them "
+            f"(allowed: 1 to {1 + len(task.templates)})"
+        )
+    given = [override.partition("=")[0] for override in composed.overrides]
+    for key in ("export.format", "export.rank"):
+        if key in given:
+            name = composed.choices["method"]
+            raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")
 
 
 def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -40,6 +40,7 @@ CHOICES = ("random", "similar", "dissimilar", "imbalanced")
 class IDAICLConfig(MethodConfig):
     """How answers are scored, which demonstrations stand in the prompt, and over how many of them to report."""
 
+    made_with: ClassVar[tuple[str, ...]] = ("features", "examples", "share")
     #: ``ida``; ``none`` (plain in-context learning); ``conca``, ``dconca`` (divided by what content-free inputs give);
     #: ``proca`` (a mixture over the answers' probabilities)
     calibration: str = MISSING
@@ -63,6 +64,10 @@ class IDAICLConfig(MethodConfig):
     strengths: list[float] = MISSING  #: values of ``strength`` for a curve, all out of the run's own passes
     taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
 
+    def unfit(self, made: Mapping[str, Any]) -> list[str]:
+        """Of templates those that were fitted, or fewer, are there."""
+        return [*super().unfit(made), *(["templates"] if self.templates > made.get("templates", 1) else [])]
+
     def validate(self) -> None:
         require_choice("method.calibration", self.calibration, CALIBRATIONS)
         require_choice("method.features", self.features, ("answer", "prompt"))
@@ -82,7 +87,11 @@ class IDAICLConfig(MethodConfig):
             raise UserError(
                 f"method.demonstrations: proca asks examples of D, whose most {self.demonstrations} is known"
             )
-        if (self.share is not None) != (self.demonstrations == "imbalanced"):
+        if self.share is None and self.demonstrations == "imbalanced":
+            raise UserError(
+                "method.share: missing; method.demonstrations=imbalanced needs the share of the first label, 0 to 1"
+            )
+        if self.share is not None and self.demonstrations != "imbalanced":
             raise UserError(
                 f"method.share: {self.share} with method.demonstrations={self.demonstrations}; "
                 f"a share goes with method.demonstrations=imbalanced, and only with it"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class LowRankConfig(MethodConfig):
     """What every low-rank module has."""
 
+    made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha")
     rank: int = MISSING  #: R, at most the smaller side of any target
     alpha: float = MISSING  #: the update is scaled by alpha / rank
     dropout: float = MISSING  #: probability of zeroing an input of A during training
@@ -46,6 +47,7 @@ class LowRankConfig(MethodConfig):
 class LoRAConfig(LowRankConfig):
     """One low-rank module on each target linear."""
 
+    made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha", "target_modules")
     #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
     target_modules: list[str] = MISSING
 

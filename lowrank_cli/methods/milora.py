@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 POOLERS = ("self_attention", "average", "max", "last_token")
 ACTIVATIONS = ("rational", "gelu", "relu")
+ROLES = "QKVOGUD"  #: each one module of a layer
 
 
 @dataclass
@@ -70,8 +71,18 @@ class MiLoRAConfig(LoRAConfig):
         require_range("method.numerator_order", self.numerator_order, 3, 8)
         require_range("method.denominator_order", self.denominator_order, 2, self.numerator_order - 1)
         require_range("method.k", self.k, 1, 7)
+        if set(self.target_modules) <= set(ROLES):
+            self.check_k(len(set(self.target_modules)))
         require_range("method.load_balance", self.load_balance, 0)
         require_range("method.activation_learning_rate", self.activation_learning_rate, 0)
+
+    def check_k(self, modules: int) -> None:
+        """Raise UserError unless ``k`` of so many ``modules`` of a layer can be active."""
+        if not 1 <= self.k <= modules:
+            raise UserError(
+                f"method.k: {self.k} is out of range (allowed: 1 to {modules}): it is how many modules of a layer are "
+                f"active, and method.target_modules=[{','.join(self.target_modules)}] has {modules}; set method.k"
+            )
 
 
 class MiLoRA(LoRA):
@@ -96,7 +107,7 @@ class MiLoRA(LoRA):
         if strangers:
             raise UserError(f"method.target_modules: '{strangers[0]}' has no role in a layer; milora routes roles")
         self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
-        require_range("method.k", self.config.k, 1, len(self.roles))
+        self.config.check_k(len(self.roles))
         blocks = layers(model)
         found = {(site.layer, site.role): adapter.modules[site.key] for site in adapter.sites.values()}
         places = [[(index, role) for role in self.roles] for index in range(len(blocks))]

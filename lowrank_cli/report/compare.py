@@ -3,6 +3,7 @@
 Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
 that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
 seed. It is named by the values that most of the section's runs do not have; those that they have stand above it.
+An adapter that was measured with other values than it was trained with is a row of its own, ``trained.KEY=VALUE``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ IRRELEVANT = {
     "train.log_every",
     "train.checkpoint_every",
 }
+
+TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
 
 Setting = tuple[tuple[str, str], ...]  #: keys and values
 
@@ -134,6 +137,7 @@ def _result(run: Run) -> Result:
     config, stages = _lineage(run)
     if stages:
         config["adapter"] = " + ".join(stages)
+    config["trained"] = _trained_otherwise(run, config)
     measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
     metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     return Result(
@@ -160,6 +164,30 @@ def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
             earlier, made = _lineage(Run.open(config["run"]))
             return {**earlier, **config, "seed": earlier["seed"]}, made + stages
     return config, stages
+
+
+def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter that a run measured was trained with, where ``config`` says otherwise; statistics are fitted."""
+    try:
+        while run.info.get("stage") != "train" or (run.path / "statistics").is_dir():
+            if not (earlier := run.config().get("run")):
+                return {}
+            run = Run.open(earlier)
+        trained = run.config()
+    except UserError:  # it may be gone
+        return {}
+    found: dict[str, Any] = {}
+    for group in ("method", "task", "hardware"):
+        then, now = trained.get(group, {}), config.get(group, {})
+        if then.get("name") != now.get("name"):
+            found[group] = then.get("name")
+            continue
+        used = dict(_flat(now))
+        for key, value in _flat(then):
+            full = f"{group}.{key}"
+            if key in used and used[key] != value and not IRRELEVANT & {full, full.rpartition(".")[0]}:
+                found[key] = json.loads(value)
+    return found
 
 
 def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -207,11 +235,14 @@ def _own_metric(results: list[Result]) -> str:
 
 
 def _setting(result: Result, section: list[Result]) -> Setting:
-    """Keys that vary in the section and, of the method's own keys, among the runs of that method."""
+    """Keys that vary in the section and, of the method's own keys, among the runs of that method.
+
+    How another setting was trained is said always: such a run is none of those trained in its own setting.
+    """
     found = []
     for key, value in sorted(result.config.items()):
         peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
-        if len({peer.config.get(key, value) for peer in peers}) > 1:
+        if key.startswith(TRAINED) or len({peer.config.get(key, value) for peer in peers}) > 1:
             found.append((key, value))
     return tuple(found)
 
@@ -224,13 +255,13 @@ def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tup
     """
     runs = Counter(item for (_, setting), by_seed in rows.items() for item in setting for _ in by_seed)
     keys = {key for key, _ in runs}
-    ends = Counter(key.rpartition(".")[2] for key in keys)
+    ends = Counter(key.rpartition(".")[2] for key in keys if not key.startswith(TRAINED))
 
     def shown(items: Iterable[tuple[str, str]]) -> str:
-        short = {key: key.rpartition(".")[2] for key in keys}
+        short = {key: key if key.startswith(TRAINED) else key.rpartition(".")[2] for key in keys}
         return " ".join(f"{short[key] if ends[short[key]] == 1 else key}={_value(value)}" for key, value in items)
 
-    common = {key for key in keys if not key.startswith("method.")}
+    common = {key for key in keys if not key.startswith(("method.", TRAINED))}
     of_key = {key: sum(count for (other, _), count in runs.items() if other == key) for key in common}
     shared = (
         {(k, v) for (k, v), count in runs.items() if k in common and 2 * count > of_key[k]} if len(common) > 1 else ()
@@ -291,11 +322,18 @@ def _test_against(sections: list[Section], baseline: str) -> None:
             same = [other for other in candidates if other.setting == row.setting]
             same = same or [other for other in candidates if other.label == baseline] or candidates
             if len(same) > 1:
-                several = "; ".join(f"'{other.label}'" for other in same)
-                raise UserError(f"--baseline: '{baseline}' has several settings; name one of: {several}")
+                raise _several(baseline, (other.label for other in same))
             if same and same[0] is not row:
                 shared = sorted(row.values.keys() & same[0].values.keys())
                 differences = [row.values[seed] - same[0].values[seed] for seed in shared]
                 row.pairs = len(differences)
                 row.difference = fmean(differences) if differences else None
                 row.p_value = sign_flip_test(differences)
+    for section in sections if all(row.pairs is None for row in rows) else ():
+        if len(section.rows) > 1:
+            raise _several(baseline, (row.label for row in section.rows if row.method == baseline))
+
+
+def _several(baseline: str, labels: Iterable[str]) -> UserError:
+    named = "; ".join(f"'{label}'" for label in dict.fromkeys(labels))
+    return UserError(f"--baseline: '{baseline}' has several settings; name one of: {named}")

@@ -114,7 +114,12 @@ def end_of_run(run: Run) -> RenderableType:
         add(grid, "status", _status(info))
         if info.get("error"):
             add(grid, "error", first_line(info["error"]))
-    rows: list[tuple[str, str | Text]] = [*_learned(metrics), *_cost(info, metrics), *_others(info, metrics)]
+    rows: list[tuple[str, str | Text]] = [
+        *_learned(metrics),
+        *_asked(run),
+        *_cost(info, metrics),
+        *_others(info, metrics),
+    ]
     for name, text in rows:
         add(grid, name, text)
     contents = ("adapter/", SETTING, "export/", "scores.json", "predictions.jsonl", "plots/", "checkpoints/")
@@ -180,6 +185,13 @@ def _learned(metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
         elif f"{split}/examples" in metrics and not part:
             text.append(f"  ({metrics[f'{split}/examples']} examples)")
         yield " ".join(filter(None, (split, part, metric.replace("_", " ")))), text
+
+
+def _asked(run: Run) -> list[tuple[str, str]]:
+    """How answers were asked for, where not plainly."""
+    asked = run.config().get("evaluate", {}) if run.done else {}
+    plain = {"shots": 0, "num_beams": 1}
+    return [(key.removeprefix("num_"), str(asked[key])) for key in plain if asked.get(key, plain[key]) != plain[key]]
 
 
 def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:

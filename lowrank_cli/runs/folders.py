@@ -64,7 +64,8 @@ def find(
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")
     stage = run.info.get("stage")
     if stage not in stages:
-        raise UserError(f"run: '{path}' is a run of {stage}, not of {' or '.join(stages)}")
+        read = f"; it read run={run.config()['run']}" if run.config().get("run") else ""
+        raise UserError(f"run: '{path}' is a run of {stage}, not of {' or '.join(stages)}{read}")
     if not run.done:
         raise UserError(
             f"run: '{path}' is not finished (it is {run.info.get('status')}); "

@@ -31,6 +31,15 @@ def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
     return path
 
 
+def settled(path: str | os.PathLike[str]) -> Path:
+    """``path`` with the folder that a ``latest`` in it points at: the link moves on when the next run starts."""
+    path = Path(path)
+    for link in (path, *path.parents):
+        if link.name == "latest" and link.is_symlink():
+            return link.parent / link.readlink() / path.relative_to(link)
+    return path
+
+
 def point(link: Path, target: Path) -> None:
     """Make ``link`` a link to ``target``, which is relative to the folder of the link."""
     if link.exists() and not link.is_symlink():

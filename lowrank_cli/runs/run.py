@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.runs.files import atomic_write, read_json, write_json
-from lowrank_cli.runs.place import new_folder
+from lowrank_cli.runs.place import new_folder, settled
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
 from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions
 
@@ -80,11 +80,11 @@ class Run:
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writes: bool = True, key: str = "run") -> Run:
         """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none."""
-        path = Path(path)
-        if path.is_symlink():
-            path = path.parent / path.readlink()  # ``latest`` moves on, the run's own name does not
+        path = settled(path)
         if not path.is_dir():
-            raise UserError(f"{key}: there is no folder '{path}' (lrk list runs shows what there is)")
+            beside = [file.parent.name for name in ("run", "sweep") for file in path.parent.glob(f"*/{name}.json")]
+            hint = nearest(path.name, beside)
+            raise UserError(f"{key}: there is no folder '{path}'{hint} (lrk list runs shows what there is)")
         try:
             info = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -50,7 +50,7 @@ class Fitted:
 
 def train(session: Session, run: Run) -> dict[str, float]:
     """Fit, keep what was fitted in ``run``'s folder, and evaluate on dev and test."""
-    session.greet()
+    greet(session)
     fitted = fit(session)
     if session.accelerator.is_main_process:
         with atomic_folder(run.file(FOLDER)) as folder:
@@ -60,6 +60,14 @@ def train(session: Session, run: Run) -> dict[str, float]:
     metrics = _metrics(session, dev, "dev") | evaluate(session, run, fitted, "test")
     session.note_device(run)
     return metrics
+
+
+def greet(session: Session) -> None:
+    """The run's first line, and one for each option that has no effect."""
+    session.greet()
+    if session.accelerator.is_main_process:
+        for line in demonstrations.idle(_calibrates(session).plan(), session.config.evaluate.shots):
+            progress.console().print(line)
 
 
 def fit(session: Session) -> Fitted:
@@ -85,9 +93,12 @@ def obtain(session: Session) -> Fitted:
     for key, value in _identity(session, about["seed"]).items():
         kept = about[key][: len(value)] if key == "templates" else about[key]
         if kept != value:
+            config = session.config
+            task = {"max_length": f" task.max_length={value}", "data": f" task.limit={config.task.limit or 'null'}"}
             raise UserError(
                 f"run: the statistics of {path} were fitted with {key} {kept}, not {value}; fit them again with: "
-                f"lrk train method={session.config.method.name} task={session.task.name}"
+                f"lrk train method={config.method.name} model={config.model.name} task={config.task.name} "
+                f"method.templates={len(_templates(session))}{task.get(key, '')}"
             )
     found: list[dict[str, Tensor]] = [{} for _ in about["templates"]]
     for name, tensor in tensors.items():
@@ -187,13 +198,6 @@ def _metrics(session: Session, results: Sequence[spread.Result], split: str) -> 
 def _templates(session: Session) -> list[str]:
     """The templates that the method asks for, the task's own first."""
     config, count = session.config.task, _calibrates(session).plan().templates
-    if session.task.answer != "labels":
-        raise UserError(
-            f"task.answer: {session.task.name} has task.answer={session.task.answer}; calibration compares "
-            f"label words (task.answer=labels)"
-        )
-    if count > 1 + len(config.templates):
-        raise UserError(f"method.templates: {count}, but task={config.name} has {1 + len(config.templates)} of them")
     return [config.template, *config.templates[: count - 1]]
 
 

@@ -60,6 +60,21 @@ def arrangements(plan: Plan, shots: int) -> list[Arrangement]:
     return [Arrangement(t, d, p) for t in range(plan.templates) for d in range(draws) for p in range(orders)]
 
 
+def idle(plan: Plan, shots: int) -> list[str]:
+    """A line for each option about demonstrations that changes nothing, there being none, or one that has no order."""
+    unused = []
+    if shots < 2 and plan.permutations > 1:
+        unused.append(f"method.permutations={plan.permutations}")
+    if not shots and plan.draws > 1:
+        unused.append(f"method.draws={plan.draws}")
+    if not shots and plan.choice in ("similar", "dissimilar"):
+        unused.append(f"method.demonstrations={plan.choice}")
+    lines = [f"{option} has no effect with evaluate.shots={shots}" for option in unused]
+    if not shots and plan.share is not None:
+        lines.append(f"method.share={plan.share:g} changes the statistics alone with evaluate.shots=0")
+    return lines
+
+
 def chosen(plan: Plan, shots: int, arrangement: Arrangement, examples: Sequence[Example], seed: int) -> list[Example]:
     """The demonstrations of every query alike, out of D: set i is that of ``lrk evaluate method=none seed=SEED+i``."""
     seed = seed + arrangement.draw

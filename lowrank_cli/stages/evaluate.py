@@ -35,7 +35,7 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     load_adapter(session)
     if isinstance(session.method, Calibrates):
         fitted = calibrate.obtain(session)
-        session.greet()
+        calibrate.greet(session)
         metrics = calibrate.evaluate(session, run, fitted, config.evaluate.split)
         session.note_device(run)
         return metrics

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged
+from lowrank_cli.adapter.state import peft_config
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import ExportRun
-from lowrank_cli.stages import calibrate
+from lowrank_cli.stages import calibrate, progress
 from lowrank_cli.stages.evaluate import load_adapter
 from lowrank_cli.stages.session import start
 
@@ -36,7 +37,11 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
         if asked.format == "lora":
             loras, lost = as_lora(adapter, asked.rank)
             error = lora_error(adapter, loras)
-            metrics |= {"export/rank": max(len(a) for _, a in loras.values()), "export/weight_error": lost}
+            rank = max(len(a) for _, a in loras.values())
+            metrics |= {"export/rank": rank, "export/weight_error": lost}
+            own = max(sum(part.rank for part, _ in linear.updates) for linear in adapter.linears.values())
+            if rank > own:
+                progress.console().print(_why(config, rank, own, whole=peft_config(adapter) is not None))
             save_lora(adapter, loras, folder)
         else:
             with quiet(True):
@@ -50,3 +55,12 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
                 f"or a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
+
+
+def _why(config: ExportRun, rank: int, own: int, whole: bool) -> str:
+    """What an export of more than its adapter's ``own`` rank owes that to; ``whole``: PEFT reads the adapter itself."""
+    also = f"; PEFT loads the adapter/ of run={config.run} as it is" if whole else ""
+    return (
+        f"rank {rank}: what {config.method.name} changes in a weight is no LoRA of its rank {own}; "
+        f"export.rank=N keeps the best N ranks{also}"
+    )

@@ -153,6 +153,11 @@ def start(config: RunConfig) -> Session:
     adapts = method if below is None or isinstance(method, Adapts) else method_of(Run.open(below))
     check_task(config.model, config.task)
     task = tasks.load(config.task)
+    shots = getattr(getattr(config, "evaluate", None), "shots", 0)
+    if shots > len(task.train):
+        raise UserError(
+            f"evaluate.shots: {shots} are asked for, there are {len(task.train)} demonstrations to draw from"
+        )
     torch.manual_seed(config.seed)
     labels = len(task.label_words) if config.model.kind == "encoder" else None
     loaded = load(config.model, config.hardware, labels)

@@ -3,14 +3,15 @@
     python scripts/evidence.py scripts/suites/milora.yaml --outputs DIR [--groups bundled] [--set data=DIR encoder=DIR]
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
-``overrides``. A task is a list of overrides, or has one for each method. Where a group has ``tune``, each method first
-takes, from ``values`` of ``key``, the one with the best dev loss at seed 100 on each task, or for all tasks on ``task``
-where that is named. Where a group, or the suite, has ``prepare`` (name: a verb and its overrides), these run before,
-the group's first, for every seed: ``{name}`` is the folder that one leaves, for later ones and for the methods, and
-``{seed}`` the seed. A cell (task, method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so
-the script can be stopped and called again; a cell made with other overrides is refused. Results go to
-docs/results/<suite>/<group>/: the tables of ``lrk compare`` (Markdown and CSV, one line a method with its values by
-seed) and about.json (commands with the names of ``--set``, tuned values, commits of the runs, machine).
+``overrides``; ``row`` names the baseline's row in ``lrk compare`` where that is another. A task is a list of overrides,
+or has one for each method. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one
+with the best dev loss at seed 100 on each task, or for all tasks on ``task`` where that is named. Where a group, or the
+suite, has ``prepare`` (name: a verb and its overrides), these run before, the group's first, for every seed:
+``{name}`` is the folder that one leaves, for later ones and for the methods, and ``{seed}`` the seed. A cell (task,
+method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so the script can be stopped and called
+again; a cell made with other overrides is refused. Results go to docs/results/<suite>/<group>/: the tables of
+``lrk compare`` (Markdown and CSV, one line a method with its values by seed) and about.json (commands with the names of
+``--set``, tuned values, commits of the runs, machine).
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def main() -> None:
         about = run_group(suite, name, variables, outputs)
         results = ROOT / "docs" / "results" / args.suite.stem / name
         tasks = [outputs / "runs" / name / task for task in suite["groups"][name]["tasks"]]
-        lrk("compare", *map(str, tasks), "--baseline", suite["baseline"], "--output", str(results))
+        lrk("compare", *map(str, tasks), "--baseline", suite.get("row", suite["baseline"]), "--output", str(results))
         runs = [run for task in tasks for method in suite["methods"] for run in all_runs(task / method)]
         commits = sorted({run.info["git"]["commit"] for run in runs})
         about |= {"commits": commits, "machine": cpu_name(), "packages": package_versions()}

@@ -142,6 +142,13 @@ def test_a_sibling_that_is_switched_meanwhile_is_the_bare_linear():
     torch.testing.assert_close(query(x), alone(query, x))
 
 
+def test_a_frozen_weight_whose_gradient_is_asked_for_gets_it():
+    (query, key, value), x = siblings()
+    key.weight.requires_grad_(True)
+    (query(x).sum() + key(x).sum() + value(x).sum()).backward()
+    torch.testing.assert_close(key.weight.grad, x.sum(dim=tuple(range(x.ndim - 1))).expand_as(key.weight))
+
+
 def test_siblings_share_one_dropout_mask_and_keep_no_dropped_input(monkeypatch):
     (query, key, value), x = siblings(dropout=0.5)
     masks = []

@@ -344,8 +344,8 @@ class AdaptedLinear(nn.Module):
         """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
         device, weight = x.device.type, self.rows(None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if not self._active or weight.dtype not in (dtype, x.dtype):
-            return None  # a quantised weight
+        if not self._active or weight.requires_grad or weight.dtype not in (dtype, x.dtype):
+            return None  # a weight whose own gradient is asked for, or a quantised one
         updates = [(part.terms(x, dtype), span) for part, span in self._active]
         bias = getattr(self.base, "bias", None)
         known = [(terms, span) for terms, span in updates if terms is not None]

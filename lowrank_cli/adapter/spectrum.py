@@ -55,8 +55,8 @@ class Window(LowRank):
         self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
 
     def _begin(self, b: Tensor, a: Tensor) -> None:
-        self.register_buffer("start_b", b.detach().clone(), persistent=False)
-        self.register_buffer("start_a", a.detach().clone(), persistent=False)
+        for name, start in (("start_b", b), ("start_a", a)):
+            self.register_buffer(name, start.detach().clone(memory_format=torch.contiguous_format), persistent=False)
 
 
 class Principal(Window):

@@ -175,6 +175,8 @@ class Trainer:
             group["lr"] = rate
         if isinstance(method, BeforeStep):
             method.before_step(now)
+        # the fused AdamW pairs weights, gradients and moments by their places in memory
+        assert all(weight.is_contiguous() for weight in self.adapter.trained.values())
         self.optimizer.step()
         self.session.model.zero_grad()
         if isinstance(method, AfterStep):

@@ -200,6 +200,7 @@ def test_ctrl_c_reaches_joblib(tmp_path):
         "def wait():\n"
         "    while not list(Path('outputs').glob('*/*/*/waiting')): time.sleep(0.1)\n"
         "    os.killpg(0, signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
         "threading.Thread(target=wait, daemon=True).start()\n"
         "sys.exit(cli.call(sys.argv[1:]))\n"
     )

@@ -3,9 +3,10 @@
     python scripts/evidence.py scripts/suites/milora.yaml --outputs DIR [--groups bundled] [--set data=DIR encoder=DIR]
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
-``overrides``; ``row`` names the baseline's row in ``lrk compare`` where that is another. A task is a list of overrides,
-or has one for each method. Where a group has ``tune``, each method first takes, from ``values`` of ``key``, the one
-with the best dev loss at seed 100 on each task, or for all tasks on ``task`` where that is named. Where a group, or the
+``overrides``; ``row`` names the baseline's row in ``lrk compare`` where that is another. A group adds to a method's
+overrides by its own ``methods``. A task is a list of overrides, or has one for each method. Where a group has ``tune``,
+each method first takes, from ``values`` of ``key``, the one with the best dev loss at seed 100 on each task, or for all
+tasks on ``task`` where that is named; methods of one pool (``pools``) take what its first took. Where a group, or the
 suite, has ``prepare`` (name: a verb and its overrides), these run before, the group's first, for every seed:
 ``{name}`` is the folder that one leaves, for later ones and for the methods, and ``{seed}`` the seed. A cell (task,
 method) is one sweep of ``lrk train`` over the seeds; what is finished is kept, so the script can be stopped and called
@@ -97,13 +98,15 @@ def run_group(suite: dict, name: str, variables: dict[str, str], outputs: Path) 
     def cell(task: str, method: str, rest: list[str], folder: Path) -> None:
         own = group["tasks"][task]
         own = own[method] if isinstance(own, dict) else own
-        overrides = [*group["overrides"], *own, *suite["methods"][method], *rest]
+        settings = [*suite["methods"][method], *group.get("methods", {}).get(method, [])]
+        overrides = [*group["overrides"], *own, *settings, *rest]
         commands.append(" ".join(["lrk train -m", *overrides]))
         sweep(filled(overrides, values), folder)
 
     def tuned_on(task: str, method: str) -> str:
         key, options = group["tune"]["key"], ",".join(map(str, group["tune"]["values"]))
         task = group["tune"].get("task", task)
+        method = next((pool[0] for pool in suite.get("pools", {}).values() if method in pool), method)
         folder = outputs / "tuning" / name / task / method
         if method not in tuned.setdefault(task, {}):
             cell(task, method, [f"{key}={options}", f"seed={TUNING_SEED}"], folder)

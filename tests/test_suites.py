@@ -23,7 +23,7 @@ def test_a_cell_of_a_suite_composes(cell, tmp_path):
     group = suite["groups"][name]
     steps = group.get("prepare", {}) | suite.get("prepare", {})
     given = dict.fromkeys(["encoder", "data", "pairs", *steps], str(tmp_path)) | {"seed": "0"}
-    settings = [text.format(**given) for text in suite["methods"][method]]
+    settings = [text.format(**given) for text in (*suite["methods"][method], *group.get("methods", {}).get(method, []))]
     for overrides in list(group["tasks"].values())[: None if method == suite["baseline"] else 1]:
         overrides = overrides[method] if isinstance(overrides, dict) else overrides
         asked = [text.format(**given) for text in (*group["overrides"], *overrides)]
@@ -37,5 +37,6 @@ def test_a_suite_s_baseline_and_tuned_task_are_its_own(file):
     assert suite["baseline"] in suite["methods"] and len(suite["seeds"]) >= 5
     for group in suite["groups"].values():
         assert group.get("tune", {}).get("task") in {None, *group["tasks"]}
+        assert set(group.get("methods", {})) <= set(suite["methods"])
     for members in suite.get("pools", {}).values():
         assert set(members) <= set(suite["methods"])

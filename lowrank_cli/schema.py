@@ -215,6 +215,7 @@ class HardwareConfig:
     prepack: bool = False
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``
     gradient_checkpointing: str = "none"
+    compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
 
     def validate(self) -> None:
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
@@ -227,6 +228,11 @@ class HardwareConfig:
         require_choice(
             "hardware.gradient_checkpointing", self.gradient_checkpointing, ("none", "feed_forward", "layers")
         )
+        if self.compile and self.gradient_checkpointing == "feed_forward":
+            raise UserError(
+                "hardware.gradient_checkpointing: feed_forward is for hardware.compile=false; compiled, "
+                "take none (the compiler chooses what to compute again) or layers"
+            )
         require_range("hardware.processes", self.processes, 1)
         if self.threads is not None:
             require_range("hardware.threads", self.threads, 1)

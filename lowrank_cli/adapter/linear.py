@@ -330,11 +330,16 @@ class AdaptedLinear(nn.Module):
         self._active = [update for update in self.updates if not update[0].skip] if on else []
 
     def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Tensor:
-        """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, training does not save ``x``."""
+        """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, training does not save ``x``.
+
+        A compiler sees the plain equation: it decides itself what to join and what to save.
+        """
         if not self._active:
             return self.base(x)
-        if torch.is_grad_enabled() and (fused := self.siblings.output(self, x, remake)) is not None:
-            return fused
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            fused = self.siblings.output(self, x, remake)
+            if fused is not None:
+                return fused
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self._active:
             part.add_to(y if span is None else y[:, slice(*span)], x)

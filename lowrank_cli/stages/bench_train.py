@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_cli.adapter.compiled import compile_layers
 from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.methods.protocol import AddsLoss
 from lowrank_cli.schema import BASE, BenchConfig, BenchRun
 from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.stages.bench_rows import quartiles
 from lowrank_cli.stages.progress import Bar
-from lowrank_cli.stages.twins import Twin
+from lowrank_cli.stages.twins import Twin, is_peft
 
 
 @dataclass
@@ -36,10 +37,15 @@ class Sample:
 
 
 def measure(models: Mapping[str, Twin], ids: Tensor, config: BenchRun, bar: Bar) -> list[dict[str, Any]]:
-    """A row for each of ``models``, trained on the tokens ``ids`` (B, T); our methods with the run's checkpointing."""
+    """A row for each of ``models``, trained on the tokens ``ids`` (B, T).
+
+    Our methods with the run's checkpointing; all, base and peft too, with its compilation.
+    """
     bench = config.bench
-    for twin in models.values():
+    for name, twin in models.items():
         twin.model.train()
+        if config.hardware.compile:
+            compile_layers(twin.model.get_base_model() if is_peft(name) else twin.model)
         if twin.adapter is not None:
             recompute(twin.adapter.model, config.hardware.gradient_checkpointing)
     saved = {name: saved_bytes(twin, ids) for name, twin in models.items()}

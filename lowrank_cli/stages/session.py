@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
+from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
@@ -206,6 +207,8 @@ def prepare(hardware: HardwareConfig) -> Accelerator:
             f"hardware.processes: {hardware.processes} are asked for, but {torch.cuda.device_count()} CUDA devices "
             f"are visible"
         )
+    if hardware.compile:
+        require_compiler(hardware.device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may be set otherwise
     accelerator = Accelerator(cpu=hardware.device == "cpu")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.adapter import state
+from lowrank_cli.adapter.compiled import compile_layers
 from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Calibrates, Settles, Step
@@ -71,6 +72,8 @@ class Trainer:
             self.total = min(self.total, self.settings.max_steps)
         inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
         self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
+        if self.config.hardware.compile:
+            compile_layers(session.model)
         recompute(session.model, self.config.hardware.gradient_checkpointing)
         self.model = self.accelerator.prepare_model(session.model)
         self.progress: dict[str, Any] = {

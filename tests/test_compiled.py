@@ -88,7 +88,7 @@ def test_a_run_trains_with_generated_code_as_without():
     quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
     runs = []
     for value in ("false", "true"):
-        single.start("train", [*quick, f"hardware.compile={value}"], None, "lrk train")
+        single.start("train", [*quick, "method=lora", f"hardware.compile={value}"], None, "lrk train")
         runs.append(Run.open(Path("outputs/latest").resolve()))
     assert counters["frames"]["ok"]
     assert runs[1].metrics["dev/loss"] == pytest.approx(runs[0].metrics["dev/loss"], rel=1e-5)

@@ -1,10 +1,12 @@
-"""Strategies over time: credit every step, reward the policy, fold, look at the spectrum again, choose, open."""
+"""Strategies over time: credit a phase, teach the policy, fold, look at the spectrum again, choose and open."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,8 +70,8 @@ class Strategies:
         self.choice: dict[str, Tensor] = {}  #: features, places, logits, likelihood of the phase that runs
         self.phases: list[dict[str, Tensor]] = []  #: those of the last phases, with their rewards
         self.held = [torch.zeros(0, dtype=torch.long)] * count  #: the component that each open rank began as
-        self.before: dict[str, Tensor] = {}  #: the trained factors as they were a step ago
-        self.credit = torch.zeros(count, device=adapter.model.device)  #: of the phase that runs, see :meth:`watch`
+        self.begun: dict[str, Tensor] = {}  #: the trained factors as the phase began, and
+        self.slopes: dict[str, Tensor] = {}  #: the dev gradients there
         self.log: dict[str, list[Tensor]] = {}  #: a value for each switch, see :meth:`switch`
         self.seconds = 0.0
 
@@ -78,20 +80,21 @@ class Strategies:
         return self.adapter.linears[site.path].rows(site.span)
 
     @torch.no_grad()
-    def watch(self) -> None:
-        """Add to each matrix's credit what the step before this one was worth, by the gradients of this one.
+    def credit(self) -> Tensor:
+        """−⟨∇L_dev(θ), θ_now − θ⟩ over A and B, (M,), θ being the factors as the phase began.
 
-        −⟨∇L(θ), θ − θ_before⟩ over A and B (M,): how much the loss of the next batch, which the step has not seen, fell
-        through this matrix. Summed over a phase it is the drop of the loss along the path (first order in a step, not
-        in a phase), free of what the head does. A reconstruction, in place of a dev gradient at the end of the phase;
-        gradients are those that the optimizer gets, clipped, so that no batch outweighs the others.
+        How far a matrix went down the dev loss's slope. The gradient is of other examples than those that train, so
+        what a step fits by chance counts nothing; and it is that of the beginning, so going to and fro counts nothing
+        either. Both would hide what a window is worth: at a peak learning rate the loss soon stands still at a level
+        that rises with the length of the steps, those of principal and of wide windows most. (Credited with each
+        step's own drop, the policy went to narrow windows of minor components, and the runs ended worse for it.)
         """
+        found = torch.zeros(len(self.parts))
         for m, part in enumerate(self.parts):
             for name, parameter in part.tensors().items():
-                before, name = self.before.get(f"{m}.{name}"), f"{m}.{name}"
-                if before is not None and parameter.grad is not None:
-                    self.credit[m] -= (parameter.grad * (parameter - before)).sum()
-                self.before[name] = parameter.detach().clone()
+                key = f"{m}.{name}"
+                found[m] -= (self.slopes[key] * (parameter - self.begun[key])).sum().cpu()
+        return found
 
     def switch(
         self,
@@ -106,21 +109,20 @@ class Strategies:
 
         ``losses`` give the loss of each probed dev batch, the same in every phase. ``optimizer`` (of the factors) keeps
         what it knows of ranks that stay. Rewards are shares of the phase's credit, or the drop of the log dev loss a
-        step for all alike. The last step of a phase is not credited, its worth would show only behind the switch: a
-        phase of one step gives no reward.
+        step for all alike, which costs forward passes of its own.
         """
         began = time.monotonic()
         if not self.spectra:
             self.spectra = [decompose(self._weight(m), index) for m, index in enumerate(self.reachable)]
-        loss, credit = self._probe(losses), self.credit.cpu()
-        row: dict[str, Any] = {"step": step, "dev_loss": loss, "credit": credit.sum().item()}
+        row: dict[str, Any] = {"step": step}
         rewards = torch.full((len(self.keys),), torch.nan)
-        rewarded = bool(self.choice) and step - int(self.log["step"][-1]) > 1
-        if rewarded:
+        if rewarded := bool(self.choice):
+            credit = self.credit()
+            row["credit"] = credit.sum().item()
             if self.per_matrix:
                 rewards = credit / credit.abs().sum().clamp_min(1e-30)
             else:
-                fall = math.log(max(self.log["dev_loss"][-1].item(), 1e-30) / max(loss, 1e-30))
+                fall = math.log(max(self.log["dev_loss"][-1].item(), 1e-30) / max(self._dev_loss(losses), 1e-30))
                 rewards = torch.full_like(credit, fall / (step - int(self.log["step"][-1])))
             self.phases = [*self.phases, {**self.choice, "rewards": rewards}][-PHASES:]
             self._learn()
@@ -133,35 +135,54 @@ class Strategies:
         self._open(starts, widths, optimizer)
         likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
         self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
-        row |= {"rewards": rewards.tolist(), "starts": starts, "widths": widths}
-        for name, value in row.items():
+        row["dev_loss"] = self._dev_loss(losses) if last else self._look(losses)
+        row |= {"starts": starts, "widths": widths}
+        for name, value in {"credit": 0.0, **row, "rewards": rewards.tolist()}.items():
             self.log.setdefault(name, []).append(torch.tensor(value))
         self.seconds += time.monotonic() - began
-        if not rewarded:
-            del row["rewards"]
-        return row
+        return row | ({"rewards": rewards.tolist()} if rewarded else {})
 
-    def _probe(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """Dev loss; the energies of the first batch's gradient by the way."""
-        model = self.adapter.model
-        signals: dict[int, Tensor] = {}
+    @torch.no_grad()
+    def _dev_loss(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        with self._evaluating():
+            return statistics.mean(loss_of().item() for loss_of in losses)
+
+    def _look(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """Dev loss; its gradients in the windows that have just been opened, for :meth:`credit`, and the energies.
+
+        The latter, for the next choice, of the first batch only.
+        """
+        model, signals = self.adapter.model, dict[int, Tensor]()
 
         def see(key: str, gradient: Tensor) -> None:
             m = self.keys.index(key)
             signals[m] = self.spectra[m].project(gradient)
 
-        training = model.training
-        model.train(False)
-        with weight_gradients(self.adapter, see):
-            first = losses[0]()
-            torch.autograd.backward(first)
-        with torch.no_grad():
-            total = first.detach() + sum(loss_of() for loss_of in losses[1:])
-        model.train(training)
+        total = 0.0
+        with self._evaluating():
+            for number, loss_of in enumerate(losses):
+                with nullcontext() if number else weight_gradients(self.adapter, see):
+                    loss = loss_of() / len(losses)
+                    torch.autograd.backward(loss)
+                total += loss.item()
+        for m, part in enumerate(self.parts):
+            for name, parameter in part.tensors().items():
+                self.begun[f"{m}.{name}"] = parameter.detach().clone()
+                self.slopes[f"{m}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         model.zero_grad()
         for m, signal in signals.items():
             self._note_energy(m, signal.cpu())
-        return total.item() / len(losses)
+        return total
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout."""
+        training = self.adapter.model.training
+        self.adapter.model.eval()
+        try:
+            yield
+        finally:
+            self.adapter.model.train(training)
 
     def _note_energy(self, m: int, signal: Tensor) -> None:
         """``signal`` (C,): uᵢᵀ G vᵢ. Smooths the share that each place's widest window has in its square."""
@@ -198,8 +219,8 @@ class Strategies:
 
     def _open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Open the windows; a rank whose component lies in the new one too goes on as it is, moments included."""
-        self.credit.zero_()
-        self.before.clear()
+        self.begun.clear()
+        self.slopes.clear()
         for m, (part, start, width) in enumerate(zip(self.parts, starts, widths)):
             held, wanted = self.held[m], torch.arange(start, start + width)
             keep = torch.isin(held, wanted).nonzero().flatten()
@@ -222,12 +243,12 @@ class Strategies:
             "energy": self.energy,
             "stale": self.stale,
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
-            "credit": self.credit,
             **{f"policy.{name}": value for name, value in self.policy.state_dict().items()},
             **{f"moments.{name}": value for name, value in moments(self.optimizer).items()},
             **{f"choice.{name}": value for name, value in self.choice.items()},
             **{f"log.{name}": torch.stack(values) for name, values in self.log.items()},
-            **{f"before.{name}": value for name, value in self.before.items()},
+            **{f"begun.{name}": value for name, value in self.begun.items()},
+            **{f"slopes.{name}": value for name, value in self.slopes.items()},
             **{f"held.{m}": value for m, value in enumerate(self.held)},
         }
         for k, phase in enumerate(self.phases):
@@ -252,8 +273,8 @@ class Strategies:
         self.phases = [below(f"phase.{k}.") for k in range(count)]
         self.log = {name: list(values) for name, values in below("log.").items()}
         device, saved = self.adapter.model.device, below("spectrum.")
-        self.credit = state["credit"].to(device)
-        self.before = {name: value.to(device) for name, value in below("before.").items()}
+        self.begun = {name: value.to(device) for name, value in below("begun.").items()}
+        self.slopes = {name: value.to(device) for name, value in below("slopes.").items()}
         self.held = [state[f"held.{m}"] for m in range(len(self.keys))]
         if saved:
             self.spectra = [

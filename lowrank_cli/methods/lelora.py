@@ -7,8 +7,8 @@ and policy iteratively. The rest was chosen here. A strategy is a window of the 
 width r; the components in it train as in PiSSA. Every ``phase`` steps of the first part of training:
 
     fold every update into its weight → look at the spectra again → one network chooses all windows; the widths share
-    the rank budget exactly → train → reward = each matrix's share of the drop of the loss, to first order in every
-    step → clipped policy gradient over the last phases, which compares a matrix with itself
+    the rank budget exactly → dev gradients → train → reward = how far each matrix went down them, as a share → clipped
+    policy gradient over the last phases, which compares a matrix with itself
 
 Then the policy's most likely windows stay; ``policy_learning_rate: 0`` is the control that ends the same way without
 having learnt, with equal widths at the first place. p = 0 and p = k − r throughout are PiSSA and the minor components.
@@ -45,8 +45,8 @@ class LeLoRAConfig(LoRAConfig):
     explore: float = MISSING  #: share of training after which the windows stay, rounded down to whole phases
     places: int = MISSING  #: P, window starts to choose from, evenly spaced from principal to minor
     width_limit: int = MISSING  #: a window is at most this many times ``rank`` wide
-    reward: str = MISSING  #: ``per_matrix`` (first-order shares of the drop) or ``global`` (dev loss, the same for all)
-    probe: int = MISSING  #: dev batches, the same in all phases, for the loss that is logged and for ``global``
+    reward: str = MISSING  #: ``per_matrix`` (first-order shares of the dev loss's drop) or ``global`` (all of it)
+    probe: int = MISSING  #: dev batches, the same in all phases, for the loss and its gradients
     refresh: float = MISSING  #: change of a large matrix, relative to its norm, after which it is decomposed again
     policy_learning_rate: float = MISSING  #: of the policy network (Adam)
     entropy: float = MISSING  #: weight of the entropy bonus
@@ -58,8 +58,7 @@ class LeLoRAConfig(LoRAConfig):
         require_range("method.start", self.start, 0, 1)
         require_range("method.explore", self.explore, 0, 1)
         require_range("method.places", self.places, 2)
-        require_range("method.phase", self.phase, 2)
-        for key in ("width_limit", "probe"):
+        for key in ("phase", "width_limit", "probe"):
             require_range(f"method.{key}", getattr(self, key), 1)
         for key in ("refresh", "policy_learning_rate", "entropy"):
             require_range(f"method.{key}", getattr(self, key), 0)
@@ -115,11 +114,6 @@ class LeLoRA(LoRA):
     def _end(self, step: Step) -> int:
         """The step at which exploration ends, with the last whole phase."""
         return max(1, int(self.config.explore * step.total) // self.config.phase * self.config.phase)
-
-    def before_step(self, step: Step) -> None:
-        """Credit the step before while windows move."""
-        if self._strategies is not None and step.number <= self._end(step):
-            self._strategies.watch()
 
     def after_step(self, step: Step) -> None:
         """Choose windows after the first step, every ``phase`` steps, and for good at the end of exploration."""

@@ -1,13 +1,13 @@
 """What LeLoRA's choices cost in training: what the method does between steps against the steps themselves.
 
     python scripts/bench_lelora.py --phase 10 --out docs/results/bench_lelora.json
+    python scripts/bench_lelora.py --shapes 4096 --device cuda --out docs/results/bench_lelora_gpu.json
 
-Two shapes of Llama: that of the bundled model, and one of about 100M parameters with random weights. A step is forward,
-backward and AdamW on one batch; watching is the credit of each step; a switch is what happens between two phases: the
-probe of the dev loss, rewards, folding, spectra, policy, new windows. All of it runs as in training, phase after phase;
-figures are medians. The share of exploration is (phase × watch + switch) / (phase × (step + watch) + switch), that of
-training counts the steps after exploration as well; the first switch also decomposes all matrices, which is paid once
-and stands apart.
+Shapes of Llama: that of the bundled model, one of about 100M parameters, and a stack of four layers as wide as those of
+7B, all with random weights. A step is forward, backward and AdamW on one batch; a switch is what happens between two
+phases: rewards, folding, spectra, policy, new windows, dev gradients. All of it runs as in training, phase after phase;
+figures are medians. The share of exploration is switch / (phase × step + switch), that of training counts the steps
+after exploration as well; the first switch also decomposes all matrices, which is paid once and stands apart.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import methods
 from lowrank_cli.config.composition import compose
-from lowrank_cli.methods.protocol import AfterStep, BeforeStep, Step
+from lowrank_cli.methods.protocol import AfterStep, Step
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 
 #: hidden, intermediate, layers, heads, vocabulary
-SHAPES = {"bundled": (128, 320, 6, 4, 1536), "100m": (768, 2048, 12, 12, 32000)}
-TOKENS = {"bundled": (16, 64), "100m": (4, 128)}  #: batch and length
+SHAPES = {"bundled": (128, 320, 6, 4, 1536), "100m": (768, 2048, 12, 12, 32000), "4096": (4096, 11008, 4, 32, 32000)}
+TOKENS = {"bundled": (16, 64), "100m": (4, 128), "4096": (16, 512)}  #: batch and length
 
 
 def model(name: str, device: str) -> LlamaForCausalLM:
@@ -62,7 +62,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     network = model(name, args.device)
     config = compose("train", ["method=lelora", f"method.phase={args.phase}", *args.overrides]).config.method
     method = methods.create(config)
-    assert isinstance(method, BeforeStep) and isinstance(method, AfterStep)
+    assert isinstance(method, AfterStep)
     adapter = method.adapt(network)
     optimizer = torch.optim.AdamW(list(adapter.trained.values()), lr=1e-3)
     batch = torch.randint(SHAPES[name][-1], TOKENS[name], generator=torch.Generator().manual_seed(1)).to(args.device)
@@ -72,31 +72,26 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         logits = network(input_ids=batch, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    def backward() -> None:
+    def train() -> None:
         loss().backward()
-
-    def update() -> None:
         optimizer.step()
         network.zero_grad()
 
-    steps, watches, switches = [], [], []
+    steps, switches = [], []
     last = args.rounds * config.phase
     for number in range(1, last + 1):
         now = Step(number, 100 * last, adapter, 1e-3, loss, lambda tensor: tensor, optimizer=optimizer)
-        spent = timed(backward, args.device)
-        watches.append(timed(lambda now=now: method.before_step(now), args.device))
-        steps.append(spent + timed(update, args.device))
+        steps.append(timed(train, args.device))
         between = timed(lambda now=now: method.after_step(now), args.device)
         if number == 1:
             first = between
         elif number % config.phase == 0:
             switches.append(between)
-    one, watch, between = (statistics.median(times) for times in (steps, watches, switches))
-    whole, extra = config.phase * one, config.phase * watch + between
-    share = extra / (whole + extra)
+    one, between = statistics.median(steps), statistics.median(switches)
+    whole = config.phase * one
+    share = between / (whole + between)
     print(
-        f"{name:8} step {one * 1000:7.1f} ms   watch {watch * 1000:6.2f} ms   switch {between * 1000:8.1f} ms   "
-        f"share {share:.1%}   first {first:.1f} s"
+        f"{name:8} step {one * 1000:7.1f} ms  switch {between * 1000:8.1f} ms  share {share:.1%}  first {first:.1f} s"
     )
     return {
         "parameters": sum(p.numel() for p in network.parameters()) - adapter.count(),
@@ -104,8 +99,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
         "step_seconds": one,
         "switch_seconds": between,
         "share_of_exploration": share,
-        "watch_seconds": watch,
-        "share_of_training": config.explore * extra / (whole + config.explore * extra),
+        "share_of_training": config.explore * between / (whole + config.explore * between),
         "first_switch_seconds": first,
         "all_switch_seconds": switches,
     }
@@ -114,7 +108,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the method, as for lrk train")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=["bundled", "100m"], choices=SHAPES)
     parser.add_argument("--phase", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=4, help="phases")
     parser.add_argument("--threads", type=int, default=1)

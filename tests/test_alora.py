@@ -226,6 +226,8 @@ def test_two_processes_move_the_same_ranks():
     rounds = [row["ranks"] for row in run.history() if "round" in row]
     assert len(rounds) == 4 and all(sum(ranks.values()) == 84 for ranks in rounds)
     assert run.metrics["reallocations"] == 4
+    alone = train("method.moved=5", "method.score=taylor")
+    assert rounds[0] == next(row["ranks"] for row in alone.history() if "round" in row), "scores of the same examples"
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ class Strategies:
     def _evaluating(self) -> Iterator[None]:
         """Without dropout."""
         training = self.adapter.model.training
-        self.adapter.model.eval()
+        self.adapter.model.train(False)
         try:
             yield
         finally:

@@ -216,6 +216,10 @@ class HardwareConfig:
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``
     gradient_checkpointing: str = "none"
     compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
+    #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says
+    quantization: Optional[str] = None
+    #: how a batch of many adapters is computed: ``torch`` (batched products) or ``triton`` (own kernels, CUDA only)
+    grouped: str = "torch"
 
     def validate(self) -> None:
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
@@ -233,6 +237,20 @@ class HardwareConfig:
                 "hardware.gradient_checkpointing: feed_forward is for hardware.compile=false; compiled, "
                 "take none (the compiler chooses what to compute again) or layers"
             )
+        require_choice("hardware.quantization", self.quantization or "null", ("null", "nf4"))
+        if self.quantization and (self.device, self.precision) != ("cuda", "bf16"):
+            raise UserError(
+                f"hardware.quantization: {self.quantization} is for hardware.device=cuda and hardware.precision=bf16, "
+                f"not {self.device} and {self.precision}"
+            )
+        if self.quantization and self.compile:
+            raise UserError(
+                f"hardware.compile: true is for hardware.quantization=null, as linears in 4 bits ({self.quantization}) "
+                f"do not compile; set hardware.compile=false"
+            )
+        require_choice("hardware.grouped", self.grouped, ("torch", "triton"))
+        if self.grouped == "triton" and self.device != "cuda":
+            raise UserError(f"hardware.grouped: triton is for hardware.device=cuda, not {self.device}; set torch")
         require_range("hardware.processes", self.processes, 1)
         if self.threads is not None:
             require_range("hardware.threads", self.threads, 1)
@@ -551,6 +569,11 @@ class BenchRun:
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
         if self.hardware.processes > 1:
             raise UserError(f"hardware.processes: {self.hardware.processes}, but a benchmark runs in one process")
+        if self.hardware.quantization and self.model.shape:
+            raise UserError(
+                f"hardware.quantization: {self.hardware.quantization} needs a checkpoint, and model.shape draws random "
+                f"weights; set hardware.quantization=null, or model.shape=null and a model"
+            )
         for entry, variant in self.variants.items():
             if variant is not None:
                 with inside("method", f"bench.methods: '{entry}': method"):

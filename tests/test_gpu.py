@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from test_grouped import compare
 
+from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.dispatch import single
 from lowrank_cli.runs import Run
 
@@ -22,6 +24,43 @@ def test_the_gpu_computes_what_the_cpu_does(name, family):
     expected = adapter.model(input_ids=small.ids()).logits
     found = adapter.model.to("cuda")(input_ids=small.ids().to("cuda")).logits
     torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_the_kernels_of_the_grouped_update_compute_what_torch_does(dtype, tolerance):
+    compare("cuda", dtype, tolerance)
+
+
+@pytest.mark.parametrize("grouped", ["torch", "triton"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_each_row_of_a_bank_has_the_logits_of_its_adapter_alone(dtype, tolerance, grouped):
+    def on_gpu(model):
+        return model.to("cuda", dtype)
+
+    adapters = {"lora": small.adapted("lora"), "few": small.adapted("lora", rank=7, target_modules=["V", "D"])}
+    bank = Bank(on_gpu(small.model()), grouped=grouped)
+    for adapter in adapters.values():
+        on_gpu(adapter.model)
+        for part in adapter.modules.values():
+            part.float()  # trained ones stay in fp32
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
+    names, ids = ["few", "lora", None, "lora", "few"], small.ids(5).to("cuda")
+    with torch.no_grad(), bank.batch(names):
+        together = bank.model(input_ids=ids).logits
+        for row, name in enumerate(names):
+            if name:
+                alone = adapters[name].model(input_ids=ids[row : row + 1]).logits[0]
+                torch.testing.assert_close(together[row], alone, atol=tolerance, rtol=tolerance)
+
+
+def test_a_4bit_run_trains_and_is_evaluated():
+    pytest.importorskip("bitsandbytes")
+    quick = ["hardware=gpu_4bit", "task=tiny_sentiment", "task.limit=32", "train.max_steps=4", "train.batch_size=8"]
+    single.start("train", ["method=dora", *quick], None, "lrk train")
+    run = Run.open(Path("outputs/latest").resolve())
+    single.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
+    assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
 
 
 def test_a_bf16_run_on_the_gpu_trains_and_is_evaluated():

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter, fingerprint, replace_module
 from lowrank_cli.adapter.families import layers
-from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked
+from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked, update_kind
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.routing import batch_rows, continues, prompts
 from lowrank_cli.adapter.tenant import Canary, Place, Tenant, of_adapter, read
@@ -38,13 +38,14 @@ class Bank:
     ``max_bytes`` bounds the memory that they take on the model's device, the operands of the running batch included:
     adapters that no batch needs move to host memory, the least recently used first, and come back when asked for.
     (On a CPU the host's memory is the device's.) Adapters may be added and removed while a batch runs; it goes on with
-    those it started with.
+    those it started with. ``grouped`` says what computes their updates: ``torch``, or ``triton`` on CUDA.
     """
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None):
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, grouped: str = "torch"):
         assert not any(isinstance(module, AdaptedLinear) for module in model.modules()), "the model is adapted already"
         self.model = model
         self.max_bytes = max_bytes
+        self._update = update_kind(grouped)
         self.fingerprint = fingerprint(model)
         self._tenants: dict[str, Tenant] = {}
         self._resident: OrderedDict[str, Tenant] = OrderedDict()  # on the device, least recently used first
@@ -93,7 +94,7 @@ class Bank:
         """
         assert self._running is None, "a bank runs one batch at a time"
         found = [None if name is None else self._find(name) for name in tenants]
-        batch = Batch(self.model, found)
+        batch = Batch(self.model, found, self._update)
         self._make_room({name for name in tenants if name is not None}, batch.bytes)
         self._running = batch
         try:
@@ -180,8 +181,8 @@ class Batch:
     seen the prompts, for the rows that use it only.
     """
 
-    def __init__(self, model: PreTrainedModel, tenants: Sequence[Tenant | None]):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, tenants: Sequence[Tenant | None], update: type[GroupedUpdate]):
+        self.model, self._update = model, update
         self.soft = False  #: every routed module on, in proportion to its probability
         self.tenants = {id(tenant): tenant for tenant in tenants if tenant is not None}
         self._prompts = [None if tenant is None else id(tenant) for tenant in tenants]  # (P,)
@@ -274,7 +275,7 @@ class Batch:
             a, b = zip(*(self.tenants[owner].updates[where] for owner in grouping.owners), strict=True)
             device = self.model.device
             gates = self._gates[where].repeat_interleave(self._copies) if where in self._gates else None
-            updates[where.span] = GroupedUpdate(
+            updates[where.span] = self._update(
                 stacked(a, device), stacked(b, device), grouping, gates, where.span, len(self._prompts) * self._copies
             )
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.families import SIBLINGS, Site, head_names
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.quantized import quantized
 from lowrank_cli.adapter.routing import PromptRouting
 from lowrank_cli.adapter.siblings import Siblings
 from lowrank_cli.errors import UserError
@@ -128,6 +129,8 @@ class Adapter:
         for part in self.modules.values():
             if part.unmergeable:
                 raise UserError(f"merge: {part.unmergeable}, so no single weight equals them")
+        if any(quantized(linear.weight) for linear in self.linears.values()):
+            raise UserError("merge: the weights are quantised, and an update put into them would be rounded away")
         embedding = self.model.get_input_embeddings().weight
         for path, linear in self.linears.items():
             if linear.weight is embedding:

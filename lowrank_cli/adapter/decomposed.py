@@ -110,7 +110,7 @@ class Decomposed(LowRank):
 
         What is done in place through a view, autograd sees in views made afterwards: there it returns a new one.
         """
-        factor, gate, bias = ratio, self.module_gate, self.frozen()[1]
+        factor, gate, bias = ratio, self.module_gate, self.frozen_bias()
         if isinstance(gate, float):
             factor = 1 + gate * (ratio - 1)
         elif gate is not None:  # (B, 1) or (B, T, 1) times (O,), or times (B, O) -> (B, O) or (B, T, O)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.core import Adapter
@@ -101,24 +103,17 @@ def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder:
 
 
 def lora_error(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> float:
-    """Largest difference of the canary's logits when the pretrained weights carry ``loras`` instead of the adapter."""
+    """Largest difference of the canary's logits when ``loras`` add to the pretrained linears instead of the adapter."""
     ids, expected = canary(adapter)
+    with ExitStack() as undo, adapter.disabled():
+        for path, (b, a) in loras.items():
+            undo.callback(adapter.linears[path].base.register_forward_hook(_added(b, a)).remove)
+        return relative(canary(adapter, ids)[1], expected)
 
-    @torch.no_grad()
-    def exported() -> Tensor:
-        before = {}
-        with adapter.disabled():
-            for path, (b, a) in loras.items():
-                linear = adapter.linears[path]
-                before[path] = linear.weight.detach().clone()
-                rows = linear.rows(None)
-                rows.copy_(rows.float() + b @ a)
-            logits = canary(adapter, ids)[1]
-            for path, weight in before.items():
-                adapter.linears[path].weight.copy_(weight)
-        return logits
 
-    return relative(exported(), expected)
+def _added(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
+    """A hook that adds b a x to what a linear computes for x (…, I), with b (O, R) and a (R, I)."""
+    return lambda linear, args, y: y + F.linear(F.linear(args[0], a.to(args[0].dtype)), b.to(y.dtype))  # (…, O)
 
 
 def save_merged(adapter: Adapter, folder: Path, load: Callable[[Path], nn.Module]) -> float:

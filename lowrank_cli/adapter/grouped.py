@@ -6,12 +6,15 @@ gathered once when a batch starts: gathering at every call would cost more than 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+
+from lowrank_cli.errors import UserError
 
 #: What reading an owner's A and B costs in a decoding step: as much as computing so many rows (measured on a CPU).
 OPERANDS = 4
@@ -102,6 +105,22 @@ class GroupedUpdate:
             y = y.view(self.batch, -1, y.shape[-1])  # (B, T, O)
             y = y if self.span is None else y[..., slice(*self.span)]
             y.index_add_(0, self.rows, torch.bmm(h, self.b).view(len(self.rows), -1, y.shape[-1]))
+
+
+def require_grouped(grouped: str) -> None:
+    """Raise UserError where what ``hardware.grouped`` asks for is missing."""
+    if grouped == "triton" and importlib.util.find_spec("triton") is None:
+        raise UserError("hardware.grouped: triton needs the package triton; install it, or set hardware.grouped=torch")
+
+
+def update_kind(grouped: str) -> type[GroupedUpdate]:
+    """What computes updates as ``hardware.grouped`` says: ``torch`` (this file) or ``triton`` (CUDA only)."""
+    if grouped == "torch":
+        return GroupedUpdate
+    assert grouped == "triton"
+    from lowrank_cli.adapter.grouped_triton import TritonUpdate
+
+    return TritonUpdate
 
 
 class GroupedLinear(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.fused import Frozen, Terms
+from lowrank_cli.adapter.quantized import dense, quantized
 from lowrank_cli.adapter.siblings import Siblings
 
 LINEARS = (nn.Linear, Conv1D)
@@ -42,6 +43,7 @@ class LowRank(nn.Module):
 
     #: Set by the linear that this module is added to: gives its frozen weight (O, I) and bias (O,), where they are now.
     frozen: Callable[[], tuple[Tensor, Tensor | None]]
+    frozen_bias: Callable[[], Tensor | None]  #: the bias alone, which costs nothing where the weight is quantised
 
     #: Why no single weight equals this kind of module, where none does.
     unmergeable = ""
@@ -290,7 +292,7 @@ class AdaptedLinear(nn.Module):
         """Attach ``part`` to the whole output or to a span of it."""
         self.parts[name] = part
         self._updates[name] = (part, span)
-        part.frozen = partial(self.frozen, span)
+        part.frozen, part.frozen_bias = partial(self.frozen, span), partial(self.frozen_bias, span)
         part.switched = self._choose  # type: ignore[method-assign]
         part.attach(*part.frozen())
         self._choose()
@@ -302,15 +304,22 @@ class AdaptedLinear(nn.Module):
         self._choose()
 
     def rows(self, span: tuple[int, int] | None, weight: Tensor | None = None) -> Tensor:
-        """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers: a view."""
-        weight = self.weight if weight is None else weight
+        """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers.
+
+        A view, but of a quantised weight: that is computed anew at every call, and writing into it has no effect.
+        """
+        weight = dense(self.weight) if weight is None else weight
         weight = weight.t() if isinstance(self.base, Conv1D) else weight
         return weight if span is None else weight[slice(*span)]
 
     def frozen(self, span: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
-        """The base's weight (O, I) and bias (O,), or the rows of them that a span covers: views."""
-        bias = getattr(self.base, "bias", None)
-        return self.rows(span), bias if bias is None or span is None else bias[slice(*span)]
+        """The base's weight (O, I) and bias (O,), or the rows of them that a span covers, as :meth:`rows`."""
+        return self.rows(span), self.frozen_bias(span)
+
+    def frozen_bias(self, span: tuple[int, int] | None) -> Tensor | None:
+        """The base's bias (O,), or the part of it that a span covers: a view."""
+        bias: Tensor | None = getattr(self.base, "bias", None)
+        return bias if bias is None or span is None else bias[slice(*span)]
 
     def enable(self, enabled: bool) -> None:
         """Switch all updates on or off."""
@@ -347,10 +356,12 @@ class AdaptedLinear(nn.Module):
 
     def fusible(self, x: Tensor) -> Frozen | None:
         """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
+        if not self._active or quantized(self.weight) or self.weight.requires_grad:
+            return None  # nothing to fuse; W only through its own linear; a weight whose own gradient is asked for
         device, weight = x.device.type, self.rows(None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if not self._active or weight.requires_grad or weight.dtype not in (dtype, x.dtype):
-            return None  # a weight whose own gradient is asked for, or a quantised one
+        if weight.dtype not in (dtype, x.dtype):
+            return None
         updates = [(part.terms(x, dtype), span) for part, span in self._active]
         bias = getattr(self.base, "bias", None)
         known = [(terms, span) for terms, span in updates if terms is not None]

@@ -23,7 +23,8 @@ def recompute(model: PreTrainedModel, what: str) -> None:
     """From now on, training passes of the adapted ``model`` save less; equal outputs and gradients.
 
     - ``none``: nothing is computed again;
-    - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features;
+    - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features
+      (the multiplied ones are saved all the same for a down projection in 4 bits);
     - ``layers``: every layer, from its input (about a third more time; the least memory).
 
     Raises UserError for a model that has no such part.

@@ -122,7 +122,8 @@ def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, mode
     if proof["fingerprint"] != fingerprint:
         raise UserError(
             f"{source}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
-            f"{proof['fingerprint'][:12]}; loaded: '{model_type}' {fingerprint[:12]})"
+            f"{proof['fingerprint'][:12]}; loaded: '{model_type}' {fingerprint[:12]}); check model "
+            f"and hardware.quantization"
         )
 
 

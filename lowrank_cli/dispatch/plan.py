@@ -16,7 +16,7 @@ from lowrank_cli.config.keys import method_keys
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import all_runs
-from lowrank_cli.schema import BenchRun, PruneConfig
+from lowrank_cli.schema import BenchRun, HardwareConfig, PruneConfig
 
 Parts = list[tuple[str, Composed]]
 
@@ -51,7 +51,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     source = source or model.path or ("bundled" if model.bundled else model.id)
     common = [
         ("model", f"{model.name} ({model.kind}, {source})"),
-        ("hardware", f"{hardware.processes} × {hardware.device}, {hardware.precision}"),
+        ("hardware", f"{hardware.processes} × {hardware.device}, {hardware.precision}{_quantized(hardware)}"),
     ]
     if isinstance(config, BenchRun):
         return [("stage", composed.verb), *common, *_bench(config), ("outputs", config.outputs)]
@@ -89,6 +89,10 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if getattr(config, "run", None):
         rows.append(("starts from" if composed.verb == "train" else "adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
+
+
+def _quantized(hardware: HardwareConfig) -> str:
+    return f", frozen linears {hardware.quantization}" if hardware.quantization else ""
 
 
 def _pruning(prune: PruneConfig) -> str:

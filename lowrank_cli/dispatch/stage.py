@@ -18,7 +18,7 @@ from lowrank_cli.errors import LrkError, UserError
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, settings, tables
 from lowrank_cli.runs import PENDING, Run
-from lowrank_cli.schema import RunConfig
+from lowrank_cli.schema import BenchRun, RunConfig
 
 
 class Interrupted(LrkError):
@@ -41,6 +41,7 @@ def check(
     composed = compose(verb, overrides, config_dir, source, later)
     config = composed.config
     _refuse_missing_folders(config, later)
+    _refuse_to_write_quantized(verb, config)
     if not isinstance(config, RunConfig):
         return composed
     can = methods.capabilities(config.method.name)
@@ -99,6 +100,24 @@ def _refuse_what_would_do_nothing(config: Any) -> None:
                 f"method: '{config.method.name}' would leave the head of the encoder {config.model.name} random; "
                 f"{trained}take a causal model (such as model=llama)"
             )
+
+
+def _refuse_to_write_quantized(verb: str, config: Any) -> None:
+    """Methods that would change the frozen weights, and exports into them, where these are kept in 4 bits."""
+    kind = config.hardware.quantization
+    if not kind:
+        return
+    for method in filter(None, config.variants.values() if isinstance(config, BenchRun) else [config.method]):
+        if writes := methods.create(method).rewrites():
+            raise UserError(
+                f"hardware.quantization: {kind} keeps the model's weights in 4 bits, and method={method.name} "
+                f"{writes}; set hardware=gpu, or take another method"
+            )
+    if verb == "export" and config.export.format == "merged":
+        raise UserError(
+            f"export.format: merged writes updates into the weights, and hardware.quantization={kind} keeps them in 4 "
+            f"bits (allowed: lora)"
+        )
 
 
 def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:

@@ -24,6 +24,10 @@ class Full(Method):
 
     Config = FullConfig
 
+    def rewrites(self) -> str:
+        """All of them train."""
+        return "trains them"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Declare every parameter trainable (a tied one once)."""
         from lowrank_cli.adapter.core import Adapter

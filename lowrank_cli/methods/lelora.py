@@ -74,6 +74,11 @@ class LeLoRA(LoRA):
         super().__init__(config)
         self._strategies: Strategies | None = None  # none while windows are fixed
 
+    def rewrites(self) -> str:
+        """What a window learnt, when it moves."""
+        policy = self.config.policy
+        return "" if policy == "fixed" else f"folds updates into them with method.policy={policy} (allowed: fixed)"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """As LoRA, with every window at ``start``."""
         import torch

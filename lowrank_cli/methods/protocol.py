@@ -34,6 +34,10 @@ class Method:
     def __init__(self, config: Any):
         self.config = config
 
+    def rewrites(self) -> str:
+        """What this method writes into the model's weights, where it does: then they cannot be quantised."""
+        return ""
+
 
 @runtime_checkable
 class Adapts(Protocol):

@@ -2,7 +2,8 @@
 
 :func:`locate` finds out in seconds, without weights, whether a model can be had, and says in one line what
 is missing if not. :func:`load` then reads it. Weights are read from safetensors only (pickles can run code),
-in the precision of the hardware config, to the CPU; the caller moves them and sets ``train()`` or ``eval()``.
+in the precision of the hardware config, to the CPU (quantised ones to the device that they are for); the caller moves
+them and sets ``train()`` or ``eval()``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Location:
 class Loaded:
     """A model ready to be adapted."""
 
-    model: Any  #: a ``transformers.PreTrainedModel`` on the CPU; ``fresh_modules`` names what the checkpoint lacks
+    model: Any  #: a ``transformers.PreTrainedModel``; ``fresh_modules`` names what the checkpoint lacks
     tokenizer: Any  #: its tokenizer; a pad token is set
     name: str
     header: str  #: the line that a run prints first
@@ -87,13 +88,17 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from lowrank_cli.models.prepack import prepack
+    from lowrank_cli.models.quantize import quantizing
 
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if where.revision:
         arguments["revision"] = where.revision
-    factory, extra = AutoModelForCausalLM, {}
+    factory: Any = AutoModelForCausalLM
+    extra: dict[str, Any] = {}
     if model.kind == "encoder":
         factory, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
+    if hardware.quantization:
+        extra |= quantizing(hardware)
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with quiet(where.local):
         with _one_line(where.source):
@@ -285,7 +290,7 @@ def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
 
 
 def _header(model: ModelConfig, where: Location, network) -> str:
-    count = sum(parameter.numel() for parameter in network.parameters())
+    count = network.num_parameters()  # of a quantised one, as many as before
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     family = type(network).__name__.partition("For")[0].removesuffix("LMHeadModel")
     if model.bundled and not model.path:

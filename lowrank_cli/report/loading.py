@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
 
+#: How transformers loads the base of an adapter that was trained on 4 bits (as ``models/quantize.py``).
+IN_4_BITS = (
+    ", dtype='bfloat16', quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, "
+    "bnb_4bit_quant_type={!r}, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16', "
+    "llm_int8_skip_modules=['lm_head', 'classifier', '.*pooler'])"
+)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  #: what ``vllm serve --max-lora-rank`` takes; 16 is its default
 
 
@@ -30,14 +36,16 @@ def ways(run: Run) -> list[str]:
 
 
 def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    base = adapter["base_model_name_or_path"]
+    base, kind = adapter["base_model_name_or_path"], config["hardware"].get("quantization")
+    options = IN_4_BITS.format(kind) if kind else ""
     if adapter["task_type"] == "SEQ_CLS":
         task = config["task"]
         labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task])
-        return [f"load: peft.AutoPeftModelForSequenceClassification.from_pretrained({folder!r}, num_labels={labels})"]
-    load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r})"
+        called = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
+        return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
+    load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
     rank = next((size for size in VLLM_RANKS if size >= adapter["r"]), None)
-    if rank is None:
+    if rank is None or kind:  # for a server as it stands would take the base in full precision
         return [load]
     serve = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
     return [load, f"serve: {shlex.join([*serve, '--lora-modules', f'tuned={folder}'])}"]

@@ -39,7 +39,8 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     progress.console().print(header)
     settings: dict[int | None, dict[str, Twin]] = {None: twins(base, config.variants, config.seed)}
     if bench.tenants:
-        settings |= crowds(base, config.variants, bench.tenants, bench.batch_size, config.seed)
+        grouped = config.hardware.grouped
+        settings |= crowds(base, config.variants, bench.tenants, bench.batch_size, config.seed, grouped)
     ids = torch.randint(base.config.vocab_size, (bench.batch_size, bench.prompt_length)).to(device)
     training = bench.measure == "train"
     total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * len(config.variants)
@@ -58,6 +59,8 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         **{key: run.info[key] for key in ("command", "git", "device", "packages", "python", "platform")},
         "model": header,
         "precision": config.hardware.precision,
+        "quantization": config.hardware.quantization,
+        "grouped": config.hardware.grouped,
         "layers": base.config.num_hidden_layers,
         "threads": torch.get_num_threads(),
         "memory": MEMORY[device.type].format("step" if training else "generation"),

@@ -189,7 +189,7 @@ def _metrics(session: Session, results: Sequence[spread.Result], split: str) -> 
         **spread.metrics(f"{split}/{results[0].metric}", [result.value for result in results]),
         f"{split}/examples": len(results[0].records),
         "arrangements": len(results),
-        "total_parameters": sum(p.numel() for p in session.model.parameters()),
+        "total_parameters": session.model.num_parameters(),
         "trainable_parameters": trained,
         "activated_parameters": trained,
     }

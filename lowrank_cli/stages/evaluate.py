@@ -84,7 +84,7 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
             observed[part] = len(own), _observe(session)
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
-    metrics["total_parameters"] = sum(p.numel() for p in session.model.parameters())
+    metrics["total_parameters"] = session.model.num_parameters()
     metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
     metrics["activated_parameters"] = metrics["trainable_parameters"]
     return metrics, records, _together(observed)

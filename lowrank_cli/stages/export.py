@@ -48,13 +48,21 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
                 error = save_merged(adapter, folder, loaded)
         session.tokenizer.save_pretrained(folder)
         if not error <= asked.max_error:
-            more = "a larger export.rank (null keeps everything), " if asked.rank else ""
             raise UserError(
                 f"export.max_error: the exported logits differ by {error:.2g} of the largest (allowed: "
-                f"{asked.max_error:g}); set {more}export.format={'merged' if asked.format == 'lora' else 'lora'}, "
-                f"or a larger export.max_error"
+                f"{asked.max_error:g}); set {_instead(config)}a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
+
+
+def _instead(config: ExportRun) -> str:
+    """Settings under which an export may differ less, each with an "or" behind it."""
+    ways = ["a larger export.rank (null keeps everything)"] if config.export.rank else []
+    if config.hardware.quantization is None:
+        ways.append(f"export.format={'merged' if config.export.format == 'lora' else 'lora'}")
+        if config.hardware.precision == "bf16":
+            ways.append("hardware.precision=fp32")
+    return "".join(f"{way}, or " for way in ways)
 
 
 def _why(config: ExportRun, rank: int, own: int, whole: bool) -> str:

@@ -52,7 +52,7 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
             _adapt(config, loaded.model)
             records = [_one(writer, requests[0], streamed=output is None)]
         else:
-            records = _many(writer, requests, asked)
+            records = _many(writer, requests, asked, config.hardware.grouped)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.write_text(ANSWERS, text)
     if output is not None:
@@ -133,9 +133,9 @@ def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
     return {**request.fields, "answer": answer}
 
 
-def _many(writer: Writer, requests: Sequence[Request], asked: GenerateConfig) -> list[dict[str, Any]]:
+def _many(writer: Writer, requests: Sequence[Request], asked: GenerateConfig, grouped: str) -> list[dict[str, Any]]:
     """One record a line: its fields with ``answer`` or ``error``. A line that fails leaves the others alone."""
-    tenants = Tenants(writer.model, asked.max_bytes)
+    tenants = Tenants(writer.model, asked.max_bytes, grouped)
     lost = tenants.load(dict.fromkeys(r.tenant for r in requests if r.error is None and r.tenant is not None))
     errors = {at: request.error for at, request in enumerate(requests) if request.error is not None}
     ids: dict[int, list[int]] = {}

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.grouped import require_grouped
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
+from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import HardwareConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
@@ -197,7 +199,7 @@ def method_of(run: Run) -> Method:
 
 
 def prepare(hardware: HardwareConfig) -> Accelerator:
-    """The device of this process and its threads. Raises UserError where the device is not there."""
+    """The device of this process and its threads. Raises UserError where the device, or a library, is not there."""
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     if hardware.device == "cuda" and not torch.cuda.is_available():
@@ -209,6 +211,8 @@ def prepare(hardware: HardwareConfig) -> Accelerator:
         )
     if hardware.compile:
         require_compiler(hardware.device)
+    require_quantization(hardware.quantization)
+    require_grouped(hardware.grouped)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may be set otherwise
     accelerator = Accelerator(cpu=hardware.device == "cpu")

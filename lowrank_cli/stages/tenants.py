@@ -20,8 +20,8 @@ from lowrank_cli.stages.twins import copied
 class Tenants:
     """Fills a bank with adapters: runs, or folders with an adapter of ours or of the PEFT library."""
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int | None):
-        self.bank = Bank(model, max_bytes)
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None, grouped: str):
+        self.bank = Bank(model, max_bytes, grouped)
         self._adapted: dict[str, Adapter] = {}  # by the method's configuration
 
     def load(self, names: Iterable[str]) -> dict[str, UserError]:

@@ -18,6 +18,7 @@ from lowrank_cli import methods
 from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.core import Adapter, fingerprint
 from lowrank_cli.adapter.families import find_sites
+from lowrank_cli.adapter.quantized import quant_state
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.schema import MethodConfig
@@ -61,11 +62,16 @@ def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], se
 
 
 def crowds(
-    base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], counts: Sequence[int], rows: int, seed: int
+    base: PreTrainedModel,
+    variants: Mapping[str, MethodConfig | None],
+    counts: Sequence[int],
+    rows: int,
+    seed: int,
+    grouped: str = "torch",
 ) -> dict[int, dict[str, Twin]]:
     """The same, for each of ``counts``, with so many adapters that take turns over the ``rows`` of a batch.
 
-    Ours stand in a bank. Raises UserError for a method that cannot.
+    Ours stand in a bank, computed as ``grouped`` says. Raises UserError for a method that cannot.
     """
     found: dict[int, dict[str, Twin]] = {count: {} for count in counts}
     for name, config in variants.items():
@@ -74,7 +80,7 @@ def crowds(
         elif is_peft(name):
             make = partial(_peft_crowd, _peft(base, config, max(counts), seed))
         else:
-            make = partial(_crowd, *_bank(base, name, config, max(counts), seed))
+            make = partial(_crowd, *_bank(base, name, config, max(counts), seed, grouped))
         for count in counts:
             found[count][name] = make([str(row % count) for row in range(rows)])
     return found
@@ -87,7 +93,8 @@ def is_peft(entry: str) -> bool:
 
 def copied(base: PreTrainedModel) -> PreTrainedModel:
     """The same weights under modules of their own."""
-    shared = {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())}
+    states = filter(None, map(quant_state, base.parameters()))
+    shared = {id(one): one for one in chain(base.parameters(), base.buffers(), states)}
     return copy.deepcopy(base, shared)  # deepcopy takes what its memo holds for copied already
 
 
@@ -113,9 +120,11 @@ def _perturb(adapter: Adapter) -> None:
         parameter.add_(torch.randn_like(parameter) * NOISE)
 
 
-def _bank(base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int) -> tuple[Twin, Bank]:
+def _bank(
+    base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str
+) -> tuple[Twin, Bank]:
     """A bank of ``count`` adapters by number, and the twin that they were made with."""
-    twin, bank = _twin(base, name, config, seed), Bank(copied(base))
+    twin, bank = _twin(base, name, config, seed), Bank(copied(base), grouped=grouped)
     assert twin.adapter is not None
     for number in range(count):
         _perturb(twin.adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging
 
+from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import load as module
 from lowrank_cli.models.load import check_task, load, locate
@@ -118,6 +120,12 @@ def test_loading_is_quiet_and_leaves_the_log_as_it_was(checkpoints, capfd):
     load(config(kind="encoder", path=str(checkpoints / "bert")), hardware(), 2)
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(llama):
+    (llama / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no linear of this model is called 'nonsense'"):
+        load(config(path=str(llama)), hardware(), None, partial(find_sites, targets=["nonsense"]))
 
 
 def test_sharded_checkpoint(llama):

@@ -9,6 +9,7 @@ them and sets ``train()`` or ``eval()``.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,18 @@ def locate(model: ModelConfig) -> Location:
     return Location(model.id, model.revision, False)
 
 
-def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -> Loaded:
+def load(
+    model: ModelConfig,
+    hardware: HardwareConfig,
+    num_labels: int | None,
+    fits: Callable[[Any], object] | None = None,
+) -> Loaded:
     """The model and its tokenizer.
 
     Args:
         num_labels: width of an encoder's linear head, which is new and drawn from torch's global generator
             (seed it first); None for a causal model.
+        fits: called with the model without its values (on torch's meta device), before they are read; it may raise.
 
     Raises:
         UserError: see :func:`locate`; or the checkpoint is damaged, incomplete or of the other kind.
@@ -102,7 +109,11 @@ def load(model: ModelConfig, hardware: HardwareConfig, num_labels: int | None) -
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with quiet(where.local):
         with _one_line(where.source):
-            _check_kind(model, where.source, arguments)
+            config = _checked_config(model, where.source, arguments)
+            if fits is not None:
+                with torch.device("meta"):
+                    outline = factory.from_config(config, trust_remote_code=model.trust_remote_code)
+                fits(outline)
             network, report = factory.from_pretrained(
                 where.source,
                 dtype=dtype,
@@ -222,7 +233,8 @@ def _one_line(source: str):
         raise UserError(f"model: {source} cannot be loaded: {said}") from error
 
 
-def _check_kind(model: ModelConfig, source: str, arguments: dict[str, Any]) -> None:
+def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
+    """The checkpoint's ``config.json``, of the kind that ``model`` says."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
@@ -235,6 +247,7 @@ def _check_kind(model: ModelConfig, source: str, arguments: dict[str, Any]) -> N
             f"model.kind: {model.kind} does not fit {source}, which is of the {kind} kind "
             f"({config.model_type}); set model.kind={kind}"
         )
+    return config
 
 
 def _tokenizer(source: str, arguments: dict[str, Any]):

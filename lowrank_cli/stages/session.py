@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
@@ -163,7 +165,9 @@ def start(config: RunConfig) -> Session:
         )
     torch.manual_seed(config.seed)
     labels = len(task.label_words) if config.model.kind == "encoder" else None
-    loaded = load(config.model, config.hardware, labels)
+    targets = getattr(config.method, "target_modules", None)
+    fits = partial(find_sites, targets=list(targets)) if targets else None  # a wrong name costs no download
+    loaded = load(config.model, config.hardware, labels, fits)
     model = loaded.model.to(accelerator.device)
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     return Session(

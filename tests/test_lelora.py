@@ -9,7 +9,7 @@ import small
 import torch
 from torch.nn import functional as F
 
-from lowrank_cli.adapter import spectrum, state
+from lowrank_cli.adapter import state
 from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
 from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.dispatch import single
@@ -77,17 +77,24 @@ def logits(adapter):
 # ------------------------------------------------------------------------------------------ spectrum and windows
 
 
-@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
-def test_the_gram_decomposition_equals_the_exact_one(shape, monkeypatch):
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)])
+def test_the_decomposition_is_the_singular_value_decomposition(shape):
     weight, index = torch.randn(shape), torch.tensor([0, 1, 5, 6, 10, 11])
-    exact = decompose(weight, index)
-    monkeypatch.setattr(spectrum, "EXACT", 4)
-    fast = decompose(weight, index)
-    torch.testing.assert_close(fast.values, exact.values)
+    exact = torch.linalg.svd(weight, full_matrices=False)
+    found = decompose(weight, index)
+    torch.testing.assert_close(found.values, exact.S)
     for start in (0, 5, 10):
-        u, s, v = exact.components(torch.tensor([start, start + 1]))
-        other = fast.components(torch.tensor([start, start + 1]))
-        torch.testing.assert_close((other[0] * other[1]) @ other[2], (u * s) @ v, atol=1e-4, rtol=1e-4)
+        u, s, v = found.components(torch.arange(start, start + 2))
+        own = slice(start, start + 2)
+        torch.testing.assert_close((u * s) @ v, (exact.U[:, own] * exact.S[own]) @ exact.Vh[own], atol=1e-5, rtol=1e-4)
+
+
+def test_a_matrix_without_full_rank_still_gives_directions_to_train():
+    weight = torch.randn(12, 3) @ torch.randn(3, 20)
+    u, s, v = decompose(weight, torch.arange(12)).components(torch.arange(12))
+    torch.testing.assert_close((u * s) @ v, weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(v.norm(dim=1), torch.ones(12))
+    assert (s[3:] < 1e-6 * s[0]).all()
 
 
 @pytest.mark.parametrize(("components", "limit"), [(16, 12), (128, 32), (7, 7), (5, 1)])

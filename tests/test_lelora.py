@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
+from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
@@ -292,6 +293,25 @@ def test_credit_of_a_phase_adds_up_to_the_drop_of_the_dev_loss():
     drop = start - loss().item()
     assert drop > 1e-5
     assert strategies.credit().sum().item() == pytest.approx(drop, rel=0.2, abs=0)
+
+
+@pytest.mark.parametrize("what", ["feed_forward", "layers"])
+def test_dev_gradients_save_as_little_as_training_where_it_computes_again(what):
+    saved, found = {}, {}
+    for way in ("none", what):
+        method, adapter = lelora()
+        recompute(adapter.model, way)
+        sizes = []
+
+        def loss(model=adapter.model, sizes=sizes):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+                return model(input_ids=small.ids()).logits.square().mean()
+
+        method._strategies.switch(1, 0.1, [loss, loss], None, last=False)
+        saved[way], found[way] = sum(sizes), method._strategies.slopes
+        assert any(slope.any() for slope in found[way].values())
+    assert saved[what] < saved["none"]
+    torch.testing.assert_close(found[what], found["none"])
 
 
 def test_advantages_find_the_effect_of_a_choice_under_rewards_that_fall_a_thousandfold():

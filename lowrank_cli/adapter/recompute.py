@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ KEY = "hardware.gradient_checkpointing"
 
 
 def recompute(model: PreTrainedModel, what: str) -> None:
-    """From now on, training passes of the adapted ``model`` save less; equal outputs and gradients.
+    """From now on, passes of the adapted ``model`` that record gradients save less; equal outputs and gradients.
 
     - ``none``: nothing is computed again;
     - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features
@@ -38,22 +38,22 @@ def recompute(model: PreTrainedModel, what: str) -> None:
         raise UserError(f"{KEY}: family '{model.config.model_type}' has no gated feed-forward; take layers, or none")
     for layer in layers(model):
         if what == "layers":
-            layer.forward = partial(_checkpointed, layer, layer.forward)
+            layer.forward = partial(_checkpointed, layer.forward)
         else:
             parent = layer.get_submodule(str(family.roles["G"]).rpartition(".")[0])
             parent.forward = partial(_gated, parent, parent.forward)
 
 
-def _checkpointed(layer: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """The hooks of a layer, its router among them, run outside, once."""
-    if not (layer.training and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:
     """down(act(gate(x)) ⊙ up(x)), (B, T, D) -> (B, T, D)."""
-    if not (block.training and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return forward(x)
     gate, up, down = block.gate_proj(x), block.up_proj(x), block.down_proj
     product = GatedProduct.apply(gate, up, block.act_fn)  # type: ignore[no-untyped-call]

@@ -591,6 +591,25 @@ def test_large_matrices_are_decomposed_again_only_when_they_changed(monkeypatch)
     assert len(calls) > 3 * len(adapter.modules)
 
 
+def test_a_run_too_short_for_the_policy_to_learn_says_so():
+    said = []
+    for phase in (5, 2):
+        method, adapter = lelora(phase=phase)
+
+        def loss(number, model=adapter.model):
+            return model(input_ids=small.ids()).logits.square().mean()
+
+        method.after_step(Step(1, 10, adapter, 0.01, loss, lambda tensor: tensor, say=said.append))
+    assert len(said) == 1 and "no two phases of method.phase=5 steps in the first 60% (method.explore) of 10" in said[0]
+
+
+def test_processes_cannot_share_it_while_windows_move(lrk):
+    ended = lrk("check", "train", "method=lelora", "hardware.processes=2")
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert "hardware.processes: 2, but training with method=lelora changes shapes" in ended.err
+    assert lrk("check", "train", "method=lelora", "hardware.processes=2", "method.policy=fixed").code == 0
+
+
 def test_a_tied_embedding_is_refused():
     with pytest.raises(UserError, match="'lm_head' shares its weight with the input embedding"):
         small.adapted("lelora", "gpt2", target_modules=["lm_head"])

@@ -60,6 +60,10 @@ def check(
         )
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
+        if processes > 1 and (reason := methods.create(config.method).alone()):
+            raise UserError(
+                f"hardware.processes: {processes}, but training with method={config.method.name} {reason}; set it to 1"
+            )
         if config.train.batch_size % (accumulated * processes):
             raise UserError(
                 f"train.batch_size: {config.train.batch_size} cannot be shared by hardware.processes={processes} "

@@ -79,10 +79,13 @@ class LeLoRA(LoRA):
         policy = self.config.policy
         return "" if policy == "fixed" else f"folds updates into them with method.policy={policy} (allowed: fixed)"
 
+    def alone(self) -> str:
+        """Data parallelism holds on to the shapes that it saw first, and dev gradients are one process's own."""
+        policy = self.config.policy
+        return "" if policy == "fixed" else f"changes shapes with method.policy={policy} (allowed: fixed)"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """As LoRA, with every window at ``start``."""
-        import torch
-
         from lowrank_cli.adapter.core import inject
         from lowrank_cli.adapter.families import find_sites
         from lowrank_cli.adapter.spectrum import Moving, window
@@ -101,8 +104,6 @@ class LeLoRA(LoRA):
         for path, linear in adapter.linears.items():
             if linear.weight is embedding:
                 raise UserError(f"method.target_modules: '{path}' shares its weight with the input embedding")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UserError("hardware.processes: lelora changes shapes while it trains; use 1, or method.policy=fixed")
         self._strategies = Strategies(
             adapter,
             budget=config.rank * len(sites),
@@ -125,6 +126,11 @@ class LeLoRA(LoRA):
         number, end = step.number, self._end(step)
         if self._strategies is None or number > end:
             return
+        if number == 1 and self.config.policy == "learned" and end < 2 * self.config.phase:
+            step.say(
+                f"lelora: no two phases of method.phase={self.config.phase} steps in the first "
+                f"{self.config.explore:.0%} (method.explore) of {step.total} steps: the policy learns nothing"
+            )
         if number == 1 or number % self.config.phase == 0 or number == end:
             losses = [partial(step.dev_loss, batch) for batch in range(1, self.config.probe + 1)]
             row = self._strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)

@@ -38,6 +38,10 @@ class Method:
         """What this method writes into the model's weights, where it does: then they cannot be quantised."""
         return ""
 
+    def alone(self) -> str:
+        """Why several processes cannot share this method's training, where they cannot."""
+        return ""
+
 
 @runtime_checkable
 class Adapts(Protocol):

@@ -23,7 +23,7 @@ from lowrank_cli.stages.train import Trainer
 FAMILIES = ["llama", "gpt2", "bert"]
 
 
-def train(method, adapter, steps, total, first=1, lr=0.01):
+def train(method, adapter, steps, total, first=1, lr=0.01, optimizer=None):
     """Optimizer steps on random inputs with the method acting between them; returns the logged rows."""
     model, rows = adapter.model, []
 
@@ -34,7 +34,7 @@ def train(method, adapter, steps, total, first=1, lr=0.01):
             logits.flatten(0, -2), ids.flatten()[: logits.flatten(0, -2).shape[0]] % logits.shape[-1]
         )
 
-    optimizer = torch.optim.AdamW(list(adapter.trained.values()), lr=lr)
+    optimizer = optimizer or torch.optim.AdamW(list(adapter.trained.values()), lr=lr, fused=True)
     for number in range(first, first + steps):
         loss(number % 3).backward()
         step = Step(
@@ -222,6 +222,33 @@ def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_fol
         assert all(torch.equal(linear.weight.float(), before[path]) for path, linear in adapter.linears.items())
 
 
+def test_windows_of_a_bf16_model_move_and_give_its_weights_back():
+    torch.manual_seed(3)
+    method = small.method("lelora")
+    adapter = method.adapt(small.model().to(torch.bfloat16))
+    before = {path: linear.weight.clone() for path, linear in adapter.linears.items()}
+    rows, _ = train(method, adapter, 12, 12)
+    assert len(rows) == 4 and all(math.isfinite(row["strategy/dev_loss"]) for row in rows)
+    assert all(row["strategy/credit"] != 0 for row in rows[1:])
+    assert not any(torch.equal(linear.weight, before[path]) for path, linear in adapter.linears.items())
+    with adapter.disabled():
+        assert all(torch.equal(linear.weight, before[path]) for path, linear in adapter.linears.items())
+
+
+def test_loaded_while_switched_off_it_leaves_the_weights_alone(tmp_path):
+    """So adapters whose factors alone are read cost no copy of the model."""
+    _, adapter = moved()
+    state.save(adapter, tmp_path, {})
+    _, fresh = lelora()
+    for linear in fresh.linears.values():
+        linear.enable(False)
+    state.fill(fresh, tmp_path)
+    assert all(part._pretrained is None for part in fresh.modules.values())
+    for linear in fresh.linears.values():
+        linear.enable(True)
+    assert torch.equal(logits(fresh), logits(adapter))
+
+
 def test_dither_is_exact_for_bf16_values_and_right_in_the_mean():
     values = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     exact = values.to(torch.bfloat16)
@@ -262,18 +289,18 @@ def test_credit_is_the_drop_of_the_dev_loss_to_first_order_matrix_by_matrix():
     for m, (key, part) in enumerate(adapter.modules.items()):
         if key.endswith(("q_proj", "k_proj")):
             continue  # attention is too flat at random weights for a drop of the first order
-        slopes = {name: strategies.slopes[f"{m}.{name}"] for name in part.tensors()}
-        length = 0.001 * start / sum(slope.square().sum() for slope in slopes.values())
+        to_a, to_b = strategies.slopes[f"{m}.a"], strategies.slopes[f"{m}.b"]
+        length = 0.001 * start / (to_a.square().sum() + to_b.square().sum())
         with torch.no_grad():
-            for name, tensor in part.tensors().items():
-                tensor -= length * slopes[name]
+            part.lora_a -= length * to_a
+            part.lora_b -= length * to_b
         drop, credit = start - loss().item(), strategies.credit()
         assert drop > 1e-6
         assert credit[m].item() == pytest.approx(drop, rel=0.2, abs=0)
         assert not torch.cat((credit[:m], credit[m + 1 :])).any()
         with torch.no_grad():
-            for name, tensor in part.tensors().items():
-                tensor.copy_(strategies.begun[f"{m}.{name}"])
+            part.lora_a.copy_(part.start_a)
+            part.lora_b.copy_(part.start_b)
         assert not strategies.credit().any(), "to and fro is worth nothing"
 
 
@@ -540,6 +567,42 @@ def test_the_last_choice_is_what_the_policy_prefers():
     ((places, means),) = greedy
     assert torch.equal(strategies.choice["places"], places) and torch.equal(strategies.choice["logits"], means)
     assert strategies.preference()[1] == strategies.log["widths"][-1].tolist()
+
+
+def test_behind_the_last_choice_nothing_as_large_as_the_weights_is_kept():
+    method, adapter = lelora()
+    train(method, adapter, 5, 12)
+    assert {"spectrum.0.left", "slopes.0.a"} <= method.state().keys()
+    train(method, adapter, 7, 12, first=6)
+    kept = method.state()
+    assert not any(name.startswith(("spectrum.", "slopes.")) for name in kept)
+    again, _ = lelora()
+    again.load_state(adapter, kept)
+    assert again._strategies.preference() == method._strategies.preference()
+
+
+def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
+    """With a policy that has learnt: its weights and moments, the last phases, dev gradients, kept ranks."""
+    method, adapter = lelora()
+    _, optimizer = train(method, adapter, 7, 20)
+    saved, tensors, moments = (
+        {name: tensor.clone() for name, tensor in part.items()}
+        for part in (method.state(), state.tensors(adapter), state.moments(optimizer))
+    )
+    assert "phase.2.rewards" in saved and saved["policy.heads.weight"].any()
+    again, twin = lelora()
+    state.assign(twin, tensors, "checkpoint")
+    other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
+    state.load_moments(other, moments)
+    again.load_state(twin, saved)
+    rows = [
+        train(*pair, 6, 20, first=8, optimizer=own)[0]
+        for pair, own in (((method, adapter), optimizer), ((again, twin), other))
+    ]
+    assert len(rows[0]) == 3 and rows[0] == rows[1]
+    after = [state.tensors(one) for one in (adapter, twin)]
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+    assert torch.equal(*(one._strategies.policy.heads.weight for one in (method, again)))
 
 
 def test_a_policy_that_may_not_learn_ends_at_the_first_place_with_equal_widths():

@@ -51,8 +51,14 @@ class Window(LowRank):
     @torch.no_grad()
     def take(self, u: Tensor, s: Tensor, v: Tensor) -> None:
         """Start from components u (O, R), s (R,), v (R, I): B₀ = u (s / scale)^½, A₀ = (s / scale)^½ v."""
+        self._open(*self._factors(u, s, v))
+
+    def _factors(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         root = (s / self.scale).sqrt()
-        self._begin(u * root, root.unsqueeze(1) * v)  # (O, R), (R, I)
+        return u * root, root.unsqueeze(1) * v  # (O, R), (R, I)
+
+    def _open(self, b: Tensor, a: Tensor) -> None:
+        self._begin(b, a)
         self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
 
     def _begin(self, b: Tensor, a: Tensor) -> None:
@@ -118,19 +124,17 @@ class Moving(Window):
     @torch.no_grad()
     def exchange(self, keep: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
         """After a fold: keep the ranks ``keep`` (their indices) as they are, and open components as :meth:`take`."""
-        b, a = self.lora_b[:, keep], self.lora_a[keep]
-        self.take(u, s, v)
-        self._begin(torch.cat((b, self.start_b), dim=1), torch.cat((a, self.start_a)))
-        self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
+        b, a = self._factors(u, s, v)
+        self._open(torch.cat((self.lora_b[:, keep], b), dim=1), torch.cat((self.lora_a[keep], a)))
 
     @torch.no_grad()
     def settle(self, weight: Tensor, enabled: bool) -> None:
+        folded = enabled and len(self.folded_a) > 0
         if self._pretrained is None:
-            if not len(self.folded_a):
+            if not folded:
                 return
             self._pretrained = weight.detach().to("cpu", copy=True)
         pretrained = self._pretrained.to(weight.device)
-        folded = enabled and len(self.folded_a)
         if not folded:
             weight.copy_(pretrained)
         elif weight.dtype == torch.bfloat16:

@@ -70,8 +70,7 @@ class Strategies:
         self.choice: dict[str, Tensor] = {}  #: features, places, logits, likelihood of the phase that runs
         self.phases: list[dict[str, Tensor]] = []  #: those of the last phases, with their rewards
         self.held = [torch.zeros(0, dtype=torch.long)] * count  #: the component that each open rank began as
-        self.begun: dict[str, Tensor] = {}  #: the trained factors as the phase began, and
-        self.slopes: dict[str, Tensor] = {}  #: the dev gradients there
+        self.slopes: dict[str, Tensor] = {}  #: dev gradients of A and B as the phase began, by "<matrix>.<factor>"
         self.log: dict[str, list[Tensor]] = {}  #: a value for each switch, see :meth:`switch`
         self.seconds = 0.0
 
@@ -89,12 +88,12 @@ class Strategies:
         that rises with the length of the steps, those of principal and of wide windows most. (Credited with each
         step's own drop, the policy went to narrow windows of minor components, and the runs ended worse for it.)
         """
-        found = torch.zeros(len(self.parts))
+        found = []
         for m, part in enumerate(self.parts):
-            for name, parameter in part.tensors().items():
-                key = f"{m}.{name}"
-                found[m] -= (self.slopes[key] * (parameter - self.begun[key])).sum().cpu()
-        return found
+            along_a = (self.slopes[f"{m}.a"] * (part.lora_a - part.start_a)).sum()
+            along_b = (self.slopes[f"{m}.b"] * (part.lora_b - part.start_b)).sum()
+            found.append(-along_a - along_b)
+        return torch.stack(found).cpu()
 
     def switch(
         self,
@@ -135,6 +134,8 @@ class Strategies:
         self._open(starts, widths, optimizer)
         likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
         self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
+        if last:
+            self.spectra = []  # of the size of the weights, and nothing asks for them any more
         row["dev_loss"] = self._dev_loss(losses) if last else self._look(losses)
         row |= {"starts": starts, "widths": widths}
         for name, value in {"credit": 0.0, **row, "rewards": rewards.tolist()}.items():
@@ -166,9 +167,8 @@ class Strategies:
                     torch.autograd.backward(loss)
                 total += loss.item()
         for m, part in enumerate(self.parts):
-            for name, parameter in part.tensors().items():
-                self.begun[f"{m}.{name}"] = parameter.detach().clone()
-                self.slopes[f"{m}.{name}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, factor in (("a", part.lora_a), ("b", part.lora_b)):
+                self.slopes[f"{m}.{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
         model.zero_grad()
         for m, signal in signals.items():
             self._note_energy(m, signal.cpu())
@@ -219,7 +219,6 @@ class Strategies:
 
     def _open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Open the windows; a rank whose component lies in the new one too goes on as it is, moments included."""
-        self.begun.clear()
         self.slopes.clear()
         for m, (part, start, width) in enumerate(zip(self.parts, starts, widths)):
             held, wanted = self.held[m], torch.arange(start, start + width)
@@ -247,7 +246,6 @@ class Strategies:
             **{f"moments.{name}": value for name, value in moments(self.optimizer).items()},
             **{f"choice.{name}": value for name, value in self.choice.items()},
             **{f"log.{name}": torch.stack(values) for name, values in self.log.items()},
-            **{f"begun.{name}": value for name, value in self.begun.items()},
             **{f"slopes.{name}": value for name, value in self.slopes.items()},
             **{f"held.{m}": value for m, value in enumerate(self.held)},
         }
@@ -273,7 +271,6 @@ class Strategies:
         self.phases = [below(f"phase.{k}.") for k in range(count)]
         self.log = {name: list(values) for name, values in below("log.").items()}
         device, saved = self.adapter.model.device, below("spectrum.")
-        self.begun = {name: value.to(device) for name, value in below("begun.").items()}
         self.slopes = {name: value.to(device) for name, value in below("slopes.").items()}
         self.held = [state[f"held.{m}"] for m in range(len(self.keys))]
         if saved:

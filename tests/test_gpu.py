@@ -63,9 +63,14 @@ def test_a_4bit_run_trains_and_is_evaluated():
     assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
 
 
-def test_a_bf16_run_on_the_gpu_trains_and_is_evaluated():
+@pytest.mark.parametrize(
+    "method",
+    [["method=milora"], ["method=lelora", "method.phase=1", "method.explore=0.8"]],
+    ids=lambda method: method[0],
+)
+def test_a_bf16_run_on_the_gpu_trains_and_is_evaluated(method):
     quick = ["hardware=gpu", "task=tiny_sentiment", "task.limit=32", "train.max_steps=4", "train.batch_size=8"]
-    single.start("train", ["method=milora", *quick], None, "lrk train")
+    single.start("train", [*method, *quick], None, "lrk train")
     run = Run.open(Path("outputs/latest").resolve())
     single.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]

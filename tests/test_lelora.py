@@ -654,6 +654,15 @@ def test_large_matrices_are_decomposed_again_only_when_they_changed(monkeypatch)
     assert len(calls) > 3 * len(adapter.modules)
 
 
+def test_training_that_diverged_is_told_so():
+    method, adapter = lelora()
+    train(method, adapter, 3, 20)
+    with torch.no_grad():
+        next(iter(adapter.modules.values())).lora_b.fill_(torch.inf)
+    with pytest.raises(WorkFailed, match=r"not finite at step 4; try a smaller train\.learning_rate"):
+        train(method, adapter, 1, 20, first=4)
+
+
 def test_a_run_too_short_for_the_policy_to_learn_says_so():
     said = []
     for phase in (5, 2):

@@ -18,6 +18,7 @@ from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
 from lowrank_cli.adapter.ranks import carry
 from lowrank_cli.adapter.spectrum import Moving, Spectrum, decompose, reachable, weight_gradients, window_start
 from lowrank_cli.adapter.state import load_moments, moments
+from lowrank_cli.errors import WorkFailed
 
 #: Smaller side up to which a spectrum is computed again in every phase (LAPACK: about 30 ms on one core).
 SMALL = 256
@@ -117,6 +118,8 @@ class Strategies:
         rewards = torch.full((len(self.keys),), torch.nan)
         if rewarded := bool(self.choice):
             credit = self.credit()
+            if not credit.isfinite().all():
+                raise WorkFailed(f"the factors are not finite at step {step}; try a smaller train.learning_rate")
             row["credit"] = credit.sum().item()
             if self.per_matrix:
                 rewards = credit / credit.abs().sum().clamp_min(1e-30)
@@ -153,11 +156,10 @@ class Strategies:
 
         The latter, for the next choice, of the first batch only.
         """
-        model, signals = self.adapter.model, dict[int, Tensor]()
 
         def see(key: str, gradient: Tensor) -> None:
             m = self.keys.index(key)
-            signals[m] = self.spectra[m].project(gradient)
+            self._note_energy(m, self.spectra[m].project(gradient).cpu())
 
         total = 0.0
         with self._evaluating():
@@ -169,9 +171,7 @@ class Strategies:
         for m, part in enumerate(self.parts):
             for name, factor in (("a", part.lora_a), ("b", part.lora_b)):
                 self.slopes[f"{m}.{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
-        model.zero_grad()
-        for m, signal in signals.items():
-            self._note_energy(m, signal.cpu())
+        self.adapter.model.zero_grad()
         return total
 
     @contextmanager

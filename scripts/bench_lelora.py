@@ -5,10 +5,10 @@
 
 Shapes of Llama: that of the bundled model, one of about 100M parameters, and a stack of four layers as wide as those of
 7B, all with random weights, in fp32 on a CPU and in bf16 on a GPU. A step is forward, backward and AdamW on one batch;
-a switch is what happens between two phases: rewards, folding, spectra, policy, new windows, dev gradients. All of it runs
-as in training, phase after phase; figures are medians. The share of exploration is switch / (phase × step + switch),
-that of training counts the steps after exploration as well; the first switch also decomposes all matrices, which is
-paid once and stands apart.
+a switch is what happens between two phases: rewards, folding, spectra, policy, new windows, dev gradients. All of it
+runs as in training, phase after phase; figures are medians. The share of exploration is switch / (phase × step +
+switch), that of training counts the steps after exploration as well; the first switch also decomposes all matrices,
+which is paid once and stands apart.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lowrank_cli.adapter import state
-from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
+from lowrank_cli.adapter.policy import Policy, advantages, features, share_out, without_trend
 from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.dispatch import single
@@ -353,6 +353,13 @@ def test_advantages_find_the_effect_of_a_choice_under_rewards_that_fall_a_thousa
     for phase in range(6):
         assert torch.corrcoef(torch.stack((found[phase], effect[phase])))[0, 1] > 0.5
     assert not advantages(rewards[:1]).any(), "one phase says nothing"
+
+
+def test_without_its_trend_a_falling_reward_shows_what_a_choice_did():
+    effect = torch.tensor([0.0, 0.3, -0.2, 0.1, -0.3, 0.1]).unsqueeze(1)
+    found = advantages(without_trend(torch.linspace(3, 1, 6).unsqueeze(1) + effect))
+    assert torch.corrcoef(torch.stack((found.flatten(), effect.flatten())))[0, 1] > 0.95
+    torch.testing.assert_close(without_trend(torch.linspace(3, 1, 6).unsqueeze(1)), torch.zeros(6, 1))
 
 
 @pytest.mark.parametrize("budget", [0, 1, 13, 24, 37, 40])

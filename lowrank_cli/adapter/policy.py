@@ -134,3 +134,14 @@ def advantages(rewards: Tensor) -> Tensor:
     """
     above = (rewards - rewards.mean(dim=0)) / rewards.abs().mean(dim=0).clamp_min(1e-12)
     return above / above.std(correction=0).clamp_min(1e-12)
+
+
+def without_trend(rewards: Tensor) -> Tensor:
+    """Rewards (K, M) of K ≥ 3 phases less the straight line through them, for ``global`` rewards.
+
+    The loss falls ever more slowly, whatever the windows are. Shares of a credit have no such trend.
+    """
+    time = torch.arange(len(rewards), dtype=rewards.dtype).unsqueeze(1)
+    time = time - time.mean()
+    slope = (time * rewards).sum(dim=0) / time.square().sum()  # (M,)
+    return rewards - rewards.mean(dim=0) - time * slope

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import LowRank
-from lowrank_cli.adapter.policy import Policy, advantages, features, share_out
+from lowrank_cli.adapter.policy import Policy, advantages, features, share_out, without_trend
 from lowrank_cli.adapter.ranks import carry
 from lowrank_cli.adapter.spectrum import Moving, Spectrum, decompose, reachable, weight_gradients, window_start
 from lowrank_cli.adapter.state import load_moments, moments
@@ -194,10 +194,11 @@ class Strategies:
         self.energy[m] = INERTIA * self.energy[m] + (1 - INERTIA) * share
 
     def _learn(self) -> None:
-        if not self.learns or len(self.phases) < 2:
+        if not self.learns or len(self.phases) < (2 if self.per_matrix else 3):
             return
         made = {name: torch.stack([phase[name] for phase in self.phases]) for name in self.phases[0]}
-        advantage = advantages(made.pop("rewards"))
+        rewards = made.pop("rewards")
+        advantage = advantages(rewards if self.per_matrix else without_trend(rewards))
         for _ in range(PASSES):
             self.optimizer.zero_grad()
             torch.autograd.backward(self.policy.loss(**made, advantage=advantage, entropy=self.entropy))

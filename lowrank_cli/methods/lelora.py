@@ -119,7 +119,7 @@ class LeLoRA(LoRA):
 
     def _end(self, step: Step) -> int:
         """The step at which exploration ends, with the last whole phase."""
-        return max(1, int(self.config.explore * step.total) // self.config.phase * self.config.phase)
+        return max(1, int(self.config.explore * step.total + 1e-6) // self.config.phase * self.config.phase)
 
     def after_step(self, step: Step) -> None:
         """Choose windows after the first step, every ``phase`` steps, and for good at the end of exploration."""

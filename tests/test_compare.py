@@ -212,6 +212,22 @@ def test_a_baseline_of_the_same_setting_is_taken(add):
     assert differences == pytest.approx({"learning_rate=0.001": 0.1, "learning_rate=0.0001": 0.2})
 
 
+def test_a_baseline_of_the_same_swept_number_is_taken_and_drawn_over_it(add, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda entry, lines=plots.lines: drawn.append(entry) or lines(entry))
+    for rank in (2, 4, 16):
+        for seed in (1, 2):
+            add("lora", seed, rank / 100, config={"method.rank": rank, "method.alpha": 2.0 * rank})
+            add("sora", seed, rank / 50, config={"method.rank": rank, "method.alpha": 4.0 * rank})
+    rows, _, _ = run_compare(add, baseline="lora")
+    differences = {row["setting"]: float(row["mean_difference"]) for row in rows if row["method"] == "sora"}
+    assert differences == pytest.approx(
+        {"alpha=8.0 rank=2": 0.02, "alpha=16.0 rank=4": 0.04, "alpha=64.0 rank=16": 0.16}
+    )
+    (entry,) = drawn
+    assert (entry["columns"], entry["column_label"], sorted(entry["rows"])) == ([2, 4, 16], "rank", ["lora", "sora"])
+
+
 def test_what_most_runs_have_is_said_once_and_names_stay_distinct(add):
     for seed in (1, 2):
         add("lora", seed, 0.5, config={"train.batch_size": 16, "task.limit": None, "method.rank": 8})

@@ -311,15 +311,21 @@ def _mark_best(rows: list[Row], lower: bool) -> None:
 
 
 def _test_against(sections: list[Section], baseline: str) -> None:
-    """Fill in each row's paired difference to the baseline row of its section."""
+    """Fill in each row's paired difference to the baseline row of its section.
+
+    Of several that is the one of the same setting, or of the same swept number (such as the rank).
+    """
     rows = [row for section in sections for row in section.rows]
     labels = dict.fromkeys([*(row.method for row in rows), *(row.label for row in rows)])
     if baseline not in labels:
         raise unknown("--baseline", baseline, labels)
     for section in sections:
         candidates = [row for row in section.rows if baseline in (row.method, row.label)]
+        _, numbers = comparison.swept(section.rows)
         for row in section.rows:
             same = [other for other in candidates if other.setting == row.setting]
+            if not same and row.label in numbers:
+                same = [other for other in candidates if numbers.get(other.label) == numbers[row.label]]
             same = same or [other for other in candidates if other.label == baseline] or candidates
             if len(same) > 1:
                 raise _several(baseline, (other.label for other in same))

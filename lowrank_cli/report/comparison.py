@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.text import Text
 from lowrank_cli.report.tables import NONE, Trimmed, add, count, duration, number, size
 
 STAR = "★"
+SETTING = re.compile(r" (?=[\w.]+=)")  #: between the parts of a row's setting
 LABELS = ("method", "setting")
 COSTS = ("trainable", "activated", "train time", "memory")
 
@@ -208,23 +211,41 @@ def _line(line: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
 
 
-def curve(section: Section) -> dict[str, Any] | None:
-    """Where one number is all that varies within methods: medians and their intervals over it, drawn as ``lines``.
+def swept(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:
+    """The number that tells apart the rows of every method that has several, and its value in each by label.
 
-    A method without a setting is a level line. None below three numbers.
+    Other keys may go along with it, as alpha with rank; of several such numbers the one with the fewest values in all,
+    then the last by name. Empty where there is none.
     """
-    settings = {row.label: row.setting.partition("=") for row in section.rows if row.setting}
-    keys = {key for key, _, _ in settings.values()}
-    try:
-        swept = {label: float(value) for label, (_, _, value) in settings.items()}
-    except ValueError:
-        return None
-    columns = sorted(set(swept.values()))
-    if len(keys) != 1 or len(columns) < 3:
+    settings = {row.label: dict(part.split("=", 1) for part in SETTING.split(row.setting) if part) for row in rows}
+    methods = [[row.label for row in rows if row.method == method] for method in {row.method: None for row in rows}]
+    several = [labels for labels in methods if len(labels) > 1]
+    keys = set.intersection(*(set(settings[label]) for labels in several for label in labels)) if several else set()
+    found: dict[str, dict[str, float]] = {}
+    for key in keys:
+        with suppress(ValueError):
+            values = {label: float(settings[label][key]) for label in settings if key in settings[label]}
+            if all(len({values[label] for label in labels}) == len(labels) for labels in several):
+                found[key] = values
+    if not found:
+        return "", {}
+    fewest = min(len(set(values.values())) for values in found.values())
+    chosen = max(key for key, values in found.items() if len(set(values.values())) == fewest)
+    return chosen, found[chosen]
+
+
+def curve(section: Section) -> dict[str, Any] | None:
+    """Where one number tells the rows of methods apart: medians and their intervals over it, drawn as ``lines``.
+
+    A method without it is a level line. None below three numbers.
+    """
+    key, numbers = swept(section.rows)
+    columns = sorted(set(numbers.values()))
+    if len(columns) < 3:
         return None
     found: dict[str, dict[float, Row]] = {}
     for row in section.rows:
-        for column in [swept[row.label]] if row.setting else columns:
+        for column in [numbers[row.label]] if row.label in numbers else columns:
             found.setdefault(row.method, {})[column] = row
     seeds = sorted({len(row.values) for row in section.rows})
     counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
@@ -241,7 +262,7 @@ def curve(section: Section) -> dict[str, Any] | None:
         "columns": columns,
         "values": grid("median"),
         **({"low": grid("low"), "high": grid("high")} if seeds[-1] > 1 else {}),
-        "column_label": keys.pop(),
+        "column_label": key,
         "label": label,
     }
 

@@ -451,6 +451,8 @@ def test_a_recipe_ends_with_its_tasks_by_method(add_run):
     assert out[3].split() == ["trainable", "parameters", "–", "1k", "1.01k"]
     assert len(out) == 4
     assert printed(learned(runs[:1])) == []
+    again = printed(learned([*runs, ("wider", add_run("train", "fanlora", "tiny_yesno", 0.95))]))
+    assert again[1].endswith("fanlora (wider)") and again[2].split()[-2:] == ["0.9375", "0.9500"]
 
 
 @pytest.fixture

@@ -27,11 +27,15 @@ def shown(run: Run) -> list[RenderableType]:
 
 
 def learned(stages: Sequence[tuple[str, Run | None]]) -> list[RenderableType]:
-    """The tasks that several methods were measured on, a column for each method; nothing where there are none."""
+    """The tasks that several methods were measured on, a column for each method; nothing where there are none.
+
+    A method's second stage on a task has a column of its own, with the stage's name.
+    """
     cells: dict[str, dict[str, Run]] = {}
-    for _, run in stages:
+    for name, run in stages:
         if run is not None and run.done and run.info["stage"] in ("train", "evaluate") and _metric(run):
-            cells.setdefault(run.info["choices"]["task"], {})[run.info["choices"]["method"]] = run
+            of_task, method = cells.setdefault(run.info["choices"]["task"], {}), run.info["choices"]["method"]
+            of_task[f"{method} ({name})" if method in of_task else method] = run
     cells = {task: by_method for task, by_method in cells.items() if len(by_method) > 1}
     if not cells:
         return []

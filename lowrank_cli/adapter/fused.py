@@ -85,7 +85,7 @@ class FusedLinears(torch.autograd.Function):
     """The function, of x (…, I), the dropout mask (…, I), spans and strengths of updates, what remakes x, and tensors.
 
     These are W and bias of each linear, each followed by A, B, γ and c of its updates. There are gradients for x, A, B,
-    γ and c, in the dtype of x, and no second ones.
+    γ and c, in the dtype of x, and no second ones. That of c is taken from y, which others save too, and 0 where c is.
     """
 
     @staticmethod
@@ -100,7 +100,7 @@ class FusedLinears(torch.autograd.Function):
         linears = _grouped(plan, tensors)
         flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
         hidden = _dropped(flat, mask) @ _stacked(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
-        ys, unstretched, start = [], [], 0
+        ys, stretched, start = [], [], 0
         for weight, bias, updates in linears:
             factor = _factor(weight, updates)
             y = F.linear(flat, weight, bias if factor is None else None)  # (N, I) @ (I, O) -> (N, O)
@@ -108,12 +108,12 @@ class FusedLinears(torch.autograd.Function):
                 h = _gated(hidden[:, start : start + len(a)], gate, x)
                 _part(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
                 start += len(a)
-            if factor is not None:
-                unstretched.append(y)
-                y = y * factor if bias is None else torch.addcmul(bias, y, factor)
             ys.append(y.view(*x.shape[:-1], -1))  # (N, O) -> (…, O)
+            if factor is not None:
+                y.mul_(factor)
+                stretched.append(ys[-1] if bias is None else ys[-1].add_(bias))
         ctx.plan, ctx.remake = plan, remake
-        ctx.save_for_backward(x if remake is None else None, mask, hidden, *tensors, *unstretched)
+        ctx.save_for_backward(x if remake is None else None, mask, hidden, *tensors, *stretched)
         return tuple(ys)
 
     @staticmethod
@@ -122,17 +122,19 @@ class FusedLinears(torch.autograd.Function):
         x, mask, hidden, *tensors = ctx.saved_tensors
         x = x if ctx.remake is None else ctx.remake().to(hidden.dtype)
         linears = _grouped(ctx.plan, tensors)
-        unstretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
+        stretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
         flat, down = x.reshape(-1, x.shape[-1]), _stacked(linears)  # (N, I), (ΣR, I)
         to_hidden, start, places = torch.empty_like(hidden), 0, []  # (N, ΣR)
         found: list[Tensor | None] = []  # for ``tensors``
         towards = []  # what reaches each W x, (N, O)
-        for (weight, _, updates), gradient in zip(linears, gradients, strict=True):
+        for (weight, bias, updates), gradient in zip(linears, gradients, strict=True):
             g = gradient.reshape(len(flat), -1)  # (…, O) -> (N, O)
             factor, to_factor = _factor(weight, updates), None
             if factor is not None:
-                to_factor = (g * next(unstretched)).sum(dim=0)  # (N, O) -> (O,)
-                g = g * factor
+                y = next(stretched).view(g.shape)
+                product = g * (y if bias is None else y - bias)
+                to_factor = (product.sum(dim=0) / factor).masked_fill_(factor == 0, 0)  # (N, O) -> (O,)
+                g = torch.mul(g, factor, out=product)
             towards.append(g)
             found += [None, None]
             for span, strength, a, b, gate, stretch in updates:

@@ -92,6 +92,17 @@ def test_full_weights_are_no_lora():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_bf16_model_is_exported_within_its_rounding(lrk):
+    quick = ["task=tiny_entailment", "task.limit=8", "hardware.threads=1", "train.max_steps=4", "train.batch_size=4"]
+    assert lrk("train", "method=lora", "hardware.precision=bf16", "train.learning_rate=0.02", *quick).code == 0
+    trained = Path("outputs/latest").resolve()
+    assert lrk("export", f"run={trained}", "export.format=merged").code == 0
+    refused = lrk("export", f"run={trained}", "export.format=merged", "export.max_error=1e-6")
+    assert refused.code == 2 and "(allowed: 1e-06); set export.format=lora, or hardware.precision=fp32" in refused.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lelora", "dora"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged
-from lowrank_cli.adapter.state import peft_config
+from lowrank_cli.adapter.state import TOLERANCE, peft_config
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
@@ -24,10 +24,13 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
     load_adapter(session)
     session.greet()
     session.model.eval()
+    asked = config.export
+    usual = TOLERANCE[str(session.model.dtype).removeprefix("torch.")]
+    allowed = usual if asked.max_error is None else asked.max_error
     if isinstance(session.method, Calibrates):
-        return calibrate.export(session, run, config.export.max_error)
+        return calibrate.export(session, run, allowed)
     assert session.adapter is not None
-    adapter, asked = session.adapter, config.export
+    adapter = session.adapter
     metrics: dict[str, float] = {}
 
     def loaded(folder: Path) -> torch.nn.Module:
@@ -47,10 +50,10 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
             with quiet(True):
                 error = save_merged(adapter, folder, loaded)
         session.tokenizer.save_pretrained(folder)
-        if not error <= asked.max_error:
+        if not error <= allowed:
             raise UserError(
                 f"export.max_error: the exported logits differ by {error:.2g} of the largest (allowed: "
-                f"{asked.max_error:g}); set {_instead(config)}a larger export.max_error"
+                f"{allowed:g}); set {_instead(config)}a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
 

@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -248,28 +249,58 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
 
 
 def lines(entry: dict[str, Any]) -> Figure:
-    """Each row of values as a line over the numbers in ``columns``, in a band from ``low`` to ``high`` if given."""
+    """Each row of values as a line over the numbers in ``columns``, from ``low`` to ``high`` if these are given.
+
+    That is a band; of more than two lines a bar at every point, side by side. Numbers that double, or grow by another
+    factor, stand at equal distances.
+    """
     from matplotlib import colormaps
+    from matplotlib.ticker import NullLocator
     from numpy import linspace
 
     figure, axes = _figure(7.2, 4.2)
     if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
         axes.set_prop_cycle(color=colormaps["viridis"](linspace(0, 0.95, len(entry["rows"]))))
-    table = _numbers(entry["values"])
+    columns, table = entry["columns"], _numbers(entry["values"])
+    factor = _factor(columns)
     lows, highs = (_numbers(entry.get(key, [])) for key in ("low", "high"))
+    bars = bool(lows) and len(lows) > 2
     for at, (name, values) in enumerate(zip(entry["rows"], table, strict=True)):
-        (line,) = axes.plot(entry["columns"], values, linewidth=1.6, marker="o", markersize=3, label=str(name))
-        if lows:
-            axes.fill_between(entry["columns"], lows[at], highs[at], color=line.get_color(), alpha=0.15, linewidth=0)
-    for axis, values in ((axes.xaxis, entry["columns"]), (axes.yaxis, [value for line in table for value in line])):
+        places = _beside_each_other(columns, factor, 0.06 * (at - (len(table) - 1) / 2)) if bars else columns
+        (line,) = axes.plot(places, values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+        if bars:
+            axes.vlines(places, lows[at], highs[at], color=line.get_color(), alpha=0.5, linewidth=1.2)
+        elif lows:
+            axes.fill_between(columns, lows[at], highs[at], color=line.get_color(), alpha=0.15, linewidth=0)
+    for axis, values in ((axes.xaxis, columns), (axes.yaxis, [value for line in table for value in line])):
         if _whole(values):
             _whole_ticks(axis)
+    if factor:
+        axes.set_xscale("log")
+        axes.set_xticks(columns, [f"{value:g}" for value in columns])
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_title(entry["title"], fontsize=11, loc="left")
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _factor(columns: list[float]) -> float | None:
+    """By what each of at least four numbers is larger than the one before, if it is the same for all."""
+    if len(columns) < 4 or min(columns) <= 0:
+        return None
+    ratios = [after / before for before, after in pairwise(columns)]
+    return ratios[0] if max(ratios) < 1.01 * min(ratios) and ratios[0] > 1.5 else None
+
+
+def _beside_each_other(columns: list[float], factor: float | None, shift: float) -> list[float]:
+    """``columns`` moved by the share ``shift`` of their distance."""
+    if factor:
+        return [value * factor**shift for value in columns]
+    gap = min((after - before for before, after in pairwise(columns)), default=1.0)
+    return [value + shift * gap for value in columns]
 
 
 def box(entry: dict[str, Any]) -> Figure:

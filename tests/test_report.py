@@ -394,6 +394,18 @@ def test_whole_numbers_have_whole_ticks_and_cells():
     assert any(place != int(place) for place in ticks(plots.lines(entry | {"columns": [0.5, 1.0]}).axes[0].xaxis))
 
 
+def test_numbers_that_double_stand_at_equal_distances_and_intervals_side_by_side():
+    entry = {"title": "", "rows": ["a", "b", "c"], "columns": [1, 2, 4, 8], "values": [[0.5] * 4] * 3}
+    entry |= {"low": [[0.4] * 4] * 3, "high": [[0.6] * 4] * 3}
+    axes = plots.lines(entry).axes[0]
+    axes.figure.canvas.draw()
+    assert axes.get_xscale() == "log" and [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "8"]
+    at_two = [line.get_xdata()[1] for line in axes.get_lines()]
+    assert at_two[0] < at_two[1] == 2 < at_two[2]
+    assert len(axes.collections) == 3  # the intervals
+    assert plots.lines(entry | {"columns": [1, 2, 3, 5]}).axes[0].get_xscale() == "linear"
+
+
 def test_a_narrow_box_plot_has_its_whole_title():
     title = "test accuracy over 10 arrangements of demonstrations"
     figure = plots.box({"title": title, "rows": ["all"], "values": [[0.5, 0.7]]})

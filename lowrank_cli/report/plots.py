@@ -288,8 +288,8 @@ def lines(entry: dict[str, Any]) -> Figure:
 
 
 def _factor(columns: list[float]) -> float | None:
-    """By what each of at least four numbers is larger than the one before, if it is the same for all."""
-    if len(columns) < 4 or min(columns) <= 0:
+    """By what each of at least three numbers is larger than the one before, if it is the same for all."""
+    if len(columns) < 3 or min(columns) <= 0:
         return None
     ratios = [after / before for before, after in pairwise(columns)]
     return ratios[0] if max(ratios) < 1.01 * min(ratios) and ratios[0] > 1.5 else None

@@ -376,7 +376,7 @@ def bars(entry: dict[str, Any]) -> Figure:
         drawn = axes.bar(places, values, width, yerr=reach, capsize=3, error_kw={"linewidth": 0.9}, label=str(column))
         axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     axes.axhline(1, color=GRID, linewidth=1)
-    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 12) for row in rows], fontsize=9)
+    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 14) for row in rows], fontsize=8)
     axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)

@@ -213,8 +213,9 @@ class HardwareConfig:
     threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's Conv1D)
     prepack: bool = False
-    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``
-    gradient_checkpointing: str = "none"
+    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``;
+    #: ``auto`` is feed_forward where that is gated and nothing compiles, which costs no time, elsewhere none
+    gradient_checkpointing: str = "auto"
     compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
     #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says
     quantization: Optional[str] = None
@@ -229,13 +230,12 @@ class HardwareConfig:
                 f"hardware.prepack: true is for hardware.device=cpu and hardware.precision=fp32, "
                 f"not {self.device} and {self.precision}"
             )
-        require_choice(
-            "hardware.gradient_checkpointing", self.gradient_checkpointing, ("none", "feed_forward", "layers")
-        )
+        ways = ("auto", "none", "feed_forward", "layers")
+        require_choice("hardware.gradient_checkpointing", self.gradient_checkpointing, ways)
         if self.compile and self.gradient_checkpointing == "feed_forward":
             raise UserError(
                 "hardware.gradient_checkpointing: feed_forward is for hardware.compile=false; compiled, "
-                "take none (the compiler chooses what to compute again) or layers"
+                "take auto (the compiler chooses what to compute again) or layers"
             )
         require_choice("hardware.quantization", self.quantization or "null", ("null", "nf4"))
         if self.quantization and (self.device, self.precision) != ("cuda", "bf16"):

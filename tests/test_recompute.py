@@ -81,7 +81,17 @@ def test_a_family_without_a_gate_is_refused():
         recompute(small.model("gpt2"), "feed_forward")
 
 
-@pytest.mark.parametrize("what", WAYS)
+def test_auto_saves_less_where_it_can():
+    def changed(family, compiled=False):
+        model = small.adapted("lora", family).model
+        recompute(model, "auto", compiled)
+        return any("forward" in vars(module) for module in model.modules())
+
+    assert [changed(family) for family in ("llama", "gemma", "gpt2", "bert")] == [True, True, False, False]
+    assert not changed("llama", compiled=True)
+
+
+@pytest.mark.parametrize("what", [*WAYS, "auto"])
 def test_training_uses_it(what):
     quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
     runs = []

@@ -19,19 +19,22 @@ from lowrank_cli.errors import UserError
 KEY = "hardware.gradient_checkpointing"
 
 
-def recompute(model: PreTrainedModel, what: str) -> None:
+def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None:
     """From now on, passes of the adapted ``model`` that record gradients save less; equal outputs and gradients.
 
     - ``none``: nothing is computed again;
     - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features
       (the multiplied ones are saved all the same for a down projection in 4 bits);
-    - ``layers``: every layer, from its input (about a third more time; the least memory).
+    - ``layers``: every layer, from its input (about a third more time; the least memory);
+    - ``auto``: ``feed_forward`` where the model has a gated one and is not ``compiled``, elsewhere ``none``.
 
     Raises UserError for a model that has no such part.
     """
+    family = family_of(model)
+    if what == "auto":
+        what = "none" if compiled or family is None or "G" not in family.roles else "feed_forward"
     if what == "none":
         return
-    family = family_of(model)
     if family is None:
         raise UserError(f"{KEY}: the layers of family '{model.config.model_type}' are not known; set it to none")
     if what == "feed_forward" and "G" not in family.roles:

@@ -72,9 +72,10 @@ class Trainer:
             self.total = min(self.total, self.settings.max_steps)
         inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
         self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
-        if self.config.hardware.compile:
+        hardware = self.config.hardware
+        if hardware.compile:
             compile_layers(session.model)
-        recompute(session.model, self.config.hardware.gradient_checkpointing)
+        recompute(session.model, hardware.gradient_checkpointing, hardware.compile)
         self.model = self.accelerator.prepare_model(session.model)
         self.progress: dict[str, Any] = {
             "step": 0,

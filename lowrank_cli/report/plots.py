@@ -267,7 +267,7 @@ def lines(entry: dict[str, Any]) -> Figure:
     bars = bool(lows) and len(lows) > 2
     for at, (name, values) in enumerate(zip(entry["rows"], table, strict=True)):
         places = _beside_each_other(columns, factor, 0.06 * (at - (len(table) - 1) / 2)) if bars else columns
-        (line,) = axes.plot(places, values, linewidth=1.6, marker="o", markersize=3, label=str(name))
+        (line,) = axes.plot(places, values, linewidth=1.6, marker="o", markersize=3, label=textwrap.fill(str(name), 26))
         if bars:
             axes.vlines(places, lows[at], highs[at], color=line.get_color(), alpha=0.5, linewidth=1.2)
         elif lows:

@@ -148,8 +148,10 @@ def test_training_that_ends_before_any_round_is_refused():
     adapter = method.adapt(small.model())
     with pytest.raises(UserError, match=r"method.first_epochs: 1.0 epochs are 200 steps, but training has 100"):
         method.after_step(step(adapter, 1, epoch=200))
-    with pytest.raises(UserError, match=r"method.moved: 56 ranks in a round leave none of 56"):
+    with pytest.raises(UserError, match=r"method.moved: 56 in a round leaves none of the 56 ranks that there are"):
         small.adapted("alora", moved=56)
+    with pytest.raises(UserError, match=r"method.round_epochs: 0.0 is out of range \(allowed: above 0\)"):
+        small.method("alora", round_epochs=0.0).config.validate()
 
 
 def test_at_rank_1_a_round_moves_half_of_the_ranks():
@@ -187,6 +189,22 @@ def test_a_trajectory_starts_from_what_was_loaded():
     method.after_step(step(adapter, 4))
     start, after = method.state()["allocations"].tolist()
     assert start == [3] * 13 + [0] and after == [adapter.ranks().get(key, 0) for key in adapter.sites]
+
+
+@pytest.mark.parametrize(("modules", "rank", "pruned"), [(5, 3, 5), (3, 1, 1)])
+def test_a_round_moves_as_many_ranks_as_a_pruned_adapter_has_modules_at_most_half(modules, rank, pruned):
+    method = small.method("alora", score="magnitude", settle=1.0)
+    adapter, lines = method.adapt(small.model()), []
+    rebuild(adapter, dict.fromkeys(list(adapter.sites)[:modules], rank), "here")
+    with torch.no_grad():
+        for part in adapter.modules.values():
+            part.lora_b.normal_()
+    method.after_step(step(adapter, 1, lines=lines))
+    method.after_step(step(adapter, 4, lines=lines))
+    assert f"{pruned} of {modules * rank} ranks pruned" in lines[0]
+    left = sum(adapter.ranks().values())
+    with pytest.raises(UserError, match=f"method.moved: {left} in a round leaves none of the {left} ranks"):
+        small.method("alora", moved=left).after_step(step(adapter, 1))
 
 
 # ------------------------------------------------------------------------------------------------ in training

@@ -122,6 +122,11 @@ def test_a_run_of_the_wrong_kind(capsys, trained):
     refused(capsys, ["train", "--resume", "outputs/latest"], "lrk evaluate")
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "train"])
+def test_another_alpha_than_the_adapter_was_trained_with(capsys, trained, verb):
+    refused(capsys, [verb, f"run={trained}", "method.alpha=1"], "method.alpha: 1.0, but", "was made with 16.0")
+
+
 def test_a_template_that_differs_from_the_one_trained_with(capsys, trained):
     arguments = ["evaluate", f"run={trained}", "task.template='\"{text} Verdict:\"'".replace("{text}", column(trained))]
     refused(capsys, arguments, "'tiny_sentiment' was trained with another template")

@@ -148,8 +148,8 @@ def compose(
             if verb == "bench":
                 cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
         composed = _finish(verb, cfg, choices, asked)
-    if source is not None and verb != "train":
-        _check_made_with(composed.config.method, source)
+    if source is not None and not (verb == "train" and methods.can(composed.config.method.name, Calibrates)):
+        _check_made_with(composed.config.method, source)  # what calibrates is fitted anew
     return composed
 
 

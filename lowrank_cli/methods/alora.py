@@ -63,7 +63,8 @@ class ALoRAConfig(LoRAConfig):
         super().validate()
         require_choice("method.score", self.score, SCORE_KINDS)
         require_range("method.first_epochs", self.first_epochs, 0)
-        require_range("method.round_epochs", self.round_epochs, 0)
+        if not self.round_epochs > 0:
+            raise UserError(f"method.round_epochs: {self.round_epochs} is out of range (allowed: above 0)")
         for key in ("rounds", "dev_batch", "tokens"):
             require_range(f"method.{key}", getattr(self, key), 1)
         if self.moved is not None:
@@ -88,15 +89,24 @@ class ALoRA(LoRA):
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA of equal ranks. Refuses to move as many ranks as there are."""
         adapter = super().adapt(model)
-        total = sum(adapter.ranks().values())
-        self._moved = self.config.moved or min(len(adapter.modules), total // 2)
-        if self._moved >= total:
-            raise UserError(f"method.moved: {self._moved} ranks in a round leave none of {total} (raise method.rank)")
+        self._check(adapter)
         self._keys = list(adapter.sites)
         return adapter
 
+    def _check(self, adapter: Adapter) -> None:
+        moved, total = self.config.moved or 1, sum(adapter.ranks().values())
+        if moved >= total:
+            raise UserError(f"method.moved: {moved} in a round leaves none of the {total} ranks that there are")
+
+    def _moved(self, adapter: Adapter) -> int:
+        """n_A: of the ranks at the first round, which may be fewer than those of :meth:`adapt`; one stays always."""
+        ranks = [rank for rank in (self._allocations or [list(adapter.ranks().values())])[0] if rank]
+        return min(self.config.moved or min(len(ranks), sum(ranks) // 2), sum(adapter.ranks().values()) - 1)
+
     def after_step(self, step: Step) -> None:
         """A round, where one is due. Raises UserError at the first step if training will end before any."""
+        if step.number == 1:
+            self._check(step.adapter)
         first = max(1, math.ceil(self.config.first_epochs * step.epoch))
         every = max(1, math.ceil(self.config.round_epochs * step.epoch))
         if first >= step.total:
@@ -105,7 +115,8 @@ class ALoRA(LoRA):
                 f"{step.total}, so no rank would move; lower it, or raise train.max_steps or train.epochs"
             )
         due = step.number >= first and (step.number - first) % every == 0 and step.number < step.total
-        if due and len(self._steps) < self.config.rounds and self._settled is None:
+        movable = self._settled is None and sum(step.adapter.ranks().values()) > 1
+        if due and len(self._steps) < self.config.rounds and movable:
             rounds = min(self.config.rounds, 1 + (step.total - 1 - first) // every)
             self._round(step, f"step {step.number}/{step.total}: round {len(self._steps) + 1} of {rounds}")
 
@@ -122,7 +133,7 @@ class ALoRA(LoRA):
         self._seconds += time.monotonic() - began
         name += f" ({time.monotonic() - began:.1f} s)"
         limits = {key: min(site.in_features, site.out_features) for key, site in adapter.sites.items()}
-        plan = reallocated(scores.values, limits, min(self._moved, sum(adapter.ranks().values()) - 1))
+        plan = reallocated(scores.values, limits, self._moved(adapter))
         lowest, new = lost(plan, adapter.ranks(), self._new)
         if new > self.config.settle * lowest:
             self._settled = step.number

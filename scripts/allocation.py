@@ -1,0 +1,73 @@
+"""Where the ranks of a suite end: by role and by layer, from the ranks.png of each of evidence.py's runs.
+
+    python scripts/allocation.py scripts/suites/alora.yaml --outputs DIR
+
+Prints for each group and each method whose runs draw their ranks, by task and over all tasks, the mean rank over seeds
+and modules; one without ranks counts 0. Writes the same to docs/results/<suite>/<group>/allocation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from lowrank_cli.runs import all_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ranks(folder: Path) -> tuple[list[str], list[list[list[float]]]]:
+    """The roles, and roles × layers of each finished run in ``folder`` that drew them."""
+    figures = [entry for run in all_runs(folder) if run.done for entry in json.loads(_figures(run.path))]
+    drawn = [entry for entry in figures if entry["file"] == "ranks.png"]
+    return (drawn[0]["rows"], [entry["values"] for entry in drawn]) if drawn else ([], [])
+
+
+def _figures(path: Path) -> str:
+    file = path / "figures.json"
+    return file.read_text() if file.is_file() else "[]"
+
+
+def summary(roles: list[str], found: list[list[list[float]]]) -> dict:
+    """Means of runs × roles × layers."""
+    table = np.array(found)
+    by_role = {role: round(float(mean), 2) for role, mean in zip(roles, table.mean((0, 2)), strict=True)}
+    return {
+        "runs": len(table),
+        "without_ranks": round(float((table == 0).sum((1, 2)).mean()), 2),
+        "roles": by_role,
+        "layers": [round(float(mean), 2) for mean in table.mean((0, 1))],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--outputs", type=Path, required=True, help="as given to evidence.py")
+    args = parser.parse_args()
+    suite = yaml.safe_load(args.suite.read_text())
+    for group, settings in suite["groups"].items():
+        record: dict[str, dict] = {}
+        for method in suite["methods"]:
+            everything: list[list[list[float]]] = []
+            for task in settings["tasks"]:
+                roles, found = ranks(args.outputs / "runs" / group / task / method)
+                if found:
+                    record.setdefault(method, {})[task] = summary(roles, found)
+                    everything += found
+            if everything:
+                record[method]["all"] = summary(roles, everything)
+        for method, tasks in record.items():
+            for task, means in tasks.items():
+                print(f"{group:8} {method:18} {task:12}", *means["roles"].values(), "|", *means["layers"])
+        if record:
+            target = ROOT / "docs" / "results" / args.suite.stem / group / "allocation.json"
+            target.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

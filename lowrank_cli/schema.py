@@ -606,3 +606,16 @@ class RecipeRun:
     outputs: str = MISSING
     name: Optional[str] = MISSING
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+
+#: What each verb that takes overrides is configured by.
+VERBS: dict[str, type] = {
+    "train": TrainRun,
+    "score": ScoreRun,
+    "prune": PruneRun,
+    "evaluate": EvaluateRun,
+    "export": ExportRun,
+    "generate": GenerateRun,
+    "bench": BenchRun,
+    "run": RecipeRun,
+}

@@ -9,6 +9,7 @@ import torch
 from command import one_line
 
 from lowrank_cli.adapter import state
+from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
 from lowrank_cli.report.compare import collect
@@ -51,12 +52,25 @@ def test_each_layer_gives_the_same_number():
     [
         ((56, None, False), "prune.drop: 56 is out of range .allowed: 1 to 55"),
         ((None, 60, False), "prune.budget: 60 is out of range .*the adapter has 56"),
-        ((3, None, True), "prune.drop: 3 takes 3 ranks out, which 2 layers cannot share"),
+        ((3, None, True), "prune.drop: 3 is out of range .allowed: 2 to 54 in steps of 2, as prune.per_layer=true"),
+        ((None, 3, True), "prune.budget: 3 is out of range .allowed: 2 to 54 in steps of 2"),
     ],
 )
 def test_amounts_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         amount(PruneConfig(*settings), small.adapted())
+
+
+def test_what_is_allowed_of_unlike_layers_can_be_taken_out():
+    """The first layer has 5 of 33 ranks: 10 is the most that both can give alike, and 23 the least that is left."""
+    adapter = small.adapted()
+    resize(adapter, {key: ([0], 0) for key in list(adapter.modules)[:5]})
+    resize(adapter, {key: ([], 0) for key in list(adapter.modules)[5:7]})
+    with pytest.raises(UserError, match=r"prune.budget: 12 .*allowed: 23 to 31 in steps of 2, .* has only 5"):
+        amount(PruneConfig(drop=None, budget=12, per_layer=True), adapter)
+    for budget in (23, 31):
+        keep = chosen(PruneConfig(drop=None, budget=budget, per_layer=True), adapter, ramp(adapter))
+        assert sum(map(len, keep.values())) == budget
 
 
 def test_mistakes_are_one_line(lrk):

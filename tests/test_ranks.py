@@ -224,9 +224,22 @@ def test_a_file_that_is_no_pattern_is_refused(tmp_path, text, message):
         read_pattern(str(file))
 
 
+def test_a_folder_names_the_pattern_inside_it(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder, not a JSON file, and no run whose ranks have moved"):
+        read_pattern(str(tmp_path))
+    file = tmp_path / "adapter" / state.PATTERN
+    file.parent.mkdir()
+    file.touch()
+    for folder in (tmp_path, file.parent):
+        with pytest.raises(UserError, match=rf"method.rank_pattern: '{folder}' is a folder, .* did you mean '{file}'"):
+            read_pattern(str(folder))
+
+
 def test_a_pattern_of_another_model_is_refused():
     with pytest.raises(UserError, match=r"method.rank_pattern: has 'layers.7.q', which this method does not make"):
         small.adapted("lora", ranks={"layers.7.q": 4})
+    with pytest.raises(UserError, match=r"did you mean 'model.layers.1.self_attn.q_proj'"):
+        small.adapted("lora", ranks={"model.layers.1.self_atn.q_proj": 4})
 
 
 @pytest.mark.slow

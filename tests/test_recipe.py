@@ -237,8 +237,15 @@ def test_a_mistake_is_found_before_anything_runs(lrk, text):
 
 
 def test_an_override_that_no_stage_knows(lrk):
-    assert "stage 'train': rank: unknown key; did you mean 'method.rank'" in one_line(
-        lrk("run", "recipe=milora", "rank=8")
+    for override, said in (
+        ("rank=8", "recipe alora: rank: unknown key; did you mean 'method.rank'"),
+        ("method.scor=ab", "did you mean 'method.score'"),  # the second stage's
+        ("export.fromat=lora", "did you mean 'export.format'"),
+        ("prune.drop=3", "it is a key of lrk prune"),
+    ):
+        assert said in one_line(lrk("run", "recipe=alora", override))
+    assert "unknown key; it is a key of method=alora (method has: name, rank," in one_line(
+        lrk("run", "recipe=milora", "method.score=ab")
     )
     assert "did you mean 'recipe=milora'" in one_line(lrk("run", "milora"))
 

@@ -8,7 +8,7 @@ import torch
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import LowRank, resized
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, nearest
 
 
 def resize(
@@ -58,7 +58,7 @@ def rebuild(
     for key, rank in wanted.items():
         site = adapter.sites.get(key)
         if site is None:
-            raise UserError(f"{source}: has '{key}', which this method does not make")
+            raise UserError(f"{source}: has '{key}', which this method does not make{nearest(key, adapter.sites)}")
         if not 1 <= rank <= min(site.in_features, site.out_features):
             raise UserError(f"{source}: rank {rank} of '{key}' does not fit {site.out_features} × {site.in_features}")
         if key in adapter.emptied:

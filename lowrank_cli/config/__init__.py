@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "composition": ("VERBS", "Composed", "Source", "compose", "restore"),
+    "composition": ("Composed", "Source", "compose", "restore"),
     "completion": ("completions",),
     "folders": ("GROUPS", "conf_folders", "description", "files"),
     "sweep": ("Job", "Launcher", "expand", "is_launcher_override"),

@@ -27,17 +27,8 @@ from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Calibrates
+from lowrank_cli.schema import VERBS
 
-VERBS: dict[str, type] = {
-    "train": schema.TrainRun,
-    "score": schema.ScoreRun,
-    "prune": schema.PruneRun,
-    "evaluate": schema.EvaluateRun,
-    "export": schema.ExportRun,
-    "generate": schema.GenerateRun,
-    "bench": schema.BenchRun,
-    "run": schema.RecipeRun,
-}
 INPUTS = (
     "run",
     "model.path",

@@ -17,8 +17,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from lowrank_cli import methods
 from lowrank_cli.config.folders import GROUPS
+from lowrank_cli.config.keys import flat
 from lowrank_cli.errors import LrkError, UserError, nearest
+from lowrank_cli.schema import VERBS
 
 NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
 
@@ -142,21 +145,41 @@ def _missing(error: MissingConfigException, message: str, failure: Failure) -> s
 def _unknown_key(key: str, failure: Failure) -> str:
     if "@" in key:
         return f"{key}: a group goes to its own section; write {key.partition('@')[0]}=NAME"
-    return f"{key}: unknown key{_suggest(key, failure.keys())}"
+    return unknown_key(key, failure.keys())
 
 
-def _suggest(key: str, keys: list[str]) -> str:
-    """The key that was meant: within a section its own keys only, else the same or the most similar name anywhere."""
+def unknown_key(key: str, keys: list[str]) -> str:
+    """That ``key`` is none of ``keys``: whose key it is, or else which one was meant."""
     section, _, leaf = key.rpartition(".")
     siblings = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
-    same = [known for known in keys if known.rpartition(".")[2] == leaf]
     listed = f" ({section} has: {', '.join(siblings)})" if siblings else ""
+    owners = _owners(section, leaf, bool(siblings) or section in keys)
+    return f"{key}: unknown key{f'; {owners}' if owners else _suggest(key, keys, siblings)}{listed}"
+
+
+def _owners(section: str, leaf: str, known: bool) -> str:
+    """The methods or verbs that have the key, or the section where it is not ``known`` here; empty where none has."""
+    if section == "method" and known:
+        found = [f"method={name}" for name, kind in methods.config_classes().items() if leaf in flat(kind)]
+    else:
+        having = {verb: set(flat(root)) for verb, root in VERBS.items()}
+        found = [f"lrk {verb}" for verb, keys in having.items() if section and f"{section}.{leaf}" in keys]
+        if not (found or known):
+            found = [f"lrk {verb}" for verb, keys in having.items() if section in keys]
+            return f"{section}.* are keys of {' and '.join(found)}" if found else ""
+    return f"it is a key of {' and '.join(found)}" if found else ""
+
+
+def _suggest(key: str, keys: list[str], siblings: list[str]) -> str:
+    """The key that was meant: within a section its ``siblings`` only, else the same or the most similar name."""
+    section, _, leaf = key.rpartition(".")
+    same = [known for known in keys if known.rpartition(".")[2] == leaf]
     if same:
-        return f"; did you mean '{same[0]}'?{listed}"
+        return f"; did you mean '{same[0]}'?"
     if siblings:
         short = [name for name in siblings if "".join(word[:1] for word in name.split("_")) == leaf]  # lr
         close = f"; did you mean '{short[0]}'?" if short else nearest(leaf, siblings)
-        return close.replace("'", f"'{section}.", 1) + listed
+        return close.replace("'", f"'{section}.", 1)
     close = nearest(key, [known for known in keys if known.count(".") == key.count(".")])
     if not close:
         tails = {known.rpartition(".")[2]: known for known in keys}
@@ -195,7 +218,7 @@ def _value(error: BaseException, failure: Failure) -> str:
             return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
     if "not in" in message and is_dataclass(kind):
         section = key.rpartition(".")[0]
-        return f"{key}: unknown key{_suggest(key, [f'{section}.{item.name}' for item in fields(kind)])}"
+        return unknown_key(key, [f"{section}.{item.name}" for item in fields(kind)])
     return _unknown_key(key, failure) if "is not in struct" in message else f"{key}: {message}"
 
 

@@ -1,10 +1,13 @@
-"""What the keys of a method mean: the ``#:`` comments of its config class, beside the values of its file."""
+"""The keys that schemas hold, and what they mean: their ``#:`` comments, beside the values of a file."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -25,6 +28,21 @@ def method_keys(choice: str, config_dir: str | None) -> list[tuple[str, str, str
         meanings |= comments(part)
     shown = {key: value for key, value in values.items() if key not in ("defaults", "name")}
     return [(key, json.dumps(value).replace('"', ""), meanings.get(key, "")) for key, value in shown.items()]
+
+
+def knows(kind: Any, key: str) -> bool:
+    """Whether a schema holds a dotted key; what a section without a schema holds is left to composing."""
+    name, _, rest = key.partition(".")
+    section = get_type_hints(kind).get(name)
+    return section is not None and (not rest or not is_dataclass(section) or knows(section, rest))
+
+
+def flat(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema; none of what is no schema."""
+    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    for item in fields(kind) if hints else ():
+        yield f"{prefix}{item.name}"
+        yield from flat(hints[item.name], f"{prefix}{item.name}.")
 
 
 def comments(schema: type) -> dict[str, str]:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from rich.console import Group, RenderableType
 
 from lowrank_cli import methods, stages
-from lowrank_cli.config.composition import VERBS, Composed, Source, compose, rebuild, restore
+from lowrank_cli.config.composition import Composed, Source, compose, rebuild, restore
+from lowrank_cli.config.errors import unknown_key
 from lowrank_cli.config.folders import GROUPS
+from lowrank_cli.config.keys import flat, knows
 from lowrank_cli.dispatch import stage
 from lowrank_cli.errors import UserError, unknown
 from lowrank_cli.report import settings, tables
 from lowrank_cli.runs import PENDING, Run
-from lowrank_cli.schema import RecipeRun
+from lowrank_cli.schema import VERBS, RecipeRun
 
 LEDGER = "recipe.json"
 
@@ -36,8 +38,11 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     entries = values["recipe"]["stages"]
     for override in overrides:
         if override not in own:
-            takers = [entry for entry in entries if _takes(entry, override.partition("=")[0])]
-            for entry in takers or entries[:1]:  # composing the first stage then names the nearest key
+            key = override.partition("=")[0]
+            takers = [entry for entry in entries if _takes(entry, key)]
+            if not takers and re.fullmatch(r"(?!hydra)\w+(\.\w+)*", key):
+                raise UserError(f"recipe {composed.config.recipe.name}: {unknown_key(key, _known(entries))}")
+            for entry in takers or entries[:1]:  # composing the first stage then says what is wrong
                 entry["overrides"].append(override)
     composed = rebuild(verb, values, composed.choices, overrides)
     for entry, (_, part) in zip(entries, parts(composed, config_dir), strict=True):
@@ -123,23 +128,31 @@ def _keys(kind: Any) -> set[str]:
     return {item.name for item in fields(kind)}
 
 
-def _knows(kind: Any, key: str) -> bool:
-    """Whether a schema holds a dotted key; what a section without a schema holds is left to composing."""
-    name, _, rest = key.partition(".")
-    section = get_type_hints(kind).get(name)
-    return section is not None and (not rest or not is_dataclass(section) or _knows(section, rest))
-
-
 def _takes(entry: dict[str, Any], key: str) -> bool:
     """Whether a stage's verb and method know the key, and it sets it itself or does not get it from an earlier one."""
     own = any(override.partition("=")[0] == key for override in entry["overrides"])
     inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None and not own
-    known = entry["stage"] in VERBS and _knows(VERBS[entry["stage"]], key)
+    known = entry["stage"] in VERBS and knows(VERBS[entry["stage"]], key)
     if key.startswith("method."):
-        chosen = [override.removeprefix("method=") for override in entry["overrides"] if override.startswith("method=")]
-        kind = methods.config_classes().get(chosen[-1]) if chosen else None  # none: left to composing
-        known = known and (kind is None or _knows(kind, key.removeprefix("method.")))
+        kind = _method(entry)  # none: left to composing
+        known = known and (kind is None or knows(kind, key.removeprefix("method.")))
     return known and not inherits
+
+
+def _method(entry: dict[str, Any]) -> type | None:
+    """The schema of the method that a stage names."""
+    chosen = [override.removeprefix("method=") for override in entry["overrides"] if override.startswith("method=")]
+    return methods.config_classes().get(chosen[-1]) if chosen else None
+
+
+def _known(entries: list[dict[str, Any]]) -> list[str]:
+    """Every key that some stage takes."""
+    found: dict[str, None] = {}
+    for entry in entries:
+        kind = _method(entry)
+        keys = [*flat(VERBS.get(entry["stage"])), *(flat(kind, "method.") if kind else ())]
+        found |= dict.fromkeys(key for key in keys if _takes(entry, key))
+    return list(found)
 
 
 def _inherited(overrides: list[str]) -> str | None:

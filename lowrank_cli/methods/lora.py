@@ -80,6 +80,10 @@ class PatternConfig(LoRAConfig):
 
 def read_pattern(path: str) -> dict[str, int]:
     """The ranks in a file. Raises UserError for a file that is none."""
+    if Path(path).is_dir():
+        inside = [found for name in ("", "adapter") if (found := Path(path) / name / "rank_pattern.json").is_file()]
+        hint = f"; did you mean '{inside[0]}'?" if inside else ", and no run whose ranks have moved"
+        raise UserError(f"method.rank_pattern: '{path}' is a folder, not a JSON file{hint}")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

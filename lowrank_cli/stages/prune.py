@@ -55,33 +55,35 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
 
 
 def amount(settings: PruneConfig, adapter: Adapter) -> int:
-    """How many ranks go; UserError where that is none, all, or not the same in each layer."""
+    """How many ranks go; UserError where that is none, all, not the same in each layer or more than one has."""
     total = sum(adapter.ranks().values())
     key, value = ("drop", settings.drop) if settings.budget is None else ("budget", settings.budget)
     assert value is not None
     drop = value if settings.budget is None else total - value
-    if not 0 < drop < total:
-        raise UserError(f"prune.{key}: {value} is out of range (allowed: 1 to {total - 1}; the adapter has {total})")
+    groups = _groups(adapter, bool(settings.per_layer))
+    ranks = adapter.ranks()
+    fewest = min(sum(ranks[key] for key in keys) for keys in groups.values())
+    count, most = len(groups), min(fewest, (total - 1) // len(groups))  # of each group
+    if drop in range(count, count * most + 1, count):
+        return drop
+    low, high = sorted(gone if settings.budget is None else total - gone for gone in (count, count * most))
+    allowed = f"allowed: {low} to {high}" if most else "none can be taken out"
     if settings.per_layer:
-        layers = len(_groups(adapter, True))
-        if drop % layers:
-            raise UserError(
-                f"prune.{key}: {value} takes {drop} ranks out, which {layers} layers cannot share evenly; "
-                f"take a multiple of {layers} out, or set prune.per_layer=false"
-            )
-    return drop
+        why = (
+            f"in steps of {count}, as prune.per_layer=true takes as many ranks out of each of {count} layers, "
+            f"and one has only {fewest}; prune.per_layer=false takes the lowest of the model"
+        )
+        raise UserError(f"prune.{key}: {value} is out of range ({allowed} {why})")
+    raise UserError(f"prune.{key}: {value} is out of range ({allowed}; the adapter has {total})")
 
 
 def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str, list[int]]:
     """The ranks of every module that stay: all but the lowest of the model, or but as many lowest of each layer."""
-    groups = _groups(adapter, settings.per_layer)
+    groups = _groups(adapter, bool(settings.per_layer))
     drop = amount(settings, adapter) // len(groups)
     keep = {}
-    for layer, keys in groups.items():
-        own = {key: values[key] for key in keys}
-        if drop > (count := sum(map(len, own.values()))):
-            raise UserError(f"prune: layer {layer} has {count} ranks, not {drop} to take out")
-        keep |= all_but_lowest(own, drop)
+    for keys in groups.values():
+        keep |= all_but_lowest({key: values[key] for key in keys}, drop)
     return keep
 
 

@@ -19,7 +19,7 @@ from lowrank_cli.errors import UserError, inside, nearest, require_choice, requi
 SCORE_KINDS = {
     "ab": "dev loss (nats) without the rank minus with all, plus that of the bare model minus with the rank alone",
     "taylor": "dev loss (nats) that the rank saves, as ab but estimated from gradients",
-    "sensitivity": "|weight × gradient| of the rank, smoothed over parts of the dev batch",
+    "sensitivity": "|weight × gradient| times how much that varies (nats²), both smoothed over parts of the dev batch",
     "dnas": "how far a trained gate of the rank opened (above 0) or closed (below)",
     "magnitude": "norm of what the rank adds to its weight",
 }

@@ -89,7 +89,8 @@ def test_train_score_prune_evaluate_and_train_on():
     assert record["kind"] == "ab" and len(record["modules"]) == 42
     for module in record["modules"]:
         parts = zip(module["scores"], module["without"], module["alone"], strict=True)
-        assert all(abs(s - (record["whole"] - a + b)) < 1e-9 for s, a, b in parts)
+        assert all(abs(s - (record["whole"] - a + b - record["bare"])) < 1e-9 for s, a, b in parts)
+    assert record["meaning"].keys() == {"scores", "whole", "bare", "without", "alone"}
     assert scored.metrics["score/ranks"] == 168 and (scored.path / "plots" / "scores.png").is_file()
 
     pruned = lrk_run("prune", "prune.budget=100")  # of the scoring, the newest

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from lowrank_cli.report import plots, scores, tables
+from lowrank_cli.report import plots, scale, scores, tables
 from lowrank_cli.runs import Run
 
 CHOICES = {"method": "milora", "model": "llama", "task": "tiny_yesno"}
@@ -327,13 +327,13 @@ def test_whole_numbers_are_drawn_whole(values, expected):
         assert [text.get_text() for text in figure.axes[0].texts] == expected
 
 
-def test_scores_are_shown_from_what_does_nothing_in_their_unit(make):
+def test_scores_are_shown_in_their_unit(make):
     run = make(stage="score")
     modules = [
-        {"module": "layers.0.q_proj", "layer": 0, "role": "Q", "scores": [-8.0, -7.9996]},
-        {"module": "layers.0.v_proj", "layer": 0, "role": "V", "scores": [-7.75, -8.000004]},
+        {"module": "layers.0.q_proj", "layer": 0, "role": "Q", "scores": [0.0, 0.0004]},
+        {"module": "layers.0.v_proj", "layer": 0, "role": "V", "scores": [0.25, -0.000004]},
     ]
-    run.write_json("scores.json", {"level": "rank", "kind": "ab", "nothing": -8.0, "unit": 0.001, "modules": modules})
+    run.write_json("scores.json", {"level": "rank", "kind": "ab", "modules": modules})
     assert scores.shown(run) == []
     run.finish({"score/ranks": 4, "score/loss": 0.05})
     says, roles, ranks = (text(part, 200).splitlines() for part in scores.shown(run))
@@ -345,6 +345,36 @@ def test_scores_are_shown_from_what_does_nothing_in_their_unit(make):
     assert [line.split()[0] for line in ranks[2:]] == [f"layers.0.{name}_proj" for name in "vqqv"]
     end = text(tables.end_of_run(run))
     assert "scores.json" in end and "loss" in end and "score/" not in end
+
+
+def test_scores_that_span_decades_keep_their_digits(make):
+    """One module is far above the others: these are told apart in tables, cells and colours."""
+    run = make(stage="score")
+    values = [2.5e-5, 3.25e-9, 7.5e-10, 1e-12, 0.0]
+    modules = [{"module": f"{i}.q", "layer": i, "role": "Q", "scores": [value]} for i, value in enumerate(values)]
+    run.write_json("scores.json", {"level": "module", "kind": "kl", "modules": modules})
+    run.finish({})
+    _, _, ends = (text(part, 200).splitlines() for part in scores.shown(run))
+    assert [line.split()[-1] for line in ends[2:]] == ["25", "0.00325", "0.00075", "1e-06", "0"]
+    figure = plots.heatmap({**HEATMAP, "rows": ["Q"], "columns": range(5), "values": [values], "in_units": True})
+    assert [cell.get_text() for cell in figure.axes[0].texts] == ["25", "0.0033", "0.00075", "1e-06", "0"]
+    norm = figure.axes[0].images[0].norm
+    assert (norm.vmin, norm.vmax) == pytest.approx((1e-6, 25)) and norm(5e-3) == pytest.approx(0.5)
+    assert figure.axes[1].get_ylabel() == "share, in units of 1e-06"
+
+
+def test_colours_of_values_with_both_signs_meet_at_0():
+    for values in ([-1.0, 4.0], [-4.0, -1.0]):
+        panel = {"title": "start", "values": [values]}
+        entry = {**HEATMAP, "rows": ["Q"], "columns": [0, 1], "values": [values], "panels": [panel]}
+        for figure in (plots.heatmap(entry), plots.heatmaps(entry)):
+            image = figure.axes[0].images[0]
+            assert image.cmap.name == "RdBu" and (image.norm.vmin, image.norm.vmax) == (-4, 4)
+
+
+def test_the_unit_leaves_one_to_three_digits_in_front_of_the_point():
+    for value, unit in ((0.25, 1e-3), (-1.5, 1.0), (4e-4, 1e-6), (0.0, 1.0), (2000.0, 1e3)):
+        assert scale.unit([0.0, value]) == pytest.approx(unit)
 
 
 def test_many_lines_and_constant_or_negative_heatmaps():

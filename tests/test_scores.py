@@ -103,11 +103,9 @@ def test_two_processes_that_share_the_batch_find_the_same():
         torch.testing.assert_close(flat(together), flat(whole), atol=1e-5, rtol=1e-4)
 
 
-def test_the_unit_leaves_one_to_three_digits_in_front_of_the_point():
-    for other, unit in ((-7.75, 1e-3), (-6.5, 1.0), (-8.0004, 1e-6), (-8.0, 1.0)):
-        found = Scores("ab", {"a": [-8.0, other]}, bare=-8.0)
-        assert found.nothing == -8.0 and found.unit == pytest.approx(unit)
-    assert Scores("dnas", {"a": [2000.0]}, bare=None).unit == 1e3
+def test_what_a_rank_is_worth_is_counted_from_one_that_does_nothing():
+    assert Scores("ab", {"a": [-8.0, -7.75, -9.0]}, bare=-8.0).worth == {"a": [0.0, 0.25, -1.0]}
+    assert Scores("taylor", {"a": [0.5]}, bare=-8.0).worth == {"a": [0.5]}
 
 
 def test_what_has_no_ranks_is_refused():

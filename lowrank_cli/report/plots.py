@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lowrank_cli.report import scale
 from lowrank_cli.report.tables import run_title
 from lowrank_cli.runs import Run, atomic_write
 
@@ -31,7 +32,9 @@ def draw(run: Run) -> list[Path]:
     An entry has ``file``, ``kind``, ``title``, ``rows``, ``columns``, ``values`` (rows × columns; None or NaN
     where there is none) and ``label`` (what a value is). ``heatmap`` is a grid of cells, framed where the optional
     ``outlined`` (rows × columns) is true; ``heatmaps`` draws ``panels``, each with ``title`` and ``values`` of its own,
-    as small grids of one scale; the colours of both go from 0 to the largest value, or over the optional ``scale``.
+    as small grids of one scale; the colours of both go from 0 to the largest value, to both sides of 0 where some are
+    negative, logarithmically where they span decades, or over the optional ``scale``. With ``in_units`` a heatmap is
+    of values of any size, shown in a power of a thousand.
     ``lines`` draws each row as a line over the numbers in ``columns``, with optional ``low`` and ``high`` (rows ×
     columns) as a band; ``box`` draws the values of each row, which may differ in number, as a box with its points;
     ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over the numbers in
@@ -162,30 +165,29 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     from matplotlib.patches import Rectangle
 
     rows, columns, values = entry["rows"], entry["columns"], _numbers(entry["values"])
+    unit = scale.unit(_finite(values)) if entry.get("in_units") else 1.0
+    values = [[value / unit for value in line] for line in values]
     cell = 0.55 if len(columns) <= 20 else 11 / len(columns)
     height = min(max(0.32 * len(rows), 1.0), 12)
     width = max(cell * len(columns), 2.2) + 2.2
     figure, axes = _figure(width, height + 1.3)
-    finite = [value for line in values for value in line if math.isfinite(value)] or [0.0]
-    low = 0.0 if min(finite) >= 0 else min(finite)
-    high = max(finite) if max(finite) > low else low + 1.0
-    low, high = entry.get("scale", (low, high))
+    finite = _finite(values)
     axes.set_facecolor("#eeeeee")  # shows through where a value is missing
-    image = axes.imshow(values, cmap="YlGnBu", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    image = axes.imshow(values, **_colours(entry, finite), aspect="auto", interpolation="nearest")
     axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=9)
     axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(rows) * len(columns) <= ANNOTATED_CELLS:
-        _write_in(axes, values, _digits(finite), (low, high), 8)
+        _write_in(axes, image, values, _digits(finite), 8)
     for y, line in enumerate(entry.get("outlined", [])):
         for x in (x for x, framed in enumerate(line) if framed):
             frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
             axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
-    if _whole(finite):
+    if _whole(finite) and not scale.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
-    bar.set_label(entry.get("label", ""), fontsize=9)
+    bar.set_label(f"{entry.get('label', '')}{scale.in_unit(unit)}", fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
     axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
@@ -194,18 +196,41 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     return figure
 
 
-def _write_in(axes: Any, values: list[list[float]], digits: str, scale: tuple[float, float], size: int) -> None:
+def _finite(values: list[list[float]]) -> list[float]:
+    return [value for line in values for value in line if math.isfinite(value)] or [0.0]
+
+
+def _colours(entry: dict[str, Any], finite: list[float]) -> dict[str, Any]:
+    """The colours of a heatmap and where they begin and end."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    if "scale" in entry:
+        return {"cmap": "YlGnBu", "norm": Normalize(*entry["scale"])}
+    if min(finite) < 0:
+        most = max(map(abs, finite))
+        return {"cmap": "RdBu", "norm": Normalize(-most, most)}
+    if scale.spans_decades(finite):
+        return {"cmap": "YlGnBu", "norm": LogNorm(min(value for value in finite if value > 0), max(finite))}
+    return {"cmap": "YlGnBu", "norm": Normalize(0, max(finite) or 1)}
+
+
+def _write_in(axes: Any, image: Any, values: list[list[float]], digits: str, size: int) -> None:
     """Each value in its cell, in an ink that shows on its colour."""
-    low, high = scale
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             text = format(value, digits) if math.isfinite(value) else "–"
-            dark = math.isfinite(value) and value - low > 0.55 * (high - low)
+            red, green, blue, opaque = image.to_rgba(value)
+            dark = opaque and 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#222222")
 
 
 def _digits(values: list[float]) -> str:
-    """How to write the values of one picture: none behind the point for whole numbers, otherwise about three in all."""
+    """How to write the values of one picture: none behind the point for whole numbers, otherwise about three in all.
+
+    Of values that span decades each has two.
+    """
+    if scale.spans_decades(values) and not _whole(values):
+        return ".2g"
     largest = max(map(abs, values))
     return ".0f" if largest >= 100 or _whole(values) else f".{1 + (largest < 10)}f"
 
@@ -223,13 +248,13 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(width * across + 1, (0.2 * len(rows) + 0.7) * down + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False)
-    finite = [value for grid in grids for line in grid for value in line if math.isfinite(value)] or [0.0]
-    low, high = entry.get("scale", (min(0.0, min(finite)), max(finite)))
+    finite = _finite([line for grid in grids for line in grid])
+    colours = _colours(entry, finite)
     for at, place in enumerate(axes.flat):
         if at >= len(panels):
             place.set_visible(False)
             continue
-        image = place.imshow(grids[at], cmap="YlGnBu", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+        image = place.imshow(grids[at], **colours, aspect="auto", interpolation="nearest")
         place.set_title(panels[at]["title"], fontsize=8, loc="left")
         place.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=6)
         step = math.ceil(len(columns) / 16)
@@ -237,9 +262,9 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
         place.tick_params(length=0)
         place.spines[:].set_visible(False)
         if len(columns) <= 16:
-            _write_in(place, grids[at], _digits(finite), (low, high), 6)
+            _write_in(place, image, grids[at], _digits(finite), 6)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    if _whole(finite):
+    if _whole(finite) and not scale.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
     bar.set_label(entry.get("label", ""), fontsize=8)
     bar.outline.set_visible(False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_cli.report import tables
+from lowrank_cli.report import scale, tables
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import KINDS
 
@@ -22,18 +23,14 @@ def shown(run: Run) -> list[RenderableType]:
     if not run.done or not (run.path / "scores.json").is_file():
         return []
     record = run.read_json("scores.json")
-    worth = {
-        module["module"]: [(score - record["nothing"]) / record["unit"] for score in module["scores"]]
-        for module in record["modules"]
-    }
-    largest = max((abs(value) for values in worth.values() for value in values), default=0.0)
-    digits = max(0, 3 - math.floor(math.log10(largest))) if largest else 0
-    unit = "" if record["unit"] == 1 else f", in units of {record['unit']:g}"
-    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{unit}"
-    return [Text(says), _by_role(record, worth, digits), _ends(record, worth, digits)]
+    unit = scale.unit(score for module in record["modules"] for score in module["scores"])
+    worth = {module["module"]: [score / unit for score in module["scores"]] for module in record["modules"]}
+    number = _format([value for values in worth.values() for value in values])
+    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{scale.in_unit(unit)}"
+    return [Text(says), _by_role(record, worth, number), _ends(record, worth, number)]
 
 
-def _by_role(record: dict[str, Any], worth: dict[str, list[float]], digits: int) -> Table:
+def _by_role(record: dict[str, Any], worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
     """Roles, the one worth most first."""
     groups: dict[str, list[float]] = {}
     modules: dict[str, int] = {}
@@ -46,11 +43,11 @@ def _by_role(record: dict[str, Any], worth: dict[str, list[float]], digits: int)
     for role, values in sorted(groups.items(), key=lambda item: -sum(item[1]) / len(item[1])):
         counts = [str(modules[role]), *([str(len(values))] if ranks else [])]
         found = (sum(values) / len(values), min(values), max(values))
-        tables.add(table, role, *counts, *(_number(value, digits) for value in found))
+        tables.add(table, role, *counts, *map(number, found))
     return table
 
 
-def _ends(record: dict[str, Any], worth: dict[str, list[float]], digits: int) -> Table:
+def _ends(record: dict[str, Any], worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
     scored = [(value, module, index) for module, values in worth.items() for index, value in enumerate(values)]
     scored.sort(key=lambda item: -item[0])
     few = len(scored) <= 2 * ENDS
@@ -58,7 +55,7 @@ def _ends(record: dict[str, Any], worth: dict[str, list[float]], digits: int) ->
     columns = COLUMNS if record["level"] == "rank" else [name for name in COLUMNS if name != "rank no."]
     table = _table(f"all {units}" if few else f"the {ENDS} highest and the {ENDS} lowest of {units}", *columns)
     for entry in scored if few else [*scored[:ENDS], None, *scored[-ENDS:]]:
-        cells = ("…", "", "") if entry is None else (entry[1], str(entry[2]), _number(entry[0], digits))
+        cells = ("…", "", "") if entry is None else (entry[1], str(entry[2]), number(entry[0]))
         tables.add(table, *(cell for cell, name in zip(cells, COLUMNS) if name in columns))
     return table
 
@@ -70,5 +67,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus in front of nothing
+def _format(values: list[float]) -> Callable[[float], str]:
+    """How these numbers are written: with four digits of the largest, or three of each where they span decades."""
+    if scale.spans_decades(values):
+        return lambda value: f"{value:.3g}"
+    largest = max(map(abs, values), default=0.0)
+    digits = max(0, 3 - math.floor(math.log10(largest))) if largest else 0
+    return lambda value: f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus in front of nothing

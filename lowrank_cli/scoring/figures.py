@@ -11,20 +11,20 @@ from lowrank_cli.scoring.kinds import Scores
 
 
 def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> dict[str, Any]:
-    """Score of a module, or the mean over its ranks, from what one scores that does nothing, in the tables' unit.
+    """Score of a module, or the mean over its ranks, from what one scores that does nothing.
 
     The modules ``kept`` are outlined.
     """
-    means = {key: sum(values) / len(values) - scores.nothing for key, values in scores.values.items()}
+    means = {key: sum(values) / len(values) for key, values in scores.worth.items()}
     what = "Score of each module" if scores.level == "module" else "Mean score of a module's ranks"
-    unit = "" if scores.unit == 1 else f", in units of {scores.unit:g}"
     return by_role(
         adapter,
-        {key: value / scores.unit for key, value in means.items()},
+        means,
         file="scores.png",
         title=f"{what} ({scores.kind}){f', {len(kept)} of {len(means)} kept' if kept else ''}",
         outlined=kept,
-        label=f"{'IS − S(M₀)' if scores.kind == 'ab' else scores.kind}{unit}",
+        label="IS − S(M₀)" if scores.kind == "ab" else scores.kind,
+        in_units=True,
     )
 
 

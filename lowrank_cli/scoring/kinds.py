@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from lowrank_cli.adapter.core import Adapter
@@ -29,15 +28,14 @@ class Scores:
     level: str = "rank"
 
     @property
+    def worth(self) -> dict[str, list[float]]:
+        """The values from what one scores that does nothing: these are shown and saved."""
+        return {key: [value - self.nothing for value in row] for key, row in self.values.items()}
+
+    @property
     def nothing(self) -> float:
         """What a rank that does nothing scores: S(M_0) where that is part of every score, otherwise 0."""
         return self.bare if self.kind == "ab" and self.bare is not None else 0.0
-
-    @property
-    def unit(self) -> float:
-        """The power of a thousand in which the largest score, from :attr:`nothing`, has one to three digits."""
-        largest = max((abs(value - self.nothing) for row in self.values.values() for value in row), default=0.0)
-        return 1000.0 ** math.floor(math.log10(largest) / 3) if largest else 1.0
 
 
 def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:

@@ -95,7 +95,7 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
     record = scoring.read_json("scores.json")
     try:
         values = {entry["module"]: entry["scores"] for entry in record["modules"]}
-        scores = Scores(record["kind"], values, whole=record["whole"], bare=record["bare"], level=record["level"])
+        scores = Scores(record["kind"], values, level=record["level"])
     except (KeyError, TypeError):
         raise UserError(f"{scoring.path / 'scores.json'} is damaged") from None
     below = scoring.config()["run"]

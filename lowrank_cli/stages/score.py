@@ -9,13 +9,23 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import RunConfig, ScoreConfig, ScoreRun
+from lowrank_cli.schema import KINDS, RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import kinds, modules
 from lowrank_cli.scoring.figures import heat_map
 from lowrank_cli.scoring.kinds import Scores
 from lowrank_cli.stages import progress
 from lowrank_cli.stages.evaluate import check_template, load_adapter
 from lowrank_cli.stages.session import Session, foundation, start
+
+#: What the other numbers of ``scores.json`` are.
+MEANINGS = {
+    "whole": "S, that is minus the dev loss (nats), with the whole adapter",
+    "bare": "S with no module of the adapter",
+    "without": "S without this one; of it and the next, scores = whole - without + alone - bare",
+    "alone": "S with this one and no other",
+    "slope_at_1": "whole - without to first order: slope of S in the gate of this one, all gates open",
+    "slope_at_0": "alone - bare to first order: the same with all gates closed; scores = slope_at_1 + slope_at_0",
+}
 
 
 def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -72,20 +82,14 @@ def measure(session: Session, settings: ScoreConfig, level: str) -> Scores:
 
 
 def write(run: Run, adapter: Adapter, scores: Scores) -> None:
-    """``scores.json`` with everything that was measured, and the heat map of each module's mean."""
+    """``scores.json`` with everything that was measured and what it means, and the heat map of each module's mean."""
     listed = []
-    for key, values in scores.values.items():
+    for key, values in scores.worth.items():
         site = adapter.sites[key]
         parts = {name: part[key] for name, part in scores.parts.items()}
         listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **parts})
-    record = {
-        "level": scores.level,
-        "kind": scores.kind,
-        "whole": scores.whole,
-        "bare": scores.bare,
-        "nothing": scores.nothing,  # what one scores that does nothing
-        "unit": scores.unit,  # of tables and plots
-        "modules": listed,
-    }
-    run.write_json("scores.json", record)
+    losses = {} if scores.whole is None else {"whole": scores.whole, "bare": scores.bare}
+    meaning = {"scores": KINDS[scores.level][scores.kind]} | {name: MEANINGS[name] for name in (*losses, *scores.parts)}
+    about = {"level": scores.level, "kind": scores.kind, "meaning": meaning}
+    run.write_json("scores.json", {**about, **losses, "modules": listed})
     run.write_json("figures.json", [heat_map(adapter, scores)])

@@ -17,6 +17,7 @@ from lowrank_cli.schema import MEASURES
 
 VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run")  #: the verbs that take overrides
+KEYS = "keys"  #: beside LISTS: long, so printed only where it is asked for
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
 EXAMPLES = {
     "train": [
@@ -66,7 +67,7 @@ EXAMPLES = {
         "lrk run --resume outputs/latest",
     ],
     "compare": ["lrk compare", "lrk compare outputs/latest --baseline lora --output comparison"],
-    "list": ["lrk list", "lrk list tasks", "lrk list runs"],
+    "list": ["lrk list", "lrk list tasks", "lrk list methods milora", "lrk list keys train"],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
 }
 
@@ -84,12 +85,21 @@ class Verb(TyperCommand):
             with formatter.section("Groups"):
                 for group in (*GROUPS, "recipe") if ctx.info_name == "check" else _groups(ctx.info_name):
                     formatter.write_text(f"{group}={{{', '.join(files(group))}}}")
+            with formatter.section("Keys"):
+                formatter.write_text(f"lrk list keys SECTION explains {_sections(ctx.info_name)}")
+                formatter.write_text("lrk list methods NAME explains method.*")
 
 
 def _groups(verb: str) -> tuple[str, ...]:
     from lowrank_cli.config.folders import GROUPS
 
     return {"run": ("recipe",), "bench": ("model", "hardware")}.get(verb, GROUPS)
+
+
+def _sections(verb: str) -> str:
+    from lowrank_cli.config.keys import sections
+
+    return ", ".join(f"{name}.*" for name in sections("train" if verb in ("check", "run") else verb))
 
 
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -123,7 +133,7 @@ def _at_equals() -> bool:
 
 
 def _complete_list(incomplete: str) -> list[str]:
-    return [name for name in LISTS if name.startswith(incomplete)]
+    return [name for name in (*LISTS, KEYS) if name.startswith(incomplete)]
 
 
 OVERRIDES_HELP = "groups and values to change"
@@ -338,24 +348,35 @@ def compare(
 def list_(
     what: Annotated[
         str | None,
-        typer.Argument(metavar=f"[{'|'.join(LISTS)}]", help="everything when left out", autocompletion=_complete_list),
+        typer.Argument(
+            metavar=f"[{'|'.join((*LISTS, KEYS))}]", help="all but keys when left out", autocompletion=_complete_list
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="after methods: its keys, explained")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="after methods: explain a method's keys; after keys: a section's"),
+    ] = None,
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
     config_dir: ConfigDir = None,
 ) -> None:
-    """List methods, models, tasks, hardware, recipes and runs, or the keys of one method."""
-    from lowrank_cli.dispatch.plan import print_keys, print_list
+    """List methods, models, tasks, hardware, recipes and runs, or explain the keys of a method or a section."""
+    from lowrank_cli.dispatch.plan import print_list, print_method_keys, print_section_keys
 
-    if what is not None and what not in LISTS:
-        raise unknown("list", what, LISTS)
-    if method is not None:
-        if what != "methods":
-            raise UserError(f"list: '{method}' after '{what}'; keys are explained of a method: lrk list methods NAME")
-        print_keys(method, config_dir)
+    if what is not None and what not in (*LISTS, KEYS):
+        raise unknown("list", what, (*LISTS, KEYS))
+    if what == KEYS:
+        print_section_keys(name, config_dir)
         return
-    for name in LISTS if what is None else (what,):
-        print_list(name, outputs, config_dir)
+    if name is not None:
+        if what != "methods":
+            raise UserError(
+                f"list: '{name}' after '{what}'; keys are explained of a method (lrk list methods NAME) or a section "
+                f"(lrk list keys SECTION)"
+            )
+        print_method_keys(name, config_dir)
+        return
+    for group in LISTS if what is None else (what,):
+        print_list(group, outputs, config_dir)
 
 
 @app.command(cls=Verb)

@@ -131,8 +131,8 @@ class TaskConfig:
     #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, or ``held_out`` of the train split
     splits: str = MISSING
     train_split: str = MISSING  #: names of the given splits
-    dev_split: str = MISSING
-    test_split: str = MISSING
+    dev_split: str = MISSING  #: likewise
+    test_split: str = MISSING  #: likewise
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
     parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
     templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
@@ -261,7 +261,7 @@ class TrainConfig:
     """AdamW with linear warm-up and decay, dev evaluation and early stop. A step is one optimizer update."""
 
     learning_rate: float = MISSING  #: peak, reached after the warm-up
-    weight_decay: float = MISSING
+    weight_decay: float = MISSING  #: AdamW's
     warmup: float = MISSING  #: share of all steps
     epochs: float = MISSING  #: passes over the training set
     max_steps: Optional[int] = MISSING  #: bound on steps; replaces ``epochs`` in the schedule where smaller
@@ -317,9 +317,7 @@ class ScoreConfig:
     """How ranks or whole modules are scored, on dev examples."""
 
     level: Optional[str] = MISSING  #: ``rank`` or ``module``; null leaves it to what ``prune`` takes out
-    #: of ranks ``ab`` (exact ablation), ``taylor`` (approximates it), ``sensitivity``, ``dnas`` or ``magnitude``; of
-    #: modules ``ablation``, ``kl``, ``taylor``, ``magnitude`` or the control ``random``; null is the first
-    kind: Optional[str] = MISSING
+    kind: Optional[str] = MISSING  #: by what they are scored: a kind of that level; null is its first
     batch: int = MISSING  #: dev examples, drawn by the seed; all of them where there are fewer
     #: of one forward pass, at most: bounds memory; about 1024 suits the caches of a CPU, a GPU is faster with more
     tokens: int = MISSING
@@ -518,7 +516,7 @@ BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
 class BenchConfig:
     """What a benchmark measures, and how often."""
 
-    measure: str = MISSING  #: one of MEASURES; the first word of the command line
+    measure: str = MISSING  #: ``decode`` or ``train``; the first word of the command line
     methods: list[str] = (
         MISSING  #: ``base`` (the bare model), methods and ``peft`` (that library's LoRA), each with KEY=VALUE
     )

@@ -47,7 +47,10 @@ def snapshot() -> set[Path]:
         (["train", "hardware=cpus"], ["hardware", "did you mean 'cpu'"]),
         (["train", "train.lerning_rate=1"], ["train.lerning_rate", "did you mean", "train.learning_rate"]),
         (["train", "train.lr=1"], ["train.lr", "did you mean 'train.learning_rate'?"]),
-        (["train", "method=lora", "method.k=3"], ["method.k: unknown key; it is a key of method=milora and method=moelora (method has: name, "]),
+        (
+            ["train", "method=lora", "method.k=3"],
+            ["method.k: unknown key; it is a key of method=milora and method=moelora (method has: name, "],
+        ),
         (["train", "rank=4"], ["rank", "method.rank"]),
         (["train", "method.rank=abc"], ["method.rank", "'abc' is not a whole number"]),
         (["train", "train.learning_rate=fast"], ["train.learning_rate", "'fast'"]),

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from command import one_line, runs, shell
 
-from lowrank_cli import cli, methods
+from lowrank_cli import cli, methods, schema
+from lowrank_cli.config.keys import section_keys, sections
 from lowrank_cli.report.compare import collect
 from lowrank_cli.runs import Run, this_process
 from lowrank_cli.runs.process import began
@@ -91,6 +92,29 @@ def test_list_says_what_there_is(lrk):
     assert "method.k" in lrk("list", "methods", "milora").out
     assert "did you mean 'milora'" in one_line(lrk("list", "methods", "milra"))
     assert "lrk list methods NAME" in one_line(lrk("list", "tasks", "trec"))
+
+
+def test_list_explains_the_keys_of_every_section(lrk):
+    everything = lrk("list", "keys").out
+    for section in ("train", "evaluate", "score", "prune", "export", "generate", "bench", "hardware", "task", "model"):
+        ended = lrk("list", "keys", section)
+        assert ended.code == 0 and ended.out in everything, section
+    rows = [line.split(maxsplit=2) for line in lrk("list", "keys", "train").out.splitlines()]
+    assert rows[0] == ["train", "(lrk", "train)"]
+    assert ["train.batch_size", "16", "examples of one step, over all processes and accumulated batches"] in rows
+    kinds = lrk("list", "keys", "score").out
+    for level, choices in schema.KINDS.items():
+        for kind, meaning in choices.items():
+            assert f"{kind} ({level})" in kinds and meaning.split()[-1] in kinds
+    assert "hardware.threads" in lrk("list", "keys", "hardware").out
+    assert "did you mean 'prune'" in one_line(lrk("list", "keys", "prun"))
+    assert "score.*" in lrk("prune", "--help").out and "lrk list keys SECTION" in lrk("prune", "--help").out
+
+
+def test_every_key_of_a_section_is_explained():
+    for verb in schema.VERBS:
+        for section in sections(verb) if verb != "run" else ():
+            assert all(meaning for _, _, meaning in section_keys(section, None)), section
 
 
 def test_list_shows_the_users_own(lrk):

@@ -6,7 +6,8 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
@@ -14,20 +15,67 @@ from omegaconf import OmegaConf
 from lowrank_cli import methods
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import unknown
+from lowrank_cli.schema import KINDS, VERBS
+
+Row = tuple[str, str, str]  #: key, value and meaning
+#: Values that are explained themselves, by level.
+EXPLAINED = {"score.kind": KINDS}
 
 
-def method_keys(choice: str, config_dir: str | None) -> list[tuple[str, str, str]]:
-    """Key, value and meaning of each setting in the file of ``method=choice``, in the file's order."""
+def method_keys(choice: str, config_dir: str | None) -> list[Row]:
+    """Each setting in the file of ``method=choice``, in the file's order."""
     found = files("method", config_dir)
     if choice not in found:
         raise unknown("list methods", choice, found)
-    values = OmegaConf.to_container(OmegaConf.load(found[choice]))
+    values = _read(found[choice])
+    return _rows("method", methods.config_classes()[values["name"]], values)
+
+
+def section_keys(section: str, config_dir: str | None) -> list[Row]:
+    """Each setting of a section, with the value that its verb's file, or the group's file named there, gives it."""
+    verb = verbs_of(section)[0]
+    found = files("", config_dir)
+    primary = _read(found[verb])
+    choices = {group: name for item in primary["defaults"] if isinstance(item, dict) for group, name in item.items()}
+    given = primary[section] if section in primary else _read(found[f"{section}/{choices[section]}"])
+    kind = sections(verb)[section]
+    defaults = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(kind)
+    }
+    return _rows(section, kind, defaults | given)
+
+
+def sections(verb: str) -> dict[str, Any]:
+    """The sections of a verb's configuration with their schemas, but for the method's."""
+    return {name: kind for name, kind in get_type_hints(VERBS[verb]).items() if is_dataclass(kind)}
+
+
+def verbs_of(section: str) -> list[str]:
+    """The verbs that have a section; first the one that is named like it. Raises UserError where none has."""
+    having = {verb: sections(verb) for verb in VERBS if verb != "run"}
+    found = [verb for verb, own in having.items() if section in own]
+    if not found:
+        raise unknown("list keys", section, dict.fromkeys(name for own in having.values() for name in own))
+    return sorted(found, key=lambda verb: verb != section)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
+    return values
+
+
+def _rows(section: str, kind: type, values: dict[str, Any]) -> list[Row]:
     meanings: dict[str, str] = {}
-    for part in reversed(methods.config_classes()[values["name"]].__mro__[:-1]):
+    for part in reversed(kind.__mro__[:-1]):
         meanings |= comments(part)
-    shown = {key: value for key, value in values.items() if key not in ("defaults", "name")}
-    return [(key, json.dumps(value).replace('"', ""), meanings.get(key, "")) for key, value in shown.items()]
+    rows = []
+    for name in (name for name in values if name not in ("defaults", "name")):
+        key = f"{section}.{name}"
+        rows.append((key, json.dumps(values[name]).replace('"', "").replace("???", ""), meanings.get(name, "")))
+        for level, choices in EXPLAINED.get(key, {}).items():
+            rows += [("", f"{choice} ({level})", text) for choice, text in choices.items()]
+    return rows
 
 
 def knows(kind: Any, key: str) -> bool:
@@ -52,7 +100,7 @@ def comments(schema: type) -> dict[str, str]:
     field = ""
     for line in inspect.getsource(schema).splitlines():
         code, _, comment = line.partition("#:")
-        text = [comment.strip().replace("``", "")] if comment else []
+        text = [re.sub(r":\w+:`(.*?)`", r"\1", comment.strip().replace("``", ""))] if comment else []
         if named := re.match(r" {4}(\w+): ", code):
             field = named[1]
             found[field], above = above + text, []

@@ -12,11 +12,11 @@ from rich.text import Text
 from lowrank_cli import methods
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.folders import description, files
-from lowrank_cli.config.keys import method_keys
+from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, verbs_of
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import all_runs
-from lowrank_cli.schema import BenchRun, HardwareConfig, PruneConfig
+from lowrank_cli.schema import VERBS, BenchRun, HardwareConfig, PruneConfig
 
 Parts = list[tuple[str, Composed]]
 
@@ -124,15 +124,27 @@ def _bench(config: BenchRun) -> list[tuple[str, str]]:
     ]
 
 
-def print_keys(method: str, config_dir: str | None) -> None:
+def print_method_keys(method: str, config_dir: str | None) -> None:
     """What can be set in ``method=METHOD``, to which values its file sets it, and what it means."""
-    table = Table(title=f"method={method}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    _print_keys(f"method={method}", method_keys(method, config_dir))
+
+
+def print_section_keys(section: str | None, config_dir: str | None) -> None:
+    """The same of one section, or of every section of every verb."""
+    every = dict.fromkeys(name for verb in VERBS if verb != "run" for name in sections(verb))
+    for name in every if section is None else [section]:
+        verbs = ", ".join(f"lrk {verb}" for verb in verbs_of(name))
+        _print_keys(f"{name} ({verbs})", section_keys(name, config_dir))
+
+
+def _print_keys(title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold", max_width=24)
     table.add_column(overflow="fold")
     table.show_header = False
-    for key, value, meaning in method_keys(method, config_dir):
-        tables.add(table, Text(f"method.{key}"), value, meaning)
+    for key, value, meaning in rows:
+        tables.add(table, Text(key), value, meaning)
     Console(highlight=False).print(tables.Trimmed(table), crop=False)
 
 

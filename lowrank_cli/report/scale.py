@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-FAR = 100  #: times the median above which the largest leaves the rest one colour, and digits that are all zeros
+FAR = 30  #: times the median above which the largest leaves the rest one colour, and digits that are all zeros
 
 
 def unit(values: Iterable[float]) -> float:

@@ -1,9 +1,10 @@
-"""Where the ranks of a suite end: by role and by layer, from the ranks.png of each of evidence.py's runs.
+"""What a suite's runs end with, by role and by layer: a figure of roles and layers that each of them drew.
 
     python scripts/allocation.py scripts/suites/alora.yaml --outputs DIR
+    python scripts/allocation.py scripts/suites/lelora.yaml --outputs DIR --figure preferred_width
 
-Prints for each group and each method whose runs draw their ranks, by task and over all tasks, the mean rank over seeds
-and modules; one without ranks counts 0. Writes the same to docs/results/<suite>/<group>/allocation.json.
+Prints for each group and each method whose runs have the figure, by task and over all tasks, the mean over seeds and
+modules (a module without ranks counts 0). Writes it to docs/results/<suite>/<group>/allocation.json, or <figure>.json.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ import yaml
 from lowrank_cli.runs import all_runs
 
 ROOT = Path(__file__).resolve().parents[1]
+ROLES = list("QKVOGUD")
 
 
-def ranks(folder: Path) -> tuple[list[str], list[list[list[float]]]]:
+def drawn(folder: Path, figure: str) -> tuple[list[str], list[list[list[float]]]]:
     """The roles, and roles × layers of each finished run in ``folder`` that drew them."""
     figures = [entry for run in all_runs(folder) if run.done for entry in json.loads(_figures(run.path))]
-    drawn = [entry for entry in figures if entry["file"] == "ranks.png"]
-    return (drawn[0]["rows"], [entry["values"] for entry in drawn]) if drawn else ([], [])
+    found = [entry for entry in figures if entry["file"] == f"{figure}.png"]
+    if not found:
+        return [], []
+    if found[0]["columns"][0] in ROLES:  # layers × roles
+        return found[0]["columns"], [np.transpose(entry["values"]).tolist() for entry in found]
+    return found[0]["rows"], [entry["values"] for entry in found]
 
 
 def _figures(path: Path) -> str:
@@ -48,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path)
     parser.add_argument("--outputs", type=Path, required=True, help="as given to evidence.py")
+    parser.add_argument("--figure", default="ranks")
     args = parser.parse_args()
     suite = yaml.safe_load(args.suite.read_text())
     for group, settings in suite["groups"].items():
@@ -55,7 +62,7 @@ def main() -> None:
         for method in suite["methods"]:
             everything: list[list[list[float]]] = []
             for task in settings["tasks"]:
-                roles, found = ranks(args.outputs / "runs" / group / task / method)
+                roles, found = drawn(args.outputs / "runs" / group / task / method, args.figure)
                 if found:
                     record.setdefault(method, {})[task] = summary(roles, found)
                     everything += found
@@ -65,7 +72,9 @@ def main() -> None:
             for task, means in tasks.items():
                 print(f"{group:8} {method:18} {task:12}", *means["roles"].values(), "|", *means["layers"])
         if record:
-            target = ROOT / "docs" / "results" / args.suite.stem / group / "allocation.json"
+            name = "allocation" if args.figure == "ranks" else args.figure
+            target = ROOT / "docs" / "results" / args.suite.stem / group / f"{name}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(record, indent=1) + "\n")
 
 

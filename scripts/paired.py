@@ -1,19 +1,24 @@
 """One method of a suite against each of the others: paired by task and seed, over the runs of scripts/evidence.py.
 
     python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR [--metric accuracy]
+    python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR --metric dev/loss
 
-Where the suite has ``pools`` (name: methods), the mean of these methods by seed is one more method to compare with.
+A metric is one of the test split, or named with its split; of losses the logarithms are compared, so that a difference
+of −0.1 is about 10 % less, whatever the task. Where the suite has ``pools`` (name: methods), the mean of these methods
+by seed is one more method to compare with.
 
-Prints, and writes to docs/results/<suite>/<group>/paired.json, for each group and each other method: by task the
-medians, their intervals and the mean difference with its sign-flip test; and the test over all tasks together, twice:
-over every pair, and over the means by seed. Where the tasks of a seed share what was prepared for it (FanLoRA's
-setting) their pairs are not independent, and only the second holds; five seeds cannot bring it below 0.0625.
+Prints, and writes to docs/results/<suite>/<group>/paired.json (paired-dev-loss.json, …), for each group and each other
+method: by task the medians, their intervals and the mean difference with its sign-flip test; and the test over all
+tasks together, twice: over every pair, and over the means by seed. Where the tasks of a seed share what was prepared
+for it (FanLoRA's setting) their pairs are not independent, and only the second holds; five seeds cannot bring it below
+0.0625.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -27,9 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def values(folder: Path, metric: str) -> dict[int, float]:
-    """Seed → metric on the test split (of a mix of tasks: the mean over them) of the finished runs in ``folder``."""
+    """Seed → metric (of a mix of tasks: the mean over them; the logarithm of a loss) of the finished runs."""
     done = [run for run in all_runs(folder) if run.done]
-    return {run.info["seed"]: run.metrics.get(f"test/{metric}", run.metrics.get("test/mean")) for run in done}
+    if "/" not in metric:
+        return {run.info["seed"]: run.metrics.get(f"test/{metric}", run.metrics.get("test/mean")) for run in done}
+    scale = math.log if metric.endswith("loss") else float
+    return {run.info["seed"]: scale(run.metrics[metric]) for run in done}
 
 
 def pooled_values(task: Path, methods: list[str], metric: str) -> dict[int, float]:
@@ -95,7 +103,8 @@ def main() -> None:
             "git": git_state(),
             "against": found,
         }
-        target = ROOT / "docs" / "results" / args.suite.stem / group / "paired.json"
+        name = "paired" if args.metric == "accuracy" else f"paired-{args.metric.replace('/', '-')}"
+        target = ROOT / "docs" / "results" / args.suite.stem / group / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1) + "\n")
         for other, result in found.items():

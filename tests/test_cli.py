@@ -225,6 +225,15 @@ def test_a_run_from_start_to_end(lrk, fake_stages):
     assert "2 run" not in lrk("list", "runs").out and lrk("list", "runs").out.count("done") == 2
 
 
+def test_a_run_whose_process_was_killed_is_listed_as_interrupted(lrk, fake_stages):
+    assert lrk("train", "train.max_steps=1").code == 0
+    run = Run.open(runs()[0])
+    run.update(status="running", process={**this_process(), "began": -1})
+    assert "interrupted" in lrk("list", "runs").out and "running" not in lrk("list", "runs").out
+    run.update(process=this_process())
+    assert "running" in lrk("list", "runs").out
+
+
 def test_outputs_may_lie_elsewhere(lrk, fake_stages):
     assert lrk("train", "outputs=else where", "train.max_steps=1").code == 0
     assert not Path("outputs").exists()

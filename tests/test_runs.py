@@ -121,11 +121,12 @@ def test_peak_memory_is_each_runs_own():
 
 
 def test_a_process_lives_until_it_ends():
-    from lowrank_cli.runs.process import began, is_alive, this_process
+    from lowrank_cli.runs.process import began, is_alive, is_gone, this_process
 
     me = this_process()
     assert is_alive(me) and not is_alive(None)
     assert not is_alive({**me, "host": "another"}) and not is_alive({**me, "began": -1})
+    assert is_gone({**me, "began": -1}) and not (is_gone(me) or is_gone(None) or is_gone({**me, "host": "another"}))
     with subprocess.Popen(["sleep", "60"]) as other:
         record = {**me, "pid": other.pid, "began": began(other.pid)}
         assert is_alive(record)

@@ -369,7 +369,8 @@ def _stage(run: Run) -> str:
 
 
 def _status(info: dict[str, Any]) -> Text:
-    status = str(info.get("status", NONE))
+    """As noted; a run whose process was killed could not note its end."""
+    status = "interrupted" if is_gone(info.get("process")) else str(info.get("status", NONE))
     return Text(status, style=STATUS_STYLES.get(status, ""))
 
 

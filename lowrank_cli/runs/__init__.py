@@ -14,7 +14,7 @@ and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, 
 from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write_json
 from lowrank_cli.runs.folders import all_runs, discard, find
 from lowrank_cli.runs.place import new_folder, settled
-from lowrank_cli.runs.process import is_alive, peak_memory_bytes, this_process
+from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, this_process
 from lowrank_cli.runs.provenance import ROOT, config_hash
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
 
@@ -33,6 +33,7 @@ __all__ = [
     "discard",
     "find",
     "is_alive",
+    "is_gone",
     "new_folder",
     "peak_memory_bytes",
     "read_json",

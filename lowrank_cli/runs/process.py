@@ -23,6 +23,11 @@ def is_alive(process: Mapping[str, Any] | None) -> bool:
     return process is not None and process["host"] == platform.node() and began(process["pid"]) == process["began"]
 
 
+def is_gone(process: Mapping[str, Any] | None) -> bool:
+    """Whether what :func:`this_process` once returned on this machine runs no longer."""
+    return process is not None and process["host"] == platform.node() and not is_alive(process)
+
+
 def began(pid: int) -> int | None:
     """When a process started, in the kernel's ticks since boot (without /proc: 0); None where there is no process."""
     if Path("/proc/self/stat").exists():

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.report import loading
+from lowrank_cli.runs.process import is_gone
 
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run

@@ -163,6 +163,8 @@ MISTAKES = {
     "method.rank=[1,2]": "method.rank: '[1,2]' is not a whole number",
     "method.gate=[scaled]": "method.gate: '[scaled]' is not text",
     "task.hub=[a]": "task.hub: '[a]' is not text or null",
+    "run.name=x": "run.name: unknown key; did you mean 'name'?",
+    "seed.value=1": "seed.value: unknown key",
     "task.limit=ten": "task.limit: 'ten' is not a whole number or null",
     "task.parts=[a]": "task.parts: '[a]' cannot stand for a whole section; give task.parts.KEY=VALUE",
     "task.parts={a: 3}": "task.parts.a: unknown key",

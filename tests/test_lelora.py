@@ -533,6 +533,13 @@ def test_the_figure_shows_the_drop_of_the_dev_loss_whatever_the_reward_is(reward
     assert sum(drop * length for drop, length in steps) == pytest.approx(losses[0] - losses[-1], rel=1e-4, abs=1e-7)
 
 
+def test_no_picture_of_what_a_run_had_no_time_for():
+    for total, files in ((2, ["windows.png"]), (4, ["windows.png", "rewards.png"])):
+        method, adapter = lelora()
+        train(method, adapter, total, total)
+        assert [figure["file"] for figure in figures(method._strategies)] == files
+
+
 def test_a_rank_whose_component_stays_goes_on_with_its_moments():
     method, adapter = lelora()
     _, optimizer = train(method, adapter, 3, 100)

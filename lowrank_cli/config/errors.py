@@ -201,6 +201,9 @@ def _value(error: BaseException, failure: Failure) -> str:
     )
     converted = re.search(r"could not be converted to (\w+)|Cannot convert '\w+' to (string)", message)
     if converted:
+        below = [override.partition("=")[0] for override in failure.overrides if override.startswith(f"{key}.")]
+        if below and "'dict'" in message:
+            return _unknown_key(below[0], failure)  # a key of what is no section
         name = (converted[1] or converted[2]).capitalize()
         return f"{key}: '{shown}' is not {NOUNS.get(name, name)}{' or null' if optional else ''}"
     if "Cannot merge DictConfig with ListConfig" in message:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
@@ -166,7 +167,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
         {
             "file": "windows.png",
             "kind": "bubbles",
-            "title": "Window of each matrix: its place in the spectrum, and its width as size",
+            "title": "Window of each matrix: place as colour, width as size",
             "rows": names,
             "columns": log["step"],
             "values": [
@@ -174,28 +175,27 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
                 for m, size in enumerate(strategies.sizes)
             ],
             "sizes": [[widths[m] for widths in log["widths"]] for m in range(len(names))],
+            "size_label": "width",
             "label": "place of the window (0 principal … 1 minor components)",
-            "column_label": "step",
-        },
-        {
-            "file": "rewards.png",
-            "kind": "lines",
-            "title": "Drop of the dev loss in each phase, a step",
-            "rows": ["drop"],
-            "columns": log["step"][1:],
-            "values": [
-                [
-                    (before - after) / (end - start)
-                    for before, after, start, end in zip(
-                        log["dev_loss"], log["dev_loss"][1:], log["step"], log["step"][1:]
-                    )
-                ]
-            ],
-            "label": "drop of dev loss a step",
-            "column_label": "step",
+            "column_label": "step of the choice (the last one stays)",
         },
     ]
-    if strategies.learns and all(site.role for site in strategies.sites):
+    phases = list(pairwise(zip(log["step"], log["dev_loss"])))
+    if phases:
+        falls = [(before - after) / (end - start) for (start, before), (end, after) in phases]
+        found.append(
+            {
+                "file": "rewards.png",
+                "kind": "lines",
+                "title": "How fast the dev loss fell in each phase",
+                "rows": ["drop"],
+                "columns": log["step"][1:],
+                "values": [falls],
+                "label": "drop of the dev loss per step",
+                "column_label": "step at which the phase ended",
+            }
+        )
+    if strategies.learns and len(phases) > 1 and all(site.role for site in strategies.sites):
         places, widths = strategies.preference()
         for file, what, values in (("place", "place of the window", places), ("width", "width", widths)):
             found.append(_by_depth_and_role(strategies, f"preferred_{file}.png", what, values))

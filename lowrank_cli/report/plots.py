@@ -37,9 +37,9 @@ def draw(run: Run) -> list[Path]:
     of values of any size, shown in a power of a thousand.
     ``lines`` draws each row as a line over the numbers in ``columns``, with optional ``low`` and ``high`` (rows ×
     columns) as a band; ``box`` draws the values of each row, which may differ in number, as a box with its points;
-    ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns), over the numbers in
-    ``columns``; ``bars`` draws a group of bars for each row, one a column, with error bars from ``low`` to ``high``
-    (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
+    ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns; ``size_label`` says what they
+    are), over the numbers in ``columns``; ``bars`` draws a group of bars for each row, one a column, with error bars
+    from ``low`` to ``high`` (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -308,7 +308,8 @@ def lines(entry: dict[str, Any]) -> Figure:
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    if len(table) > 1:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -386,6 +387,9 @@ def bubbles(entry: dict[str, Any]) -> Figure:
     axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
     _plain(axes)
     figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""), fontsize=9)
+    marks, names = discs.legend_elements("sizes", num=4, fmt="{x:.3g}", func=lambda areas: areas * largest / 120)
+    style = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
+    figure.legend(marks, names, ncols=len(names), title=entry.get("size_label"), loc="outside lower right", **style)
     return figure
 
 

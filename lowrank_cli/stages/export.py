@@ -72,6 +72,6 @@ def _why(config: ExportRun, rank: int, own: int, whole: bool) -> str:
     """What an export of more than its adapter's ``own`` rank owes that to; ``whole``: PEFT reads the adapter itself."""
     also = f"; PEFT loads the adapter/ of run={config.run} as it is" if whole else ""
     return (
-        f"rank {rank}: what {config.method.name} changes in a weight is no LoRA of its rank {own}; "
+        f"rank {rank}: what {config.method.name} changes in a weight is no LoRA of its largest rank, {own}; "
         f"export.rank=N keeps the best N ranks{also}"
     )

@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--metric", default="accuracy")
     args = parser.parse_args()
     suite = yaml.safe_load(args.suite.read_text())
+    made = git_state()  # before the first result changes it
     for group in suite["groups"]:
         folder = args.outputs / "runs" / group
         if not folder.is_dir():
@@ -100,7 +101,7 @@ def main() -> None:
         found = {name: against(tasks, args.method, other, args.metric) for name, other in others.items()}
         record = {
             "command": f"python scripts/paired.py {args.suite.name} {args.method} --metric {args.metric}",
-            "git": git_state(),
+            "git": made,
             "against": found,
         }
         name = "paired" if args.metric == "accuracy" else f"paired-{args.metric.replace('/', '-')}"

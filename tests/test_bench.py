@@ -244,6 +244,12 @@ def test_time_is_drawn_against_the_modules_that_are_kept():
     figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "modules.png")
     assert (figure["rows"], figure["columns"]) == (["fanlora"], [0, 1, 2])
     assert figure["values"] == [[row["ms_per_token"] for row in run.read_json("bench.json")["rows"][:3]]]
+    entries = entries.replace(".yaml", ".yaml match_parameters=false").replace(",milora", "")
+    run = measured("bench.rounds=1", "bench.beams=[1]", entries, "bench.tenants=[2]", "bench.batch_size=2")
+    figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "modules.png")
+    rows = run.read_json("bench.json")["rows"]
+    assert figure["rows"] == ["fanlora", "fanlora, 2 in a batch"]
+    assert figure["values"] == [[row["ms_per_token"] for row in rows[at : at + 3]] for at in (0, 3)]
 
 
 @pytest.mark.parametrize("name", ["lora", "peft"])

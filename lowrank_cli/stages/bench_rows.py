@@ -109,11 +109,10 @@ def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
     found = [_bars(record, alone)]
     if record["bench"]["tenants"]:
         found.append(_over_tenants(record))
-    layers = record["layers"]
     kept = {(row["method"].split()[0], row["modules"]) for row in alone if row["method"] != BASE}
     swept = [name for name in dict(kept) if sum(name == method for method, _ in kept) > 1]
     if swept:
-        found.append(_over_modules(record, alone, swept, layers))
+        found.append(_over_modules(record, swept))
     return found
 
 
@@ -153,25 +152,26 @@ def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _over_modules(
-    record: dict[str, Any], rows: Sequence[dict[str, Any]], names: Sequence[str], layers: int
-) -> dict[str, Any]:
-    """The base stands at no modules."""
-    beams = record["bench"]["beams"][0]
-    rows = [row for row in rows if row["beams"] == beams]
-    columns = sorted({row["modules"] for row in rows if row["method"].split()[0] in (BASE, *names)})
+def _over_modules(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A line for each method and number of adapters in the batch. The base stands at no modules."""
+    beams, counts = record["bench"]["beams"][0], [None, *record["bench"]["tenants"]]
+    rows = [row for row in record["rows"] if row["beams"] == beams and row["method"].split()[0] in (BASE, *names)]
+    columns = sorted({row["modules"] for row in rows})
 
-    def value(name: str, modules: int) -> float | None:
-        found = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["modules"] == modules]
-        return found[0]["ms_per_token"] if found else None
+    def value(name: str, count: int | None, modules: int) -> float | None:
+        of = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["modules"] == modules]
+        return next((row["ms_per_token"] for row in of if row["tenants"] == count), None)
 
+    lines = {
+        (name, count): name if count is None else f"{name}, {count} in a batch" for name in names for count in counts
+    }
     return {
         "file": "modules.png",
         "kind": "lines",
         "title": f"A decoding step against the modules that are kept ({record['device']})",
-        "rows": list(names),
-        "columns": [modules / layers for modules in columns],
-        "values": [[value(name, modules) for modules in columns] for name in names],
+        "rows": list(lines.values()),
+        "columns": [modules / record["layers"] for modules in columns],
+        "values": [[value(name, count, modules) for modules in columns] for name, count in lines],
         "label": "ms per token (median)",
         "column_label": "modules of a layer",
     }

@@ -197,6 +197,16 @@ def test_adapters_come_and_go_while_a_batch_runs():
             )
 
 
+def test_adapters_come_while_a_routed_batch_leaves_modules_unused():
+    found = adapters("llama")
+    bank, ids = filled("llama", {"milora": found["milora"]}), small.ids(1)
+    with torch.no_grad(), bank.batch(["milora"]):
+        before = bank.model(input_ids=ids).logits
+        bank.add("lora", found["lora"])
+        assert torch.equal(bank.model(input_ids=ids).logits, before)
+    assert bank.names == ["milora", "lora"] and bank.resident == ["milora", "lora"]
+
+
 def test_memory_is_bounded_and_the_least_recently_used_leave_the_device():
     adapter = small.adapted("lora")
     size = filled("llama", {"one": adapter}).bytes("one")
@@ -219,6 +229,32 @@ def test_memory_is_bounded_and_the_least_recently_used_leave_the_device():
     assert "big" not in bank.names
     bank.remove("a")
     assert bank.resident == ["b"]
+
+
+def held(batch):
+    """Memory of a batch's operands, but for what lies in its adapters."""
+    own = {part.data_ptr() for tenant in batch.tenants.values() for pair in tenant.updates.values() for part in pair}
+    updates = [update for linear in batch._linears.values() for update in linear.updates.values()]
+    parts = {part.data_ptr(): part for update in updates for part in (update.a, update.b)}
+    return sum(part.numel() * part.element_size() for at, part in parts.items() if at not in own)
+
+
+@pytest.mark.parametrize(
+    "names", [["lora"] * 4 + ["wide"], ["milora"], ["milora", None, "milora"], ["milora", "milora2", "lora"] * 2]
+)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_batch_holds_no_more_than_it_declares(names, beams):
+    bank = filled("llama", adapters("llama"))
+    with torch.no_grad(), bank.batch(names) as batch:
+        declared = batch.bytes
+        bank.model(input_ids=small.ids(len(names)).repeat_interleave(beams, dim=0))
+        assert held(batch) <= declared == batch.bytes
+
+
+def test_groups_may_be_bounded():
+    rows = (1,) * 8 + (2,)
+    assert group(rows).owners == (1, 1, 2) and group(rows, 2).owners == (1, 2)
+    assert group((None,), 1).owners == ()
 
 
 @pytest.mark.parametrize(

@@ -193,17 +193,17 @@ class Batch:
         self._places = list(dict.fromkeys(where for tenant in self.tenants.values() for where in tenant.updates))
         routes = [tenant.routes for tenant in self.tenants.values() if tenant.routes is not None]
         self._routed = {where for route in routes for layer in route.places for where in layer}
-
-    @property
-    def bytes(self) -> int:
-        """Most memory that the operands take, with every module on."""
-        return sum(self._bytes(where) for where in self._places)
+        #: Groups at each place, as one row a prompt and every module on need them; beams and gates get no more.
+        self._most = {where: len(group(self._owners(where)).owners) for where in self._places}
+        self.bytes = sum(self._bytes(where) for where in self._places)  #: most memory that the operands take
 
     def _bytes(self, where: Place) -> int:
-        pairs = [self.tenants[owner].updates[where] for owner in group(self._owners(where)).owners]
+        pairs = [tenant.updates[where] for tenant in self.tenants.values() if where in tenant.updates]
         rank = max(len(a) for a, _ in pairs)
-        sizes = [matrix.shape[1] * matrix.element_size() for matrix in pairs[0]]
-        return len(pairs) * rank * sum(sizes) if len(pairs) > 1 else 0  # a single one is used where it lies
+        a, b = (rank * matrix.shape[1] * matrix.element_size() for matrix in pairs[0])
+        if self._most[where] > 1:
+            return self._most[where] * (a + b)
+        return b if where in self._routed else 0  # a single one is used where it lies, but for a gate in its B
 
     def _owners(self, where: Place) -> tuple[int | None, ...]:
         """The owner of each row (B,), None where nothing is to be added at ``where``."""
@@ -270,7 +270,7 @@ class Batch:
         """Gather the operands of ``where`` for the rows that use it."""
         updates = self._linears[where.path].updates
         updates.pop(where.span, None)
-        grouping = group(self._owners(where))
+        grouping = group(self._owners(where), self._most[where])
         if grouping.owners:
             a, b = zip(*(self.tenants[owner].updates[where] for owner in grouping.owners), strict=True)
             device = self.model.device

@@ -34,10 +34,11 @@ class Grouping:
 
 
 @lru_cache(maxsize=256)
-def group(owners: tuple[int | None, ...]) -> Grouping:
+def group(owners: tuple[int | None, ...], most: int | None = None) -> Grouping:
     """Groups of the rows, whose ``owners`` (B,) are None where there is nothing to add.
 
-    n makes G · (OPERANDS + n) smallest: few reads, and few rows that only fill up.
+    n makes G · (OPERANDS + n) smallest: few reads, and few rows that only fill up. G is ``most`` at most, which is no
+    less than the owners.
     """
     rows: dict[int, list[int]] = {}
     for row, owner in enumerate(owners):
@@ -45,10 +46,11 @@ def group(owners: tuple[int | None, ...]) -> Grouping:
             rows.setdefault(owner, []).append(row)
     counts = [len(own) for own in rows.values()]
 
-    def cost(size: int) -> int:
-        return sum(-(-count // size) for count in counts) * (OPERANDS + size)
+    def groups(size: int) -> int:
+        return sum(-(-count // size) for count in counts)
 
-    size = min(range(1, max(counts, default=1) + 1), key=cost)
+    sizes = [size for size in range(1, max(counts, default=1) + 1) if most is None or groups(size) <= most]
+    size = min(sizes, key=lambda size: groups(size) * (OPERANDS + size))
     found, order = [], []
     for owner, own in rows.items():
         for start in range(0, len(own), size):

@@ -231,6 +231,36 @@ def test_memory_is_bounded_and_the_least_recently_used_leave_the_device():
     assert bank.resident == ["b"]
 
 
+def test_adapters_of_the_running_batch_stay_on_the_device():
+    adapter = small.adapted("milora")
+    size = filled("llama", {"one": adapter}).bytes("one")
+    bank = filled("llama", {"a": adapter, "b": adapter})
+    with bank.batch(["a"]) as batch:
+        bank.max_bytes = 2 * size + batch.bytes
+        bank.add("c", adapter)
+        bank.add("d", adapter)
+        assert bank.resident == ["a", "d"], "others leave, though they came later"
+        bank.max_bytes -= 1
+        with pytest.raises(UserError, match=r"bank: 2 adapters and a batch's operands take"):
+            bank.add("e", adapter)
+        bank.remove("a")
+        with pytest.raises(UserError, match=r"bank: 2 adapters and a batch's operands take"):
+            bank.add("a", adapter)  # the batch still holds the one of before
+    assert bank.names == ["b", "c", "d"] and bank.resident == ["d"]
+
+
+def test_what_cannot_run_now_is_one_line():
+    bank = filled("llama", {"lora": small.adapted("lora")})
+    with pytest.raises(UserError, match="bank: a batch has no prompts"), bank.batch([]):
+        pass
+    with bank.batch(["lora"]):
+        with pytest.raises(UserError, match="bank: a batch is running"):
+            bank.check(["lora"])
+        with pytest.raises(UserError, match="bank: a batch is running"), bank.batch(["lora"]):
+            pass
+    assert bank.check(["lora"]) == {}
+
+
 def held(batch):
     """Memory of a batch's operands, but for what lies in its adapters."""
     own = {part.data_ptr() for tenant in batch.tenants.values() for pair in tenant.updates.values() for part in pair}

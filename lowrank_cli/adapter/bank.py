@@ -90,12 +90,15 @@ class Bank:
     def batch(self, tenants: Sequence[str | None]) -> Iterator[Batch]:
         """Inside, forward passes serve ``tenants``, one a prompt: B rows are B / len(tenants) copies of each in turn.
 
-        Raises UserError for an unknown name, and where the adapters do not fit ``max_bytes``.
+        Raises UserError for an unknown name, for no prompts, where the adapters do not fit ``max_bytes``, and while
+        another batch runs.
         """
-        assert self._running is None, "a bank runs one batch at a time"
+        self._require_idle()
+        if not tenants:
+            raise UserError("bank: a batch has no prompts; it needs one at least")
         found = [None if name is None else self._find(name) for name in tenants]
         batch = Batch(self.model, found, self._update)
-        self._make_room({name for name in tenants if name is not None}, batch.bytes)
+        self._make_room({name: self._tenants[name] for name in self._tenants if name in tenants}, batch)
         self._running = batch
         try:
             with batch.running():
@@ -104,7 +107,11 @@ class Bank:
             self._running = None
 
     def check(self, names: Sequence[str]) -> dict[str, UserError]:
-        """Let saved adapters repeat the logits that were saved with them; the errors of those that do not."""
+        """Let saved adapters repeat the logits that were saved with them; the errors of those that do not.
+
+        Raises UserError for an unknown name, and while a batch runs.
+        """
+        self._require_idle()
         known = {name: self._find(name).canary for name in names}
         canaries = {name: canary for name, canary in known.items() if canary is not None}
         batches = [list(canaries)[start : start + CANARIES] for start in range(0, len(canaries), CANARIES)]
@@ -141,26 +148,32 @@ class Bank:
             raise unknown("bank", name, self._tenants)
         return self._tenants[name]
 
+    def _require_idle(self) -> None:
+        if self._running is not None:
+            raise UserError("bank: a batch is running; a bank runs one at a time")
+
     def _put(self, name: str, tenant: Tenant) -> None:
         if name in self._tenants:
             raise UserError(f"bank: there is an adapter '{name}' already; remove it first")
+        self._make_room({name: tenant}, self._running)
         self._tenants[name] = tenant
-        try:
-            self._make_room({name}, 0 if self._running is None else self._running.bytes)
-        except UserError:
-            del self._tenants[name]
-            raise
 
-    def _make_room(self, needed: set[str], operands: int) -> None:
-        """Bring ``needed`` to the device, beside ``operands`` bytes of a batch; offload others as far as it takes."""
+    def _make_room(self, needed: dict[str, Tenant], batch: Batch | None) -> None:
+        """Bring ``needed`` to the device, beside the adapters and operands of ``batch``; offload others if it takes it.
+
+        Adapters of ``batch`` that were removed since count as well: it still holds them.
+        """
         if self.max_bytes is not None:
-            room = self.max_bytes - operands - sum(self._tenants[name].bytes for name in needed)
+            kept = {id(tenant): tenant for tenant in needed.values()} | ({} if batch is None else batch.tenants)
+            operands = 0 if batch is None else batch.bytes
+            room = self.max_bytes - operands - sum(tenant.bytes for tenant in kept.values())
             if room < 0:
+                named = f"'{next(iter(needed))}'" if len(kept) == 1 else f"{len(kept)} adapters"
                 raise UserError(
-                    f"bank: {_named(needed)} and a batch's operands take {_size(self.max_bytes - room)}, and max_bytes "
-                    f"is {_size(self.max_bytes)}; use smaller batches, or allow more"
+                    f"bank: {named} and a batch's operands take {_size(self.max_bytes - room)}, and max_bytes is "
+                    f"{_size(self.max_bytes)}; use smaller batches, or allow more"
                 )
-            others = [name for name in self._resident if name not in needed]
+            others = [name for name, tenant in self._resident.items() if id(tenant) not in kept]
             taken = sum(self._resident[name].bytes for name in others)
             for name in others:
                 if taken <= room:
@@ -168,10 +181,10 @@ class Bank:
                 tenant = self._resident.pop(name)
                 taken -= tenant.bytes
                 tenant.to("cpu")
-        for name in sorted(needed, key=self.names.index):
-            self._resident[name] = self._tenants[name]
+        for name, tenant in needed.items():
+            self._resident[name] = tenant
             self._resident.move_to_end(name)
-            self._tenants[name].to(self.model.device)
+            tenant.to(self.model.device)
 
 
 class Batch:
@@ -278,10 +291,6 @@ class Batch:
             updates[where.span] = self._update(
                 stacked(a, device), stacked(b, device), grouping, gates, where.span, len(self._prompts) * self._copies
             )
-
-
-def _named(names: set[str]) -> str:
-    return f"'{next(iter(names))}'" if len(names) == 1 else f"{len(names)} adapters"
 
 
 def _size(count: int) -> str:

@@ -68,7 +68,7 @@ class Tenant:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> None:
-        """Move to ``device``. Whoever holds the tensors of before keeps them."""
+        """Move to ``device``, routers in place. Whoever holds the factors of before keeps them."""
         self.updates = {place: (a.to(device), b.to(device)) for place, (a, b) in self.updates.items()}
         if self.routes is not None:
             for router in self.routes.routers:

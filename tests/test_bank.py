@@ -159,6 +159,23 @@ def test_a_cache_continued_by_more_rows_keeps_each_rows_adapter():
                 torch.testing.assert_close(together[at], alone[0], **EQUAL)
 
 
+def test_only_the_cache_of_the_latest_prompts_is_continued():
+    bank, after = filled("llama", {"milora": small.adapted("milora")}), torch.tensor([[5]])
+
+    def refused(cache):
+        with pytest.raises(AssertionError, match="this batch's prompts are in another KV cache"):
+            bank.model(input_ids=after, past_key_values=cache)
+
+    with torch.no_grad():
+        with bank.batch(["milora"]):
+            first, second = (bank.model(input_ids=small.ids(1, n), use_cache=True).past_key_values for n in (4, 6))
+            refused(first)
+            bank.model(input_ids=after, past_key_values=second)
+            bank.model(input_ids=after, past_key_values=second)
+        with bank.batch(["milora"]):
+            refused(second)
+
+
 class Meanwhile(StoppingCriteria):
     """Calls ``act`` after the second token."""
 

@@ -11,10 +11,12 @@ its adapter computes alone. Outside a batch the model is the bare one.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,6 +192,7 @@ class Bank:
 class Batch:
     """The tenants of one batch on ``model``: operands gathered once, routers asked once for each prompt.
 
+    A forward pass with an empty KV cache starts the prompts; one that continues a cache has to continue theirs.
     Linears that nothing in the batch updates are the bare ones. What routers choose from is gathered when they have
     seen the prompts, for the rows that use it only.
     """
@@ -203,6 +206,7 @@ class Batch:
         self._mask: Tensor | None = None  # (B, T) of the prompts, in a pass that starts new ones
         self._linears: dict[str, GroupedLinear] = {}
         self._gates: dict[Place, Tensor] = {}  # (P,)
+        self._cache: weakref.ref[Any] | None = None  # the KV cache that the prompts are in
         self._places = list(dict.fromkeys(where for tenant in self.tenants.values() for where in tenant.updates))
         routes = [tenant.routes for tenant in self.tenants.values() if tenant.routes is not None]
         self._routed = {where for route in routes for layer in route.places for where in layer}
@@ -237,6 +241,7 @@ class Batch:
                 replace_module(self.model, path, self._linears[path])
                 undo.callback(replace_module, self.model, path, base)
             undo.callback(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            undo.callback(self.model.register_forward_hook(self._after_model).remove)
             for index, layer in enumerate(layers(self.model) if self._routed else ()):
                 hook = layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
                 undo.callback(hook.remove)
@@ -250,8 +255,19 @@ class Batch:
         if copies != self._copies:
             self._copies = copies
             self._gather()
-        self._mask = None if continues(kwargs) else prompts(args, kwargs, mask)
+        if continues(kwargs):
+            cache = self._cache() if self._cache else None
+            assert cache is kwargs["past_key_values"], "this batch's prompts are in another KV cache"
+            self._mask = None
+        else:
+            self._mask, self._cache = prompts(args, kwargs, mask), None
         return args, kwargs
+
+    def _after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Remember which KV cache the prompts are in, without keeping it alive."""
+        cache = getattr(output, "past_key_values", None)
+        if self._mask is not None and cache is not None:
+            self._cache = weakref.ref(cache)
 
     def _before_layer(self, index: int) -> Callable[[nn.Module, tuple, dict], None]:
         def route(layer: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -96,6 +96,18 @@ def test_each_row_has_the_logits_of_its_adapter_alone(family):
                 assert (alone - bare[row])[row % 5 :].abs().max() > 1e-3, "the adapter does something"
 
 
+@pytest.mark.parametrize("names", [["milora", "lora"], ["lora", "wide"], ["wide", None, "wide"], ["milora"] * 2])
+def test_a_batch_runs_under_autocast(names):
+    found = adapters("llama")
+    bank, ids = filled("llama", found), small.ids(len(names))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with bank.batch(names):
+            together = bank.model(input_ids=ids).logits
+        for row, name in enumerate(names):
+            model = found[name].model if name else bank.model
+            torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], atol=0.05, rtol=0)
+
+
 def generated(model, ids, mask, beams):
     return model.generate(
         ids,

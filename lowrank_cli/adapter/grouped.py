@@ -102,7 +102,8 @@ class GroupedUpdate:
             h = (h.view(len(self.gate), -1, rank) * self.gate).view(groups, -1, rank)
         if self.rows is None:
             y = y.view(groups, -1, y.shape[-1])  # (B, T, O) -> (G, n * T, O)
-            (y if self.span is None else y[..., slice(*self.span)]).baddbmm_(h, self.b)  # += (G, n*T, R) @ (G, R, O)
+            y = y if self.span is None else y[..., slice(*self.span)]
+            y.baddbmm_(h.to(y.dtype), self.b.to(y.dtype))  # += (G, n * T, R) @ (G, R, O); autocast leaves it alone
         else:
             y = y.view(self.batch, -1, y.shape[-1])  # (B, T, O)
             y = y if self.span is None else y[..., slice(*self.span)]

@@ -92,6 +92,13 @@ def test_a_file_is_answered_by_many_adapters_each_as_alone(lrk):  # noqa: F811
         assert record["answer"] == answer(lrk, own, record["prompt"])
 
 
+def test_adapters_answer_under_autocast(lrk):  # noqa: F811
+    for run in (str(adapted("lora", 1)), str(adapted("milora", 2))):
+        autocast = answer(lrk, f"run={run}", PROMPTS[0], "hardware.precision=autocast")
+        file = asked({"tenant": run, "prompt": PROMPTS[0]})
+        assert answer(lrk, "--tenants", file, "hardware.precision=autocast") == autocast
+
+
 def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
     lora, dora = str(adapted("lora", 1)), str(adapted("dora", 2))
     other = adapted("lora", 3)

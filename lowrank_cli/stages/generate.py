@@ -44,15 +44,13 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     loaded = load(config.model, config.hardware, None)
     loaded.model.to(device).eval().requires_grad_(False)
     progress.console().print(loaded.header)
-    writer = Writer(loaded, asked)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast")
+    writer = Writer(loaded, config)
     began = time.monotonic()
-    with autocast:
-        if asked.tenants is None:
-            _adapt(config, loaded.model)
-            records = [_one(writer, requests[0], streamed=output is None)]
-        else:
-            records = _many(writer, requests, asked, config.hardware.grouped)
+    if asked.tenants is None:
+        _adapt(config, loaded.model)
+        records = [_one(writer, requests[0], streamed=output is None)]
+    else:
+        records = _many(writer, requests, asked, config.hardware.grouped)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.write_text(ANSWERS, text)
     if output is not None:
@@ -85,7 +83,8 @@ def _adapt(config: GenerateRun, model: PreTrainedModel) -> None:
 class Writer:
     """Continues prompts with a model, and counts the tokens."""
 
-    def __init__(self, loaded: Loaded, asked: GenerateConfig):
+    def __init__(self, loaded: Loaded, config: GenerateRun):
+        asked = config.generate
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.room = None if loaded.max_positions is None else loaded.max_positions - asked.max_new_tokens
@@ -100,6 +99,7 @@ class Writer:
             **sampling,
         }
         self.streams = asked.num_beams == 1
+        self.autocasts = config.hardware.precision == "autocast"
 
     def encoded(self, prompt: str) -> list[int]:
         """The prompt's tokens, as in training. Raises UserError where it has none, or too many for the model."""
@@ -117,7 +117,8 @@ class Writer:
         """The continuation of each prompt, without special tokens."""
         inputs = encode.collate_prompts(prompts, self.tokenizer.pad_token_id)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-        made = self.model.generate(**inputs, **self.settings, streamer=streamer)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocasts):
+            made = self.model.generate(**inputs, **self.settings, streamer=streamer)
         made = made[:, inputs["input_ids"].shape[1] :]  # (B, T) -> (B, new)
         self.tokens += int((made != self.tokenizer.pad_token_id).sum())
         return self.tokenizer.batch_decode(made, skip_special_tokens=True)

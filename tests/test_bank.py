@@ -108,6 +108,16 @@ def test_a_batch_runs_under_autocast(names):
             torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1]).logits[0], atol=0.05, rtol=0)
 
 
+def test_an_adapter_computes_in_the_dtype_of_the_bank():
+    bank, ids = Bank(small.model().bfloat16()), small.ids(2)
+    for name in ("lora", "milora"):
+        adapter = small.adapted(name)
+        bank.add(name, adapter)
+        with torch.no_grad(), bank.batch([name, name]):
+            found, expected = bank.model(input_ids=ids).logits, adapter.model(input_ids=ids).logits
+        torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0)
+
+
 def generated(model, ids, mask, beams):
     return model.generate(
         ids,

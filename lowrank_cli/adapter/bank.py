@@ -74,7 +74,7 @@ class Bank:
         """
         if adapter.fingerprint != self.fingerprint:
             raise UserError(f"bank: '{name}' belongs to another model ('{adapter.model.config.model_type}')")
-        tenant = of_adapter(adapter, name)
+        tenant = of_adapter(adapter, name, self.model.dtype)
         tenant.canary = canary
         self._put(name, tenant)
 

@@ -76,8 +76,8 @@ class Tenant:
 
 
 @torch.no_grad()
-def of_adapter(adapter: Adapter, name: str) -> Tenant:
-    """A copy of what ``adapter`` holds now.
+def of_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
+    """A copy of what ``adapter`` holds now, for a model that computes in ``dtype``.
 
     Raises UserError for an adapter that is more than low-rank products chosen by the prompt.
     """
@@ -96,7 +96,7 @@ def of_adapter(adapter: Adapter, name: str) -> Tenant:
                 or "its change of a weight is no product of small factors (lrk export may cut it to a LoRA)"
             )
             raise UserError(f"bank: '{name}' cannot be one of many: {why}")
-        updates[places[key]] = _laid_out(a, b, adapter.model.dtype)
+        updates[places[key]] = _laid_out(a, b, dtype)
     routes = None
     if routing is not None:
         keys = {id(part): key for key, part in adapter.modules.items()}

@@ -396,6 +396,25 @@ def test_canaries_prove_what_was_saved(tmp_path):
     assert sorted(failed) == ["lora", "milora"] and "does not compute what it did" in str(failed["lora"])
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_what_the_library_writes_for_a_plain_lora_is_read(start, tmp_path):
+    adapter = small.adapted("lora")
+    save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    usual = dict.fromkeys(
+        "auto_mapping revision exclude_modules layers_to_transform layers_pattern megatron_config corda_config "
+        "trainable_token_indices alora_invocation_tokens layer_replication target_parameters arrow_config".split()
+    )
+    usual |= dict.fromkeys(["use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"], False)
+    usual |= {"peft_version": "0.21.2", "megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}
+    usual |= {"init_lora_weights": start, "eva_config": {"rho": 2.0} if start == "eva" else None}
+    config = tmp_path / state.CONFIG
+    config.write_text(json.dumps(usual | json.loads(config.read_text())))
+    bank, ids = Bank(small.model()), small.ids(1)
+    bank.load("it", tmp_path)
+    with torch.no_grad(), bank.batch(["it"]):
+        torch.testing.assert_close(bank.model(input_ids=ids).logits, adapter.model(input_ids=ids).logits, **EQUAL)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -403,6 +422,13 @@ def test_canaries_prove_what_was_saved(tmp_path):
         ({"bias": "all"}, "has bias=all"),
         ({"modules_to_save": ["score"]}, "has modules_to_save="),
         ({"peft_type": "IA3"}, "has peft_type=IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights=pissa_niter_4, and .* init_lora_weights=True"),
+        ({"alora_invocation_tokens": [1, 2]}, r"has alora_invocation_tokens=\[1, 2\], and a bank takes .*=None"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "has layer_replication="),
+        ({"arrow_config": {"top_k": 3}}, "has arrow_config="),
+        ({"not_known_yet": 0.5}, "has not_known_yet=0.5"),
+        ({"lora_alpha": None}, "is damaged"),
+        ({"lora_alpha": "8"}, "is damaged"),
     ],
 )
 def test_other_adapters_of_the_library_are_refused(change, message, tmp_path):

@@ -21,6 +21,17 @@ from lowrank_cli.adapter.linear import LINEARS, linear_shape
 from lowrank_cli.adapter.router import Router, scaled_gates
 from lowrank_cli.errors import UserError
 
+#: Options of the PEFT library that a LoRA of linears may have: those that :func:`read` or the tensors account for, and
+#: those that tell how it was trained or began.
+NEUTRAL = frozenset(
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha use_rslora "
+    "rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
+    "lora_dropout runtime_config megatron_core eva_config corda_config lora_ga_config loftq_config "
+    "qalora_group_size".split()
+)
+#: Values that others may have, besides none: of ``init_lora_weights``, those that leave the frozen weights alone.
+PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}
+
 
 class Place(NamedTuple):
     """A linear by its path, and the part of its output that an update covers (None for all of it)."""
@@ -164,16 +175,17 @@ def saved_canary(folder: Path, proof: dict[str, Any]) -> Canary:
 def _config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json``, where it describes a plain LoRA."""
     try:
-        config: dict[str, Any] = json.loads((folder / state.CONFIG).read_text())
-        assert isinstance(config, dict) and config["lora_alpha"] is not None
+        config = json.loads((folder / state.CONFIG).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: not an adapter folder ({state.CONFIG} is missing)") from None
-    except (ValueError, KeyError, AssertionError):
-        raise UserError(f"{folder}: {state.CONFIG} is damaged") from None
-    asked = {"peft_type": "LORA", "use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
-    for key, plain in asked.items():
-        if config.get(key, plain) not in (plain, [] if plain is None else plain):
-            raise UserError(f"{folder}: {state.CONFIG} has {key}={config[key]}, and a bank takes {key}={plain}")
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha"), int | float):
+        raise UserError(f"{folder}: {state.CONFIG} is damaged")
+    for key, value in config.items():
+        plain = PLAIN.get(key, [False if value is True else None])
+        if value and key not in NEUTRAL and value not in plain:
+            raise UserError(f"{folder}: {state.CONFIG} has {key}={value}, and a bank takes {key}={plain[0]}")
     return config
 
 

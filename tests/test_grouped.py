@@ -37,6 +37,8 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         GroupedUpdate(a, b, grouping, gates, span, len(owners)).add_to(plain, x)
         update_kind("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x)
         assert not torch.equal(found, y), "something was added"
+        with pytest.raises(AssertionError, match="autograd does not see"):
+            update_kind("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x.clone().requires_grad_())
         torch.testing.assert_close(found, plain, atol=tolerance, rtol=tolerance)
 
 

@@ -98,6 +98,8 @@ class TritonUpdate(GroupedUpdate):
         self.slots = torch.tensor(grouping.rows, dtype=torch.int32, device=a.device)  # (G * n,)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        assert not recorded, "the kernels are for inference: autograd does not see what they add"
         groups, rank, inputs = self.down.shape
         x = x.reshape(-1, inputs).to(self.down.dtype).contiguous()  # (B, T, I) -> (B * T, I); as it is, as a rule
         y = y.view(-1, y.shape[-1])  # (B, T, O) -> (B * T, O)

@@ -166,9 +166,11 @@ class Bank:
         Adapters of ``batch`` that were removed since count as well: it still holds them.
         """
         if self.max_bytes is not None:
-            kept = {id(tenant): tenant for tenant in needed.values()} | ({} if batch is None else batch.tenants)
-            operands = 0 if batch is None else batch.bytes
-            room = self.max_bytes - operands - sum(tenant.bytes for tenant in kept.values())
+            kept, room = {id(tenant): tenant for tenant in needed.values()}, self.max_bytes
+            if batch is not None:
+                kept |= batch.tenants
+                room -= batch.bytes
+            room -= sum(tenant.bytes for tenant in kept.values())
             if room < 0:
                 named = f"'{next(iter(needed))}'" if len(kept) == 1 else f"{len(kept)} adapters"
                 raise UserError(

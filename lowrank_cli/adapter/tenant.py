@@ -30,7 +30,11 @@ NEUTRAL = frozenset(
     "qalora_group_size".split()
 )
 #: Values that others may have, besides none: of ``init_lora_weights``, those that leave the frozen weights alone.
-PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}
+PLAIN: dict[str, list[Any]] = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "init_lora_weights": [True, "gaussian", "eva", "orthogonal"],
+}
 
 
 class Place(NamedTuple):

@@ -363,14 +363,21 @@ class PruneConfig:
     def validate(self) -> None:
         amounts = ("drop", "budget", "keep", "keep_total")
         given = [key for key in amounts if getattr(self, key) is not None]
-        if len(given) != 1:
+        if len(given) > 1:
+            asked = " and ".join(f"prune.{key}={getattr(self, key)}" for key in given)
+            raise UserError(f"prune: {asked} are given, and only one can be (prune.{given[0]}=null takes one back)")
+        if not given:
             raise UserError(
                 "prune: give one of prune.drop=N (ranks to take out), prune.budget=N (ranks to keep), "
                 "prune.keep=N (modules to keep of each layer) and prune.keep_total=N (modules to keep in all)"
             )
         require_range(f"prune.{given[0]}", getattr(self, given[0]), 1)
-        if self.same_roles and (self.keep is None or self.per_layer is False):
+        if self.keep is not None and self.per_layer is not False:
+            require_range("prune.keep", self.keep, 1, 6)  # of Q K V O G U D
+        if self.same_roles and self.keep is None:
             raise UserError("prune.same_roles: goes with prune.keep=N (roles to keep of each layer) and with no other")
+        if self.same_roles and self.per_layer is False:
+            raise UserError("prune.same_roles: true keeps roles in each layer, so prune.per_layer=false contradicts it")
 
 
 @dataclass

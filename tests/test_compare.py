@@ -504,3 +504,21 @@ def test_settings_of_modules_go_by_their_name(add):
     rows, *_ = run_compare(add)
     found = {(row["setting"], row["n"]) for row in rows}
     assert found == {("chosen_by=ablation keep=2", "2"), ("chosen_by=random", "2")}
+    add("fanlora", 0, 0.4, config=settings | {"method.layers": {"0": ["D"]}})
+    assert "1 of the runs replaced below kept other modules under the same name" in " ".join(
+        run_compare(add)[1].split()
+    )
+
+
+def test_prunings_of_scorings_of_two_kinds_are_two_rows(add):
+    trained = add("lora", 0, 0.9)
+    for kind, value in (("ablation", 0.7), ("kl", 0.8)):
+        scored = add("lora", 0, 0.5, stage="score", metric="score/ranks", config={"score.kind": kind})
+        unused = {"score.kind": None, "prune.keep": 2}
+        pruned = add("lora", 0, value, stage="prune", config=unused)
+        for run, source in ((scored, trained), (pruned, scored)):
+            file = run.path / "config.yaml"
+            file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"run": str(source.path)}))
+    rows, *_ = run_compare(add)
+    found = {(row["setting"], row["median"]) for row in rows}
+    assert found == {("adapter=train", "0.9"), ("kind=ablation", "0.7"), ("kind=kl", "0.8")}

@@ -223,9 +223,10 @@ def test_which_modules_stay():
     [
         ({"keep": 4}, r"prune.keep: 4 is out of range \(allowed: 1 to 3; a layer has 4 modules\)"),
         ({"keep_total": 2}, r"prune.keep_total: 2 is out of range \(allowed: 3 to 11; 3 layers have 12 modules\)"),
-        ({"keep": 1, "keep_total": 2}, "prune: give one of prune.drop=N"),
+        ({"keep": 1, "keep_total": 2}, "prune: prune.keep=1 and prune.keep_total=2 are given, and only one can be"),
+        ({"keep": 7}, "prune.keep: 7 is out of range"),
         ({"keep_total": 6, "same_roles": True}, "prune.same_roles: goes with prune.keep=N"),
-        ({"keep": 1, "same_roles": True, "per_layer": False}, "prune.same_roles: goes with prune.keep=N"),
+        ({"keep": 1, "same_roles": True, "per_layer": False}, "prune.same_roles: true keeps roles in each layer"),
     ],
 )
 def test_amounts_of_modules_that_do_not_fit_are_refused(settings, message):
@@ -287,6 +288,7 @@ def test_with_every_role_it_is_lora():
         ({"1": ["V"]}, "llama", "it lacks layer 0, and this model has 2"),
         ({"0": ["V"]}, "llama", "it is for 1 layer, and this model has 2"),
         ({"all": ["V", "G"]}, "gpt2", r"layer 0 of family 'gpt2' has no role 'G' \(it has Q K V O U D\)"),
+        ({"all": ["q"]}, "llama", r"layer 0 of family 'llama' has no role 'q'; did you mean 'Q'\?"),
         ({"0": [], "1": []}, "llama", "it keeps no module"),
     ],
 )
@@ -318,6 +320,7 @@ def test_a_rank_that_no_module_could_have_is_refused():
         ("layers: {all: [Q], 0: [V]}", "'all' is no layer"),
         ("layers: {0: QV}", "layer 0 in 'mine.yaml' must be a list of roles"),
         ("layers: {0: [", "cannot be read"),
+        ("layers: {0: [Q]}\nnmae: x", "unknown value 'nmae'; did you mean 'name'"),
     ],
 )
 def test_a_file_that_is_no_setting_is_refused(text, message):
@@ -337,6 +340,8 @@ def test_the_configuration_holds_the_modules_of_the_file():
     config = compose("train", ["method=fanlora", f"method.setting={file}"]).config.method
     assert (config.layers, config.chosen_by) == ({"0": ["Q"], "1": ["D", "V"]}, "mine")
     assert config.setting == str(Path(file).absolute())
+    renamed = compose("train", ["method=fanlora", f"method.setting={file}", "method.chosen_by=hand"]).config.method
+    assert (renamed.layers, renamed.chosen_by) == (config.layers, "hand")
     later = compose("train", ["method=fanlora", "method.setting={prune}/setting.yaml"], later=("{prune}",))
     assert later.config.method.layers == {}
     bundled = compose("train", ["method=fanlora"]).config.method
@@ -399,6 +404,15 @@ def test_train_score_prune_and_train_another_task(capsys):
     Path(setting).unlink()  # the run holds its modules
     again = lrk_run("evaluate", f"run={trained.path}")
     assert again.metrics["test/accuracy"] == trained.metrics["test/accuracy"]
+    Path("other.yaml").write_text("layers: {all: [V]}")
+    with pytest.raises(
+        UserError, match=r"method.setting: .*other.yaml, but '.*' was made with .*found.yaml; leave it o"
+    ):
+        compose("evaluate", [f"run={trained.path}", "method.setting=other.yaml"])
+    with pytest.raises(UserError, match=r"method.match_parameters: False, but '.*' was made with True"):
+        compose("evaluate", [f"run={trained.path}", "method.match_parameters=false"])
+    lrk_run("score", f"run={trained.path}", "score.level=module", "score.kind=magnitude")
+    assert "prune.keep=1" in capsys.readouterr().out, "two modules a layer leave one to keep"
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def of_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
     updates = {}
     for key, part in adapter.modules.items():
         b, a = (None, None) if part.unmergeable else part.change()  # (O, R), (R, I)
-        if b is None or a is None or b.numel() + a.numel() >= b.shape[0] * a.shape[1]:
+        if b is None or a is None or len(a) >= min(len(b), a.shape[1]):
             why = (
                 part.unmergeable
                 or "its change of a weight is no product of small factors (lrk export may cut it to a LoRA)"

@@ -16,10 +16,10 @@ so that FanLoRA has the tunable parameters of LoRA with rank r on all roles; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -43,9 +43,10 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama_setting.yaml"
 class FanLoRAConfig(LowRankConfig):
     """Which modules train, and how large they are. ``rank`` is that of the LoRA whose parameters are matched."""
 
+    made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha", "match_parameters")
     setting: Optional[str] = MISSING  #: a file of ``lrk prune`` or written by hand; null is the bundled model's
     match_parameters: bool = MISSING  #: raise the rank to the parameters of LoRA on all roles, or keep it
-    chosen_by: Optional[str] = MISSING  #: the setting's name; taken from the file
+    chosen_by: Optional[str] = MISSING  #: what comparisons call the setting; null takes the name in the file
     #: layer, or ``all``, → roles; taken from the file, so that a run holds its modules
     layers: dict[str, list[str]] = field(default_factory=dict)
 
@@ -53,7 +54,11 @@ class FanLoRAConfig(LowRankConfig):
         if self.layers and "setting" not in given:
             return {}
         found = read(self.setting or BUNDLED)
-        return {"layers": found.layers, "chosen_by": found.name}
+        return {"layers": found.layers} | ({} if "chosen_by" in given else {"chosen_by": found.name})
+
+    def unfit(self, made: Mapping[str, Any]) -> list[str]:
+        """A setting of other modules too."""
+        return [*super().unfit(made), *(["setting"] if "layers" in made and made["layers"] != self.layers else [])]
 
 
 class FanLoRA(Method):

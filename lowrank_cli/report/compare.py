@@ -65,6 +65,7 @@ class Result:
     seconds: float | None  #: of training
     memory: int | None
     source: Path | None  #: the run whose adapter an evaluation read
+    modules: Any  #: what a setting keeps, which goes by its name
 
 
 def compare(
@@ -149,6 +150,7 @@ def _result(run: Run) -> Result:
         seconds=metrics.get("train/seconds"),
         memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
         source=Path(measured).resolve() if measured else None,
+        modules=config.get("method", {}).get("layers"),
     )
 
 
@@ -161,7 +163,10 @@ def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
     stages = [run.info["stage"]] if run.info.get("stage") in ADAPTERS else []
     if config.get("run"):
         with suppress(UserError):  # what came before may be gone
-            earlier, made = _lineage(Run.open(config["run"]))
+            source = Run.open(config["run"])
+            earlier, made = _lineage(source)
+            if source.info.get("stage") == "score":
+                config.pop("score", None)  # a pruning of what was scored scores nothing
             return {**earlier, **config, "seed": earlier["seed"]}, made + stages
     return config, stages
 
@@ -216,15 +221,19 @@ def _section(results: list[Result], metric: str | None) -> Section:
     metric = metric or _own_metric(results)
     held = [result for result in results if metric in result.metrics]
     rows: dict[tuple[str, Setting], dict[int, Result]] = {}
+    clashes = 0
     for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
-        rows.setdefault((result.method, _setting(result, held)), {})[result.seed] = result
+        by_seed = rows.setdefault((result.method, _setting(result, held)), {})
+        clashes += result.seed in by_seed and by_seed[result.seed].modules != result.modules
+        by_seed[result.seed] = result
     lower = metric.endswith(LOWER_IS_BETTER)
     names, shared = _names(rows)
     made = [_row(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
     made.sort(key=lambda row: row.median if lower else -row.median)
     _mark_best(made, lower)
     repeats = len(held) - sum(len(row.values) for row in made)
-    return Section(results[0].model, results[0].task, metric, lower, made, len(results) - len(held), repeats, shared)
+    missing = len(results) - len(held)
+    return Section(results[0].model, results[0].task, metric, lower, made, missing, repeats, clashes, shared)
 
 
 def _own_metric(results: list[Result]) -> str:

@@ -60,6 +60,7 @@ class Section:
     rows: list[Row]
     without_metric: int  #: finished runs that lack the metric
     repeats: int  #: older runs of a seed that a newer one stands for
+    clashes: int  #: of them, those whose setting of the same name kept other modules
     shared: str  #: ``key=value …`` of most runs, left out of the settings that have it; or empty
 
     @property
@@ -152,6 +153,11 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
         "without the metric": sum(section.without_metric for section in sections),
         "replaced by a newer run of the same seed": sum(section.repeats for section in sections),
     }
+    if clashes := sum(section.clashes for section in sections):
+        lines.append(
+            f"{clashes} of the runs replaced below kept other modules under the same name: "
+            "method.chosen_by=NAME tells settings apart."
+        )
     left_out = ", ".join(f"{runs} {why}" for why, runs in aside.items() if runs)
     return [*lines, f"Left out: {left_out}."] if left_out else lines
 

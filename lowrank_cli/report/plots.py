@@ -218,7 +218,7 @@ def _write_in(axes: Any, image: Any, values: list[list[float]], digits: str, siz
     """Each value in its cell, in an ink that shows on its colour."""
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            text = format(value, digits) if math.isfinite(value) else "–"
+            text = format(value, digits if abs(value) < 100 else ".0f") if math.isfinite(value) else "–"
             red, green, blue, opaque = image.to_rgba(value)
             dark = opaque and 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#222222")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,8 +235,11 @@ def _next(run: Run) -> Iterable[str]:
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":
-        drop = f"drop={max(1, round(run.metrics['score/ranks'] / 8))}"
-        return [f"lrk prune run={where} prune.{'keep=2' if run.config()['score'].get('level') == 'module' else drop}"]
+        if run.config()["score"].get("level") != "module":
+            return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
+        of_layer = Counter(entry["layer"] for entry in run.read_json("scores.json")["modules"])
+        keep = min(2, min(of_layer.values()) - 1)
+        return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
     return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage not in ("export", "bench") else []
@@ -356,7 +360,9 @@ class Fitted:
                 made.max_width = self.widest_result
             else:
                 made.no_wrap = True
-                made.min_width = max((cell_len(str(row[i])) for row in self.rows if i < len(row)), default=0)
+                heading = str(made.header).splitlines()
+                cells = [*heading, *(str(row[i]) for row in self.rows if i < len(row))]
+                made.min_width = max(map(cell_len, cells))
         return table
 
 

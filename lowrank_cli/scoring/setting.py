@@ -2,7 +2,8 @@
 
 ``layers`` says it all: layer → roles, one entry for every layer of the model (``3: []`` where none is kept), or
 ``all: [V, D]`` for the same roles everywhere. ``name`` is what comparisons call it. The rest says where it came from:
-``family`` and ``source`` of the scores, their ``kind``, what was ``kept``, and the ``scores`` by layer and role.
+``family`` and ``source`` of the scores, their ``kind``, the rule by which modules were ``kept``, and the ``scores`` by
+layer and role.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, nearest, require_choice
 from lowrank_cli.schema import PruneConfig
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 FILE = "setting.yaml"
 EVERY = "all"  #: stands for every layer
+KEYS = ("name", "layers", "family", "source", "kind", "kept", "scores")
 HEADER = """\
 # The LoRA modules that are kept, by layer (Q K V O attention; G U D feed-forward). To train any task with them:
 #   lrk train method=fanlora method.setting=FILE
@@ -43,7 +45,9 @@ class Setting:
 def read(path: str | Path) -> Setting:
     """The setting in a file. Raises UserError for a file that is none."""
     if not Path(path).is_file():
-        raise UserError(f"method.setting: there is no file '{path}'")
+        folder = Path(path).parent
+        beside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        raise UserError(f"method.setting: there is no file '{path}'{nearest(Path(path).name, beside)}")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -51,6 +55,8 @@ def read(path: str | Path) -> Setting:
     listed = found.get("layers") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"method.setting: '{path}' has no 'layers' (such as: layers: {{0: [Q, V], 1: [D]}})")
+    for key in found:
+        require_choice(f"method.setting: '{path}'", key, KEYS)
     for layer, roles in listed.items():
         number = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
         if not (number or (layer == EVERY and len(listed) == 1)):
@@ -139,8 +145,9 @@ def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: 
     kept = [(layer, role) for layer in range(depth) for role in dict.fromkeys(named[str(layer)])]
     for layer, role in kept:
         if (layer, role) not in found:
-            roles = " ".join(own for at, own in found if at == layer and own is not None)
-            raise UserError(f"method.setting: layer {layer} of family '{family}' has no role '{role}' (it has {roles})")
+            roles = [own for at, own in found if at == layer and own is not None]
+            meant = f"{nearest(role.upper(), roles)} (it has {' '.join(roles)})"
+            raise UserError(f"method.setting: layer {layer} of family '{family}' has no role '{role}'{meant}")
     if not kept:
         raise UserError("method.setting: it keeps no module")
     return [found[place] for place in found if place in set(kept)]

@@ -6,6 +6,7 @@ rounds is reported with its quartiles.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def shown(name: str) -> str:
+    """An entry of ``bench.methods`` with its files' names alone, not their folders."""
+    return re.sub(r"=\S*/", "=", name)
+
+
 def _bars(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     beams, bench = record["bench"]["beams"], record["bench"]
     names = list(dict.fromkeys(row["method"] for row in rows))
@@ -127,7 +133,7 @@ def _bars(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, A
         "file": "decode.png",
         "kind": "bars",
         "title": f"Decoding speed relative to the bare model ({record['device']}, batch {bench['batch_size']})",
-        "rows": names,
+        "rows": list(map(shown, names)),
         "columns": [f"{count} beam{'s' * (count > 1)}" for count in beams],
         "values": by_name(lambda row: row["ratio"]),
         "low": by_name(lambda row: row["ratio_quartiles"][0]),
@@ -144,7 +150,7 @@ def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
         "file": "tenants.png",
         "kind": "lines",
         "title": f"A decoding step of {record['bench']['batch_size']} rows that share the model ({record['device']})",
-        "rows": names,
+        "rows": list(map(shown, names)),
         "columns": counts,
         "values": [[row["ms_per_token"] for row in rows if row["method"] == name] for name in names],
         "label": "ms per token (median)",
@@ -153,14 +159,18 @@ def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_modules(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A line for each method and number of adapters in the batch. The base stands at no modules."""
+    """A line for each method and number of adapters in the batch. The base stands at no modules.
+
+    Settings of as many modules make one point, their median.
+    """
     beams, counts = record["bench"]["beams"][0], [None, *record["bench"]["tenants"]]
     rows = [row for row in record["rows"] if row["beams"] == beams and row["method"].split()[0] in (BASE, *names)]
     columns = sorted({row["modules"] for row in rows})
 
     def value(name: str, count: int | None, modules: int) -> float | None:
-        of = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["modules"] == modules]
-        return next((row["ms_per_token"] for row in of if row["tenants"] == count), None)
+        of = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["tenants"] == count]
+        times = [row["ms_per_token"] for row in of if row["modules"] == modules]
+        return statistics.median(times) if times else None
 
     lines = {
         (name, count): name if count is None else f"{name}, {count} in a batch" for name in names for count in counts

@@ -57,14 +57,15 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
             "seed": used["seed"],
         },
         "kind": scores.kind,
+        "kept": _rule(config.prune),
     }
     table = {place: scores.values[key][0] for key, place in places.items()}
-    run.write_text(FILE, text(Setting(config.name or _name(config.prune, scores.kind), kept), table, about))
+    run.write_text(FILE, text(Setting(config.name or f"{scores.kind} {about['kept']}", kept), table, about))
     return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
 
 
-def _name(settings: PruneConfig, kind: str) -> str:
-    """The kind of score and the rule: ``ablation keep=2``."""
+def _rule(settings: PruneConfig) -> str:
+    """By which modules were kept: ``keep=2``."""
     usual = {"per_layer": True, "same_roles": False}
     used = {key: value for key, value in vars(settings).items() if value is not None and value is not usual.get(key)}
-    return " ".join([kind, *(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))])
+    return " ".join(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))

@@ -131,7 +131,8 @@ def _bank(
         try:
             bank.add(str(number), twin.adapter)
         except UserError as error:
-            raise UserError(f"bench.tenants: '{name}' cannot share a batch ({error})") from None
+            why = str(error).rpartition("cannot be one of many: ")[2]
+            raise UserError(f"bench.tenants: '{name}' cannot share a batch ({why})") from None
     return twin, bank
 
 

@@ -22,6 +22,7 @@ from lowrank_cli.models.prepack import prepack
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 from lowrank_cli.schema import BASE
+from lowrank_cli.stages.bench_rows import quartiles
 from lowrank_cli.stages.twins import Twin, copied, crowds
 
 
@@ -62,14 +63,16 @@ def main() -> None:
     prompts = torch.randint(plain.config.vocab_size, (args.tenants, 64))
     seconds: dict[str, list[float]] = {name: [] for name in twins}
     logits = {}
-    for _ in range(args.rounds + 1):
-        for name, twin in twins.items():
-            own, logits[name] = step_seconds(twin, prompts, args.tokens)
+    names = list(twins)
+    for number in range(args.rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            own, logits[name] = step_seconds(twins[name], prompts, args.tokens)
             seconds[name].append(own)
     rows = {}
     for name, own in seconds.items():
         ratios = [one / other for one, other in zip(own[1:], seconds["plain"][1:], strict=True)]  # the first warms up
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, high = quartiles(ratios)
         rows[name] = {
             "ms_per_step": 1000 * statistics.median(own[1:]),
             "ratio": statistics.median(ratios),

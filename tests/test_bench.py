@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
 import torch
 from command import lrk, one_line  # noqa: F401 (a fixture)
+from torch import nn
 
 from lowrank_cli import methods
 from lowrank_cli.config.composition import compose
@@ -19,8 +21,9 @@ from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SHAPES, BenchConfig, HardwareConfig, ModelConfig
 from lowrank_cli.stages import bench, bench_train, progress
+from lowrank_cli.stages.bench_rounds import in_turns
 from lowrank_cli.stages.bench_rows import Sample, ratio
-from lowrank_cli.stages.twins import crowds, twins
+from lowrank_cli.stages.twins import Twin, crowds, twins
 
 SHAPE = "2x32x48x4"
 TINY = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
@@ -44,7 +47,7 @@ def settings(**changes) -> BenchConfig:
 
 def measure(models, prompts, beams=1, **changes):
     with progress.bar("", 1, shown=False) as bar:
-        return bench.rounds(models, prompts, settings(**changes), beams, bar)
+        return bench.rounds(models, list(models.values()), prompts, settings(**changes), beams, bar)
 
 
 def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from():
@@ -193,6 +196,20 @@ def test_rounds_run_every_method_once_in_changing_order(monkeypatch):
     }, "the first round is not counted"
 
 
+def test_what_other_settings_hold_is_no_memory_of_a_method():
+    bank = nn.Linear(1, 1)
+    cells = [
+        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(nn.Linear(1, 1), own_bytes=10)},
+        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(bank, own_bytes=100)},
+        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(bank, own_bytes=100)},
+    ]
+    present = [twin for cell in cells for twin in cell.values()]
+    bar = SimpleNamespace(advance=lambda: None)
+    for cell, own in zip(cells, (10, 100, 100)):
+        found = in_turns(cell, present, 1, lambda twin: SimpleNamespace(memory=1110), bar)
+        assert (found["base"][0].memory, found["lora"][0].memory) == (1000, 1000 + own)
+
+
 def test_ratios_are_taken_within_rounds():
     slow = [Sample(seconds, 0, [], 0) for seconds in (2.0, 40.0, 6.0, 2.2)]
     base = [Sample(seconds, 0, [], 0) for seconds in (1.0, 20.0, 3.0, 1.1)]
@@ -227,6 +244,8 @@ def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone():
     one = rows["lora", None]["parameters"]
     assert rows["peft", None]["parameters"] == rows["peft", 3]["parameters"] == rows["lora", 3]["parameters"] == one
     assert rows["lora", None]["adapters_bytes"] * 3 == rows["lora", 3]["adapters_bytes"] == 12 * one
+    assert rows["lora", 3]["adapter_bytes"] == rows["peft", 3]["adapter_bytes"] == 4 * one
+    assert rows["milora k=3", 3]["activated_parameters"] is None, "a bank does not count what prompts chose"
     for row in record["rows"]:
         assert row["ms_per_token_p95"] >= row["ms_per_token"] > 0 and row["step_ratio"] > 0
     assert run.metrics["bench/peft/beams_1/tenants_3/step_ratio"] == rows["peft", 3]["step_ratio"]

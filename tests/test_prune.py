@@ -74,7 +74,7 @@ def test_what_is_allowed_of_unlike_layers_can_be_taken_out():
 
 
 def test_mistakes_are_one_line(lrk):
-    assert "give one of prune.drop=N" in one_line(
+    assert "prune.drop=1 and prune.budget=2 are given" in one_line(
         lrk("check", "prune", "prune.drop=1", "prune.budget=2", "method=none")
     )
     assert "did you mean 'taylor'" in one_line(lrk("check", "score", "score.kind=tailor", "method=none"))

@@ -47,8 +47,8 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
     if tenants:
         heading += f", {tenants} adapter{'s' * (tenants > 1)} in the batch"
     speed, cost = ["tokens/s", "× base", "quartiles", "steps only"], ["ms/token", "p95", "first token"]
-    columns = ["method", *speed, *cost, "memory", "adapters"]
-    table = tables.Fitted(heading, columns, leave_out=["first token", "p95", "adapters", "memory", "ms/token"])
+    columns = ["method", *speed, *cost, "memory", "adapter"]
+    table = tables.Fitted(heading, columns, leave_out=["first token", "p95", "adapter", "memory", "ms/token"])
     for row in record["rows"]:
         if (row["beams"], row["tenants"]) == (beams, tenants):
             low, high = row["ratio_quartiles"]
@@ -62,7 +62,7 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
                 f"{row['ms_per_token_p95']:.2f}",
                 tables.duration(row["first_token_seconds"]),
                 tables.size(row["peak_memory_bytes"]),
-                tables.size(row["adapters_bytes"]),
+                tables.size(row["adapter_bytes"]),
             ]
             table.rows.append(cells)
     return table

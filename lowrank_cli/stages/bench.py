@@ -7,7 +7,7 @@ number of adapters in a batch; ``train`` is in :mod:`lowrank_cli.stages.bench_tr
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +79,10 @@ def decode(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows for each method, number of beams and number of adapters in the batch, and each pair of methods."""
     rows, pairs = [], []
+    present = [twin for models in settings.values() for twin in models.values()]
     for beams in bench.beams:
         for tenants, models in settings.items():
-            cell = rounds(models, prompts, bench, beams, bar)
+            cell = rounds(models, present, prompts, bench, beams, bar)
             setting = {"beams": beams, "tenants": tenants}
             rows += [{**row(bench, name, models[name], cell), **setting} for name in models]
             pairs += [{**pair, **setting} for pair in compared(cell)]
@@ -102,10 +103,15 @@ def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str]
 
 
 def rounds(
-    models: Mapping[str, Twin], prompts: Tensor, bench: BenchConfig, beams: int, bar: progress.Bar
+    models: Mapping[str, Twin],
+    present: Sequence[Twin],
+    prompts: Tensor,
+    bench: BenchConfig,
+    beams: int,
+    bar: progress.Bar,
 ) -> dict[str, list[Sample]]:
     """The samples of each method, round by round."""
-    return in_turns(models, bench.rounds, lambda twin: generate(twin, prompts, beams, bench.new_tokens), bar)
+    return in_turns(models, present, bench.rounds, lambda twin: generate(twin, prompts, beams, bench.new_tokens), bar)
 
 
 def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -19,18 +19,21 @@ class Sampled(Protocol):
 S = TypeVar("S", bound=Sampled)
 
 
-def in_turns(models: Mapping[str, Twin], rounds: int, sample: Callable[[Twin], S], bar: Bar) -> dict[str, list[S]]:
-    """The samples of each method, round by round; what the others hold is no part of their memory.
+def in_turns(
+    models: Mapping[str, Twin], present: Iterable[Twin], rounds: int, sample: Callable[[Twin], S], bar: Bar
+) -> dict[str, list[S]]:
+    """The samples of each method, round by round; what others of those ``present`` hold is no part of its memory.
 
     The order rotates from round to round, and a first round is not counted.
     """
+    holders = list({id(twin.model): twin for twin in present}.values())
     names = list(models)
     found: dict[str, list[S]] = {name: [] for name in names}
     for number in range(rounds + 1):
         turn = number % len(names)
         order = names[turn:] + names[:turn]
         for name in order if number % 2 else reversed(order):  # so that none always follows the same other one
-            others = sum(twin.held_bytes() for twin in models.values()) - models[name].held_bytes()
+            others = sum(twin.held_bytes() for twin in holders if twin.model is not models[name].model)
             taken = sample(models[name])
             taken.memory -= others
             if number:

@@ -45,13 +45,16 @@ def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[S
         "activated_parameters": _activated(twin),
         "modules": twin.modules,
         "adapters_bytes": twin.own_bytes,
+        "adapter_bytes": twin.own_bytes // twin.adapters,
         "seconds": [sample.seconds for sample in samples],
     }
 
 
-def _activated(twin: Twin) -> int:
-    """What the method says that a prompt used, on average."""
-    if twin.adapter is None or not isinstance(twin.method, Observes):
+def _activated(twin: Twin) -> int | None:
+    """What the method says that a prompt used, on average; None of a bank, which does not count it."""
+    if twin.adapter is None:
+        return None if twin.own_bytes else twin.parameters
+    if not isinstance(twin.method, Observes):
         return twin.parameters
     observed, _ = twin.method.observations(twin.adapter, lambda counts: counts)
     return int(observed.get("activated_parameters", twin.parameters))

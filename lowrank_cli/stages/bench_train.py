@@ -49,7 +49,7 @@ def measure(models: Mapping[str, Twin], ids: Tensor, config: BenchRun, bar: Bar)
         if twin.adapter is not None:
             recompute(twin.adapter.model, config.hardware.gradient_checkpointing, config.hardware.compile)
     saved = {name: saved_bytes(twin, ids) for name, twin in models.items()}
-    cell = in_turns(models, bench.rounds, lambda twin: timed(twin, ids), bar)
+    cell = in_turns(models, models.values(), bench.rounds, lambda twin: timed(twin, ids), bar)
     return [row(bench, name, models[name], saved[name], cell) for name in models]
 
 

@@ -37,6 +37,7 @@ class Twin:
     parameters: int = 0  #: trained numbers of one adapter
     own_bytes: int = 0  #: memory of the adapters' tensors: what this twin does not share with the others
     modules: int = 0  #: linears, or parts of them, that an adapter updates
+    adapters: int = 1  #: that the model holds
     around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
     arguments: dict[str, Any] = field(default_factory=dict)  #: more arguments of ``generate``
 
@@ -141,6 +142,7 @@ def _crowd(twin: Twin, bank: Bank, turns: list[str]) -> Twin:
     return Twin(
         bank.model,
         parameters=twin.parameters,
+        adapters=len(bank.names),
         own_bytes=size,
         modules=twin.modules,
         around=partial(bank.batch, turns),
@@ -174,6 +176,7 @@ def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
     return Twin(
         adapted,
         parameters=sum(parameter.numel() for parameter in own) // count,
+        adapters=count,
         own_bytes=sum(parameter.numel() * parameter.element_size() for parameter in own),
         modules=len(targets),
     )
@@ -183,6 +186,7 @@ def _peft_crowd(twin: Twin, turns: list[str]) -> Twin:
     return Twin(
         twin.model,
         parameters=twin.parameters,
+        adapters=twin.adapters,
         own_bytes=twin.own_bytes,
         modules=twin.modules,
         arguments={"adapter_names": turns},

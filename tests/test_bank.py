@@ -185,7 +185,7 @@ def test_only_the_cache_of_the_latest_prompts_is_continued():
     bank, after = filled("llama", {"milora": small.adapted("milora")}), torch.tensor([[5]])
 
     def refused(cache):
-        with pytest.raises(AssertionError, match="this batch's prompts are in another KV cache"):
+        with pytest.raises(AssertionError, match="belongs to another KV cache"):
             bank.model(input_ids=after, past_key_values=cache)
 
     with torch.no_grad():

@@ -194,7 +194,8 @@ class Bank:
 class Batch:
     """The tenants of one batch on ``model``: operands gathered once, routers asked once for each prompt.
 
-    A forward pass with an empty KV cache starts the prompts; one that continues a cache has to continue theirs.
+    A forward pass with an empty KV cache starts the prompts; where there are routers, one that continues a cache has to
+    continue theirs.
     Linears that nothing in the batch updates are the bare ones. What routers choose from is gathered when they have
     seen the prompts, for the rows that use it only.
     """
@@ -259,7 +260,8 @@ class Batch:
             self._gather()
         if continues(kwargs):
             cache = self._cache() if self._cache else None
-            assert cache is kwargs["past_key_values"], "this batch's prompts are in another KV cache"
+            known = not self._routed or cache is kwargs["past_key_values"]
+            assert known, "what was chosen for this batch's prompts belongs to another KV cache"
             self._mask = None
         else:
             self._mask, self._cache = prompts(args, kwargs, mask), None

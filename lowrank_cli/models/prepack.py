@@ -38,7 +38,10 @@ class Packed:
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear over the same weight and bias; with gradients, or few rows, it is computed as ever."""
+    """A linear over the same weight and bias; with gradients, or few rows, it is computed as ever.
+
+    So is one whose weight trains: a fused optimizer changes weights without a trace.
+    """
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -47,14 +50,18 @@ class PrepackedLinear(nn.Linear):
         self.packed = Packed()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.numel() < ROWS * self.in_features or x.dtype != torch.float32:
+        recorded = torch.is_grad_enabled() or self.weight.requires_grad
+        if recorded or x.numel() < ROWS * self.in_features or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         packed = self.packed.of(self.weight)
         return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
 
 def prepack(model: nn.Module) -> None:
-    """Replace every ``nn.Linear`` of ``model``. Raises UserError where torch was built without oneDNN."""
+    """Replace every ``nn.Linear`` of ``model``; faster are those whose weight is frozen.
+
+    Raises UserError where torch was built without oneDNN.
+    """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         raise UserError("hardware.prepack: true, but this build of torch has no oneDNN; set hardware.prepack=false")
     for parent in list(model.modules()):

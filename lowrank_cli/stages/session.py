@@ -168,7 +168,7 @@ def start(config: RunConfig) -> Session:
     targets = getattr(config.method, "target_modules", None)
     fits = partial(find_sites, targets=list(targets)) if targets else None  # a wrong name costs no download
     loaded = load(config.model, config.hardware, labels, fits)
-    model = loaded.model.to(accelerator.device)
+    model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares what trains
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     return Session(
         config,

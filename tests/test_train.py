@@ -20,6 +20,7 @@ from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.methods.milora import MiLoRA
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
+from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow
 #: A few small steps of the bundled model.
@@ -184,6 +185,22 @@ def test_a_loss_that_is_not_finite_names_step_and_batch():
     run = Run.open("outputs/latest")
     assert run.info["status"] == "failed"
     assert "train/loss is nan" in run.info["error"]
+
+
+def test_an_evaluation_sees_what_the_last_step_wrote(monkeypatch):
+    update, seen = Trainer._update, []
+
+    def watched(trainer, step):
+        trainer.dev_loss()  # what is kept here is of the weights before
+        update(trainer, step)
+        seen.append(trainer.dev_loss())
+        for part in trainer.adapter.modules.values():
+            part._results.clear()
+        assert seen[-1] == trainer.dev_loss()
+
+    monkeypatch.setattr(Trainer, "_update", watched)
+    train("method=dora", "train.max_steps=2", "train.learning_rate=1e-2")
+    assert seen[0] != seen[1]
 
 
 def test_the_learning_rate_warms_up_and_decays_linearly():

@@ -140,7 +140,12 @@ class LowRank(nn.Module):
         return self.lora_b
 
     def kept(self, key: Hashable, compute: Callable[[], tuple[Tensor, ...]]) -> Any:
-        """``compute()``, from an earlier call while none of this module's tensors changed (frozen ones do not)."""
+        """``compute()``, from an earlier call while none of this module's tensors changed (frozen ones do not).
+
+        Seen are new tensors, ``.data`` at a new address and whatever raises a tensor's version. Not seen is what is
+        written into ``.data`` or by a fused optimizer, nor a second new ``.data`` where the first was: raise the
+        version then (``torch.autograd.graph.increment_version``). A pass that records gradients forgets all.
+        """
         found = self._results.get(key)
         if found is not None:
             for owner, name, tensor, version, address in found[0]:

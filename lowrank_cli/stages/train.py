@@ -182,6 +182,7 @@ class Trainer:
         # the fused AdamW pairs weights, gradients and moments by their places in memory
         assert all(weight.is_contiguous() for weight in self.adapter.trained.values())
         self.optimizer.step()
+        torch.autograd.graph.increment_version(self.adapter.trained.values())  # which a fused step does not do
         self.session.model.zero_grad()
         if isinstance(method, AfterStep):
             before = self.adapter.ranks()

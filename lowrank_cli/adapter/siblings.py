@@ -17,7 +17,8 @@ class Siblings:
     """The first linear to be called with an input computes the outputs of all; the others take theirs when called.
 
     An output waits for its own linear and the same tensor, unchanged; anything else is computed anew. So a sibling that
-    is never called, or with another input, costs time and nothing else.
+    is never called, or with another input, costs time, and memory until the next input comes. Weights and gates are
+    taken not to change between the calls with one input, which a model makes within one forward pass.
     """
 
     def __init__(self, *linears: AdaptedLinear):

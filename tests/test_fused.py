@@ -79,6 +79,12 @@ def test_dropout_keeps_as_many_as_it_says(p):
     assert torch.equal(first, kept_by_dropout(x, p)[0])
 
 
+def test_the_mask_of_a_transposed_input_lies_row_by_row_on_every_device():
+    for device in ("cpu", "meta"):
+        mask, _ = kept_by_dropout(torch.empty(2, 5, 3, device=device).transpose(1, 2), 0.5)
+        assert mask.view(-1, 5).shape == (6, 5)
+
+
 def gradients(adapter, whole, monkeypatch):
     """Loss and gradients of a training pass, with the fused function or operation by operation."""
     with monkeypatch.context() as patch:
@@ -147,6 +153,13 @@ def test_a_frozen_weight_whose_gradient_is_asked_for_gets_it():
     key.weight.requires_grad_(True)
     (query(x).sum() + key(x).sum() + value(x).sum()).backward()
     torch.testing.assert_close(key.weight.grad, x.sum(dim=tuple(range(x.ndim - 1))).expand_as(key.weight))
+
+
+def test_a_frozen_bias_whose_gradient_is_asked_for_gets_it():
+    linear = small.adapted(family="opt").linears["model.decoder.layers.0.self_attn.k_proj"]
+    bias = linear.base.bias.requires_grad_(True)
+    linear(torch.randn(2, 4, 32)).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 8.0))
 
 
 def test_siblings_share_one_dropout_mask_and_keep_no_dropped_input(monkeypatch):

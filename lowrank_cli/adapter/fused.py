@@ -32,7 +32,8 @@ def kept_by_dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
     On a CPU ``bernoulli_`` would take several times as long as the products of a low-rank update.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 - p
+        mask = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+        return mask.bernoulli_(1 - p), 1 - p
     dropped = round(p * STEPS)
     bits = torch.empty(-(-x.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
     draws = bits.view(torch.int16)[: x.numel()].view(x.shape)

@@ -363,12 +363,14 @@ class AdaptedLinear(nn.Module):
         """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
         if not self._active or quantized(self.weight) or self.weight.requires_grad:
             return None  # nothing to fuse; W only through its own linear; a weight whose own gradient is asked for
+        bias = getattr(self.base, "bias", None)
+        if bias is not None and bias.requires_grad:
+            return None
         device, weight = x.device.type, self.rows(None)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if weight.dtype not in (dtype, x.dtype):
             return None
         updates = [(part.terms(x, dtype), span) for part, span in self._active]
-        bias = getattr(self.base, "bias", None)
         known = [(terms, span) for terms, span in updates if terms is not None]
         if len(known) < len(updates):
             return None

@@ -1,5 +1,6 @@
 """hardware.gradient_checkpointing: the same loss and gradients from less saved memory."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,25 @@ def test_less_is_saved():
     layers, feed_forward, nothing = saved("layers"), saved("feed_forward"), saved("none")
     assert layers < feed_forward
     assert nothing - feed_forward == 2 * 2 * 4 * 16 * 48 * 4  # layers × features × rows × tokens × width × bytes
+
+
+def test_nothing_of_a_pass_is_held_after_its_backward():
+    adapter = small.adapted()
+    recompute(adapter.model.train(), "feed_forward")
+    features = []
+    for layer in adapter.model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda *args: features.append(weakref.ref(args[-1].untyped_storage()))
+        )
+    loss = adapter.model(input_ids=small.ids(), labels=small.ids()).loss
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in adapter.trained.items()}
+    loss.backward()
+    for name, parameter in adapter.trained.items():
+        torch.testing.assert_close(parameter.grad, 2 * first[name])
+    assert [feature() for feature in features] == [None, None]
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
 
 
 def test_the_product_has_the_right_gradient():

@@ -65,7 +65,14 @@ class Frozen(NamedTuple):
         return self.updates[0][0].dropout
 
 
-def outputs(x: Tensor, linears: Sequence[Frozen], remake: Callable[[], Tensor] | None = None) -> tuple[Tensor, ...]:
+class Remake(NamedTuple):
+    """How an input is computed again: ``function(*sources)``."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+
+def outputs(x: Tensor, linears: Sequence[Frozen], remake: Remake | None = None) -> tuple[Tensor, ...]:
     """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all.
 
     With ``remake``, which computes ``x`` again, nothing of its size is saved for the backward pass.
@@ -95,7 +102,7 @@ class FusedLinears(torch.autograd.Function):
         x: Tensor,
         mask: Tensor | None,
         plan: Plan,
-        remake: Callable[[], Tensor] | None,
+        remake: Remake | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         linears = _grouped(plan, tensors)
@@ -113,15 +120,17 @@ class FusedLinears(torch.autograd.Function):
             if factor is not None:
                 y.mul_(factor)
                 stretched.append(ys[-1] if bias is None else ys[-1].add_(bias))
-        ctx.plan, ctx.remake = plan, remake
-        ctx.save_for_backward(x if remake is None else None, mask, hidden, *tensors, *stretched)
+        sources = (x,) if remake is None else remake.sources
+        ctx.plan, ctx.remake, ctx.sources = plan, remake and remake.function, len(sources)
+        ctx.save_for_backward(mask, hidden, *tensors, *stretched, *sources)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, hidden, *tensors = ctx.saved_tensors
-        x = x if ctx.remake is None else ctx.remake().to(hidden.dtype)
+        mask, hidden, *tensors = ctx.saved_tensors
+        sources = tensors[-ctx.sources :]
+        x = sources[0] if ctx.remake is None else ctx.remake(*sources).to(hidden.dtype)
         linears = _grouped(ctx.plan, tensors)
         stretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
         flat, down = x.reshape(-1, x.shape[-1]), _stacked(linears)  # (N, I), (ΣR, I)

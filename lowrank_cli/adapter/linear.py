@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter.fused import Frozen, Terms
+from lowrank_cli.adapter.fused import Frozen, Remake, Terms
 from lowrank_cli.adapter.quantized import dense, quantized
 from lowrank_cli.adapter.siblings import Siblings
 
@@ -343,7 +343,7 @@ class AdaptedLinear(nn.Module):
         on = self.enabled and not self.merged
         self._active = [update for update in self.updates if not update[0].skip] if on else []
 
-    def forward(self, x: Tensor, remake: Callable[[], Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
         """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, training does not save ``x``.
 
         A compiler sees the plain equation: it decides itself what to join and what to save.

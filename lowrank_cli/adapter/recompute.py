@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.families import family_of, layers
+from lowrank_cli.adapter.fused import Remake
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.errors import UserError
 
@@ -62,10 +63,10 @@ def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:
     product = GatedProduct.apply(gate, up, block.act_fn)  # type: ignore[no-untyped-call]
     if not isinstance(down, AdaptedLinear):
         return down(product)
-    return down(product, partial(_product, gate.detach(), up.detach(), block.act_fn))
+    return down(product, Remake(partial(_product, block.act_fn), (gate.detach(), up.detach())))
 
 
-def _product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     return act(gate) * up
 
 
@@ -76,7 +77,7 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.act = act
         ctx.save_for_backward(gate, up)
-        return _product(gate, up, act)
+        return _product(act, gate, up)
 
     @staticmethod
     @once_differentiable

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lowrank_cli.adapter.fused import Frozen, outputs
+from lowrank_cli.adapter.fused import Frozen, Remake, outputs
 
 if TYPE_CHECKING:
     from lowrank_cli.adapter.linear import AdaptedLinear
@@ -38,7 +37,7 @@ class Siblings:
         self._waiting = {}
         linear.siblings = Siblings(linear)
 
-    def output(self, linear: AdaptedLinear, x: Tensor, remake: Callable[[], Tensor] | None) -> Tensor | None:
+    def output(self, linear: AdaptedLinear, x: Tensor, remake: Remake | None) -> Tensor | None:
         """y (B, T, O) of ``linear`` for ``x`` (B, T, I), with what its updates add; None where it cannot be fused.
 
         ``remake`` computes ``x`` again, so that it need not be saved.
@@ -50,7 +49,7 @@ class Siblings:
             self._x = None
         return found
 
-    def _compute(self, linear: AdaptedLinear, x: Tensor, remake: Callable[[], Tensor] | None) -> None:
+    def _compute(self, linear: AdaptedLinear, x: Tensor, remake: Remake | None) -> None:
         self._x, self._waiting = None, {}
         own = linear.fusible(x)
         if own is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import stage
 from lowrank_cli.models.load import load
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.requests import read_requests
+from lowrank_cli.stages.generate import Writer
 
 QUICK = ["hardware.threads=1", "generate.max_new_tokens=6"]
 PROMPTS = ["the zorp is red.", "Question: is the zorp of Marl a good one? Answer:", "ring"]
@@ -110,6 +113,8 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
         ("[]", 'no object {"tenant"'),
         ({"tenant": lora}, "'prompt' is missing"),
         ({"tenant": 3, "prompt": "x"}, "'tenant' is no folder"),
+        ({"tennant": lora, "prompt": "x"}, "'tenant' is missing, and 'tennant' means nothing"),
+        ({"prompt": "x"}, "'tenant' is missing (null is the bare model)"),
         ({"tenant": "nowhere", "prompt": "x"}, "tenant: there is no folder 'nowhere'"),
         ({"tenant": ".", "prompt": "x"}, "tenant: '.' is no run with an adapter"),
         ({"tenant": dora, "prompt": "x"}, "use_dora=True, and a bank takes use_dora=False"),
@@ -117,11 +122,35 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
         ({"tenant": None, "prompt": PROMPTS[0]}, None),
     ]
     ended = lrk("generate", "--tenants", asked(*[line for line, _ in lines]), *QUICK, "generate.output=answers.jsonl")
-    assert ended.code == 1 and ended.out == "" and "8 of 10 lines have no answer; the first: no JSON" in ended.err
+    assert (
+        ended.code == 1
+        and ended.out == ""
+        and "10 of 12 lines have no answer; the first is line 2: no JSON" in ended.err
+    )
     for (line, error), record in zip(lines, records("answers.jsonl"), strict=True):
         assert ("answer" in record) == (error is None), line
         assert (error or "") in record.get("error", "")
     assert records("answers.jsonl") == records()
+
+
+def test_tokens_are_counted_up_to_the_end():
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2]))
+    writer = SimpleNamespace(model=model, tokenizer=SimpleNamespace(pad_token_id=0))
+    made = torch.tensor([[5, 6, 2, 2, 2], [5, 2, 0, 0, 0], [5, 6, 7, 8, 9]])
+    assert Writer._written(writer, made) == 3 + 2 + 5
+    model.generation_config.eos_token_id = None
+    assert Writer._written(writer, made) == 5 + 2 + 5
+
+
+def test_only_a_new_line_ends_a_request():
+    Path("one.jsonl").write_text('{"tenant": null, "prompt": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    (request,) = read_requests(Path("one.jsonl"))
+    assert request.prompt == "a\u2028b\u0085c" and request.error is None
+
+
+def test_answers_do_not_go_into_a_folder(lrk):  # noqa: F811
+    said = one_line(lrk("generate", "--tenants", asked({"tenant": None, "prompt": "x"}), *QUICK, "generate.output=."))
+    assert said.startswith("generate.output: ") and said.endswith("is a folder; name a file")
 
 
 def test_a_batch_that_does_not_fit_is_answered_line_by_line(lrk):  # noqa: F811

@@ -44,7 +44,9 @@ class MoELoRAConfig(LoRAConfig):
         super().validate()
         require_range("method.experts", self.experts, 1)
         if self.rank % self.experts:
-            raise UserError(f"method.experts: {self.experts} experts cannot share method.rank {self.rank} evenly")
+            raise UserError(
+                f"method.experts: {self.experts} experts cannot share method.rank {self.rank} evenly (a multiple can)"
+            )
         require_range("method.k", self.k, 1, self.experts)
         require_range("method.load_balance", self.load_balance, 0)
 

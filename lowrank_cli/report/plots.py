@@ -396,7 +396,8 @@ def bubbles(entry: dict[str, Any]) -> Figure:
 def bars(entry: dict[str, Any]) -> Figure:
     """A group of bars for each row, one bar a column, with error bars and a line at 1."""
     rows, columns = entry["rows"], entry["columns"]
-    figure, axes = _figure(min(max(1.1 * len(rows) + 1.5, 5.0), 14), 4.2)
+    inches = min(max(1.1 * len(rows) + 1.5, 5.0), 14)
+    figure, axes = _figure(inches, 4.2)
     width = 0.8 / len(columns)
     for at, column in enumerate(columns):
         places = [place + (at - (len(columns) - 1) / 2) * width for place in range(len(rows))]
@@ -405,8 +406,8 @@ def bars(entry: dict[str, Any]) -> Figure:
         drawn = axes.bar(places, values, width, yerr=reach, capsize=3, error_kw={"linewidth": 0.9}, label=str(column))
         axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     axes.axhline(1, color=GRID, linewidth=1)
-    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 14) for row in rows], fontsize=8)
-    axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
+    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 14, break_long_words=False) for row in rows], fontsize=8)
+    axes.set_title(textwrap.fill(entry["title"], int((inches - 0.7) / LETTER)), fontsize=11, loc="left")
     axes.set_ylabel(entry.get("label", ""))
     _plain(axes)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))

@@ -242,7 +242,11 @@ def _next(run: Run) -> Iterable[str]:
         return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
     if status == "done" and stage == "run":
         return [f"lrk compare {where}"]
-    return [f"lrk compare {typed(run.path.parent)}"] if status == "done" and stage not in ("export", "bench") else []
+    return (
+        [f"lrk compare {typed(run.path.parent)}"]
+        if status == "done" and stage not in ("export", "bench", "generate")
+        else []
+    )
 
 
 def first_line(error: Any) -> str:

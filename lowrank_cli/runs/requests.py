@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ class Request:
     """One line: what it says, or why it cannot be read."""
 
     fields: dict[str, Any]  #: as given; beside ``tenant`` and ``prompt`` any others, which come back with the answer
+    line: int = 1  #: in the file
     error: str | None = None
 
     @property
@@ -30,7 +32,7 @@ class Request:
 def read_requests(path: Path) -> list[Request]:
     """The lines of a file, empty ones left out. Raises UserError where it cannot be read at all, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # text may hold other separators of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"generate.tenants: '{path}' cannot be read: {error}") from None
     found = [_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -43,11 +45,20 @@ def _request(number: int, line: str) -> Request:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        return Request({"line": number}, f"no JSON: {error}")
+        return Request({"line": number}, number, f"no JSON: {error}")
     if not isinstance(fields, dict):
-        return Request({"line": number}, 'no object {"tenant": FOLDER, "prompt": TEXT}')
-    if not isinstance(fields.get("prompt"), str):
-        return Request(fields, "'prompt' is missing or no text")
-    if not isinstance(fields.get("tenant"), str | None):
-        return Request(fields, "'tenant' is no folder (null is the bare model)")
-    return Request(fields)
+        return Request({"line": number}, number, 'no object {"tenant": FOLDER, "prompt": TEXT}')
+    for key in ("tenant", "prompt"):
+        if key not in fields:
+            return Request(fields, number, f"'{key}' is missing{_written(key, fields)}")
+    if not isinstance(fields["prompt"], str):
+        return Request(fields, number, "'prompt' is no text")
+    if not isinstance(fields["tenant"], str | None):
+        return Request(fields, number, "'tenant' is no folder (null is the bare model)")
+    return Request(fields, number)
+
+
+def _written(key: str, fields: dict[str, Any]) -> str:
+    """The key that stands where ``key`` was meant."""
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.7)
+    return f", and '{close[0]}' means nothing" if close else " (null is the bare model)" * (key == "tenant")

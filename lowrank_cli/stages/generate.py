@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowrank_cli import methods
@@ -39,6 +40,8 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     output = None if asked.output is None else Path(asked.output)
     if output is not None and not output.parent.is_dir():
         raise UserError(f"generate.output: there is no folder '{output.parent}'")
+    if output is not None and output.is_dir():
+        raise UserError(f"generate.output: '{output}' is a folder; name a file")
     device = prepare(config.hardware).device
     torch.manual_seed(config.seed)
     loaded = load(config.model, config.hardware, None)
@@ -57,9 +60,10 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
         atomic_write(output, text)
     elif asked.tenants is not None:
         sys.stdout.write(text)
-    failed = [record for record in records if "error" in record]
+    failed = [(asked.line, record["error"]) for asked, record in zip(requests, records) if "error" in record]
     if failed:
-        raise WorkFailed(f"{len(failed)} of {len(records)} lines have no answer; the first: {failed[0]['error']}")
+        line, why = failed[0]
+        raise WorkFailed(f"{len(failed)} of {len(records)} lines have no answer; the first is line {line}: {why}")
     seconds = time.monotonic() - began
     return {
         "generate/answers": len(records),
@@ -120,8 +124,15 @@ class Writer:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocasts):
             made = self.model.generate(**inputs, **self.settings, streamer=streamer)
         made = made[:, inputs["input_ids"].shape[1] :]  # (B, T) -> (B, new)
-        self.tokens += int((made != self.tokenizer.pad_token_id).sum())
+        self.tokens += self._written(made)
         return self.tokenizer.batch_decode(made, skip_special_tokens=True)
+
+    def _written(self, made: Tensor) -> int:
+        """Tokens of continuations (B, new), each up to its first end; beams fill up with either end or padding."""
+        config = self.model.generation_config
+        ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=made.device)
+        ended = torch.isin(made, ends).cumsum(dim=1) - torch.isin(made, ends).long()  # ends before each token
+        return int(((ended == 0) & (made != self.tokenizer.pad_token_id)).sum())
 
 
 def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.config.composition import compose
 from lowrank_cli.models.prepack import prepack
 from lowrank_cli.models.shape import random_model
@@ -30,11 +31,12 @@ from lowrank_cli.stages.twins import Twin, copied, crowds
 def step_seconds(twin: Twin, prompts: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor]:
     """Median over ``tokens`` steps behind the prompts (B, T), and the last logits (B, V)."""
     with twin.around():
-        cache = twin.model(input_ids=prompts, use_cache=True).past_key_values
+        cache = returned_cache(twin.model(input_ids=prompts, use_cache=True))
         times = []
         for _ in range(tokens):
             began = time.perf_counter()
-            logits = twin.model(input_ids=prompts[:, :1], past_key_values=cache, use_cache=True).logits[:, -1]
+            out = twin.model(input_ids=prompts[:, :1], use_cache=True, **pass_cache(twin.model, cache))
+            logits = out.logits[:, -1]
             times.append(time.perf_counter() - began)
     return statistics.median(times), logits
 

@@ -13,6 +13,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.export import as_lora, save_lora
 from lowrank_cli.adapter.grouped import group
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.adapter.tenant import saved_canary
 from lowrank_cli.errors import UserError
@@ -168,16 +169,16 @@ def test_a_cache_continued_by_more_rows_keeps_each_rows_adapter():
     names, ids = ["milora", "lora", "milora2"], small.ids(3, 6)
     with torch.no_grad():
         with bank.batch(names):
-            cache = bank.model(input_ids=ids, use_cache=True).past_key_values
+            cache = returned_cache(bank.model(input_ids=ids, use_cache=True))
             cache.batch_repeat_interleave(2)
             after = torch.arange(3, 9).view(6, 1)
-            together = bank.model(input_ids=after, past_key_values=cache).logits
+            together = bank.model(input_ids=after, **pass_cache(bank.model, cache)).logits
         for row, name in enumerate(names):
             for copy in range(2):
                 at = 2 * row + copy
                 model = found[name].model
-                cache = model(input_ids=ids[row : row + 1], use_cache=True).past_key_values
-                alone = model(input_ids=after[at : at + 1], past_key_values=cache).logits
+                cache = returned_cache(model(input_ids=ids[row : row + 1], use_cache=True))
+                alone = model(input_ids=after[at : at + 1], **pass_cache(model, cache)).logits
                 torch.testing.assert_close(together[at], alone[0], **EQUAL)
 
 
@@ -186,14 +187,14 @@ def test_only_the_cache_of_the_latest_prompts_is_continued():
 
     def refused(cache):
         with pytest.raises(AssertionError, match="belongs to another KV cache"):
-            bank.model(input_ids=after, past_key_values=cache)
+            bank.model(input_ids=after, **pass_cache(bank.model, cache))
 
     with torch.no_grad():
         with bank.batch(["milora"]):
-            first, second = (bank.model(input_ids=small.ids(1, n), use_cache=True).past_key_values for n in (4, 6))
+            first, second = (returned_cache(bank.model(input_ids=small.ids(1, n), use_cache=True)) for n in (4, 6))
             refused(first)
-            bank.model(input_ids=after, past_key_values=second)
-            bank.model(input_ids=after, past_key_values=second)
+            bank.model(input_ids=after, **pass_cache(bank.model, second))
+            bank.model(input_ids=after, **pass_cache(bank.model, second))
         with bank.batch(["milora"]):
             refused(second)
 

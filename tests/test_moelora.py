@@ -6,6 +6,7 @@ import torch
 
 from lowrank_cli.adapter import export, state
 from lowrank_cli.adapter.experts import Experts
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.router import load_balance
 from lowrank_cli.errors import UserError
 
@@ -72,8 +73,8 @@ def test_decoding_token_by_token_equals_the_full_forward(family):
         whole = adapter.model(input_ids=ids).logits
         cache, steps = None, []
         for token in ids.split(1, dim=1):
-            out = adapter.model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = adapter.model(input_ids=token, use_cache=True, **pass_cache(adapter.model, cache))
+            cache = returned_cache(out)
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-4)
 

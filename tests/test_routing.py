@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lowrank_cli.adapter import state
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.router import (
     ACTIVATIONS,
     GATES,
@@ -531,7 +532,7 @@ def test_the_load_balance_loss_is_weighted_and_summed_over_layers():
 def prefilled(adapter, ids):
     """A KV cache that holds ``ids``."""
     with torch.no_grad():
-        return adapter.model(input_ids=ids, use_cache=True).past_key_values
+        return returned_cache(adapter.model(input_ids=ids, use_cache=True))
 
 
 def test_a_cache_continues_with_its_own_gates_after_the_adapter_was_off():
@@ -539,11 +540,11 @@ def test_a_cache_continues_with_its_own_gates_after_the_adapter_was_off():
     ids = small.ids(2, 6)
     with torch.no_grad():
         cache = prefilled(adapter, ids[:, :5])
-        plain = adapter.model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        plain = adapter.model(input_ids=ids[:, 5:], **pass_cache(adapter.model, cache)).logits
         cache = prefilled(adapter, ids[:, :5])
         with adapter.disabled():
             adapter.model(input_ids=small.ids(2, 4))
-        again = adapter.model(input_ids=ids[:, 5:], past_key_values=cache).logits
+        again = adapter.model(input_ids=ids[:, 5:], **pass_cache(adapter.model, cache)).logits
     torch.testing.assert_close(again, plain, atol=1e-6, rtol=0)
 
 
@@ -552,10 +553,10 @@ def test_a_cache_of_other_prompts_is_refused():
     first, second = small.ids(4, 6).split(2)
     one, two = DynamicCache(config=adapter.model.config), DynamicCache(config=adapter.model.config)
     with torch.no_grad():
-        adapter.model(input_ids=first, past_key_values=one)
-        adapter.model(input_ids=second, past_key_values=two)
+        adapter.model(input_ids=first, **pass_cache(adapter.model, one))
+        adapter.model(input_ids=second, **pass_cache(adapter.model, two))
         with pytest.raises(AssertionError, match="belong to another KV cache"):
-            adapter.model(input_ids=first[:, :1], past_key_values=one)
+            adapter.model(input_ids=first[:, :1], **pass_cache(adapter.model, one))
 
 
 def test_a_cache_that_the_model_made_itself_is_refused_for_other_prompts():
@@ -564,7 +565,7 @@ def test_a_cache_that_the_model_made_itself_is_refused_for_other_prompts():
     one = prefilled(adapter, first)
     prefilled(adapter, second)
     with torch.no_grad(), pytest.raises(AssertionError, match="belong to another KV cache"):
-        adapter.model(input_ids=first[:, :1], past_key_values=one)
+        adapter.model(input_ids=first[:, :1], **pass_cache(adapter.model, one))
 
 
 def test_routing_does_not_keep_a_cache_alive():

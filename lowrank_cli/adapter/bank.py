@@ -26,8 +26,9 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter, fingerprint, replace_module
 from lowrank_cli.adapter.families import layers
 from lowrank_cli.adapter.grouped import GroupedLinear, GroupedUpdate, group, stacked, update_kind
+from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.adapter.routing import batch_rows, continues, prompts
+from lowrank_cli.adapter.routing import batch_shape, prompts
 from lowrank_cli.adapter.tenant import Canary, Place, Tenant, of_adapter, read
 from lowrank_cli.errors import UserError, unknown
 
@@ -252,15 +253,15 @@ class Batch:
             yield
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        rows, mask = batch_rows(args, kwargs), kwargs.pop("prompt_mask", None)
+        (rows, tokens), mask = batch_shape(args, kwargs), kwargs.pop("prompt_mask", None)
         copies, left = divmod(rows, len(self._prompts))
         assert copies and not left, f"{rows} rows are no copies of {len(self._prompts)} prompts"
         if copies != self._copies:
             self._copies = copies
             self._gather()
-        if continues(kwargs):
-            cache = self._cache() if self._cache else None
-            known = not self._routed or cache is kwargs["past_key_values"]
+        cache = continued_cache(args, kwargs, tokens)
+        if cache is not None:
+            known = not self._routed or (self._cache is not None and cache is self._cache())
             assert known, "what was chosen for this batch's prompts belongs to another KV cache"
             self._mask = None
         else:
@@ -269,7 +270,7 @@ class Batch:
 
     def _after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Remember which KV cache the prompts are in, without keeping it alive."""
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if self._mask is not None and cache is not None:
             self._cache = weakref.ref(cache)
 

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
 from lowrank_cli.adapter.linear import LowRank
 from lowrank_cli.adapter.router import Router, scaled_gates
-
-
-def continues(kwargs: dict) -> bool:
-    """Whether a forward pass continues the sequences of its KV cache; otherwise it starts new ones."""
-    cache = kwargs.get("past_key_values")
-    return cache is not None and cache.get_seq_length() > 0
 
 
 def prompts(args: tuple, kwargs: dict, mask: Tensor | None) -> Tensor:
@@ -31,9 +26,10 @@ def prompts(args: tuple, kwargs: dict, mask: Tensor | None) -> Tensor:
     return mask.bool()
 
 
-def batch_rows(args: tuple, kwargs: dict) -> int:
-    """B of a forward pass."""
-    return int(_inputs(args, kwargs)[1].shape[0])
+def batch_shape(args: tuple, kwargs: dict) -> tuple[int, int]:
+    """(B, T) of a forward pass."""
+    rows, tokens = _inputs(args, kwargs)[1].shape[:2]
+    return rows, tokens
 
 
 def _inputs(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor]:
@@ -95,9 +91,9 @@ class PromptRouting:
             self.open_all()
             return args, kwargs
         ids, rows = _inputs(args, kwargs)
-        if continues(kwargs):
-            cache = self._cache() if self._cache else None
-            assert cache is kwargs["past_key_values"], "these gates belong to another KV cache"
+        cache = continued_cache(args, kwargs, rows.shape[1])
+        if cache is not None:
+            assert self._cache is not None and cache is self._cache(), "these gates belong to another KV cache"
             self._mask = None
             self._continue(rows.shape[0])
             return args, kwargs
@@ -111,7 +107,7 @@ class PromptRouting:
 
     def _after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Remember which KV cache the prompts are in, without keeping it alive."""
-        cache = getattr(output, "past_key_values", None)
+        cache = returned_cache(output)
         if self._mask is not None and cache is not None:
             self._cache = weakref.ref(cache)
 

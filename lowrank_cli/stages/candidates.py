@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache
 
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.calibration.ida import TokenRule, log_softmax
 from lowrank_cli.stages.session import Session
 from lowrank_cli.tasks import encode
@@ -31,7 +32,7 @@ class Prefix:
     def __init__(self, model: torch.nn.Module, ids: Sequence[int]):
         self.ids = list(ids)
         tokens = torch.tensor([self.ids], device=model.device)  # (1, P)
-        self.cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache = returned_cache(model(input_ids=tokens, use_cache=True, logits_to_keep=1))
 
     def expanded(self, rows: int) -> DynamicCache:
         """The KV cache for a batch of ``rows``; what is appended to it leaves this one as it is."""
@@ -148,19 +149,19 @@ def candidate_scores(
         input_ids=input_ids,
         attention_mask=seen,
         position_ids=positions,
-        past_key_values=prefix.expanded(width) if prefix else None,
         use_cache=prefix is not None or longest > 1,
         logits_to_keep=1,
+        **pass_cache(model, prefix.expanded(width) if prefix else None),
     )
     scores = rule(out.logits[:, -1].float(), tokens[:, :, 0])  # (B, V), (B, C) -> (…, B, C)
     together = scores.shape[:-2]  # of one rule: ()
     if longest > 1:
-        cache = out.past_key_values
+        cache = returned_cache(out)
         cache.batch_repeat_interleave(most)
         rest = tokens[:, :, :-1].flatten(0, 1)  # (B, C, K) -> (B * C, K - 1)
         mask = torch.cat([seen.repeat_interleave(most, dim=0), torch.ones_like(rest)], dim=1)
         after = positions[:, -1:].repeat_interleave(most, dim=0) + torch.arange(1, longest, device=device)
-        logits = model(input_ids=rest, attention_mask=mask, position_ids=after, past_key_values=cache).logits
+        logits = model(input_ids=rest, attention_mask=mask, position_ids=after, **pass_cache(model, cache)).logits
         counted = present[:, :, 1:].flatten()  # (B * C * (K - 1),)
         later = torch.zeros(*together, len(counted), device=device)
         chosen = tokens[:, :, 1:].flatten()[counted, None]  # (n, 1)

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
+from lowrank_cli.runs.threads import let_waiting_threads_sleep
 from lowrank_cli.schema import MEASURES
 
 VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
@@ -401,6 +402,7 @@ def check(
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 after Ctrl-C."""
+    let_waiting_threads_sleep()
     sys.exit(call(sys.argv[1:]))
 
 

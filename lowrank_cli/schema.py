@@ -210,7 +210,9 @@ class HardwareConfig:
         MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
     )
     processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
-    threads: Optional[int] = MISSING  #: CPU threads of each process; null leaves torch's choice
+    threads: Optional[int] = (
+        MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
+    )
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's Conv1D)
     prepack: bool = False
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``;

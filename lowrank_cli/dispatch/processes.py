@@ -9,6 +9,7 @@ import uuid
 
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import DONE, INTERRUPTED, Run
+from lowrank_cli.runs.threads import available_cores
 
 PATIENCE = 3600  # s that workers get after Ctrl-C to finish their step and save
 
@@ -21,7 +22,7 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # how the run ended is said once, below
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores().count // processes)))  # they share the cores
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -22,7 +22,7 @@ from lowrank_cli.schema import BenchConfig, BenchRun
 from lowrank_cli.stages import bench_rows, bench_train, progress
 from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.stages.bench_rows import Sample, compared, row
-from lowrank_cli.stages.session import prepare
+from lowrank_cli.stages.session import greet, prepare
 from lowrank_cli.stages.twins import Twin, crowds, twins
 
 MEMORY = {
@@ -36,7 +36,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     bench, device = config.bench, prepare(config.hardware).device
     torch.manual_seed(config.seed)
     base, header = _base(config, device)
-    progress.console().print(header)
+    greet(run, config.hardware, base, header)
     settings: dict[int | None, dict[str, Twin]] = {None: twins(base, config.variants, config.seed)}
     if bench.tenants:
         grouped = config.hardware.grouped

@@ -50,7 +50,7 @@ class Fitted:
 
 def train(session: Session, run: Run) -> dict[str, float]:
     """Fit, keep what was fitted in ``run``'s folder, and evaluate on dev and test."""
-    greet(session)
+    greet(session, run)
     fitted = fit(session)
     if session.accelerator.is_main_process:
         with atomic_folder(run.file(FOLDER)) as folder:
@@ -62,9 +62,9 @@ def train(session: Session, run: Run) -> dict[str, float]:
     return metrics
 
 
-def greet(session: Session) -> None:
+def greet(session: Session, run: Run) -> None:
     """The run's first line, and one for each option that has no effect."""
-    session.greet()
+    session.greet(run)
     if session.accelerator.is_main_process:
         for line in demonstrations.idle(_calibrates(session).plan(), session.config.evaluate.shots):
             progress.console().print(line)

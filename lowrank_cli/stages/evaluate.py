@@ -35,12 +35,12 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     load_adapter(session)
     if isinstance(session.method, Calibrates):
         fitted = calibrate.obtain(session)
-        calibrate.greet(session)
+        calibrate.greet(session, run)
         metrics = calibrate.evaluate(session, run, fitted, config.evaluate.split)
         session.note_device(run)
         return metrics
     demonstrations(session)
-    session.greet()
+    session.greet(run)
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
     session.note_device(run)

@@ -22,7 +22,7 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
     """Write ``export/`` into ``run``'s folder. Raises UserError above ``export.max_error``."""
     session = start(config)
     load_adapter(session)
-    session.greet()
+    session.greet(run)
     session.model.eval()
     asked = config.export
     usual = TOLERANCE[str(session.model.dtype).removeprefix("torch.")]

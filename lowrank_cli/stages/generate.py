@@ -23,7 +23,7 @@ from lowrank_cli.runs import Run, atomic_write
 from lowrank_cli.runs.requests import Request, read_requests
 from lowrank_cli.schema import GenerateConfig, GenerateRun
 from lowrank_cli.stages import progress
-from lowrank_cli.stages.session import foundation, method_of, prepare
+from lowrank_cli.stages.session import foundation, greet, method_of, prepare
 from lowrank_cli.stages.tenants import Tenants
 from lowrank_cli.tasks import encode
 
@@ -46,7 +46,7 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     torch.manual_seed(config.seed)
     loaded = load(config.model, config.hardware, None)
     loaded.model.to(device).eval().requires_grad_(False)
-    progress.console().print(loaded.header)
+    greet(run, config.hardware, loaded.model, loaded.header)
     writer = Writer(loaded, config)
     began = time.monotonic()
     if asked.tenants is None:

@@ -32,7 +32,7 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
-    session.greet()
+    session.greet(run)
     if scores is None:
         scores = measure(session, config.score, config.level)
         write(run, adapter, scores)

@@ -31,7 +31,7 @@ MEANINGS = {
 def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Score the adapter of ``config.run`` and write ``scores.json`` and ``figures.json`` into ``run``'s folder."""
     session, adapter = adapted(config)
-    session.greet()
+    session.greet(run)
     began = time.monotonic()
     scores = measure(session, config.score, config.level)
     seconds = time.monotonic() - began

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.threads import Threads, choose
 from lowrank_cli.schema import HardwareConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages import progress
@@ -55,10 +56,9 @@ class Session:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def greet(self) -> None:
-        """Print the run's first line: which model this is."""
-        if self.accelerator.is_main_process:
-            progress.console().print(self.header)
+    def greet(self, run: Run) -> None:
+        """Choose the CPU threads, and print the run's first lines: which model this is, and how it computes."""
+        greet(run, self.config.hardware, self.model, self.header)
 
     def note_device(self, run: Run) -> None:
         """Record the GPU and its peak memory in run.json; a CPU run has both there already."""
@@ -202,10 +202,26 @@ def method_of(run: Run) -> Method:
     return methods.create(methods.config_classes()[values["name"]](**values))
 
 
+def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str) -> None:
+    """Compute with as many CPU threads as fit ``model``, note them in run.json, and say both.
+
+    A resumed run computes with the threads that it began with, since their number decides how sums are rounded.
+    """
+    lines = [header]
+    if hardware.device == "cpu":
+        before = run.info.get("threads")
+        threads = choose(hardware.threads, model.config.get_text_config().hidden_size)
+        threads = threads if before is None else Threads(before["count"], before["reason"])
+        torch.set_num_threads(threads.count)
+        run.update(threads=asdict(threads))
+        if threads.count != hardware.threads:
+            lines.append(f"[dim]{threads}[/dim]")
+    if run.writes:
+        progress.console().print("\n".join(lines))
+
+
 def prepare(hardware: HardwareConfig) -> Accelerator:
-    """The device of this process and its threads. Raises UserError where the device, or a library, is not there."""
-    if hardware.threads is not None:
-        torch.set_num_threads(hardware.threads)
+    """The device of this process. Raises UserError where the device, or a library, is not there."""
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device: cuda is asked for, but no CUDA device is visible (use hardware=cpu)")
     if hardware.device == "cuda" and hardware.processes > torch.cuda.device_count():

@@ -91,7 +91,7 @@ class Trainer:
 
     def fit(self, resume: bool) -> dict[str, float]:
         """Steps until the end or the early stop, then the best adapter's evaluation."""
-        self.session.greet()
+        self.session.greet(self.run)
         if resume and (folder := checkpoint.newest(self.run)):
             self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
             self._prepare_again()

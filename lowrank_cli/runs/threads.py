@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Hidden units of the model for each thread. Measured on two cores (LoRA step, 16 × 48 tokens): a second thread makes a
-#: model 128 wide 1.0 to 1.2 times as fast, one 256 wide 1.6 times, and wider ones 1.5 to 1.7 times.
-WIDTH = 128
+#: model 128 wide 1.0 to 1.2 times as fast, one 192 wide 1.5 times, and wider ones 1.5 to 1.7 times.
+WIDTH = 64
 #: Iterations that a thread of GNU OpenMP spins before it sleeps, about 10 µs (its own default: some milliseconds).
 #: Without competition this costs nothing; beside four busy processes a step on two threads is 2 to 7 times as fast.
 SPINS = 1000

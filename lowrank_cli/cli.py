@@ -295,6 +295,7 @@ def _stage(
         extra = [*overrides, *["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
         if extra:
             raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
+        _name_untested_versions()
         (sweep if sweep.is_sweep(resume) else single).resume(verb, resume)
     elif dry_run:
         from lowrank_cli.dispatch.plan import yaml_of
@@ -302,7 +303,16 @@ def _stage(
         typer.echo(yaml_of(_preview(verb, overrides, config_dir, multirun)), nl=False)
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
+        _name_untested_versions()
         (sweep if multirun else single).start(verb, overrides, config_dir, command)
+
+
+def _name_untested_versions() -> None:
+    """One line on stderr where libraries are outside the range in which this package was tested."""
+    from lowrank_cli.runs import untested_versions
+
+    if untested := untested_versions():
+        print(f"warning: untested versions: {'; '.join(untested)}", file=sys.stderr)
 
 
 def _worded(verb: str, words: list[str]) -> list[str]:

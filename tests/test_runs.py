@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,42 @@ def test_an_installed_package_has_no_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.git_state() is None
     assert runs.peak_memory_bytes() > 1e6
+
+
+def test_versions_outside_the_declared_ranges_are_named(monkeypatch):
+    class Distribution:
+        metadata = Message()
+        requires = (
+            "pyyaml<1,>=0.5",
+            "numpy>=1",
+            "rich<1; extra == 'fast'",
+            "absent<1; extra == 'fast'",
+            "pytest<1; extra == 'dev'",
+            "typer<0.1; python_version < '3'",
+        )
+
+    def version(name):
+        if name == "absent":
+            raise provenance.metadata.PackageNotFoundError(name)
+        return {"numpy": "3.0rc1", "rich": "15.0+local"}.get(name, "6.0")
+
+    Distribution.metadata["Provides-Extra"] = "fast"
+    Distribution.metadata["Provides-Extra"] = "dev"
+    monkeypatch.setattr(provenance.metadata, "distribution", lambda name: Distribution)
+    monkeypatch.setattr(provenance.metadata, "version", version)
+    named = ["pyyaml 6.0 (tested: <1,>=0.5)", "rich 15.0+local (tested: <1)"]
+    assert provenance.untested_versions() == named
+    assert create().info["untested"] == named
+
+
+def test_a_run_says_that_versions_are_untested(lrk, fake_stages, monkeypatch):
+    installed = provenance.metadata.version
+    monkeypatch.setattr(
+        provenance.metadata, "version", lambda name: "99.0" if name == "transformers" else installed(name)
+    )
+    ended = lrk("train", "train.max_steps=1")
+    lines = [line for line in ended.err.splitlines() if line.startswith("warning: untested versions: ")]
+    assert ended.code == 0 and len(lines) == 1 and "transformers 99.0 (tested: " in lines[0]
+    info = json.loads(Path("outputs/latest/run.json").read_text())
+    assert any(item.startswith("transformers 99.0 (") for item in info["untested"])
+    assert lrk("train", "--dry-run").err == ""

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
+import packaging
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,13 +27,25 @@ os.makedirs(f"{folder}/bin")
 os.symlink(sys.executable, f"{folder}/bin/python")
 """
 
-# Runs in the checkout. A file there says how this install goes; every install is logged.
+# Runs in the checkout. A file there says how this install goes; every command and every install is logged.
 FAKE_PIP = """
-import os, pathlib, signal, sys, time
+import os, pathlib, shutil, signal, sys, time
 plan = pathlib.Path("plan").read_text() if os.path.exists("plan") else ""
+scripts = pathlib.Path(sys.executable).parent
+if sys.argv[1] != "by-uv":
+    with open("commands", "a") as log:
+        print("pip", *sys.argv[1:], file=log)
+if sys.argv[1] == "config":
+    print(pathlib.Path("settings").read_text() if os.path.exists("settings") else "", end="")
+    sys.exit()
+if sys.argv[-1] == "uv":
+    if not os.path.exists("uv"):
+        sys.exit("ERROR: no such package")
+    shutil.copy("uv", scripts)
+    sys.exit()
 with open("installs", "a") as log:
-    print("onto an empty .venv" if len(os.listdir(".venv/bin")) == 1 else "onto the last one", file=log)
-lrk = pathlib.Path(".venv/bin/lrk")
+    print("onto the last one" if (scripts / "lrk").exists() else "onto an empty .venv", file=log)
+lrk = scripts / "lrk"
 lrk.write_text('#!/bin/sh\\nprintf "%s\\\\n" "$PWD" "$@"\\n')
 lrk.chmod(0o755)
 for number in range(300):
@@ -44,6 +59,12 @@ if plan == "kill":
 if plan == "slow":
     time.sleep(0.5)
 sys.exit(3 if plan == "fail" else 0)
+"""
+
+FAKE_UV = """#!/bin/sh
+echo uv "$@" >> commands
+[ ! -e no-uv ] || exit 2
+exec "$4" -m pip by-uv
 """
 
 FAKE_TOOL = """
@@ -66,6 +87,7 @@ class Checkout:
             path.mkdir()
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         self.edit_pyproject("first")
+        self.edit_constraints("absent==1")
         (modules / "venv.py").write_text(FAKE_VENV)
         (modules / "pip.py").write_text(FAKE_PIP)
         for tool in ("ruff", "mypy", "pytest"):
@@ -82,6 +104,15 @@ class Checkout:
 
     def edit_pyproject(self, text: str) -> None:
         (self.root / "pyproject.toml").write_text(text)
+
+    def edit_constraints(self, text: str) -> None:
+        (self.root / "constraints.txt").write_text(text)
+
+    def provide_uv(self, folder: Path) -> None:
+        """A uv on PATH (``self.bin``), or, in the checkout, one that pip can install."""
+        uv = folder / "uv"
+        uv.write_text(FAKE_UV)
+        uv.chmod(0o755)
 
     def plan(self, text: str) -> None:
         (self.root / "plan").write_text(text)
@@ -104,7 +135,14 @@ class Checkout:
 
     @property
     def installs(self) -> list[str]:
-        log = self.root / "installs"
+        return self.lines("installs")
+
+    @property
+    def commands(self) -> list[str]:
+        return self.lines("commands")
+
+    def lines(self, name: str) -> list[str]:
+        log = self.root / name
         return log.read_text().splitlines() if log.exists() else []
 
 
@@ -145,6 +183,52 @@ def test_changed_pyproject_installs_again(checkout):
     assert checkout.installs == ["onto an empty .venv", "onto the last one"]
 
 
+def test_changed_constraints_install_again(checkout):
+    checkout.call()
+    checkout.edit_constraints("absent==2")
+    assert checkout.call()[0] == 0
+    assert checkout.call()[2] == ""
+    assert checkout.installs == ["onto an empty .venv", "onto the last one"]
+
+
+def test_pip_installs_the_locked_versions_where_uv_cannot_be_had(checkout):
+    checkout.call()
+    pip = "pip install --disable-pip-version-check"
+    assert checkout.commands == [
+        f"{pip} --quiet --constraint constraints.txt uv",
+        f"{pip} --upgrade-strategy=eager --constraint constraints.txt --editable .[dev]",
+    ]
+
+
+@pytest.mark.parametrize("where", ["on PATH", "from pip"])
+def test_uv_installs_the_locked_versions_with_the_settings_of_pip(checkout, where):
+    checkout.provide_uv(checkout.bin if where == "on PATH" else checkout.root)
+    (checkout.root / "settings").write_text(
+        ":env:.find-links='/three'\n"
+        "global.constraint='/cap.txt'\n"
+        "global.extra-index-url='file:///one file:///two'\n"
+        "global.find-links='/replaced by the variable'\n"
+        "global.timeout='60'"
+    )
+    assert checkout.call()[0] == 0
+    assert checkout.commands[-1] == (
+        f"uv pip install --python {checkout.root}/.venv/bin/python --index-strategy unsafe-best-match "
+        "--build-constraint constraints.txt --index file:///one --index file:///two --find-links /three "
+        "--constraint /cap.txt --constraint constraints.txt --editable .[dev]"
+    )
+    asked_pip_for_uv = any(command.endswith(" uv") for command in checkout.commands)
+    assert asked_pip_for_uv == (where == "from pip")
+    assert checkout.installs == ["onto an empty .venv"]
+
+
+def test_pip_installs_where_uv_fails(checkout):
+    checkout.provide_uv(checkout.bin)
+    (checkout.root / "no-uv").touch()
+    assert checkout.call()[0] == 0
+    assert [command.split()[0] for command in checkout.commands] == ["pip", "uv", "pip"]
+    assert checkout.installs == ["onto an empty .venv"]
+
+
 def test_killed_install_starts_afresh(checkout):
     checkout.plan("kill")
     code, out, _ = checkout.call()
@@ -172,7 +256,7 @@ def test_failed_install_is_tried_again(checkout):
     checkout.plan("fail")
     code, out, err = checkout.call()
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith("lrk: set-up failed: pip")
+    assert err.splitlines()[-1].startswith("lrk: set-up failed: the packages")
     assert err.splitlines()[-1].endswith(f"(above is the end of {checkout.root}/.venv.log)")
     assert err.splitlines()[-2] == "ERROR: no such package" and len(err.splitlines()) < 30
     checkout.plan("")
@@ -218,6 +302,76 @@ def test_test_script_passes_arguments_on_and_reports_every_failure(checkout, tmp
     assert code == 1
     assert err.splitlines()[-1] == "failed: types"
     assert len((checkout.root / "calls").read_text().splitlines()) == 8
+
+
+def test_newest_versions_have_an_environment_of_their_own_looked_up_every_time(checkout):
+    checkout.provide_uv(checkout.bin)
+    for _ in range(2):
+        code, out, _ = checkout.call("--newest", "-k", "a b", script="test")
+        assert (code, out) == (0, "0 versions differ from constraints.txt\n")
+    assert checkout.installs == ["onto an empty .venv", "onto the last one"]
+    assert all(line.endswith(" --upgrade --editable .[dev,4bit]") for line in checkout.commands if line[:2] == "uv")
+    assert checkout.lines("calls") == ["pytest -q -n 2 --dist loadfile @tests/newest.txt -k a b"] * 2
+    assert not (checkout.root / ".venv").exists()
+
+    code, _, err = checkout.call("--newest", script="test", BROKEN="pytest")
+    assert (code, err.splitlines()[-1]) == (1, "failed: tests on the newest versions")
+
+
+def test_versions_that_differ_from_the_lock_are_named(checkout):
+    pins = [
+        f"packaging=={packaging.__version__}",
+        "PyYAML==0.1  # via us",
+        "numpy==0.1 ; python_version < '3'",
+        "no==1",
+    ]
+    checkout.edit_constraints("\n".join(pins).lower())
+    command = [sys.executable, checkout.root / "scripts" / "versions.py"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.partition(" (")[2] for line in out] == ["locked: 0.1)", ""]
+    assert out[0].startswith("pyyaml 6") and out[1] == "1 version differs from constraints.txt"
+
+
+def test_newest_tests_exist():
+    paths = (ROOT / "tests" / "newest.txt").read_text().splitlines()
+    assert paths and all((ROOT / path).is_file() for path in paths)
+
+
+LOCK = [
+    Requirement(line.partition("#")[0])
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line.partition("#")[0].strip()
+]
+
+
+def test_lock_holds_exact_versions_only():
+    assert all(pin.url is None and not pin.extras for pin in LOCK)
+    assert all([part.operator for part in pin.specifier] == ["=="] for pin in LOCK)
+    assert not [pin for pin in LOCK if "+" in str(pin.specifier)], "a build of one machine"
+    assert "://" not in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+@pytest.mark.parametrize(
+    ("system", "platform", "machine"),
+    [("Linux", "linux", "x86_64"), ("Linux", "linux", "aarch64"), ("Darwin", "darwin", "arm64")],
+)
+def test_lock_has_a_version_in_range_for_every_requirement(python, system, platform, machine):
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "platform_system": system,
+        "sys_platform": platform,
+        "platform_machine": machine,
+    }
+    pins = {pin.name: pin.specifier for pin in LOCK if pin.marker is None or pin.marker.evaluate(environment)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    for extra, items in project["project"]["optional-dependencies"].items():
+        wanted += items if extra != "ray" else []
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            assert requirement.specifier.contains(str(pins[requirement.name]).removeprefix("==")), requirement
 
 
 def test_wheel_holds_configs_and_bundled_files(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write
 from lowrank_cli.runs.folders import all_runs, discard, find
 from lowrank_cli.runs.place import new_folder, settled
 from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, this_process
-from lowrank_cli.runs.provenance import ROOT, config_hash
+from lowrank_cli.runs.provenance import ROOT, config_hash, untested_versions
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "read_json",
     "settled",
     "this_process",
+    "untested_versions",
     "write_json",
 ]

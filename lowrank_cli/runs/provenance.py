@@ -12,7 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("lowrank-cli", "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "lowrank-cli"
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
 ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or what an installed package lies in
 
 
@@ -44,6 +47,28 @@ def package_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+def untested_versions() -> list[str]:
+    """Installed dependencies, optional ones too, outside the ranges that this package declares: those that were tested.
+
+    Each as ``"numpy 3.0.1 (tested: <3,>=2)"``. Empty where this package is not installed.
+    """
+    try:
+        distribution = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return []
+    extras = ["", *(distribution.metadata.get_all("Provides-Extra") or [])]
+    untested = {}
+    for requirement in map(Requirement, distribution.requires or []):
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras if extra != "dev"):
+            continue
+        with suppress(metadata.PackageNotFoundError):
+            version = metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                untested[requirement.name] = f"{requirement.name} {version} (tested: {requirement.specifier})"
+    return list(untested.values())
 
 
 def cpu_name() -> str:

@@ -18,7 +18,7 @@ from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.runs.files import atomic_write, read_json, write_json
 from lowrank_cli.runs.place import new_folder, settled
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
-from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions
+from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, untested_versions
 
 DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "running", "pending"
 
@@ -70,6 +70,7 @@ class Run:
             config_hash=config_hash(config),
             git=git_state(),
             packages=package_versions(),
+            untested=untested_versions(),
             python=platform.python_version(),
             platform=platform.platform(),
             device=cpu_name(),

@@ -113,7 +113,8 @@ def test_dropout_reaches_the_low_rank_part_only():
     torch.testing.assert_close(noisy.mean(dim=1), exact.mean(dim=1), atol=0.1, rtol=0.05)
     with torch.no_grad():
         part.lora_b.zero_()
-    assert torch.equal(linear(x).std(dim=1), torch.zeros(1, OUT)), "the frozen output is not dropped"
+    # The frozen output is not dropped: its rows differ by no more than rounding.
+    torch.testing.assert_close(linear(x).std(dim=1), torch.zeros(1, OUT), atol=1e-6, rtol=0)
 
 
 def test_norms_are_kept_in_evaluation_until_a_parameter_changes(monkeypatch):

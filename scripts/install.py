@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/install.py '.[4bit,triton]'     # "." is the checkout
 
-By uv, a small program that installs many times as fast as pip: the one on PATH, else one that pip puts into the
-environment. By pip where uv cannot be had or fails. uv does not read pip's settings, so they are handed to it.
+By uv where it is on PATH, else by pip, and by pip where uv fails. uv does not read pip's settings, so they are handed
+to it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ def install(run: Run, python: Path, *arguments: str) -> int:
     Returns the exit code of the last command that ``run`` ran.
     """
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
-    uv = shutil.which("uv") or python.with_name("uv")
-    code = 0 if Path(uv).exists() else run(*pip, "--quiet", *LOCKED, "uv")
-    if code == 0:
-        code = run(uv, "pip", "install", "--python", python, *uv_options(python), *arguments)
+    uv = shutil.which("uv")
+    code = run(uv, "pip", "install", "--python", python, *uv_options(python), *arguments) if uv else 1
     return run(*pip, "--upgrade-strategy=eager", *arguments) if code > 0 else code
 
 

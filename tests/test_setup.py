@@ -29,7 +29,7 @@ os.symlink(sys.executable, f"{folder}/bin/python")
 
 # Runs in the checkout. A file there says how this install goes; every command and every install is logged.
 FAKE_PIP = """
-import os, pathlib, shutil, signal, sys, time
+import os, pathlib, signal, sys, time
 plan = pathlib.Path("plan").read_text() if os.path.exists("plan") else ""
 scripts = pathlib.Path(sys.executable).parent
 if sys.argv[1] != "by-uv":
@@ -37,11 +37,6 @@ if sys.argv[1] != "by-uv":
         print("pip", *sys.argv[1:], file=log)
 if sys.argv[1] == "config":
     print(pathlib.Path("settings").read_text() if os.path.exists("settings") else "", end="")
-    sys.exit()
-if sys.argv[-1] == "uv":
-    if not os.path.exists("uv"):
-        sys.exit("ERROR: no such package")
-    shutil.copy("uv", scripts)
     sys.exit()
 with open("installs", "a") as log:
     print("onto the last one" if (scripts / "lrk").exists() else "onto an empty .venv", file=log)
@@ -108,9 +103,8 @@ class Checkout:
     def edit_constraints(self, text: str) -> None:
         (self.root / "constraints.txt").write_text(text)
 
-    def provide_uv(self, folder: Path) -> None:
-        """A uv on PATH (``self.bin``), or, in the checkout, one that pip can install."""
-        uv = folder / "uv"
+    def provide_uv(self) -> None:
+        uv = self.bin / "uv"
         uv.write_text(FAKE_UV)
         uv.chmod(0o755)
 
@@ -191,18 +185,15 @@ def test_changed_constraints_install_again(checkout):
     assert checkout.installs == ["onto an empty .venv", "onto the last one"]
 
 
-def test_pip_installs_the_locked_versions_where_uv_cannot_be_had(checkout):
+def test_pip_installs_the_locked_versions_without_uv(checkout):
     checkout.call()
-    pip = "pip install --disable-pip-version-check"
     assert checkout.commands == [
-        f"{pip} --quiet --constraint constraints.txt uv",
-        f"{pip} --upgrade-strategy=eager --constraint constraints.txt --editable .[dev]",
+        "pip install --disable-pip-version-check --upgrade-strategy=eager --constraint constraints.txt --editable .[dev]"
     ]
 
 
-@pytest.mark.parametrize("where", ["on PATH", "from pip"])
-def test_uv_installs_the_locked_versions_with_the_settings_of_pip(checkout, where):
-    checkout.provide_uv(checkout.bin if where == "on PATH" else checkout.root)
+def test_uv_on_path_installs_the_locked_versions_with_the_settings_of_pip(checkout):
+    checkout.provide_uv()
     (checkout.root / "settings").write_text(
         ":env:.find-links='/three'\n"
         "global.constraint='/cap.txt'\n"
@@ -216,13 +207,11 @@ def test_uv_installs_the_locked_versions_with_the_settings_of_pip(checkout, wher
         "--build-constraint constraints.txt --index file:///one --index file:///two --find-links /three "
         "--constraint /cap.txt --constraint constraints.txt --editable .[dev]"
     )
-    asked_pip_for_uv = any(command.endswith(" uv") for command in checkout.commands)
-    assert asked_pip_for_uv == (where == "from pip")
     assert checkout.installs == ["onto an empty .venv"]
 
 
 def test_pip_installs_where_uv_fails(checkout):
-    checkout.provide_uv(checkout.bin)
+    checkout.provide_uv()
     (checkout.root / "no-uv").touch()
     assert checkout.call()[0] == 0
     assert [command.split()[0] for command in checkout.commands] == ["pip", "uv", "pip"]
@@ -305,7 +294,7 @@ def test_test_script_passes_arguments_on_and_reports_every_failure(checkout, tmp
 
 
 def test_newest_versions_have_an_environment_of_their_own_looked_up_every_time(checkout):
-    checkout.provide_uv(checkout.bin)
+    checkout.provide_uv()
     for _ in range(2):
         code, out, _ = checkout.call("--newest", "-k", "a b", script="test")
         assert (code, out) == (0, "0 versions differ from constraints.txt\n")

@@ -187,9 +187,8 @@ def test_changed_constraints_install_again(checkout):
 
 def test_pip_installs_the_locked_versions_without_uv(checkout):
     checkout.call()
-    assert checkout.commands == [
-        "pip install --disable-pip-version-check --upgrade-strategy=eager --constraint constraints.txt --editable .[dev]"
-    ]
+    (command,) = checkout.commands
+    assert command.startswith("pip install ") and command.endswith(" --constraint constraints.txt --editable .[dev]")
 
 
 def test_uv_on_path_installs_the_locked_versions_with_the_settings_of_pip(checkout):

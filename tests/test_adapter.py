@@ -1,11 +1,14 @@
 """The adapter core: the equation, where it goes, what trains, merging."""
 
+from functools import partial
+
 import pytest
 import small
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import inject
 from lowrank_cli.adapter.families import ROLES, find_sites
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
@@ -186,22 +189,6 @@ def test_rank_above_the_matrix_is_an_error():
         small.adapted("lora", rank=17)
 
 
-@pytest.mark.parametrize("name", ["lora", "milora", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_only_declared_parameters_train(name, family):
-    adapter = small.adapted(name, family)
-    model = adapter.model
-    declared = {id(p) for p in adapter.trained.values()}
-    assert {id(p) for p in model.parameters() if p.requires_grad} == declared
-    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in declared}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.train()(input_ids=small.ids()).logits.square().mean().backward()
-    optimizer.step()
-    after = dict(model.named_parameters())
-    assert all(torch.equal(value, after[n]) for n, value in frozen.items())
-    assert bool(frozen) == (name != "full")
-
-
 def test_a_classification_head_trains_with_the_adapter():
     adapter = small.adapted("lora", "bert")
     assert {"classifier.weight", "classifier.bias"} <= adapter.trained.keys()
@@ -232,11 +219,6 @@ def test_merge_is_the_same_function_and_unmerge_restores_every_bit(family):
     for name, parameter in adapter.model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, logits)
-
-
-def test_merge_is_refused_where_prompts_route():
-    with pytest.raises(UserError, match="prompt by prompt"):
-        small.adapted("milora").merge()
 
 
 def test_merge_is_refused_into_a_tied_embedding():
@@ -289,6 +271,60 @@ def test_autocast_computes_close_to_fp32(family):
     logits.float().square().mean().backward()
     assert (logits.float() - expected).abs().max() / expected.abs().max() < 0.05
     assert all(part.lora_a.grad.dtype == torch.float32 for part in adapter.modules.values())
+
+
+class Shifted(LowRank):
+    """A kind with a tensor and a setting of its own."""
+
+    width: int  #: of the tensor
+
+    def build(self):
+        self.shift = nn.Parameter(self.lora_a.new_zeros(self.width))
+
+    def tensors(self):
+        return super().tensors() | {"shift": self.shift}
+
+
+def injected(**settings):
+    """Query modules of the kind above."""
+    model = small.model()
+    kind = partial(Shifted, width=2, **settings)
+    return inject(model, find_sites(model, ["Q"]), rank=2, alpha=8, dropout=0.0, kind=kind)
+
+
+def test_a_kind_adds_tensors_and_settings_without_a_constructor():
+    adapter = injected()
+    adapter.require_declared()
+    assert [parameter.shape for name, parameter in adapter.trained.items() if name.endswith(".shift")] == [(2,)] * 2
+
+
+def test_a_fixed_tensor_is_saved_and_never_trained():
+    adapter = injected(fixed=["shift"])
+    adapter.require_declared()
+    assert not any(name.endswith("shift") for name in adapter.trained)
+    saved = state.tensors(adapter)
+    assert sum(name.endswith("shift") for name in saved) == 2
+    other = injected(fixed=["shift"])
+    for name, tensor in saved.items():
+        saved[name] = tensor + 1
+    state.assign(other, saved, "here")
+    assert all(part.shift.tolist() == [1, 1] and not part.shift.requires_grad for part in other.modules.values())
+
+
+def test_what_is_left_out_of_training_by_another_way_is_an_error_that_says_how():
+    adapter, undeclared = injected(), injected()
+    for part in adapter.modules.values():
+        part.shift.requires_grad_(False)
+    with pytest.raises(AssertionError, match=r"shift' .* takes no gradient; .* the kind's setting ``fixed``"):
+        state.tensors(adapter)
+    for key in undeclared.modules:
+        del undeclared.trained[f"{key}.shift"]
+    with pytest.raises(AssertionError, match=r"Shifted\.shift takes a gradient and is not to be trained; .*``fixed``"):
+        state.assign(undeclared, {}, "here")
+    with pytest.raises(AssertionError, match=r"Shifted declares no setting 'wide'"):
+        injected(wide=3)
+    with pytest.raises(AssertionError, match=r"fixed names \['shaft'\], not in tensors\(\)"):
+        injected(fixed=["shaft"])
 
 
 def test_the_rank_sets_the_scale_once():

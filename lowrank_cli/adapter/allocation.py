@@ -23,17 +23,8 @@ class RankValues(LowRank):
 
     rank_axes = LowRank.rank_axes | {"rank_values": 0}
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        device: torch.device | None = None,
-    ):
-        super().__init__(in_features, out_features, rank, alpha, dropout, device)
-        self.values = nn.Parameter(torch.ones(rank, device=device))
+    def build(self) -> None:
+        self.values = nn.Parameter(self.lora_a.new_ones(self.rank))
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"rank_values": self.values}
@@ -91,7 +82,10 @@ class Importance:
         self.beta1, self.beta2 = beta1, beta2
         self.modules = dict(adapter.modules)
         self.weights = {
-            f"{key}.{name}": part.tensors()[name] for key, part in self.modules.items() for name in part.rank_axes
+            f"{key}.{name}": weight
+            for key, part in self.modules.items()
+            for name, weight in part.trained().items()
+            if name in part.rank_axes
         }
         self.sensitivity = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}  # Ī
         self.uncertainty = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}  # Ū
@@ -112,6 +106,8 @@ class Importance:
 
     def _terms(self, key: str, part: LowRank) -> Iterator[Tensor]:
         for name, axis in part.rank_axes.items():
+            if name in part.fixed:
+                continue
             worth = self.sensitivity[f"{key}.{name}"] * self.uncertainty[f"{key}.{name}"]
             yield worth.movedim(axis, 0).reshape(part.rank, -1).mean(dim=1)  # (R, …) -> (R,)
 

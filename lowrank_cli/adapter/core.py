@@ -53,12 +53,32 @@ class Adapter:
         """How many trained numbers there are."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
+    def require_declared(self) -> None:
+        """Assert that the modules' tensors that take a gradient are those in ``trained``: no other would be saved."""
+        for name, parameter in self.trained.items():
+            assert parameter.requires_grad, (
+                f"'{name}' is to be trained and takes no gradient; to leave a tensor of a module out of training, name "
+                f"it in the kind's setting ``fixed`` (such as partial(LowRank, fixed=['lora_A.weight']))"
+            )
+        declared = {id(parameter) for parameter in self.trained.values()}
+        for key, part in self.modules.items():
+            for name, parameter in part.named_parameters():
+                assert id(parameter) in declared or not parameter.requires_grad, (
+                    f"'{key}': {type(part).__name__}.{name} takes a gradient and is not to be trained; name it in "
+                    f"tensors(), and in the kind's setting ``fixed`` too if it keeps its first value"
+                )
+
     def ranks(self) -> dict[str, int]:
         """The rank of every module in the model that may be resized, by its key."""
         return {key: part.rank for key, part in self.modules.items() if part.rank_axes}
 
     def attach(self, site: Site, part: LowRank) -> None:
-        """Put ``part`` at ``site``, to be trained."""
+        """Put ``part`` at ``site``, to be trained, but for its fixed tensors."""
+        tensors = part.tensors()
+        unknown = sorted(set(part.fixed) - tensors.keys())
+        assert not unknown, f"{type(part).__name__}: fixed names {unknown}, not in tensors() ({', '.join(tensors)})"
+        for name in part.fixed:
+            tensors[name].requires_grad_(False)
         linear = self.linears.get(site.path)
         if linear is None:
             linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
@@ -66,12 +86,12 @@ class Adapter:
             self._siblings(site).add(linear)
         linear.add(site.label, part, site.span)
         self.modules[site.key] = part
-        self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.tensors().items()}
+        self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.trained().items()}
 
     def detach(self, site: Site) -> LowRank:
         """Take the module at ``site`` out of the model; a linear without any is the bare one again."""
         part, linear = self.modules.pop(site.key), self.linears[site.path]
-        for name in part.tensors():
+        for name in part.trained():
             del self.trained[f"{site.key}.{name}"]
         linear.remove(site.label)
         if not linear.parts:

@@ -32,18 +32,9 @@ class Decomposed(LowRank):
 
     squares: Tensor  #: ‖W‖², (O,)
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        device: torch.device | None = None,
-    ):
-        super().__init__(in_features, out_features, rank, alpha, dropout, device)
-        self.magnitude = nn.Parameter(torch.empty(out_features, device=device))
-        self.register_buffer("squares", torch.empty(out_features, device=device), persistent=False)
+    def build(self) -> None:
+        self.magnitude = nn.Parameter(self.lora_b.new_empty(len(self.lora_b)))
+        self.register_buffer("squares", torch.empty_like(self.magnitude), persistent=False)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"lora_magnitude_vector": self.magnitude}

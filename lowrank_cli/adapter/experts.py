@@ -27,30 +27,16 @@ class Experts(LowRank):
     unmergeable = "the experts are chosen token by token"
     rank_axes = {}  # the ranks of an expert come and go together
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        device: torch.device | None = None,
-        *,
-        experts: int,
-        k: int,
-    ):
-        assert rank % experts == 0, "an expert has a whole number of ranks"
-        super().__init__(in_features, out_features, rank, alpha, dropout, device)
-        self.scale *= k
-        self.k = k
-        self.router = nn.Parameter(torch.empty(experts, in_features, device=device))
+    experts: int  #: E; a divisor of the rank
+    k: int  #: experts that a token activates
+
+    def build(self) -> None:
+        assert self.rank % self.experts == 0, "an expert has a whole number of ranks"
+        self.scale *= self.k
+        self.router = nn.Parameter(self.lora_a.new_empty(self.experts, self.lora_a.shape[1]))
         nn.init.normal_(self.router, std=0.02)
         self.probabilities: Tensor | None = None
         self.counted: Tensor | None = None
-
-    @property
-    def experts(self) -> int:
-        return self.router.shape[0]
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return super().tensors() | {"expert_router.weight": self.router}

@@ -33,6 +33,9 @@ class LowRank(nn.Module):
     ``lora_a`` (R, I) is Kaiming-uniform, ``lora_b`` (O, R) zero, so a fresh module changes nothing, exactly.
     Both are kept in fp32 and computed in the dtype of the input, so that training in bf16 has fp32 masters.
 
+    A kind is a subclass that says what differs. It makes tensors of its own in :meth:`build`, names them in
+    :meth:`tensors`, and declares settings of its own as annotated attributes, which the constructor takes by name.
+
     Four transient settings belong to whoever runs the model, not to the adapter, and are never saved:
 
     - ``rank_gate``: g, (R,) for all rows or (B, R) row by row; None is all ones.
@@ -51,6 +54,9 @@ class LowRank(nn.Module):
     #: The axis that counts ranks, for each of :meth:`tensors` that has one; none: they are not scored or changed.
     rank_axes = {"lora_A.weight": 0, "lora_B.weight": 1}
 
+    #: A setting: names of :meth:`tensors` that keep their first values. They are saved, pruned and loaded all the same.
+    fixed: Collection[str] = ()
+
     def __init__(
         self,
         in_features: int,
@@ -59,8 +65,13 @@ class LowRank(nn.Module):
         alpha: float,
         dropout: float,
         device: torch.device | None = None,
+        **settings: Any,
     ):
         super().__init__()
+        known = {name for kind in type(self).__mro__ for name in getattr(kind, "__annotations__", ())}
+        for name, value in settings.items():
+            assert name in known, f"{type(self).__name__} declares no setting '{name}'"
+            setattr(self, name, value)
         self.scale = alpha / rank
         self.dropout = dropout
         self.lora_a = nn.Parameter(torch.empty(rank, in_features, device=device))
@@ -71,6 +82,10 @@ class LowRank(nn.Module):
         self.soft = False
         self._skip = False
         self._results: dict[Hashable, tuple[list, tuple[Tensor, ...]]] = {}
+        self.build()
+
+    def build(self) -> None:
+        """Make the tensors that this kind has besides A and B, on their device. Called once, when the rest is there."""
 
     @property
     def skip(self) -> bool:
@@ -95,11 +110,15 @@ class LowRank(nn.Module):
         return self.lora_a.shape[0]
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The trained tensors by the names under which they are saved (those of the PEFT library)."""
+        """The parameters by the names under which they are saved (those of the PEFT library)."""
         return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of :meth:`tensors` that train: all but the ``fixed`` ones."""
+        return {name: parameter for name, parameter in self.tensors().items() if name not in self.fixed}
+
     def constants(self) -> dict[str, Tensor]:
-        """What does not train and must be saved all the same, by name."""
+        """What is no parameter and must be saved all the same, by name."""
         return {}
 
     def peft_options(self) -> dict[str, Any] | None:

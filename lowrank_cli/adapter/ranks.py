@@ -75,7 +75,7 @@ def rebuild(
 def _in_order(adapter: Adapter) -> None:
     """Modules and trained tensors in the order of the sites, which optimizers count them by."""
     adapter.modules = {key: adapter.modules[key] for key in adapter.sites if key in adapter.modules}
-    own = {f"{key}.{name}": p for key, part in adapter.modules.items() for name, p in part.tensors().items()}
+    own = {f"{key}.{name}": p for key, part in adapter.modules.items() for name, p in part.trained().items()}
     adapter.trained = own | {name: p for name, p in adapter.trained.items() if name not in own}
 
 

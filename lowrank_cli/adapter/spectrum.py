@@ -86,12 +86,9 @@ class Moving(Window):
     folded_a: Tensor  #: (F, I)
     folded_b: Tensor  #: (O, F)
 
-    def __init__(
-        self, inputs: int, outputs: int, rank: int, alpha: float, dropout: float, device: torch.device | None = None
-    ):
-        super().__init__(inputs, outputs, rank, alpha, dropout, device)
+    def build(self) -> None:
         self._pretrained: Tensor | None = None
-        self.fit({"lora_A.weight": torch.Size((rank, inputs)), "folded_A": torch.Size((0, inputs))})
+        self.fit({"lora_A.weight": self.lora_a.shape, "folded_A": torch.Size((0, self.lora_a.shape[1]))})
 
     def constants(self) -> dict[str, Tensor]:
         return {**super().constants(), "folded_A": self.folded_a, "folded_B": self.folded_b}

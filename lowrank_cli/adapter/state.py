@@ -38,15 +38,18 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor and every constant of the modules by its saved name, on the CPU."""
+    """Every trained tensor and what else the modules hold, by its saved name, on the CPU."""
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
 
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
-    constants = {
-        f"{key}.{name}": tensor for key, part in adapter.modules.items() for name, tensor in part.constants().items()
+    adapter.require_declared()
+    others = {
+        f"{key}.{name}": tensor
+        for key, part in adapter.modules.items()
+        for name, tensor in {**part.tensors(), **part.constants()}.items()
     }
-    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **constants}.items()}
+    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **others}.items()}
 
 
 @torch.no_grad()

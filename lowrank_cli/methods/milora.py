@@ -206,7 +206,7 @@ class MiLoRA(LoRA):
             return {}, []
         shares = usage / prompts  # (L, N)
         idle = sum(
-            (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.tensors().values())
+            (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.trained().values())
             for layer, parts in enumerate(routing.parts)
             for column, part in enumerate(parts)
         )

@@ -70,6 +70,7 @@ class Trainer:
         self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
+        self.adapter.require_declared()
         inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
         self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
         hardware = self.config.hardware

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lowrank_cli import methods
+from lowrank_cli.adapter import state
 from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.core import Adapter, fingerprint
 from lowrank_cli.adapter.families import find_sites
@@ -111,7 +112,7 @@ def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> 
         raise UserError(f"bench.methods: '{name}' changes the weights of the model, which all methods share here")
     _perturb(adapter)
     model.eval()
-    size = sum(parameter.numel() * parameter.element_size() for parameter in adapter.trained.values())
+    size = sum(tensor.nbytes for tensor in state.tensors(adapter).values())
     return Twin(model, method, adapter, adapter.count(), size, len(adapter.modules))
 
 

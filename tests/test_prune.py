@@ -81,6 +81,15 @@ def test_mistakes_are_one_line(lrk):
     assert "no finished run" in one_line(lrk("score"))
 
 
+@pytest.mark.parametrize("verb", [["score"], ["prune", "prune.drop=10"]], ids=lambda verb: verb[0])
+def test_ranks_that_are_not_judged_one_by_one_are_refused(verb, lrk, fake_stages):
+    assert lrk("train", "method=pissa").code == 0
+    ended = lrk(*verb)
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.err.startswith(f"error: method: 'pissa' has no {verb[0]}: a component is twice in the update")
+    assert "(allowed: adalora, " in ended.err and "lelora" not in ended.err
+
+
 @pytest.mark.slow
 def test_train_score_prune_evaluate_and_train_on():
     trained = lrk_run("train", *QUICK, *TRAIN, "method=lora", "method.rank=4", "train.learning_rate=1e-2")

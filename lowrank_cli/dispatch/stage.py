@@ -44,20 +44,10 @@ def check(
     _refuse_to_write_quantized(verb, config)
     if not isinstance(config, RunConfig):
         return composed
-    can = methods.capabilities(config.method.name)
-    if verb not in can:
-        has = ", ".join(sorted(can)) or "none"
-        raise UserError(f"method: '{composed.choices['method']}' has no stage {verb} (it has: {has})")
+    _refuse_what_the_method_cannot(composed)
     _refuse_what_would_do_nothing(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_what_cannot_be_calibrated(composed, method.plan())
-    if verb == "export" and (reason := methods.unmergeable(config.method.name)):
-        able = [name for name in methods.names() if "export" in methods.capabilities(name)]
-        able = [name for name in able if not methods.unmergeable(name)]
-        raise UserError(
-            f"method: '{composed.choices['method']}' has no export: {reason}, so no single weight equals them "
-            f"(allowed: {', '.join(able)}; run=FOLDER names such a run)"
-        )
     if verb == "train":
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
@@ -70,6 +60,19 @@ def check(
                 f"times train.gradient_accumulation={accumulated}"
             )
     return composed
+
+
+def _refuse_what_the_method_cannot(composed: Composed) -> None:
+    """A stage that the method does not have, or says that it refuses."""
+    verb, name, choice = composed.verb, composed.config.method.name, composed.choices["method"]
+    can = methods.capabilities(name)
+    if reason := methods.refusal(name, verb):
+        able = [other for other in methods.names() if verb in methods.capabilities(other)]
+        raise UserError(
+            f"method: '{choice}' has no {verb}: {reason} (allowed: {', '.join(able)}; run=FOLDER names such a run)"
+        )
+    if verb not in can:
+        raise UserError(f"method: '{choice}' has no stage {verb} (it has: {', '.join(sorted(can)) or 'none'})")
 
 
 def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:

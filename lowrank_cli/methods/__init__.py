@@ -35,12 +35,14 @@ def config_classes() -> dict[str, type[MethodConfig]]:
 
 def capabilities(name: str) -> set[str]:
     """The stages that method ``name`` can run."""
-    return {stage for stage, needs in STAGE_NEEDS.items() if can(name, *needs)}
+    return {stage for stage, needs in STAGE_NEEDS.items() if can(name, *needs) and not refusal(name, stage)}
 
 
-def unmergeable(name: str) -> str:
-    """Why no single weight equals one adapted by method ``name``, or empty."""
-    return _class(name).unmergeable
+def refusal(name: str, stage: str) -> str:
+    """Why method ``name`` refuses ``stage``, or empty where it does not or says nothing about it."""
+    method = _class(name)
+    merging = method.unmergeable and f"{method.unmergeable}, so no single weight equals them"
+    return {"export": merging, "score": method.unprunable, "prune": method.unprunable}.get(stage, "")
 
 
 def can(name: str, *capabilities: type) -> bool:

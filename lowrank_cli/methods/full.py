@@ -23,6 +23,7 @@ class Full(Method):
     """Trains all weights; the adapter it saves is the whole model."""
 
     Config = FullConfig
+    unprunable = "it has no low-rank modules"
 
     def rewrites(self) -> str:
         """All of them train."""

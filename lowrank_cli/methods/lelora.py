@@ -70,6 +70,7 @@ class LeLoRA(LoRA):
 
     Config = LeLoRAConfig
     config: LeLoRAConfig
+    unprunable = "a component is twice in the update, as it is and as it was at the start"
 
     def __init__(self, config: LeLoRAConfig):
         super().__init__(config)

@@ -91,6 +91,7 @@ class MiLoRA(LoRA):
     Config = MiLoRAConfig
     config: MiLoRAConfig
     unmergeable = "its modules are chosen prompt by prompt"
+    unprunable = "a module serves the prompts that its router sends to it, and no others"
 
     def __init__(self, config: MiLoRAConfig):
         super().__init__(config)

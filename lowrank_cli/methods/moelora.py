@@ -57,6 +57,7 @@ class MoELoRA(LoRA):
     Config = MoELoRAConfig
     config: MoELoRAConfig
     unmergeable = "its experts are chosen token by token"
+    unprunable = "the ranks of an expert come and go together"
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules, whose routers count no padding."""

@@ -30,6 +30,8 @@ class Method:
     Config: ClassVar[type[MethodConfig]]
     #: Why no single weight equals an adapted one, where none does: such an adapter is neither merged nor exported.
     unmergeable: ClassVar[str] = ""
+    #: Why ranks are not judged one by one, where they are not: such an adapter is neither scored nor pruned.
+    unprunable: ClassVar[str] = ""
 
     def __init__(self, config: Any):
         self.config = config

@@ -11,7 +11,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import PruneConfig, PruneRun
 from lowrank_cli.scoring.figures import allocation
-from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.scoring.kinds import Scores, require_ranks
 from lowrank_cli.stages import setting
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.predict import write_answers
@@ -25,8 +25,7 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     source = Run.open(str(config.run))
     scoring = source if source.info["stage"] == "score" else None
     session, adapter = adapted(config)
-    if not adapter.modules:
-        raise UserError(f"run: '{session.foundation}' has no low-rank modules to prune")
+    require_ranks(adapter)
     whole = config.level == "module"
     choice = setting.chosen if whole else chosen
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}

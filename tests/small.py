@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import yaml
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 from lowrank_cli import methods
-from lowrank_cli.methods.protocol import AddsLoss, BeforeStep, Step
+from lowrank_cli.methods.protocol import Adapts, AddsLoss, BeforeStep, Step
 
 VOCABULARY = 64
 _GATED = {
@@ -82,85 +84,12 @@ FAMILIES = {
 }
 #: Roles a family has, in the order of a layer's sites.
 ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")
-_LORA = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["all"]}
-SETTINGS = {
-    "lora": _LORA,
-    "dora": _LORA,
-    "pissa": _LORA,
-    "lelora": _LORA
-    | {
-        "policy": "learned",
-        "start": 0.0,
-        "phase": 2,
-        "explore": 0.6,
-        "places": 4,
-        "width_limit": 3,
-        "reward": "per_matrix",
-        "probe": 2,
-        "refresh": 0.01,
-        "policy_learning_rate": 0.01,
-        "entropy": 0.01,
-    },
-    "fanlora": {
-        "rank": 4,
-        "alpha": 8,
-        "dropout": 0.0,
-        "setting": None,
-        "match_parameters": True,
-        "chosen_by": None,
-        "layers": {"all": ["V", "D"]},
-    },
-    "alora": _LORA
-    | {
-        "score": "ab",
-        "first_epochs": 1.0,
-        "round_epochs": 0.25,
-        "rounds": 8,
-        "moved": None,
-        "settle": 1.0,
-        "dev_batch": 32,
-        "tokens": 4096,
-    },
-    "milora": _LORA
-    | {
-        "modules": "lora",
-        "k": 3,
-        "gate": "scaled",
-        "pooler": "self_attention",
-        "activation": ["rational"],
-        "numerator_order": 6,
-        "denominator_order": 5,
-        "load_balance": 0.01,
-        "bilevel": True,
-        "activation_learning_rate": 1e-3,
-    },
-    "moelora": _LORA
-    | {
-        "rank": 8,
-        "alpha": 16,
-        "experts": 4,
-        "k": 2,
-        "load_balance": 0.01,
-    },
-    "adalora": _LORA
-    | {
-        "alpha": 16,
-        "initial_rank": None,
-        "final_share": 0.4,
-        "initial_share": 0.1,
-        "interval": 1,
-        "beta1": 0.85,
-        "beta2": 0.7,
-        "orthogonality": 0.1,
-    },
-    "sora": _LORA
-    | {
-        "alpha": 16,
-        "initial_rank": None,
-        "final_share": 0.4,
-        "sparsity": 0.5,
-    },
-}
+CONF = Path(__file__).parent.parent / "conf" / "method"
+#: Keys whose values in a method's YAML are made for other models than these, and what fits here.
+FITTING = {"setting": str(Path(__file__).parent / "setting.yaml")}
+#: Every method that trains an adapter: what holds for all of them is tested over this list.
+TRAINABLE = [name for name in methods.names() if methods.can(name, Adapts)]
+RANK = 16  #: the largest that fits every matrix here: 16 × 32, the keys and values
 
 
 def model(family: str = "llama"):
@@ -169,11 +98,24 @@ def model(family: str = "llama"):
     return FAMILIES[family]().eval()
 
 
+def config(name: str, **settings):
+    """A method's YAML with half the rank, at the same scale, and what else fits small models; then ``settings``."""
+    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    del values["defaults"]
+    if "rank" in values:
+        rank = min(-(-values["rank"] // 2), RANK)
+        values |= {"rank": rank, "alpha": values["alpha"] * rank / values["rank"]}
+    values |= {key: value for key, value in FITTING.items() if key in values} | settings
+    made = methods.config_classes()[name](**values)
+    for key, value in made.absorb(settings).items():
+        setattr(made, key, value)
+    made.validate()
+    return made
+
+
 def method(name: str, **settings):
     """A method with small settings."""
-    config = methods.config_classes()[name](name=name, **(SETTINGS.get(name, {}) | settings))
-    config.validate()
-    return methods.create(config)
+    return methods.create(config(name, **settings))
 
 
 def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, **settings):

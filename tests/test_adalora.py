@@ -26,7 +26,7 @@ MODULES = 14
 
 def fresh(**settings):
     """A method and its adapter on the small Llama: 8 ranks a module at the start, 4 on average in the end."""
-    method = small.method("adalora", **settings)
+    method = small.method("adalora", **{"interval": 1, "beta2": 0.7, "orthogonality": 0.1} | settings)
     torch.manual_seed(3)
     return method, method.adapt(small.model())
 

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,9 @@ from lowrank_cli.runs import Run
 from lowrank_cli.scoring.kinds import Scores, score
 from lowrank_cli.scoring.probe import Probe
 
+#: The paper's schedule.
+SETTINGS = {"first_epochs": 1.0, "round_epochs": 0.25, "settle": 1.0, "tokens": 4096}
+adapted, method_with = partial(small.adapted, "alora", **SETTINGS), partial(small.method, "alora", **SETTINGS)
 LIMITS = dict.fromkeys("abcd", 100)
 
 
@@ -64,8 +68,8 @@ def test_a_module_may_lose_everything_and_none_outgrows_its_matrix():
 
 
 def test_a_round_prunes_the_lowest_scores_and_changes_the_function_by_them_only():
-    adapter = small.adapted("alora")
-    method = small.method("alora")
+    adapter = adapted()
+    method = method_with()
     method.adapt(small.model())  # its settings, for as many modules
     found = score("ab", adapter, Probe(dev_batch("llama"), 300))
     scores = found.values
@@ -90,7 +94,7 @@ def test_a_round_prunes_the_lowest_scores_and_changes_the_function_by_them_only(
 
 
 def test_rounds_come_at_k1_and_then_every_k2_until_n_a():
-    method = small.method("alora", first_epochs=1.5, round_epochs=0.5, rounds=3, moved=2)
+    method = method_with(first_epochs=1.5, round_epochs=0.5, rounds=3, moved=2)
     adapter = method.adapt(small.model())
     with torch.no_grad():
         for part in adapter.modules.values():
@@ -110,7 +114,7 @@ def test_rounds_come_at_k1_and_then_every_k2_until_n_a():
 
 def test_it_settles_where_the_lowest_ranks_are_those_of_the_round_before():
     """New ranks that nothing has trained add nothing, so they are the next to go, unless a share of them ends it."""
-    swinging, settling = (small.method("alora", score="magnitude", settle=settle) for settle in (1.0, 0.5))
+    swinging, settling = (method_with(score="magnitude", settle=settle) for settle in (1.0, 0.5))
     for method in (swinging, settling):
         adapter, rows, lines = method.adapt(small.model()), [], []
         with torch.no_grad():
@@ -125,7 +129,7 @@ def test_it_settles_where_the_lowest_ranks_are_those_of_the_round_before():
     assert "lowest ranks are new" in lines[-1]
     metrics, _ = method.observations(adapter, lambda tensor: tensor)
     assert (metrics["reallocations"], metrics["settled_step"]) == (1, 5)
-    later = small.method("alora", score="magnitude", settle=0.5)
+    later = method_with(score="magnitude", settle=0.5)
     later.adapt(small.model())
     later.load_state(adapter, method.state())
     seen = len(rows)
@@ -144,18 +148,18 @@ def test_a_round_says_what_it_did():
 
 
 def test_training_that_ends_before_any_round_is_refused():
-    method = small.method("alora")
+    method = method_with()
     adapter = method.adapt(small.model())
     with pytest.raises(UserError, match=r"method.first_epochs: 1.0 epochs are 200 steps, but training has 100"):
         method.after_step(step(adapter, 1, epoch=200))
     with pytest.raises(UserError, match=r"method.moved: 56 in a round leaves none of the 56 ranks that there are"):
-        small.adapted("alora", moved=56)
+        adapted(moved=56)
     with pytest.raises(UserError, match=r"method.round_epochs: 0.0 is out of range \(allowed: above 0\)"):
-        small.method("alora", round_epochs=0.0).config.validate()
+        method_with(round_epochs=0.0).config.validate()
 
 
 def test_at_rank_1_a_round_moves_half_of_the_ranks():
-    method = small.method("alora", rank=1)
+    method = method_with(rank=1)
     adapter = method.adapt(small.model())
     rows = []
     method.after_step(step(adapter, 4, rows=rows))
@@ -164,16 +168,16 @@ def test_at_rank_1_a_round_moves_half_of_the_ranks():
 
 @pytest.mark.parametrize("kind", ["dnas", "sensitivity"])
 def test_variants_score_otherwise(kind):
-    exact, other = small.adapted("alora"), small.adapted("alora")
+    exact, other = adapted(), adapted()
     for adapter, name in ((exact, "ab"), (other, kind)):
-        method = small.method("alora", score=name)
+        method = method_with(score=name)
         method.adapt(small.model())
         method.after_step(step(adapter, 4))
     assert exact.ranks() != other.ranks()
 
 
 def test_its_state_continues_between_rounds():
-    method, later = small.method("alora"), small.method("alora")
+    method, later = method_with(), method_with()
     adapter = method.adapt(small.model())
     later.adapt(small.model())
     method.after_step(step(adapter, 4))
@@ -183,7 +187,7 @@ def test_its_state_continues_between_rounds():
 
 def test_a_trajectory_starts_from_what_was_loaded():
     """``lrk train run=FOLDER``: an earlier run has moved ranks already."""
-    method = small.method("alora")
+    method = method_with()
     adapter = method.adapt(small.model())
     rebuild(adapter, dict.fromkeys(list(adapter.sites)[:-1], 3), "here")
     method.after_step(step(adapter, 4))
@@ -193,7 +197,7 @@ def test_a_trajectory_starts_from_what_was_loaded():
 
 @pytest.mark.parametrize(("modules", "rank", "pruned"), [(5, 3, 5), (3, 1, 1)])
 def test_a_round_moves_as_many_ranks_as_a_pruned_adapter_has_modules_at_most_half(modules, rank, pruned):
-    method = small.method("alora", score="magnitude", settle=1.0)
+    method = method_with(score="magnitude", settle=1.0)
     adapter, lines = method.adapt(small.model()), []
     rebuild(adapter, dict.fromkeys(list(adapter.sites)[:modules], rank), "here")
     with torch.no_grad():
@@ -204,7 +208,7 @@ def test_a_round_moves_as_many_ranks_as_a_pruned_adapter_has_modules_at_most_hal
     assert f"{pruned} of {modules * rank} ranks pruned" in lines[0]
     left = sum(adapter.ranks().values())
     with pytest.raises(UserError, match=f"method.moved: {left} in a round leaves none of the {left} ranks"):
-        small.method("alora", moved=left).after_step(step(adapter, 1))
+        method_with(moved=left).after_step(step(adapter, 1))
 
 
 # ------------------------------------------------------------------------------------------------ in training

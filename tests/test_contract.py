@@ -1,31 +1,31 @@
 """What every method, recipe and config file must satisfy; each enters by existing."""
 
+import math
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import small
 import torch
 import yaml
+from test_ablation import dev_batch
 
 from lowrank_cli import methods
 from lowrank_cli.adapter import state
-from lowrank_cli.config.composition import compose
+from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.config.composition import Source, compose
 from lowrank_cli.dispatch import single
-from lowrank_cli.errors import WorkFailed
-from lowrank_cli.methods.protocol import Adapts
+from lowrank_cli.dispatch.stage import check
+from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
+from lowrank_cli.schema import SCORE_KINDS
+from lowrank_cli.scoring.kinds import require_ranks, score
+from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages.train import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
-TRAINABLE = [name for name in methods.names() if methods.can(name, Adapts)]
-#: What fits a method's own settings to models of width 32, where that is not the rank alone.
-SETTING = Path(__file__).parent / "setting.yaml"
-SMALL = {
-    "fanlora": ["method.rank=4", f"method.setting={SETTING}"],
-    "full": [],
-    "moelora": ["method.rank=8", "method.experts=4", "method.k=2"],
-}
+FAMILIES = ["llama", "gpt2", "bert"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 QUICK = [
     "model=llama",
@@ -40,11 +40,10 @@ QUICK = [
 ]
 
 
-def adapted(name: str, family: str = "llama", trained: bool = False):
-    """A model adapted with the settings of the method's own YAML, but small."""
-    config = compose("train", [f"method={name}", *SMALL.get(name, ["method.rank=4"])]).config.method
-    torch.manual_seed(3)
-    adapter = methods.create(config).adapt(small.model(family))
+def adapted(name: str, family: str = "llama", trained: bool = False, seed: int = 3):
+    """A model adapted with the settings of the method's own YAML, but small; ``trained`` moves all that trains."""
+    torch.manual_seed(seed)
+    adapter = small.method(name).adapt(small.model(family))
     if trained:
         with torch.no_grad():
             for parameter in adapter.trained.values():
@@ -64,23 +63,131 @@ def test_every_method_has_a_config_file_that_sets_every_field(name):
     assert values["name"] == name
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", small.TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_adapter_is_exactly_the_bare_model(name, family):
     before = small.model(family)(input_ids=small.ids()).logits
     assert torch.equal(adapted(name, family).model(input_ids=small.ids()).logits, before)
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", small.TRAINABLE)
 def test_saving_and_loading_is_exact(name, tmp_path):
     adapter = adapted(name, trained=True)
     state.save(adapter, tmp_path, {})
-    fresh = adapted(name)
+    fresh = adapted(name, seed=4)
     state.load(fresh, tmp_path)
     assert torch.equal(fresh.model(input_ids=small.ids()).logits, adapter.model(input_ids=small.ids()).logits)
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", small.TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_declared_parameters_train(name, family):
+    adapter = adapted(name, family)
+    model = adapter.model
+    adapter.require_declared()
+    declared = {id(p) for p in adapter.trained.values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == declared
+    frozen = {n: p.clone() for n, p in model.named_parameters() if id(p) not in declared}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(input_ids=small.ids()).logits.square().mean().backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(value, after[n]) for n, value in frozen.items())
+    assert frozen or small.method(name).rewrites()
+
+
+@pytest.mark.parametrize("name", small.TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_is_the_same_function_or_is_refused(name, family):
+    adapter = adapted(name, family, trained=True)
+    if methods.refusal(name, "export"):
+        with pytest.raises(UserError, match=r"merge: .*, so no single weight equals them"):
+            adapter.merge()
+        return
+    weights = {n: p.clone() for n, p in adapter.model.named_parameters()}
+    logits = adapter.model(input_ids=small.ids()).logits
+    adapter.merge()
+    assert all(linear.merged for linear in adapter.linears.values())
+    torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, logits, atol=1e-5, rtol=1e-4)
+    adapter.unmerge()
+    assert all(torch.equal(p, weights[n]) for n, p in adapter.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", small.TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rank_taken_out_is_a_rank_whose_gate_is_closed_or_pruning_is_refused(name, family):
+    adapter = adapted(name, family, trained=True)
+    if methods.refusal(name, "prune"):
+        with pytest.raises(UserError, match="needs low-rank modules whose ranks add up"):
+            require_ranks(adapter)
+        return
+    require_ranks(adapter)
+    for part in adapter.modules.values():
+        part.rank_gate = torch.arange(part.rank).gt(0).float()
+    closed = adapter.model(input_ids=small.ids()).logits
+    for part in adapter.modules.values():
+        part.rank_gate = None
+    assert not torch.equal(adapter.model(input_ids=small.ids()).logits, closed)
+    resize(adapter, {key: (list(range(1, rank)), 0) for key, rank in adapter.ranks().items()})
+    torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, closed, atol=1e-5, rtol=1e-4)
+    adapter.require_declared()
+
+
+@pytest.mark.parametrize("kind", SCORE_KINDS)
+@pytest.mark.parametrize("name", [name for name in small.TRAINABLE if not methods.refusal(name, "score")])
+def test_every_rank_gets_a_score(name, kind):
+    adapter = adapted(name, trained=True)
+    scores = score(kind, adapter, Probe(dev_batch("llama"), 300))
+    assert {key: len(row) for key, row in scores.values.items()} == adapter.ranks()
+    assert all(map(math.isfinite, chain(*scores.values.values())))
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_stage_is_planned_or_refused_in_one_line_before_weights_load(name):
+    """What the method says that it cannot do is refused; everything else gets a plan."""
+    can, source = methods.capabilities(name), None
+    if "train" in can:
+        made = check("train", [f"method={name}", "task=tiny_topic"], None)
+        source = Source("run", made.resolved, made.choices)
+    for stage in ("score", "prune", "export"):
+        overrides = [f"method={name}", *(["prune.drop=1"] if stage == "prune" else [])]
+        if stage in can:
+            assert check(stage, overrides, None, source).config.method.name == name
+            continue
+        with pytest.raises(UserError) as error:
+            check(stage, overrides, None, source)
+        why = methods.refusal(name, stage)
+        assert str(error.value).startswith(f"method: '{name}' has no {f'{stage}: {why}' if why else f'stage {stage}'}")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", small.TRAINABLE)
+def test_weights_in_4_bits_are_planned_or_refused_in_one_line(name, lrk):
+    ended = lrk("check", "train", "hardware=gpu_4bit", f"method={name}")
+    if why := small.method(name).rewrites():
+        assert ended.code == 2 and f"method={name} {why}" in ended.err and ended.err.count("\n") == 1
+    else:
+        assert ended.code == 0 and "frozen linears nf4" in ended.out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", small.TRAINABLE)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_peft_library_loads_what_is_said_to_load_there(name, family, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = adapted(name, family, trained=True)
+    state.save(adapter, tmp_path, {})
+    if not (tmp_path / state.CONFIG).exists():
+        with pytest.raises(ValueError, match="Can't find"):
+            peft.PeftModel.from_pretrained(small.model(family), tmp_path)
+        return
+    model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
+    expected = adapter.model(input_ids=small.ids()).logits
+    torch.testing.assert_close(model(input_ids=small.ids()).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", small.TRAINABLE)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_decoding_with_the_cache_equals_decoding_without(name, beams):
     adapter = adapted(name, trained=True)
@@ -102,7 +209,7 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", small.TRAINABLE)
 def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
     overrides = [*QUICK, f"method={name}"]
     single.start("train", overrides, None, "lrk train")

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "milora", "moelora", "adalora", "pissa", "alora", "lelora"])
+@pytest.mark.parametrize("name", small.TRAINABLE)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_the_gpu_computes_what_the_cpu_does(name, family):
     adapter = small.adapted(name, family)

@@ -21,6 +21,8 @@ from lowrank_cli.runs import Run
 from lowrank_cli.stages.train import Trainer
 
 FAMILIES = ["llama", "gpt2", "bert"]
+#: Short phases and few places, so that a few steps see several choices.
+SETTINGS = {"alpha": 8, "phase": 2, "explore": 0.6, "places": 4, "width_limit": 3, "refresh": 0.01}
 
 
 def train(method, adapter, steps, total, first=1, lr=0.01, optimizer=None):
@@ -58,7 +60,7 @@ def train(method, adapter, steps, total, first=1, lr=0.01, optimizer=None):
 def lelora(family="llama", **settings):
     """A method and its adapter."""
     torch.manual_seed(3)
-    method = small.method("lelora", **settings)
+    method = small.method("lelora", **SETTINGS | settings)
     return method, method.adapt(small.model(family))
 
 
@@ -111,7 +113,7 @@ def test_every_window_up_to_the_limit_is_reachable(components, limit):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fixed_at_the_principal_end_is_pissa_exactly(family):
     method, adapter = lelora(family, policy="fixed")
-    pissa = small.adapted("pissa", family, trained=False)
+    pissa = small.adapted("pissa", family, trained=False, alpha=8)
     for key, part in adapter.modules.items():
         assert torch.equal(part.lora_a, pissa.modules[key].lora_a)
         assert torch.equal(part.lora_b, pissa.modules[key].lora_b)
@@ -202,7 +204,7 @@ def test_saved_after_moving_it_loads_exactly_and_an_earlier_one_too(family, tmp_
 
 def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_folded():
     """Five folds, each a thousandth of the weight: the nearest bf16 value would forget most of it."""
-    adapter = small.method("lelora").adapt(small.model().to(torch.bfloat16))
+    adapter = small.method("lelora", **SETTINGS).adapt(small.model().to(torch.bfloat16))
     before = {path: linear.weight.float() for path, linear in adapter.linears.items()}
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -224,7 +226,7 @@ def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_fol
 
 def test_windows_of_a_bf16_model_move_and_give_its_weights_back():
     torch.manual_seed(3)
-    method = small.method("lelora")
+    method = small.method("lelora", **SETTINGS)
     adapter = method.adapt(small.model().to(torch.bfloat16))
     before = {path: linear.weight.clone() for path, linear in adapter.linears.items()}
     rows, _ = train(method, adapter, 12, 12)

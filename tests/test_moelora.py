@@ -1,5 +1,7 @@
 """MOELoRA: experts of one linear, chosen token by token."""
 
+from functools import partial
+
 import pytest
 import small
 import torch
@@ -9,6 +11,10 @@ from lowrank_cli.adapter.experts import Experts
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.router import load_balance
 from lowrank_cli.errors import UserError
+
+#: Few experts of few ranks, to tell apart.
+SETTINGS = {"rank": 8, "alpha": 16, "experts": 4, "k": 2}
+adapted, method_with = partial(small.adapted, "moelora", **SETTINGS), partial(small.method, "moelora", **SETTINGS)
 
 
 def part(experts=4, k=2, rank=8, alpha=6.0):
@@ -42,7 +48,7 @@ def test_every_token_adds_its_own_experts_weighted_by_the_softmax_over_the_kept(
 
 
 def test_all_experts_with_equal_weights_are_lora():
-    routed = small.adapted("moelora", k=4)
+    routed = adapted(k=4)
     plain = small.adapted("lora", rank=8, alpha=16)
     with torch.no_grad():
         for key, module in routed.modules.items():
@@ -57,7 +63,7 @@ def test_all_experts_with_equal_weights_are_lora():
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert"])
 def test_a_batch_is_routed_like_its_rows_alone(family):
     """Also where a model flattens its tokens (OPT) and where a linear packs several roles (GPT-2)."""
-    adapter = small.adapted("moelora", family)
+    adapter = adapted(family)
     ids = small.ids(3)
     together = adapter.model(input_ids=ids).logits
     for row in range(3):
@@ -67,7 +73,7 @@ def test_a_batch_is_routed_like_its_rows_alone(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_decoding_token_by_token_equals_the_full_forward(family):
-    adapter = small.adapted("moelora", family)
+    adapter = adapted(family)
     ids = small.ids(3, 8)
     with torch.no_grad():
         whole = adapter.model(input_ids=ids).logits
@@ -80,7 +86,7 @@ def test_decoding_token_by_token_equals_the_full_forward(family):
 
 
 def test_tokens_of_one_prompt_use_different_experts():
-    adapter = small.adapted("moelora")
+    adapter = adapted()
     module = next(iter(adapter.modules.values()))
     gates = module.gates(torch.randn(1, 50, 32))
     chosen = {tuple(row) for row in (gates[0] > 0).tolist()}
@@ -89,7 +95,7 @@ def test_tokens_of_one_prompt_use_different_experts():
 
 
 def test_the_task_loss_reaches_every_router():
-    adapter = small.adapted("moelora")
+    adapter = adapted()
     adapter.model(input_ids=small.ids(6)).logits.square().sum().backward()
     for key, module in adapter.modules.items():
         assert module.router.grad.abs().sum() > 0, key
@@ -97,8 +103,8 @@ def test_the_task_loss_reaches_every_router():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bf16_keeps_fp32_masters_and_computes_close_to_fp32_without_hard_choices(family):
-    exact = small.adapted("moelora", family)
-    adapter = small.method("moelora").adapt(small.model(family).to(torch.bfloat16))
+    exact = adapted(family)
+    adapter = method_with().adapt(small.model(family).to(torch.bfloat16))
     with torch.no_grad():
         for key, parameter in adapter.trained.items():
             parameter.copy_(exact.trained[key])
@@ -110,14 +116,14 @@ def test_bf16_keeps_fp32_masters_and_computes_close_to_fp32_without_hard_choices
 
 
 def test_the_canary_leaves_the_hard_choice_as_it_was():
-    adapter = small.adapted("moelora")
+    adapter = adapted()
     before = adapter.model(input_ids=small.ids()).logits
     state.canary(adapter)
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
 
 
 def test_the_load_balance_loss_is_weighted_and_summed_over_routers():
-    method = small.method("moelora", load_balance=0.5)
+    method = method_with(load_balance=0.5)
     adapter = method.adapt(small.model())
     adapter.model.train()(input_ids=small.ids(4))
     probabilities = [module.probabilities for module in adapter.modules.values()]
@@ -131,7 +137,7 @@ def test_the_load_balance_loss_is_weighted_and_summed_over_routers():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
 def test_padding_does_not_count_in_the_load_balance(family):
-    method = small.method("moelora", load_balance=0.5)
+    method = method_with(load_balance=0.5)
     adapter = method.adapt(small.model(family).train())
     ids, width = small.ids(3), small.ids(3).shape[1]
     mask = torch.ones_like(ids)
@@ -150,7 +156,7 @@ def test_padding_does_not_count_in_the_load_balance(family):
 
 
 def test_activated_parameters_are_those_of_k_experts_and_all_routers():
-    method = small.method("moelora")
+    method = method_with()
     adapter = method.adapt(small.model())
     metrics, _ = method.observations(adapter, lambda counts: counts)
     weights = sum(p.numel() for name, p in adapter.trained.items() if "lora_" in name)
@@ -161,7 +167,7 @@ def test_activated_parameters_are_those_of_k_experts_and_all_routers():
 
 
 def test_merging_and_export_are_refused_in_one_line_and_change_nothing():
-    adapter = small.adapted("moelora")
+    adapter = adapted()
     before = adapter.model(input_ids=small.ids()).logits
     with pytest.raises(UserError, match="export: the experts are chosen token by token"):
         export.as_lora(adapter, None)
@@ -171,7 +177,7 @@ def test_merging_and_export_are_refused_in_one_line_and_change_nothing():
 
 
 def test_peft_would_compute_something_else():
-    assert state.peft_config(small.adapted("moelora")) is None
+    assert state.peft_config(adapted()) is None
 
 
 @pytest.mark.parametrize(
@@ -185,4 +191,4 @@ def test_peft_would_compute_something_else():
 )
 def test_impossible_experts_are_errors(settings, message):
     with pytest.raises(UserError, match=message):
-        small.method("moelora", **settings)
+        method_with(**settings)

@@ -461,14 +461,13 @@ def test_the_second_optimizer_continues_where_it_was_saved():
         for _ in range(steps):
             method.after_step(step(adapter, lambda: adapter.model(input_ids=small.ids(4)).logits.square().mean()))
 
-    whole, halves = small.method("milora"), small.method("milora")
+    whole, halves, resumed = (small.method("milora", activation_learning_rate=1e-3) for _ in range(3))
     adapter, other = whole.adapt(small.model()), halves.adapt(small.model())
     with torch.no_grad():
         for one, two in zip(adapter.trained.values(), other.trained.values(), strict=True):
             two.copy_(one.normal_(std=0.1))
     run(whole, adapter, 4)
     run(halves, other, 2)
-    resumed = small.method("milora")
     resumed.load_state(other, halves.state())
     run(resumed, other, 2)
     for name in adapter.deferred:

@@ -6,7 +6,8 @@ For linears j and updates i of them, with γ = w ⊙ g between the products and 
 
 What this saves against one autograd graph for each operation: one product for the A of all updates and one for their
 gradients, one dropout mask, gradients of the input added up inside matrix products, and no dropped copy of the input
-is kept, only the mask (a byte for each number).
+is kept, only the mask (a byte for each number). Where no A trains, the input itself is not kept either: the gradient of
+B needs A_i drop(x) alone, R numbers for each token instead of I.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Remake(NamedTuple):
 def outputs(x: Tensor, linears: Sequence[Frozen], remake: Remake | None = None) -> tuple[Tensor, ...]:
     """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all.
 
-    With ``remake``, which computes ``x`` again, nothing of its size is saved for the backward pass.
+    With ``remake``, which computes ``x`` again, or where no A takes a gradient, nothing of its size is saved for the
+    backward pass, but the mask.
     """
     p, x = linears[0].dropout, x.to(linears[0].weight.dtype)
     mask, kept = kept_by_dropout(x, p) if p else (None, 1.0)
@@ -93,7 +95,8 @@ class FusedLinears(torch.autograd.Function):
     """The function, of x (…, I), the dropout mask (…, I), spans and strengths of updates, what remakes x, and tensors.
 
     These are W and bias of each linear, each followed by A, B, γ and c of its updates. There are gradients for x, A, B,
-    γ and c, in the dtype of x, and no second ones. That of c is taken from y, which others save too, and 0 where c is.
+    γ and c, in the dtype of x, and no second ones; of A only where one is asked for, which alone needs x. That of c is
+    taken from y, which others save too, and 0 where c is.
     """
 
     @staticmethod
@@ -105,7 +108,7 @@ class FusedLinears(torch.autograd.Function):
         remake: Remake | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        linears = _grouped(plan, tensors)
+        linears, rows = _grouped(plan, tensors), x.shape[:-1]
         flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
         hidden = _dropped(flat, mask) @ _stacked(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
         ys, stretched, start = [], [], 0
@@ -113,32 +116,32 @@ class FusedLinears(torch.autograd.Function):
             factor = _factor(weight, updates)
             y = F.linear(flat, weight, bias if factor is None else None)  # (N, I) @ (I, O) -> (N, O)
             for span, strength, a, b, gate, _ in updates:
-                h = _gated(hidden[:, start : start + len(a)], gate, x)
+                h = _gated(hidden[:, start : start + len(a)], gate, rows)
                 _part(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
                 start += len(a)
-            ys.append(y.view(*x.shape[:-1], -1))  # (N, O) -> (…, O)
+            ys.append(y.view(*rows, -1))  # (N, O) -> (…, O)
             if factor is not None:
                 y.mul_(factor)
                 stretched.append(ys[-1] if bias is None else ys[-1].add_(bias))
-        sources = (x,) if remake is None else remake.sources
+        asked = ctx.needs_input_grad[-len(tensors) :]
+        ctx.trains_a = any(asked[index] for index in _indices_of_a(plan))
+        sources = () if not ctx.trains_a else (x,) if remake is None else remake.sources
         ctx.plan, ctx.remake, ctx.sources = plan, remake and remake.function, len(sources)
-        ctx.save_for_backward(mask, hidden, *tensors, *stretched, *sources)
+        ctx.save_for_backward(mask, hidden, *sources, *tensors, *stretched)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         mask, hidden, *tensors = ctx.saved_tensors
-        sources = tensors[-ctx.sources :]
-        x = sources[0] if ctx.remake is None else ctx.remake(*sources).to(hidden.dtype)
-        linears = _grouped(ctx.plan, tensors)
+        sources, tensors = tensors[: ctx.sources], tensors[ctx.sources :]
+        linears, rows = _grouped(ctx.plan, tensors), gradients[0].shape[:-1]
         stretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
-        flat, down = x.reshape(-1, x.shape[-1]), _stacked(linears)  # (N, I), (ΣR, I)
-        to_hidden, start, places = torch.empty_like(hidden), 0, []  # (N, ΣR)
+        to_hidden, start = torch.empty_like(hidden), 0  # (N, ΣR)
         found: list[Tensor | None] = []  # for ``tensors``
         towards = []  # what reaches each W x, (N, O)
         for (weight, bias, updates), gradient in zip(linears, gradients, strict=True):
-            g = gradient.reshape(len(flat), -1)  # (…, O) -> (N, O)
+            g = gradient.reshape(len(hidden), -1)  # (…, O) -> (N, O)
             factor, to_factor = _factor(weight, updates), None
             if factor is not None:
                 y = next(stretched).view(g.shape)
@@ -150,22 +153,24 @@ class FusedLinears(torch.autograd.Function):
             for span, strength, a, b, gate, stretch in updates:
                 ranks, own = slice(start, start + len(a)), _part(g, span)
                 h, to_h = hidden[:, ranks], (own @ b).mul_(strength)  # (N, O) @ (O, R) -> (N, R)
-                to_b = ((_gated(h, gate, x) * strength).t() @ own).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
-                to_gate = None if gate is None else (to_h * h).view(*x.shape[:-1], -1).sum_to_size(gate.shape)
-                to_hidden[:, ranks] = _gated(to_h, gate, x)
+                to_b = ((_gated(h, gate, rows) * strength).t() @ own).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
+                to_gate = None if gate is None else (to_h * h).view(*rows, -1).sum_to_size(gate.shape)
+                to_hidden[:, ranks] = _gated(to_h, gate, rows)
                 to_stretch = None if stretch is None or to_factor is None else _part(to_factor, span)
-                places.append(len(found))
                 found += [None, to_b, to_gate, to_stretch]
                 start += len(a)
-        to_down = to_hidden.t() @ _dropped(flat, mask)  # (ΣR, N) @ (N, I) -> (ΣR, I)
-        for place, to_a in zip(places, torch.split(to_down, [len(tensors[place]) for place in places]), strict=True):
-            found[place] = to_a
+        if ctx.trains_a:
+            x = sources[0] if ctx.remake is None else ctx.remake(*sources).to(hidden.dtype)
+            flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
+            to_down, indices = to_hidden.t() @ _dropped(flat, mask), _indices_of_a(ctx.plan)  # -> (ΣR, I)
+            for index, to_a in zip(indices, torch.split(to_down, [len(tensors[i]) for i in indices]), strict=True):
+                found[index] = to_a
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *found
-        to_x = _dropped(to_hidden @ down, mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
+        to_x = _dropped(to_hidden @ _stacked(linears), mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
         for g, (weight, _, _) in zip(towards, linears, strict=True):
             to_x.addmm_(g, weight)  # += (N, O) @ (O, I): adding costs no time of its own in a product this large
-        return to_x.view(x.shape), None, None, None, *found
+        return to_x.view(*rows, to_x.shape[-1]), None, None, None, *found
 
 
 #: For each linear, the span and the strength of each of its updates.
@@ -191,6 +196,15 @@ def _grouped(plan: Plan, tensors: Sequence[Any]) -> list[tuple[Tensor, Tensor | 
     return found
 
 
+def _indices_of_a(plan: Plan) -> list[int]:
+    """Where the A of each update is among the tensors."""
+    indices, start = [], 0
+    for updates in plan:
+        indices += [start + 2 + 4 * number for number in range(len(updates))]
+        start += 2 + 4 * len(updates)
+    return indices
+
+
 def _stacked(linears: Sequence[tuple[Tensor, Tensor | None, list[_Update]]]) -> Tensor:
     """A of all updates, (ΣR, I)."""
     downs = [update.a for _, _, updates in linears for update in updates]
@@ -201,9 +215,9 @@ def _dropped(flat: Tensor, mask: Tensor | None) -> Tensor:
     return flat if mask is None else flat * mask.view_as(flat)
 
 
-def _gated(h: Tensor, gate: Tensor | None, x: Tensor) -> Tensor:
-    """γ ⊙ h, (N, R), with γ broadcasting to (…, R)."""
-    return h if gate is None else (h.view(*x.shape[:-1], -1) * gate).view(h.shape)
+def _gated(h: Tensor, gate: Tensor | None, rows: Sequence[int]) -> Tensor:
+    """γ ⊙ h, (N, R), with γ broadcasting to (*rows, R)."""
+    return h if gate is None else (h.view(*rows, -1) * gate).view(h.shape)
 
 
 def _part(y: Tensor, span: Span) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
+from lowrank_cli.errors import LrkError, UserError, escaped, require_choice, unknown
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 from lowrank_cli.schema import MEASURES
 
@@ -292,11 +292,11 @@ def _stage(
     from lowrank_cli.dispatch import single, sweep
 
     if resume is not None:
-        extra = [*overrides, *["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
+        extra = [*["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
         if extra:
             raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
         _name_untested_versions()
-        (sweep if sweep.is_sweep(resume) else single).resume(verb, resume)
+        (sweep if sweep.is_sweep(resume) else single).resume(verb, resume, overrides)
     elif dry_run:
         from lowrank_cli.dispatch.plan import yaml_of
 
@@ -348,11 +348,10 @@ def compare(
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
 ) -> None:
     """Compare finished runs: method by task by model, over seeds, with spread and a paired test."""
-    from rich.console import Console
-
     from lowrank_cli.report.compare import compare as compared
+    from lowrank_cli.terminal import Terminal
 
-    Console().print(compared(runs or [], baseline, metric, output, outputs))
+    Terminal().print(compared(runs or [], baseline, metric, output, outputs))
 
 
 @app.command("list", cls=Verb)
@@ -425,9 +424,9 @@ def call(arguments: list[str]) -> int:
         return error.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # the parser's own
-            print(f"error: {_usage(error.format_message(), arguments)}", file=sys.stderr)
+            print(f"error: {escaped(_usage(error.format_message(), arguments))}", file=sys.stderr)
             return UserError.exit_code
-        traceback.print_exc()
+        print(escaped(traceback.format_exc()), file=sys.stderr)
         return 1
 
 

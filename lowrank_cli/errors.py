@@ -8,6 +8,20 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+#: What a terminal would act on, or what changes the order of letters: control characters but for tab and line feed,
+#: marks of direction, and halves of characters.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    """``text`` from outside as it can be printed: a terminal shows its control characters and acts on none."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """``text``, its middle left out where it has more than ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 4 :]} ({len(text)} characters)"
+
 
 class LrkError(Exception):
     """Base of every error that a person reads as one line; ``exit_code`` is the process's."""
@@ -15,7 +29,7 @@ class LrkError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(escaped(" ".join(str(message).split())))
 
 
 class UserError(LrkError):

@@ -66,6 +66,9 @@ class MethodConfig:
         return {}
 
 
+TRUST = "model.trust_remote_code"  #: the key that no file can set, only what is typed
+
+
 @dataclass
 class ModelConfig:
     """Which pretrained model, and where it lies."""

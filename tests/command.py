@@ -9,10 +9,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from lowrank_cli import cli, stages
+from lowrank_cli.runs import Run, config_hash
 
 FAKES = Path(__file__).parent / "fakes"
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +74,13 @@ def one_line(ended: Ended) -> str:
     assert ended.err.startswith("error: ") and ended.err.endswith("\n") and ended.err.count("\n") == 1, ended.err
     assert not Path("outputs").exists()
     return ended.err.removeprefix("error: ").rstrip("\n")
+
+
+def reconfigure(run: Run, /, **changes: Any) -> None:
+    """Change top-level keys of a saved configuration, as if that had run."""
+    config = run.config() | changes
+    run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
+    run.update(config_hash=config_hash(config))
 
 
 def runs() -> list[Path]:

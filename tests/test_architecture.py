@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lowrank_cli"
 SOURCES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 
 #: Each part of the package, from the top down, and the parts it may import besides itself.
-#: Every part may import ``errors`` and ``schema``. A new arrow is a decision, taken here.
+#: Every part may import those of :data:`BOTTOM`. A new arrow is a decision, taken here.
 ARROWS = {
     "": set(),
     "__main__": {"cli"},
@@ -35,11 +35,17 @@ ARROWS = {
     "report": {"runs"},
     "runs": set(),
     "schema": set(),
+    "terminal": set(),
+    "reader": set(),
     "errors": set(),
 }
+BOTTOM = ("schema", "terminal", "reader", "errors")  #: parts that every one above them may import
 
 #: Imported by every call of ``lrk``, completion and errors included; heavy libraries wait until work starts.
-LIGHT = ("cli", "dispatch", "config", "methods", "report.tables", "tasks.tiny", "runs", "schema", "errors")
+LIGHT = (
+    *("cli", "dispatch", "config", "methods", "report.tables", "tasks.tiny", "runs"),
+    *("schema", "terminal", "reader", "errors"),
+)
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "matplotlib", "accelerate", "scipy", "numpy"}
 
 
@@ -90,7 +96,7 @@ def test_table_points_down():
 def test_arrows_point_down(source):
     module = module_name(source)
     own = part(module)
-    allowed = ARROWS[own] | {own, "errors"} | ({"schema"} if own != "errors" else set())
+    allowed = ARROWS[own] | {own} | set(BOTTOM[BOTTOM.index(own) + 1 :] if own in BOTTOM else BOTTOM)
     for target in imports(source) & MODULES - {"lowrank_cli"}:
         assert part(target) in allowed, f"{source} imports {target}"
         if part(target) == "methods" and own != "methods":
@@ -128,6 +134,19 @@ def test_one_part_knows_each_library():
         allowed = {"lowrank_cli", "torch", "safetensors", "transformers", *sys.stdlib_module_names}
         allowed |= {"bitsandbytes", "triton"}  # optional, and imported by who asks for them
         assert own != "adapter" or names <= allowed, source
+
+
+#: Who parses JSON besides the reader: data of a task and prompts, line by line, and what compare has written itself.
+PARSERS = {"reader", "tasks.sources", "runs.requests", "report.compare"}
+
+
+def test_files_are_read_and_text_is_printed_in_one_way():
+    for source in SOURCES:
+        name = module_name(source).removeprefix("lowrank_cli.")
+        called = {ast.unparse(node.func) for node in ast.walk(tree(source)) if isinstance(node, ast.Call)}
+        assert not called & {"Console", "rich.console.Console"}, f"{source}: print through lowrank_cli/terminal.py"
+        parsing = called & {"json.loads", "json.load", "yaml.safe_load"}
+        assert not parsing or name in PARSERS, f"{source}: read through lowrank_cli/reader.py"
 
 
 def dangerous(call: ast.Call) -> bool:

@@ -193,17 +193,36 @@ def test_prototypes_find_the_answers_that_a_biased_model_hides():
 # ----------------------------------------------------------------------------------------------------------- on disk
 
 
+ABOUT = {
+    "fingerprint": "f",
+    "adapter": None,
+    "task": "t",
+    "templates": ["{x}"],
+    "label_words": ["a", "b"],
+    "answered": True,
+    "examples": None,
+    "share": None,
+    "max_length": 64,
+    "data": "4 examples",
+    "model": "llama",
+    "vocabulary": 64,
+    "method": {},
+    "seed": 0,
+    "answers": [[3], [4]],
+}
+
+
 def test_statistics_come_back_as_they_were_saved(tmp_path):
     tensors = {"mean": torch.randn(4), "factor": torch.randn(3, 4)}
-    store.save(tmp_path, tensors, {"task": "t"})
+    store.save(tmp_path, tensors, ABOUT)
     loaded, about = store.load(tmp_path)
     assert about["task"] == "t" and loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("damage", ["altered", "missing", "json", "format"])
+@pytest.mark.parametrize("damage", ["altered", "missing", "json", "format", "answers"])
 def test_damaged_statistics_are_refused(tmp_path, damage):
-    store.save(tmp_path, {"mean": torch.zeros(4)}, {})
+    store.save(tmp_path, {"mean": torch.zeros(4)}, ABOUT)
     about = tmp_path / store.ABOUT
     if damage == "altered":
         (tmp_path / store.TENSORS).write_bytes((tmp_path / store.TENSORS).read_bytes()[:-1] + b"x")
@@ -211,9 +230,17 @@ def test_damaged_statistics_are_refused(tmp_path, damage):
         about.unlink()
     elif damage == "json":
         about.write_text("{")
-    else:
+    elif damage == "format":
         about.write_text(json.dumps({**json.loads(about.read_text()), "format": 9}))
-    words = {"altered": "altered", "missing": "missing", "json": "damaged", "format": "format 9"}
+    elif damage == "answers":
+        about.write_text(json.dumps({**json.loads(about.read_text()), "answers": [["x"]]}))
+    words = {
+        "answers": r"answers\[0\]\[0\] is 'x'; expected a whole number",
+        "altered": "altered",
+        "missing": "missing",
+        "json": "cannot be read as JSON",
+        "format": "format 9",
+    }
     with pytest.raises(UserError, match=words[damage]):
         store.load(tmp_path)
 

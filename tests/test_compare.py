@@ -11,7 +11,7 @@ import random
 from statistics import median
 
 import pytest
-import yaml
+from command import reconfigure
 from rich.console import Console
 
 from lowrank_cli.errors import UserError
@@ -317,7 +317,7 @@ def test_statistics_are_not_trained_with_the_settings_of_an_evaluation(add):
     above = add("idaicl", 0, 0.6, config={"method.calibration": "ida", "train.x": 1})
     for run, below in ((fit, None), (above, lora)):
         (run.path / "statistics").mkdir()
-        run.write_text("config.yaml", yaml.safe_dump(run.config() | {"run": below and str(below.path)}))
+        reconfigure(run, run=below and str(below.path))
         add("idaicl", 0, 0.7, stage="evaluate", run=run.path, config={"method.calibration": "conca"})
     settings = {row["setting"] for row in run_compare(add)[0] if row["method"] == "idaicl"}
     assert sum("trained.method=lora" in setting for setting in settings) == 2 and len(settings) == 4
@@ -517,8 +517,7 @@ def test_prunings_of_scorings_of_two_kinds_are_two_rows(add):
         unused = {"score.kind": None, "prune.keep": 2}
         pruned = add("lora", 0, value, stage="prune", config=unused)
         for run, source in ((scored, trained), (pruned, scored)):
-            file = run.path / "config.yaml"
-            file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"run": str(source.path)}))
+            reconfigure(run, run=str(source.path))
     rows, *_ = run_compare(add)
     found = {(row["setting"], row["median"]) for row in rows}
     assert found == {("adapter=train", "0.9"), ("kind=ablation", "0.7"), ("kind=kl", "0.8")}

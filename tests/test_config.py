@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import reconfigure
 
 from lowrank_cli import config, methods, schema
 from lowrank_cli.config import composition, folders
@@ -342,9 +343,9 @@ def test_what_is_no_training_run_is_refused():
     unfinished.finish({})
     assert "was trained with 'milora', not 'lora'" in refused([f"run={unfinished.path}", "method=lora"], "evaluate")
     assert "unknown key; did you mean 'method.rank'" in refused(["method.rnk=2"], "evaluate")
-    saved = unfinished.config()
-    unfinished.write_text("config.yaml", yaml.safe_dump({**saved, "method": {**saved["method"], "rank": "x"}}))
-    assert "method.rank: 'x' is not a whole number" in refused([], "evaluate")
+    saved = unfinished.config()["method"]
+    reconfigure(unfinished, method={**saved, "rank": "x"})
+    assert "config.yaml: method.rank is 'x'; expected a whole number" in refused([], "evaluate")
 
 
 # ---------------------------------------------------------------------------------------------------- sweeps

@@ -609,7 +609,7 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
     again, twin = lelora()
     state.assign(twin, tensors, "checkpoint")
     other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
-    state.load_moments(other, moments)
+    state.load_moments(other, moments, "moments")
     again.load_state(twin, saved)
     rows = [
         train(*pair, 6, 20, first=8, optimizer=own)[0]

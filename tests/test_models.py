@@ -181,8 +181,9 @@ def test_damaged_checkpoints(llama):
         weights.write_bytes(spoilt)
         refused(r"^model: .*llama cannot be loaded: ", config(path=str(llama)))
     weights.write_bytes(whole)
-    (llama / "config.json").write_text("{")
-    refused(r"^model: .*llama cannot be loaded: ", config(path=str(llama)))
+    for text, message in (("{", "cannot be read as JSON"), ("[]", "expected keys with values")):
+        (llama / "config.json").write_text(text)
+        refused(rf"^model: .*llama/config\.json.* {message}", config(path=str(llama)))
 
 
 def test_checkpoint_that_lacks_weights(llama):

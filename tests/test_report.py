@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-import yaml
+from command import reconfigure
 from rich.console import Console
 
 from lowrank_cli.report import plots, scale, scores, tables
@@ -121,7 +121,7 @@ def test_how_answers_were_asked_for_is_shown_where_not_plainly(make):
     run = make(stage="evaluate")
     run.finish({"test/accuracy": 0.7})
     assert "shots" not in text(tables.end_of_run(run))
-    run.write_text("config.yaml", yaml.safe_dump({"evaluate": {"shots": 8, "num_beams": 1}}))
+    reconfigure(run, evaluate={"shots": 8, "num_beams": 1})
     shown = text(tables.end_of_run(run))
     assert re.search(r"shots +8 ", shown) and "beams" not in shown
 
@@ -160,11 +160,11 @@ def test_first_line_of_an_error(error, expected):
 
 
 def test_runs_table_names_every_run_at_80_columns(make):
-    assert "lrk train" in text(tables.runs_table([]))
+    assert "lrk train" in text(tables.runs_table([], {}))
     done, failed = make("120000-milora-llama-tiny_yesno"), make("120001-lora")
     done.finish(METRICS)
     failed.fail("no space left")
-    shown = text(tables.runs_table([done, failed]), width=80)
+    shown = text(tables.runs_table([done, failed], {}), width=80)
     for piece in ("120001-lora", "0.9125", "failed", "no space left"):
         assert piece in shown
 
@@ -206,10 +206,14 @@ def test_no_path_and_no_job_is_folded(make, width):
     for run in runs:
         run.finish(METRICS)
     folder = f"{tables.shown(runs[0].path.parent)}/"
-    for table in (tables.runs_table(runs), tables.jobs_table(runs), tables.stages_table([("fit", runs[0])], folder)):
+    for table in (
+        tables.runs_table(runs, {}),
+        tables.jobs_table(runs),
+        tables.stages_table([("fit", runs[0])], folder),
+    ):
         shown = text(table, width)
         assert runs[0].path.name in shown.split() and "0.9125" in shown.replace(",", "").split()
-    assert folder in text(tables.runs_table(runs), width).split()
+    assert folder in text(tables.runs_table(runs, {}), width).split()
     assert folder in text(tables.stages_table([], folder), width).split()
     short = make("120001-sweep/1234abcd-milora-seed1")
     assert all(len(line) <= 80 for line in text(tables.jobs_table([short]), 80).splitlines())

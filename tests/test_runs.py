@@ -166,7 +166,7 @@ def test_a_broken_config_names_the_file():
     with pytest.raises(UserError, match=r"config\.yaml' cannot be read"):
         run.config()
     (run.path / "config.yaml").write_text("")
-    with pytest.raises(UserError, match="holds no keys"):
+    with pytest.raises(UserError, match="it is null; expected keys with values"):
         run.config()
 
 

@@ -79,7 +79,7 @@ def test_a_file_outside_the_folder_is_refused(saved):
     proof = json.loads((folder / state.PROOF).read_text())
     proof["files"]["../elsewhere"] = "0"
     (folder / state.PROOF).write_text(json.dumps(proof))
-    with pytest.raises(UserError, match=r"'../elsewhere', which is outside the folder"):
+    with pytest.raises(UserError, match=r"a key of files is '../elsewhere'; expected a plain name"):
         state.load(small.adapted(trained=False), folder)
 
 
@@ -87,7 +87,7 @@ def test_a_file_outside_the_folder_is_refused(saved):
 def test_a_damaged_proof_is_refused(saved, damage):
     _, folder = saved()
     (folder / state.PROOF).write_text(damage)
-    with pytest.raises(UserError, match=r"lrk.json is damaged"):
+    with pytest.raises(UserError, match=r"lrk.json.*(cannot be read|is missing|it is \[\])"):
         state.load(small.adapted(trained=False), folder)
 
 
@@ -139,7 +139,7 @@ def test_moments_survive_the_round_trip(tmp_path):
     with torch.no_grad():
         for mine, theirs in zip(others, parameters, strict=True):
             mine.copy_(theirs)
-    state.load_moments(two, load_file(tmp_path / "moments.safetensors"))
+    state.load_moments(two, load_file(tmp_path / "moments.safetensors"), "moments")
     step(parameters, one)
     step(others, two)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, parameters, strict=True))

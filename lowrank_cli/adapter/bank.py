@@ -109,6 +109,10 @@ class Bank:
         finally:
             self._running = None
 
+    def proven(self, name: str) -> bool:
+        """Whether the adapter came with what it computes on its model, which :meth:`check` compares."""
+        return self._find(name).canary is not None
+
     def check(self, names: Sequence[str]) -> dict[str, UserError]:
         """Let saved adapters repeat the logits that were saved with them; the errors of those that do not.
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import head_names
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import Count, PlainName, Sha256, Where, check, read_json
 
 FORMAT = 1
 PATTERN = "rank_pattern.json"  #: module → rank, where ranks have moved, for another training to start from
@@ -33,8 +34,22 @@ WEIGHTS, CANARY, CONFIG, PROOF = (
     "lrk.json",
 )
 PREFIX = "base_model.model."
+TOKENS = 16  #: of a canary
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  #: what Adam keeps of a tensor
 #: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+class Proof(TypedDict):
+    """``lrk.json``."""
+
+    format: int
+    model_type: str
+    fingerprint: str
+    dtype: Annotated[str, Where(TOLERANCE.__contains__, f"one of {', '.join(TOLERANCE)}")]
+    ranks: dict[str, Count] | None
+    about: dict[str, Any]
+    files: dict[PlainName, Sha256]
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -132,28 +147,27 @@ def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, mode
 
 def read_proof(folder: Path) -> dict[str, Any]:
     """``lrk.json`` of an adapter folder, once every file it lists has the hash it lists."""
-    try:
-        proof = json.loads((folder / PROOF).read_text())
-        files, version = dict(proof["files"]), proof["format"]
-        assert {"fingerprint", "model_type", "dtype", "about"} <= proof.keys() or version != FORMAT
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{folder}: {PROOF} is damaged") from None
-    if version != FORMAT:
+    if not (folder / PROOF).exists():
+        raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)")
+    proof = read_json(folder / PROOF, dict[str, Any])
+    if (version := proof.get("format", FORMAT)) != FORMAT:
         raise UserError(f"{folder}: adapter format {version} (this version reads {FORMAT})")
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name:
-            raise UserError(f"{folder}: {PROOF} names '{name}', which is outside the folder")
-        if not path.is_file():
-            raise UserError(f"{folder}: {name} is missing")
-        if sha256(path) != expected:
-            raise UserError(f"{folder}: {name} was truncated or altered (its SHA-256 is not the one saved with it)")
+    check(proof, Proof, str(folder / PROOF))
+    files = proof["files"]
+    check_files(folder, files)
     for name in (WEIGHTS, CANARY):
         if name not in files:
             raise UserError(f"{folder}: {PROOF} does not list {name}")
     return proof
+
+
+def check_files(folder: Path, files: dict[str, str]) -> None:
+    """Raise UserError unless ``folder`` holds each of ``files``, with the SHA-256 that was saved with it."""
+    for name, saved in files.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing")
+        if sha256(folder / name) != saved:
+            raise UserError(f"{folder}: {name} was truncated or altered (its SHA-256 is not the one saved with it)")
 
 
 @torch.no_grad()
@@ -161,7 +175,7 @@ def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]
     """A fixed input (1, 16) and the logits it gives: (V,) of the last position, or (labels,); fp32, on the CPU."""
     model = adapter.model
     if ids is None:
-        ids = (torch.arange(1, 17) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
+        ids = (torch.arange(1, TOKENS + 1) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
     training = model.training
     model.train(False)
     with adapter.continuous():
@@ -171,13 +185,31 @@ def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 
 def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
-    saved = read_tensors(folder / CANARY)
-    _, logits = canary(adapter, saved["input_ids"])
-    check_logits(logits, saved["logits"], str(folder), dtype, adapter.model.dtype)
+    ids, saved = read_canary(folder, adapter.model.config.vocab_size)
+    _, logits = canary(adapter, ids)
+    check_logits(logits, saved, str(folder), dtype, adapter.model.dtype)
+
+
+def read_canary(folder: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The input (1, 16) and the logits (V,) or (labels,) of :func:`canary` at saving time; UserError for anything else.
+
+    ``vocabulary`` is the number of tokens that the model knows.
+    """
+    saved = read_tensors(folder / CANARY, "input_ids", "logits")
+    ids, logits = saved["input_ids"], saved["logits"]
+    if ids.dtype != torch.long or ids.shape != (1, TOKENS):
+        raise UserError(f"{folder / CANARY}: input_ids is {ids.dtype} {tuple(ids.shape)}; expected {TOKENS} token ids")
+    if not (ids.min() >= 0 and ids.max() < vocabulary):
+        raise UserError(f"{folder / CANARY}: input_ids holds tokens that the model lacks (it has {vocabulary})")
+    if logits.dtype != torch.float32 or logits.ndim != 1 or not logits.numel():
+        raise UserError(f"{folder / CANARY}: logits is {logits.dtype} {tuple(logits.shape)}; expected one row of fp32")
+    return ids, logits
 
 
 def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: torch.dtype) -> None:
     """Raise UserError unless a canary's ``logits`` are those ``saved``, within the dtypes ``then`` and ``now``."""
+    if logits.shape != saved.shape:
+        raise UserError(f"{source}: the canary has {len(saved)} logits, and this model gives {len(logits)}")
     error = (logits - saved).abs().max() / saved.abs().max().clamp_min(1e-6)
     if not error <= max(TOLERANCE[then], TOLERANCE[str(now).removeprefix("torch.")]):
         raise UserError(
@@ -227,21 +259,34 @@ def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Undo :func:`moments`."""
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], source: str) -> None:
+    """Undo :func:`moments`. Raises UserError, which names ``source``, for what is no state of this optimizer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nested: dict[int, dict[str, Tensor]] = {}
     for name, value in saved.items():
-        index, key = name.split(".", 1)
+        index, _, key = name.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters)
+        if not known or key not in MOMENTS or value.shape != (() if key == "step" else parameters[int(index)].shape):
+            raise UserError(f"{source}: '{name}' {tuple(value.shape)} is no moment of the {len(parameters)} tensors")
         nested.setdefault(int(index), {})[key] = value
+    for at, state in nested.items():
+        if state.keys() != MOMENTS:
+            raise UserError(f"{source}: of tensor {at} it holds {', '.join(state)} only")
     optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds, by name. Raises UserError where it cannot be read."""
+def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """What a safetensors file holds, by name; ``names`` are there. Raises UserError where it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{path}: the tensor '{name}' is missing")
+    return tensors
 
 
 def sha256(path: Path) -> str:

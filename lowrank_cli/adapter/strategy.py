@@ -266,7 +266,7 @@ class Strategies:
         self.generator.set_state(state["rng"])
         self.energy, self.stale, self.seconds = state["energy"], state["stale"], float(state["seconds"])
         self.policy.load_state_dict(below("policy."))
-        load_moments(self.optimizer, below("moments."))
+        load_moments(self.optimizer, below("moments."), "the policy's optimizer")
         self.choice = below("choice.")
         count = len({name.partition(".")[0] for name in below("phase.")})
         self.phases = [below(f"phase.{k}.") for k in range(count)]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,12 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import LINEARS, linear_shape
 from lowrank_cli.adapter.router import Router, scaled_gates
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import Finite, Where, read_json
+
+MAX_PATTERN = 256  #: characters
+#: A regular expression that cannot take long: only single characters are repeated, two times at most without a bound.
+_ATOM = r"(?:\w|\\[.\-dw]|\.|-|\[[\w-]+\])"
+_PLAIN_PATTERN = re.compile(rf"\^?(?:{_ATOM}[*+?]?|[()|])*\$?")
 
 #: Options of the PEFT library that a LoRA of linears may have: those that :func:`read` or the tensors account for, and
 #: those that tell how it was trained or began.
@@ -35,6 +40,33 @@ PLAIN: dict[str, list[Any]] = {
     "bias": ["none"],
     "init_lora_weights": [True, "gaussian", "eva", "orthogonal"],
 }
+
+
+def _bounded(pattern: str) -> bool:
+    """Whether ``pattern`` is a regular expression of the few kinds that name modules."""
+    if len(pattern) > MAX_PATTERN or not _PLAIN_PATTERN.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > 2:
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+Pattern = Annotated[
+    str, Where(_bounded, r"a name of modules, in which \d, ., [0-9], (a|b) and up to two * or + may stand for others")
+]
+Rank = Annotated[int, Where(lambda rank: rank > 0, "a whole number above 0")]
+
+
+class PeftConfig(TypedDict):
+    """``adapter_config.json`` of the PEFT library, as far as it decides what an adapter computes."""
+
+    lora_alpha: Finite
+    r: NotRequired[Rank]
+    use_rslora: NotRequired[bool | None]
+    rank_pattern: NotRequired[dict[Pattern, Rank] | None]
+    alpha_pattern: NotRequired[dict[Pattern, Finite] | None]
 
 
 class Place(NamedTuple):
@@ -150,7 +182,7 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
     if (folder / state.PROOF).is_file():
         proof = state.read_proof(folder)
         state.check_fingerprint(proof, fingerprint, str(folder), model.config.model_type)
-        canary = saved_canary(folder, proof)
+        canary = saved_canary(folder, proof, model.config.vocab_size)
     config = _config(folder)
     updates = {}
     tensors = state.read_tensors(folder / state.WEIGHTS)
@@ -164,28 +196,25 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
         inputs, outputs = _shape(model, path, str(folder))
         if b is None or a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
             raise UserError(f"{folder}: the factors of '{path}' do not fit {outputs} × {inputs}")
+        if len(a) != (rank := _matched(config.get("rank_pattern"), path, config.get("r", len(a)))):
+            raise UserError(f"{folder}: '{path}' has rank {len(a)}, and {state.CONFIG} says {rank}")
         updates[Place(path, None)] = _laid_out(a, b * _scale(config, path, len(a)), model.dtype)
     if not updates:
         raise UserError(f"{folder}: {state.WEIGHTS} holds no LoRA")
     return Tenant(updates, canary=canary)
 
 
-def saved_canary(folder: Path, proof: dict[str, Any]) -> Canary:
-    """The canary of an adapter that we saved; ``proof`` is what its ``lrk.json`` says."""
-    saved = state.read_tensors(folder / state.CANARY)
-    return Canary(saved["input_ids"], saved["logits"], proof["dtype"])
+def saved_canary(folder: Path, proof: dict[str, Any], vocabulary: int) -> Canary:
+    """The canary of an adapter that we saved for a model of so many tokens; ``proof`` is what its ``lrk.json`` says."""
+    ids, logits = state.read_canary(folder, vocabulary)
+    return Canary(ids, logits, proof["dtype"])
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json``, where it describes a plain LoRA."""
-    try:
-        config = json.loads((folder / state.CONFIG).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not an adapter folder ({state.CONFIG} is missing)") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{folder}: {state.CONFIG} is damaged")
+    if not (folder / state.CONFIG).exists():
+        raise UserError(f"{folder}: not an adapter folder ({state.CONFIG} is missing)")
+    config = read_json(folder / state.CONFIG, PeftConfig)
     for key, value in config.items():
         plain = PLAIN.get(key, [False if value is True else None])
         if value and key not in NEUTRAL and value not in plain:
@@ -194,13 +223,17 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """alpha / rank of the linear at ``path`` by the PEFT library's rules: the first pattern that matches wins."""
-    alpha = config["lora_alpha"]
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = own
-            break
+    """alpha / rank of the linear at ``path`` by the PEFT library's rules."""
+    alpha = _matched(config.get("alpha_pattern"), path, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matched(patterns: dict[str, Any] | None, path: str, usual: Any) -> Any:
+    """The value of the first pattern that matches the end of ``path``, whole names only; else the usual one."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return usual
 
 
 def _shape(model: PreTrainedModel, path: str, source: str) -> tuple[int, int]:

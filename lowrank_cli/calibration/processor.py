@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -22,9 +23,19 @@ from lowrank_cli.calibration import store
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, TokenRule, prior
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import Finite, check
 
 TENSORS = ("mean", "factor", "shares")  #: of each wording
 FOLLOWED = {"calibration": "ida", "normalize_length": False}  #: settings of the method that this is
+
+
+class Settings(TypedDict):
+    """Those of the method that decide an answer's score."""
+
+    calibration: str
+    normalize_length: bool
+    strength: Finite
+    tau: Finite
 
 
 class AnswerProcessor(LogitsProcessor):
@@ -60,7 +71,12 @@ class AnswerProcessor(LogitsProcessor):
                 other than ``ida``, scores divided by the answers' lengths, a label without a share while τ > 0.
         """
         tensors, about = store.load(Path(folder))
-        settings, (mean, factor, shares) = about["method"], (tensors[f"{template}.{k}"] for k in TENSORS)
+        settings = about["method"]
+        check(settings, Settings, str(Path(folder) / store.ABOUT), "method")
+        names = [f"{template}.{name}" for name in TENSORS]
+        if missing := [name for name in names if name not in tensors]:
+            raise UserError(f"{folder}: {store.TENSORS} has no '{missing[0]}'")
+        mean, factor, shares = (tensors[name] for name in names)
         for key, followed in FOLLOWED.items():
             if settings[key] != followed:
                 raise UserError(

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_cli.adapter.state import sha256
+from lowrank_cli.adapter.state import check_files, read_tensors, sha256
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import Count, PlainName, Sha256, check, read_json
 
 FORMAT = 2
 TENSORS, ABOUT = "statistics.safetensors", "calibration.json"
+
+
+class About(TypedDict):
+    """``calibration.json``."""
+
+    format: int
+    fingerprint: str
+    adapter: str | None
+    task: str
+    templates: list[str]
+    label_words: list[str]
+    answered: bool
+    examples: int | None
+    share: float | None
+    max_length: Count
+    data: str
+    model: str
+    vocabulary: Count
+    method: dict[str, Any]
+    seed: int
+    answers: list[list[Count]]
+    files: dict[PlainName, Sha256]
 
 
 def save(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -26,18 +48,13 @@ def save(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and what was said about them; UserError where a file is missing, damaged or altered."""
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        version, expected = about["format"], about["files"][TENSORS]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no statistics ({ABOUT} is missing)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: {ABOUT} is damaged") from None
-    if version != FORMAT:
+    if not (folder / ABOUT).exists():
+        raise UserError(f"{folder}: holds no statistics ({ABOUT} is missing)")
+    about = read_json(folder / ABOUT, dict[str, Any])
+    if (version := about.get("format")) != FORMAT:
         raise UserError(f"{folder}: statistics of format {version} (this version reads {FORMAT})")
-    try:
-        if sha256(folder / TENSORS) != expected:
-            raise UserError(f"{folder}: {TENSORS} was truncated or altered (its SHA-256 is not the one saved with it)")
-        return load_file(folder / TENSORS), about
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: {TENSORS} cannot be read ({error})") from None
+    check(about, About, str(folder / ABOUT))
+    if TENSORS not in about["files"]:
+        raise UserError(f"{folder}: {ABOUT} does not list {TENSORS}")
+    check_files(folder, about["files"])
+    return read_tensors(folder / TENSORS), about

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.schema import VERBS
+from lowrank_cli.reader import check
+from lowrank_cli.schema import TRUST, VERBS
 
 INPUTS = (
     "run",
@@ -47,6 +48,7 @@ READS = {
 }
 NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
+_GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -88,8 +90,7 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     store = ConfigStore.instance()
     for verb, root in VERBS.items():
         store.store(name=f"_{'recipe' if verb == 'run' else verb}_run", node=root)
-    groups = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
-    for group, node in {**groups, "recipe": schema.RecipeConfig}.items():
+    for group, node in {**_GROUP_KINDS, "recipe": schema.RecipeConfig}.items():
         store.store(group=group, name=f"_{group}", node=node)
     store.store(group="task", name="_mix", node=schema.mix())
     for name, node in methods.config_classes().items():
@@ -125,6 +126,8 @@ def compose(
             if source is not None:
                 overrides = _adopt(verb, load, source, parsed)
     with explained(Failure(load, verb, overrides)):
+        if "hydra" in load.repository.load_config(verb).config:
+            raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings are not for a run")
         cfg = load.load_configuration(verb, overrides, RunMode.RUN)
         choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
         if source is not None:
@@ -139,9 +142,21 @@ def compose(
             if verb == "bench":
                 cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
         composed = _finish(verb, cfg, choices, asked)
+    if TRUST not in [item.key_or_group for item in parsed]:
+        adopted = source is not None and source.resolved["model"].get("trust_remote_code")
+        refuse_code(composed, source.path if source and adopted else f"model={choices.get('model')}")
     if source is not None and not (verb == "train" and methods.can(composed.config.method.name, Calibrates)):
         _check_made_with(composed.config.method, source)  # what calibrates is fitted anew
     return composed
+
+
+def refuse_code(composed: Composed, where: str) -> None:
+    """Raise UserError where ``where``, a file or a folder, says that Python code of the model may run."""
+    if isinstance(composed.config, schema.RunConfig | schema.BenchRun) and composed.config.model.trust_remote_code:
+        raise UserError(
+            f"{TRUST}: '{where}' says true, which would run Python code that comes with its model; if you trust that, "
+            f"type {TRUST}=true"
+        )
 
 
 def _check_made_with(method: schema.MethodConfig, source: Source) -> None:
@@ -159,8 +174,11 @@ def _check_made_with(method: schema.MethodConfig, source: Source) -> None:
 
 def restore(run: runs.Run) -> Composed:
     """The configuration of an existing run, from its folder."""
-    info = run.info
-    return rebuild(info.get("stage"), run.config(), info.get("choices", {}), info.get("overrides", []))
+    info, file = run.info, run.path / "config.yaml"
+    try:
+        return rebuild(info["stage"], run.config(), info.get("choices", {}), info.get("overrides", []))
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
 
 
 def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> Composed:
@@ -173,7 +191,9 @@ def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overri
             require_choice("method.name", resolved["method"].get("name"), kinds)
             cfg.method = OmegaConf.structured(kinds[resolved["method"]["name"]])
         for entry, section in resolved.get("variants", {}).items():
-            cfg.variants[entry] = section and OmegaConf.structured(methods.config_classes()[section["name"]])
+            name = section and section.get("name")
+            require_choice(f"variants.{entry}.name", name, [None, *methods.config_classes()])
+            cfg.variants[entry] = name and OmegaConf.structured(methods.config_classes()[name])
         cfg.merge_with(OmegaConf.create(resolved))
         return _finish(verb, cfg, choices, overrides)
 
@@ -228,8 +248,24 @@ def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> So
         if fitted and load.repository.config_exists(f"task/{given.get('task')}"):
             wanted["task"] = given["task"]  # what it keeps is of one task
     others = {group: given[group] for group in GROUPS if group in given and group not in wanted}
-    run = runs.find(path, READS[verb], outputs, wanted, others)
-    return Source(str(run.path), run.config(), run.info.get("choices", {}))
+    return _source(runs.find(path, READS[verb], outputs, wanted, others))
+
+
+def _source(run: runs.Run) -> Source:
+    """What a run used. Raises UserError where its files do not say."""
+    choices = run.info.get("choices", {})
+    for group in GROUPS:
+        if group not in choices:
+            raise UserError(f"{run.path / 'run.json'}: choices.{group} is missing")
+    resolved = run.config("seed", "method.name", *(f"{group}.name" for group in GROUPS))
+    file, method = str(run.path / "config.yaml"), resolved["method"]
+    require_choice(f"{file}: method.name", method["name"], methods.config_classes())
+    check(method, methods.config_classes()[method["name"]], file, "method")
+    kinds = {"method": methods.config_classes()[method["name"]], **_GROUP_KINDS}
+    for group, kind in kinds.items():
+        for key in resolved[group]:
+            require_choice(f"{file}: {group}", key, [item.name for item in fields(kind)])
+    return Source(str(run.path), resolved, choices)
 
 
 def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
@@ -41,18 +44,51 @@ def is_launcher_override(override: str) -> bool:
     """Whether an override is for Hydra's launcher; :class:`UserError` for another of Hydra's own keys."""
     if not override.startswith(("hydra.", "hydra/")):
         return False
-    if not override.startswith(("hydra/launcher=", "hydra.launcher.")):
-        raise UserError(f"{override}: of Hydra's own keys only hydra/launcher and hydra.launcher.* can be set")
+    if not re.fullmatch(r"hydra/launcher=[\w-]+|hydra\.launcher(\.[a-zA-Z]\w*)+=.*", override, re.DOTALL):
+        raise UserError(
+            f"{override}: of Hydra's own keys only hydra/launcher=NAME and hydra.launcher.KEY=VALUE can be set"
+        )
     return True
+
+
+def saved_launcher(overrides: Sequence[str]) -> list[str]:
+    """The launcher's overrides of a saved sweep, which may come from anybody.
+
+    Raises UserError for another override, and for a value that is more than a number or a word: it could be a command.
+    """
+    for override in overrides:
+        value = override.partition("=")[2]
+        if not (is_launcher_override(override) and re.fullmatch(r"[\w.-]*", value)):
+            raise UserError(
+                f"--resume: the sweep was started with {override}; type it again, or another launcher, behind --resume"
+            )
+    return list(overrides)
+
+
+def _refuse_code(value: Any, override: str) -> None:
+    """Settings that Hydra would call, or fill in, instead of handing them on."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if str(key).startswith("_"):
+                raise UserError(f"{override}: '{key}' is no setting of a launcher")
+            _refuse_code(item, override)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_code(item, override)
+    elif isinstance(value, str | QuotedString) and "${" in str(value):
+        raise UserError(f"{override}: a launcher's settings are saved with the sweep, so they are plain values")
 
 
 class Launcher:
     """Starts the jobs of a sweep, one after another or as ``hydra/launcher=…`` says."""
 
-    def __init__(self, overrides: Sequence[str], config_dir: str | None = None):
+    def __init__(self, overrides: Sequence[str]):
         """``overrides`` are Hydra's; wrong ones are found here, before anything is written."""
         self._overrides = list(overrides)
-        self._loader = loader(config_dir)
+        self._loader = loader()  # a user's own files set no launcher: Hydra would call what they name
+        with explained(Failure(self._loader, "_job", self._overrides)):
+            for override in OverridesParser.create().parse_overrides(self._overrides):
+                _refuse_code(override.value(), override.input_line or "")
         ConfigStore.instance().store(name="_job", node=Job)
         self._compose(Path())
 

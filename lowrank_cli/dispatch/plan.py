@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +14,9 @@ from lowrank_cli.config.folders import description, files
 from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, verbs_of
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
-from lowrank_cli.runs import all_runs
+from lowrank_cli.runs import scan
 from lowrank_cli.schema import VERBS, BenchRun, HardwareConfig, PruneConfig
+from lowrank_cli.terminal import Terminal
 
 Parts = list[tuple[str, Composed]]
 
@@ -32,7 +32,7 @@ def yaml_of(parts: Parts) -> str:
 
 def print_plan(parts: Parts) -> None:
     """One block for each run that would be made."""
-    console = Console(highlight=False)
+    console = Terminal()
     for name, composed in parts:
         grid = Table.grid(padding=(0, 3))
         grid.add_column(style="dim")
@@ -147,14 +147,14 @@ def _print_keys(title: str, rows: list[Row]) -> None:
     table.show_header = False
     for key, value, meaning in rows:
         tables.add(table, Text(key), value, meaning)
-    Console(highlight=False).print(tables.Trimmed(table), crop=False)
+    Terminal().print(tables.Trimmed(table), crop=False)
 
 
 def print_list(what: str, outputs: str, config_dir: str | None) -> None:
     """The choices of a group with their first comment line, or the runs."""
-    console = Console(highlight=False)
+    console = Terminal()
     if what == "runs":
-        console.print(tables.runs_table(all_runs(outputs)), crop=False)
+        console.print(tables.runs_table(*scan(outputs)), crop=False)
         return
     group = what.removesuffix("s") if what != "hardware" else what
     table = Table(title=f"{group}=", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))

@@ -12,7 +12,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Group, RenderableType
 
@@ -23,11 +23,28 @@ from lowrank_cli.config.folders import GROUPS
 from lowrank_cli.config.keys import flat, knows
 from lowrank_cli.dispatch import stage
 from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.reader import PlainName
 from lowrank_cli.report import settings, tables
-from lowrank_cli.runs import PENDING, Run
-from lowrank_cli.schema import VERBS, RecipeRun
+from lowrank_cli.runs import PENDING, Run, child
+from lowrank_cli.runs.records import Stage
+from lowrank_cli.schema import TRUST, VERBS, RecipeRun
 
 LEDGER = "recipe.json"
+
+
+class StageEntry(TypedDict):
+    """One stage of ``recipe.json``."""
+
+    name: str
+    stage: Stage
+    folder: PlainName
+
+
+class Ledger(TypedDict):
+    """``recipe.json``."""
+
+    config_dir: str | None
+    stages: list[StageEntry]
 
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
@@ -36,6 +53,12 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     composed = compose(verb, own, config_dir)
     values = composed.resolved
     entries = values["recipe"]["stages"]
+    for entry in entries:
+        if any(override.partition("=")[0] == TRUST for override in entry["overrides"]):
+            name = composed.config.recipe.name
+            raise UserError(
+                f"recipe {name}, stage '{entry['name']}': {TRUST}: no file can set it; type it if you trust it"
+            )
     for override in overrides:
         if override not in own:
             key = override.partition("=")[0]
@@ -86,11 +109,34 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
     return run
 
 
+def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """What is left to run in the folder of ``run``, by name: as the recipe says, and as begun stages say themselves."""
+    ledger = _ledger(run, composed)
+    begun = {name: _open(folder) for name, folder in _folders(run, ledger).items()}
+    done = {name for name, own in begun.items() if own is not None and own.done}
+    left = [(name, part) for name, part in parts(composed, ledger["config_dir"]) if name not in done]
+    return [*left, *((name, restore(own)) for name, own in begun.items() if own is not None and not own.done)]
+
+
+def _ledger(run: Run, composed: Composed) -> dict[str, Any]:
+    """``recipe.json``, which names the stages of the recipe."""
+    ledger = run.read_json(LEDGER, Ledger)
+    named, known = ([item["name"] for item in of] for of in (ledger["stages"], composed.resolved["recipe"]["stages"]))
+    if named != known:
+        raise UserError(f"{run.path / LEDGER}: the stages are {', '.join(named)}; expected {', '.join(known)}")
+    return ledger
+
+
+def _folders(run: Run, ledger: dict[str, Any]) -> dict[str, Path]:
+    """The folder of each stage."""
+    return {item["name"]: child(run.path.absolute(), item["folder"]) for item in ledger["stages"]}
+
+
 def work(run: Run, composed: Composed) -> None:
     """Run the stages that are not done, in order; the last one's metrics are the recipe's."""
+    ledger = _ledger(run, composed)
     run.begin()
-    ledger = run.read_json(LEDGER)
-    folders = {item["name"]: run.path.absolute() / item["folder"] for item in ledger["stages"]}
+    folders = _folders(run, ledger)
     with stage.recorded(run):
         for item, entry in zip(ledger["stages"], composed.config.recipe.stages, strict=True):
             part = _open(folders[entry.name])
@@ -110,7 +156,7 @@ def work(run: Run, composed: Composed) -> None:
 
 def summary(run: Run) -> RenderableType:
     """One line for each stage, what several methods learned on the same tasks, and what to do next."""
-    listed = [(item["name"], _open(run.path / item["folder"])) for item in run.read_json(LEDGER)["stages"]]
+    listed = [(name, _open(folder)) for name, folder in _folders(run, run.read_json(LEDGER, Ledger)).items()]
     kept = [line for _, part in listed if part is not None for line in settings.shown(part)]
     stages = tables.stages_table(listed, tables.shown(run.path))
     return Group(stages, *kept, *settings.learned(listed), *tables.next_steps(run))
@@ -131,7 +177,7 @@ def _keys(kind: Any) -> set[str]:
 def _takes(entry: dict[str, Any], key: str) -> bool:
     """Whether a stage's verb and method know the key, and it sets it itself or does not get it from an earlier one."""
     own = any(override.partition("=")[0] == key for override in entry["overrides"])
-    inherits = _root(key) in GROUPS and _inherited(entry["overrides"]) is not None and not own
+    inherits = _root(key) in GROUPS and key != TRUST and _inherited(entry["overrides"]) is not None and not own
     known = entry["stage"] in VERBS and knows(VERBS[entry["stage"]], key)
     if key.startswith("method."):
         kind = _method(entry)  # none: left to composing

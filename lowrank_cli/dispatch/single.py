@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from rich.console import Console
-
 from lowrank_cli import stages
-from lowrank_cli.config.composition import Composed, restore
+from lowrank_cli.config.composition import Composed, refuse_code, restore
 from lowrank_cli.dispatch import recipe, stage
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import read_json
 from lowrank_cli.report import tables
-from lowrank_cli.runs import Run, discard, is_alive, read_json, this_process
+from lowrank_cli.runs import Run, discard, is_alive, this_process
+from lowrank_cli.runs.records import Working
+from lowrank_cli.schema import TRUST
+from lowrank_cli.terminal import Terminal
 
 RECORDS = ("run.json", "sweep.json")  #: where a folder says which process works on it
 
@@ -43,8 +46,9 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str)
         show(run)
 
 
-def resume(verb: str, folder: str) -> None:
-    """Continue the run in ``folder`` with its own configuration."""
+def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
+    """Continue the run in ``folder`` with its own configuration; ``typed`` may allow what no file can."""
+    trusted = trusts(typed)
     run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
     if used != verb:
@@ -54,17 +58,41 @@ def resume(verb: str, folder: str) -> None:
     if run.done:
         raise UserError(f"--resume: '{folder}' is finished")
     refuse_running(run.path)
+    refuse_to_act(run, trusted)
     try:
         handler(verb).work(run, restore(run))
     finally:
         show(run)
 
 
+def trusts(typed: Sequence[str]) -> bool:
+    """Whether the code of a resumed run's model may run. Raises UserError for any other override."""
+    allowed = f"{TRUST}=true"
+    if extra := [override for override in typed if override != allowed]:
+        raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
+    return allowed in typed
+
+
+def refuse_to_act(run: Run, trusted: bool) -> None:
+    """Refuse to continue what would run a model's code or write outside of its folder: it may come from anybody.
+
+    The first can be ``trusted``; the second would start again anyway.
+    """
+    for _, part in handler(run.info["stage"]).planned(run, restore(run)):
+        if not trusted:
+            refuse_code(part, tables.shown(run.path))
+        if output := getattr(getattr(part.config, "generate", None), "output", None):
+            raise UserError(
+                f"--resume: '{tables.shown(run.path)}' would write generate.output={output}, outside of its folder; "
+                f"start it anew"
+            )
+
+
 def refuse_running(folder: Path) -> None:
     """Two processes must not write into one folder: not into a job or a stage in it, nor where it is one itself."""
     above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
     for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
-        process = read_json(file).get("process") if file.is_file() else None
+        process = read_json(file, Working).get("process") if file.is_file() else None
         if process != this_process() and is_alive(process):
             where = tables.shown(file.parent)
             raise UserError(f"--resume: '{where}' is running (process {process['pid']}); end that first")
@@ -80,4 +108,4 @@ def show(run: Run) -> None:
     """The table at the end."""
     if run.path.is_dir():
         verb = run.info["stage"]
-        Console(stderr=verb in stages.PRINTS).print(handler(verb).summary(run), crop=False)
+        Terminal(stderr=verb in stages.PRINTS).print(handler(verb).summary(run), crop=False)

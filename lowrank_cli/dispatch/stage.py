@@ -152,6 +152,11 @@ def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Compose
     return [(composed.verb, composed)]
 
 
+def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """What is left to run in the folder of ``run``, by name."""
+    return [(composed.verb, composed)]
+
+
 def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
     """Make the run folder, where :func:`work` starts."""
     return Run.create(

@@ -11,18 +11,18 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import Any, TypedDict
 
 from lowrank_cli.config.composition import Composed, restore
-from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override
+from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override, saved_launcher
 from lowrank_cli.dispatch import devices
-from lowrank_cli.dispatch.single import handler, refuse_running
+from lowrank_cli.dispatch.single import handler, refuse_running, refuse_to_act, trusts
 from lowrank_cli.dispatch.stage import Interrupted
-from lowrank_cli.errors import LrkError, UserError, WorkFailed
+from lowrank_cli.errors import LrkError, UserError, WorkFailed, escaped
+from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report import tables
 from lowrank_cli.runs import (
     DONE,
@@ -30,21 +30,39 @@ from lowrank_cli.runs import (
     PENDING,
     RUNNING,
     Run,
+    child,
     config_hash,
     new_folder,
-    read_json,
     this_process,
     write_json,
 )
+from lowrank_cli.runs.records import Stage, Working
+from lowrank_cli.terminal import Terminal
 
 LEDGER = "sweep.json"
+
+
+class JobEntry(TypedDict):
+    """One job of ``sweep.json``."""
+
+    id: PlainName
+
+
+class Ledger(Working):
+    """``sweep.json``."""
+
+    stage: Stage
+    launcher: list[str]
+    jobs: list[JobEntry]
+
+
 DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
 
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], dict[str, Composed]]:
     """The launcher's overrides, and each job's checked configuration by its id."""
     launcher = [override for override in overrides if is_launcher_override(override)]
-    Launcher(launcher, config_dir)
+    Launcher(launcher)
     combinations = expand(verb, [override for override in overrides if override not in launcher], config_dir)
     varying = {override for job in combinations for override in job if not all(override in o for o in combinations)}
     jobs = {}
@@ -93,20 +111,27 @@ def is_sweep(folder: str) -> bool:
     return (Path(folder) / LEDGER).is_file()
 
 
-def resume(verb: str, folder: str) -> None:
-    """Run the jobs that are not done, each from where it stands."""
-    ledger = read_json(Path(folder) / LEDGER)
+def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
+    """Run the jobs that are not done, each from where it stands; ``typed`` may name another launcher."""
+    ledger = read_json(Path(folder) / LEDGER, Ledger)
+    launcher = [override for override in typed if is_launcher_override(override)]
+    trusted = trusts([override for override in typed if override not in launcher])
     if ledger["stage"] != verb:
         raise UserError(f"--resume: '{folder}' is a sweep of {ledger['stage']}, not of {verb}")
     jobs = _jobs(Path(folder), ledger)
     if all(run.done for run in jobs):
         raise UserError(f"--resume: all jobs of '{folder}' are finished")
     refuse_running(Path(folder))
+    for run in jobs:
+        if not run.done:
+            refuse_to_act(run, trusted)
+    ledger["launcher"] = launcher or saved_launcher(ledger["launcher"])
+    Launcher(ledger["launcher"])
     _work(Path(folder), ledger)
 
 
 def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
-    return [Run.open(folder / job["id"]) for job in ledger["jobs"]]
+    return [Run.open(child(folder, job["id"])) for job in ledger["jobs"]]
 
 
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
@@ -133,7 +158,7 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         failed = [job for job in jobs if not job.done]
         status = "failed" if status == DONE and failed else status
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
-        Console().print(tables.end_of_sweep(folder, jobs), crop=False)
+        Terminal().print(tables.end_of_sweep(folder, jobs), crop=False)
     if failed:
         jobs_are = f"{tables.jobs_of(len(jobs))} {'is' if len(failed) == 1 else 'are'}"
         raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")
@@ -142,15 +167,15 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
 def run_job(job: Job) -> None:
     """One job, in this process or in a launcher's. It never raises, except for Ctrl-C."""
     run = Run.open(job.folder)
-    terminal = Console(stderr=True, highlight=False)
+    terminal = Terminal(stderr=True)
     with ExitStack() as stack:
-        if read_json(run.path.parent / LEDGER)["process"] == this_process():
+        if read_json(run.path.parent / LEDGER, Ledger)["process"] == this_process():
             terminal.print(f"job {run.path.name}")
         else:  # several at once: each writes into its own file
             log = stack.enter_context(run.file("log.txt").open("a", encoding="utf-8", buffering=1))
             stack.enter_context(redirect_stdout(log))
             stack.enter_context(redirect_stderr(log))
-            terminal = Console(file=sys.__stderr__, highlight=False)
+            terminal = Terminal(file=sys.__stderr__)
             hardware = run.config().get("hardware", {})
             if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
                 devices.take_one(run.path.parent / DEVICES)
@@ -161,5 +186,5 @@ def run_job(job: Job) -> None:
         except LrkError as error:
             print(f"error: {error}", file=sys.stderr)
         except Exception:
-            traceback.print_exc()
+            print(escaped(traceback.format_exc()), file=sys.stderr)
     terminal.print(f"job {run.path.name}: {run.info['status']}")

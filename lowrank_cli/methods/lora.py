@@ -8,7 +8,6 @@ pruning found, trained from the start.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_range
 from lowrank_cli.methods.protocol import Method
+from lowrank_cli.reader import read_json
 from lowrank_cli.schema import MethodConfig
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ def read_pattern(path: str) -> dict[str, int]:
         hint = f"; did you mean '{inside[0]}'?" if inside else ", and no run whose ranks have moved"
         raise UserError(f"method.rank_pattern: '{path}' is a folder, not a JSON file{hint}")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"method.rank_pattern: '{path}' cannot be read as JSON ({error})") from None
+        found = read_json(Path(path))
+    except UserError as error:
+        raise UserError(f"method.rank_pattern: {error}") from None
     if not isinstance(found, dict) or not found or not all(type(rank) is int and rank > 0 for rank in found.values()):
         raise UserError(
             f"method.rank_pattern: '{path}' must hold ranks of 1 or more by module, such as {{\"model.layers.0.mlp"

@@ -192,7 +192,7 @@ class MiLoRA(LoRA):
         from lowrank_cli.adapter.state import load_moments
 
         if state:
-            load_moments(self._adam(adapter), state)
+            load_moments(self._adam(adapter), state, "the router's optimizer")
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]

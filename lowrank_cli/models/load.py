@@ -8,14 +8,14 @@ them and sets ``train()`` or ``eval()``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
@@ -23,6 +23,12 @@ PAPERS = "llama2_7b"  #: what the bundled model stands in for
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  #: GPT-2, OPT, BERT and RoBERTa
 PROBE_SECONDS = 5  #: how long the Hub may take to answer before it counts as unreachable
 WAYS_OUT = "use model=llama (bundled), set model.path=FOLDER, or connect (and log in with `hf auth login`)"
+
+
+class WeightIndex(TypedDict):
+    """``model.safetensors.index.json``: in which file each tensor lies."""
+
+    weight_map: dict[str, PlainName]
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,7 @@ def _checked_folder(folder: Path, shown: str) -> Path:
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; did you mean its folder '{inner[0]}'?" if inner else ""
         raise UserError(f"{shown} holds no config.json{hint}")
+    _read(folder / "config.json", dict[str, Any])
     missing = _missing_weights(folder)
     if missing == ["model.safetensors"] and any(folder.glob("*.bin")):
         raise UserError(
@@ -154,15 +161,19 @@ def _checked_folder(folder: Path, shown: str) -> Path:
     return folder
 
 
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        return read_json(path, kind)
+    except UserError as error:
+        raise UserError(f"model: {error}") from None
+
+
 def _missing_weights(folder: Path) -> list[str]:
     """Names of weight files that the folder should hold and does not."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model: {index} is damaged: {error!r}") from error
+        names = sorted(set(_read(index, WeightIndex)["weight_map"].values()))
     return [name for name in names if not (folder / name).is_file()]
 
 

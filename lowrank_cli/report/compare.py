@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -79,7 +78,7 @@ def compare(
     folder that gets ``compare.md`` and ``compare.csv``, and a picture of each section in which one number was
     swept. Raises :class:`UserError` for a path without finished runs, an unknown baseline or metric.
     """
-    results, unfinished = collect(paths or [outputs], outputs)
+    results, unfinished, broken = collect(paths or [outputs], outputs)
     present = sorted({name for result in results for name in result.metrics})
     if metric is not None and metric not in present:
         raise unknown("--metric", metric, present)
@@ -92,7 +91,7 @@ def compare(
         raise UserError("compare: none of these runs has a finite test or dev metric; name one with --metric")
     if baseline is not None:
         _test_against(sections, baseline)
-    notes = comparison.notes(sections, baseline, unfinished)
+    notes = comparison.notes(sections, baseline, unfinished, broken)
     if output is not None:
         folder = Path(output)
         if folder.exists() and not folder.is_dir():
@@ -102,24 +101,38 @@ def compare(
         atomic_write(folder / "compare.csv", comparison.csv_text(sections, baseline))
         for section in sections:
             if (entry := comparison.curve(section)) is not None:
-                plots.write(plots.lines(entry), folder / f"compare-{section.model}-{section.task}.png")
+                plots.write(plots.picture(entry), folder / entry["file"])
     return comparison.terminal(sections, baseline, notes)
 
 
-def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int]:
-    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished."""
+def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list[str]]:
+    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished; why some are broken.
+
+    Raises UserError where there are none.
+    """
     folders: dict[Path, None] = {}
     for path in paths:
         found = [file.parent.resolve() for file in sorted(_locate(path, outputs).rglob("run.json"))]
         if not found:
             raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
         folders.update(dict.fromkeys(found))
-    groups = {"method", "model", "task"}
-    runs = [run for run in map(Run.open, folders) if groups <= run.info.get("choices", {}).keys()]
-    done = [run for run in runs if run.done and run.metrics]
+    done: dict[Path, Result] = {}
+    unfinished, broken = 0, []
+    for folder in folders:
+        try:
+            run = Run.open(folder)
+            if not {"method", "model", "task"} <= run.info.get("choices", {}).keys():
+                continue  # a recipe or a benchmark
+            if run.done and run.metrics:
+                done[folder] = _result(run)
+            else:
+                unfinished += 1
+        except UserError as error:
+            broken.append(str(error).removeprefix("run: "))
     if not done:
-        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({len(runs)} not finished)")
-    return _join({run.path.resolve(): _result(run) for run in done}), len(runs) - len(done)
+        why = f"; {len(broken)} broken: {broken[0]}" if broken else ""
+        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({unfinished} not finished{why})")
+    return _join(done), unfinished, broken
 
 
 def _locate(path: str, outputs: str) -> Path:
@@ -154,33 +167,41 @@ def _result(run: Run) -> Result:
     )
 
 
+def _present(run: Run) -> Iterator[Run]:
+    """The run, the one whose adapter it reads, and so on, as far as they are still there."""
+    for one in run.lineage():
+        yield one
+        below = one.config().get("run")
+        if below is None or not (Path(below) / "run.json").exists():
+            return
+
+
 def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
     """A run's settings on top of those of the runs that its adapter came from, and the stages that made the adapter.
 
     The seed is that of the first training.
     """
-    config = run.config()
-    stages = [run.info["stage"]] if run.info.get("stage") in ADAPTERS else []
-    if config.get("run"):
-        with suppress(UserError):  # what came before may be gone
-            source = Run.open(config["run"])
-            earlier, made = _lineage(source)
-            if source.info.get("stage") == "score":
-                config.pop("score", None)  # a pruning of what was scored scores nothing
-            return {**earlier, **config, "seed": earlier["seed"]}, made + stages
+    runs = list(_present(run))
+    config: dict[str, Any] = {}
+    stages: list[str] = []
+    scored = False
+    for earlier in reversed(runs):
+        own = earlier.config("seed")
+        if scored:
+            own.pop("score", None)  # a pruning of what was scored scores nothing
+        config = {**config, **own, "seed": config.get("seed", own["seed"])}
+        stages += [earlier.info["stage"]] if earlier.info["stage"] in ADAPTERS else []
+        scored = earlier.info["stage"] == "score"
     return config, stages
 
 
 def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """What the adapter that a run measured was trained with, where ``config`` says otherwise; statistics are fitted."""
-    try:
-        while run.info.get("stage") != "train" or (run.path / "statistics").is_dir():
-            if not (earlier := run.config().get("run")):
-                return {}
-            run = Run.open(earlier)
-        trained = run.config()
-    except UserError:  # it may be gone
+    training = (own for own in _present(run) if own.info["stage"] == "train" and not (own.path / "statistics").is_dir())
+    first = next(training, None)
+    if first is None:  # it may be gone
         return {}
+    trained = first.config()
     found: dict[str, Any] = {}
     for group in ("method", "task", "hardware"):
         then, now = trained.get(group, {}), config.get(group, {})

@@ -124,8 +124,8 @@ def _known(show: Callable[[float], str], value: float | None) -> str:
     return NONE if value is None else show(value)
 
 
-def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) -> list[str]:
-    """Footnotes: what the columns mean and which runs are not in them."""
+def notes(sections: Sequence[Section], baseline: str | None, unfinished: int, broken: Sequence[str]) -> list[str]:
+    """Footnotes: what the columns mean and which runs are not in them, the ``broken`` ones with the reason."""
     rows = [row for section in sections for row in section.rows]
     repeated = any(len(row.values) > 1 for row in rows)
     lines = ["n counts seeds."]
@@ -159,7 +159,11 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int) ->
             "method.chosen_by=NAME tells settings apart."
         )
     left_out = ", ".join(f"{runs} {why}" for why, runs in aside.items() if runs)
-    return [*lines, f"Left out: {left_out}."] if left_out else lines
+    return [
+        *lines,
+        *([f"Left out: {left_out}."] if left_out else []),
+        *(f"Left out as broken: {why}" for why in broken),
+    ]
 
 
 def terminal(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> RenderableType:
@@ -263,6 +267,8 @@ def curve(section: Section) -> dict[str, Any] | None:
         return [[getattr(line.get(column), part, None) for column in columns] for line in found.values()]
 
     return {
+        "file": re.sub(r"[^\w.+-]+", "-", f"compare-{section.model}-{section.task}.png"),
+        "kind": "lines",
         "title": f"{section.model} · {section.task}",
         "rows": list(found),
         "columns": columns,

@@ -23,7 +23,8 @@ def ways(run: Run) -> list[str]:
     if not run.done or not folder.is_dir():
         return []
     if (folder / "adapter_config.json").is_file():
-        return _lora(str(folder), run.read_json("export/adapter_config.json"), run.config())
+        config = run.config("hardware", "task.parts", "task.label_words")
+        return _lora(str(folder), run.read_json("export/adapter_config.json"), config)
     if (folder / "config.json").is_file():
         (kind,) = run.read_json("export/config.json")["architectures"]
         serve = [f"serve: vllm serve {shlex.quote(str(folder))}"] if kind.endswith("CausalLM") else []

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.report import scale
 from lowrank_cli.report.tables import run_title
 from lowrank_cli.runs import Run, atomic_write
@@ -45,15 +46,32 @@ def draw(run: Run) -> list[Path]:
     history = run.history()
     pictures = {}
     if any("train/loss" in row or "dev/loss" in row for row in history):
-        pictures["loss.png"] = loss(history, run_title(run.info))
+        pictures["loss.png"] = loss(history, _literal(run_title(run.info)))
     if (run.path / "figures.json").is_file():
-        kinds = {"heatmap": heatmap, "heatmaps": heatmaps, "lines": lines, "box": box, "bubbles": bubbles, "bars": bars}
-        pictures |= {entry["file"]: kinds[entry["kind"]](entry) for entry in run.read_json("figures.json")}
+        pictures |= {entry["file"]: picture(entry) for entry in run.read_json("figures.json")}
     written = []
     for name, figure in pictures.items():
         written.append(run.file(f"plots/{name}"))
         write(figure, written[-1])
     return written
+
+
+def picture(entry: dict[str, Any]) -> Figure:
+    """The picture of one entry. Raises UserError where its rows, columns and values do not go together."""
+    kinds = {"heatmap": heatmap, "heatmaps": heatmaps, "lines": lines, "box": box, "bubbles": bubbles, "bars": bars}
+    try:
+        return kinds[entry["kind"]](_literal(entry))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"figures.json: '{entry['file']}' cannot be drawn ({type(error).__name__}: {error})") from error
+
+
+def _literal(value: Any) -> Any:
+    """``value`` with every text in it as it stands: no formulas, no control characters."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return escaped(value).replace("$", r"\$") if isinstance(value, str) else value
 
 
 def write(figure: Figure, file: Path) -> None:

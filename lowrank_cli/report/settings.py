@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import yaml
 from rich.console import RenderableType
 from rich.text import Text
 
+from lowrank_cli.reader import read_yaml
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.records import Layers
 
 
 def shown(run: Run) -> list[RenderableType]:
@@ -18,7 +18,7 @@ def shown(run: Run) -> list[RenderableType]:
     file = run.path / tables.SETTING
     if not run.done or not file.is_file():
         return []
-    setting: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    setting = read_yaml(file, Layers)
     layers = setting["layers"]
     kept, scored = (sum(map(len, of.values())) for of in (layers, setting["scores"]))
     heading = Text(f"kept {kept} of {scored} modules ({setting['name']})", style="bold")

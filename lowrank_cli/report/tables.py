@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.report import loading
 from lowrank_cli.runs.process import is_gone
 
@@ -30,6 +31,7 @@ STATUS_STYLES = {
     "interrupted": "yellow",
     "running": "cyan",
     "pending": "dim",
+    "broken": "red",
 }
 NONE = "–"
 SETTING = "setting.yaml"  #: which modules a pruning kept
@@ -229,13 +231,13 @@ def _next(run: Run) -> Iterable[str]:
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and (run.path / SETTING).is_file():
-        path = run.config()["model"]["path"]
+        path = run.config("model.path")["model"]["path"]
         model = f"model={run.info['choices']['model']}" + (f" model.path={typed(Path(path))}" if path else "")
         return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)} {model}"]
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":
-        if run.config()["score"].get("level") != "module":
+        if run.config("score")["score"].get("level") != "module":
             return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
         of_layer = Counter(entry["layer"] for entry in run.read_json("scores.json")["modules"])
         keep = min(2, min(of_layer.values()) - 1)
@@ -257,21 +259,38 @@ def first_line(error: Any) -> str:
     return lines[-1 if lines[0].startswith("Traceback") else 0].strip()
 
 
-def runs_table(runs: Sequence[Run]) -> RenderableType:
-    """``lrk list runs``: one line a run in the order given, under the folder that runs stand in."""
-    if not runs:
+def runs_table(runs: Sequence[Run], broken: Mapping[Path, UserError]) -> RenderableType:
+    """``lrk list runs``: one line a run in the order given, under the folder that runs stand in; broken ones last."""
+    if not (runs or broken):
         return Text("no runs yet; start one with: lrk train")
     columns = ["run", "stage", "status", "seed", "result", "time"]
     table = Fitted(None, columns, leave_out=["seed", "time", "stage"], gap=1, widest_result=24)
     folder = None
-    for run in runs:
-        if run.path.parent != folder:
-            folder = run.path.parent
+    for path, cells in [*((run.path, _cells(run)) for run in runs), *((p, _broken(why)) for p, why in broken.items())]:
+        if path.parent != folder:
+            folder = path.parent
             table.rows.append([Text(f"{shown(folder)}/", style="dim")])
-        seed = run.info.get("seed")
-        cells = _stage(run), _status(run.info), NONE if seed is None else str(seed), _outcome(run, 1)
-        table.rows.append([f"  {run.path.name}", *cells, _seconds(run.info)])
+        table.rows.append([f"  {path.name}", *cells])
     return table
+
+
+def _cells(run: Run) -> list[str | Text]:
+    """A run's line: stage, status, seed, result and time."""
+    seed = run.info.get("seed")
+    try:
+        return [
+            _stage(run),
+            _status(run.info),
+            NONE if seed is None else str(seed),
+            _outcome(run, 1),
+            _seconds(run.info),
+        ]
+    except UserError as error:
+        return _broken(error)
+
+
+def _broken(error: UserError) -> list[str | Text]:
+    return [NONE, Text("broken", style=STATUS_STYLES["broken"]), NONE, str(error).removeprefix("run: "), NONE]
 
 
 def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> RenderableType:
@@ -324,7 +343,12 @@ class Trimmed:
 
 def add(table: Table, *cells: str | Text) -> None:
     """Add a row of plain words: square brackets of an override or an error are no markup."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    table.add_row(*(_plain(cell) for cell in cells))
+
+
+def _plain(cell: str | Text) -> Text:
+    """A cell as wide as it will be printed."""
+    return cell if isinstance(cell, Text) else Text(escaped(cell))
 
 
 @dataclass
@@ -365,7 +389,7 @@ class Fitted:
             else:
                 made.no_wrap = True
                 heading = str(made.header).splitlines()
-                cells = [*heading, *(str(row[i]) for row in self.rows if i < len(row))]
+                cells = [*heading, *(str(_plain(row[i])) for row in self.rows if i < len(row))]
                 made.min_width = max(map(cell_len, cells))
         return table
 

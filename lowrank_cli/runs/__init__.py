@@ -11,8 +11,8 @@ One run is ``outputs/<date>/<time>-<method>-<model>-<task>[-<name>]/`` and holds
 and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, ``plots/``, …).
 """
 
-from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write_json
-from lowrank_cli.runs.folders import all_runs, discard, find
+from lowrank_cli.runs.files import atomic_folder, atomic_write, write_json
+from lowrank_cli.runs.folders import all_runs, child, discard, find, scan
 from lowrank_cli.runs.place import new_folder, settled
 from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, this_process
 from lowrank_cli.runs.provenance import ROOT, config_hash, untested_versions
@@ -29,6 +29,7 @@ __all__ = [
     "all_runs",
     "atomic_folder",
     "atomic_write",
+    "child",
     "config_hash",
     "discard",
     "find",
@@ -36,7 +37,7 @@ __all__ = [
     "is_gone",
     "new_folder",
     "peak_memory_bytes",
-    "read_json",
+    "scan",
     "settled",
     "this_process",
     "untested_versions",

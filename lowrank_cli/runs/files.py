@@ -11,16 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli.errors import UserError
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; :class:`UserError` where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from None
-
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file."""

@@ -29,15 +29,30 @@ def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
         outputs.rmdir()
 
 
-def all_runs(outputs: str | os.PathLike[str]) -> list[Run]:
-    """Every run under ``outputs``, jobs of sweeps and stages of recipes too, oldest first."""
-    runs = []
+def child(folder: Path, name: str) -> Path:
+    """The folder ``name`` in ``folder``; UserError for a link that leads out of it."""
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise UserError(f"'{path}' lies outside '{folder}'")
+    return path
+
+
+def scan(outputs: str | os.PathLike[str]) -> tuple[list[Run], dict[Path, UserError]]:
+    """Every run under ``outputs``, jobs of sweeps and stages of recipes too, oldest first; and why others are none."""
+    runs, broken = [], {}
     for depth in ("*/*", "*/*/*", "*/*/*/*"):  # a run; a job or a stage; a stage of a job
         for file in Path(outputs).glob(f"{depth}/run.json"):
             if file.relative_to(outputs).parts[0] != "latest":
-                with suppress(UserError):  # a folder that is just being written
+                try:
                     runs.append(Run.open(file.parent))
-    return sorted(runs, key=lambda run: (run.info.get("started", ""), run.path))
+                except UserError as error:
+                    broken[file.parent] = error
+    return sorted(runs, key=lambda run: (run.info.get("started", ""), run.path)), dict(sorted(broken.items()))
+
+
+def all_runs(outputs: str | os.PathLike[str]) -> list[Run]:
+    """Every run under ``outputs`` that can be read, oldest first."""
+    return scan(outputs)[0]
 
 
 def find(
@@ -64,7 +79,8 @@ def find(
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")
     stage = run.info.get("stage")
     if stage not in stages:
-        read = f"; it read run={run.config()['run']}" if run.config().get("run") else ""
+        below = run.config().get("run")
+        read = f"; it read run={below}" if below else ""
         raise UserError(f"run: '{path}' is a run of {stage}, not of {' or '.join(stages)}{read}")
     if not run.done:
         raise UserError(

@@ -6,8 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ from typing import Any
 import yaml
 
 from lowrank_cli.errors import UserError, nearest
-from lowrank_cli.runs.files import atomic_write, read_json, write_json
+from lowrank_cli.reader import check, leaves, read_json, read_json_lines, read_yaml, shown
+from lowrank_cli.runs.files import atomic_write, write_json
 from lowrank_cli.runs.place import new_folder, settled
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
 from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, untested_versions
+from lowrank_cli.runs.records import RECORDS, HistoryRow, MethodSection, RunInfo
+from lowrank_cli.schema import VERBS
 
 DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "running", "pending"
 
@@ -80,20 +82,20 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writes: bool = True, key: str = "run") -> Run:
-        """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none."""
+        """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none that is whole."""
         path = settled(path)
         if not path.is_dir():
             beside = [file.parent.name for name in ("run", "sweep") for file in path.parent.glob(f"*/{name}.json")]
             hint = nearest(path.name, beside)
             raise UserError(f"{key}: there is no folder '{path}'{hint} (lrk list runs shows what there is)")
-        try:
-            info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (path / "run.json").exists():
             if (path / "sweep.json").is_file():
-                raise UserError(f"{key}: '{path}' is a sweep; name one of its jobs") from None
-            raise UserError(f"{key}: '{path}' is not a run folder (it holds no run.json)") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}: '{path / 'run.json'}' cannot be read: {error}") from None
+                raise UserError(f"{key}: '{path}' is a sweep; name one of its jobs")
+            raise UserError(f"{key}: '{path}' is not a run folder (it holds no run.json)")
+        try:
+            info = read_json(path / "run.json", RunInfo)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
         return cls(path, info, writes=writes)
 
     def file(self, relative: str | os.PathLike[str]) -> Path:
@@ -112,17 +114,13 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl; one cut short by a killed process is left out."""
-        rows = []
-        with suppress(FileNotFoundError):
-            for line in (self.path / "history.jsonl").read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):
-                    rows.append(json.loads(line))
-        return rows
+        """The lines of history.jsonl; a last one cut short by a killed process is left out."""
+        path = self.path / "history.jsonl"
+        return read_json_lines(path, HistoryRow) if path.exists() else []
 
     def rewind(self, step: int) -> None:
         """Drop history after ``step``: what a resumed run is about to repeat."""
-        rows = [row for row in self.history() if row.get("step", 0) <= step]
+        rows = [row for row in self.history() if row["step"] <= step]
         self.write_text("history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_text(self, relative: str, text: str) -> None:
@@ -135,21 +133,46 @@ class Run:
         if self.writes:
             write_json(self.file(relative), value)
 
-    def read_json(self, relative: str) -> Any:
-        """Read a JSON file of the folder; :class:`UserError` where it is missing or broken."""
-        return read_json(self.path / relative)
+    def read_json(self, relative: str, kind: Any = None) -> Any:
+        """A JSON file of the folder, of ``kind`` (else of what :data:`RECORDS` says); UserError where it is not."""
+        return read_json(self.path / relative, kind or RECORDS.get(relative, Any))
 
-    def config(self) -> dict[str, Any]:
-        """config.yaml as plain values."""
+    def config(self, *needed: str) -> dict[str, Any]:
+        """config.yaml as plain values; the dotted keys ``needed`` are there.
+
+        Raises UserError where it cannot be read, holds a value of the wrong kind or an interpolation, which is never
+        resolved, or is not the configuration that ran.
+        """
         path = self.path / "config.yaml"
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if isinstance(config, dict):
-                return config
-            error: object = "it holds no keys"
-        except (OSError, yaml.YAMLError) as caught:
-            error = caught
-        raise UserError(f"'{path}' cannot be read: {error}")
+        config = read_yaml(path)
+        check(config, VERBS[self.info["stage"]], str(path))
+        check(config.get("method", {}), MethodSection, str(path), "method")
+        for key, value in leaves(config, str(path)):
+            if isinstance(value, str) and "${" in value:
+                raise UserError(f"{path}: {key} is {shown(value)}; expected a plain value, as nothing is interpolated")
+        for key in needed:
+            inside: Any = config
+            for name in key.split("."):
+                if name not in inside:
+                    raise UserError(f"{path}: {key} is missing")
+                inside = inside[name]
+        if config_hash(config) != self.info["config_hash"]:
+            raise UserError(f"{path}: it was altered after the run began (its hash is not the one in run.json)")
+        return config
+
+    def lineage(self) -> Iterator[Run]:
+        """This run, the one whose adapter it reads (``run=``), and so on.
+
+        Raises UserError where one of them is no run or broken, and where they read each other in a circle.
+        """
+        run, seen = self, {self.path.resolve()}
+        yield run
+        while (path := run.config().get("run")) is not None:
+            run = Run.open(path)
+            if run.path.resolve() in seen:
+                raise UserError(f"run: '{path}' reads itself, through its own run=")
+            seen.add(run.path.resolve())
+            yield run
 
     def update(self, **fields: Any) -> None:
         """Change fields of run.json."""

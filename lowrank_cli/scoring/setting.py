@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lowrank_cli.errors import UserError, nearest, require_choice
+from lowrank_cli.reader import read_yaml
 from lowrank_cli.schema import PruneConfig
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def read(path: str | Path) -> Setting:
         beside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"method.setting: there is no file '{path}'{nearest(Path(path).name, beside)}")
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"method.setting: '{path}' cannot be read ({error})") from None
+        found = read_yaml(Path(path), Any)
+    except UserError as error:
+        raise UserError(f"method.setting: {error}") from None
     listed = found.get("layers") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"method.setting: '{path}' has no 'layers' (such as: layers: {{0: [Q, V], 1: [D]}})")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_cli import methods, tasks
+from lowrank_cli import tasks
 from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import fingerprint
 from lowrank_cli.calibration import store
@@ -32,7 +32,7 @@ from lowrank_cli.stages.candidates import answers
 from lowrank_cli.stages.demonstrations import Arrangement
 from lowrank_cli.stages.features import last_hidden
 from lowrank_cli.stages.predict import write_answers
-from lowrank_cli.stages.session import Session
+from lowrank_cli.stages.session import Session, method_of
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 
@@ -87,7 +87,7 @@ def fit(session: Session) -> Fitted:
 def obtain(session: Session) -> Fitted:
     """What ``config.run`` keeps, if a calibrating method made it; else fitted now, on the adapter of that run."""
     path = Path(session.config.run)
-    if not methods.can(Run.open(path).config()["method"]["name"], Calibrates):
+    if not isinstance(method_of(Run.open(path)), Calibrates):
         return fit(session)
     tensors, about = store.load(path / FOLDER)
     for key, value in _identity(session, about["seed"]).items():
@@ -103,6 +103,8 @@ def obtain(session: Session) -> Fitted:
     found: list[dict[str, Tensor]] = [{} for _ in about["templates"]]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
+        if not (index.isdecimal() and int(index) < len(found)):
+            raise UserError(f"{path / FOLDER}: the tensor '{name}' belongs to none of the {len(found)} templates")
         found[int(index)][key] = tensor
     return Fitted([Wording(task, part) for task, part in zip(_worded(session), found)], about["seed"])
 

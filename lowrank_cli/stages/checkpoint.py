@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_cli.adapter import ranks, state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AfterStep, Method
-from lowrank_cli.runs import Run, atomic_folder, read_json
+from lowrank_cli.reader import Count, Finite, Sha256, Where, read_json
+from lowrank_cli.runs import Run, atomic_folder
 
 STATE = "state.json"
+GROUPS = ("trained", "optimizer", "method", "rng")  #: of tensors, each in a file of its own
+
+
+class State(TypedDict):
+    """``state.json``."""
+
+    step: Count
+    best_step: int | None
+    best_loss: float | None
+    stale: Count
+    seconds: Finite
+    tokens: Count
+    pending: list[float]
+    ranks: dict[str, Count]
+    files: Annotated[
+        dict[str, Sha256],
+        Where(
+            lambda files: files.keys() == {f"{name}.safetensors" for name in GROUPS},
+            f"the hashes of {', '.join(GROUPS)}",
+        ),
+    ]
+    sha256: NotRequired[Sha256]  #: of the rest; checkpoints written before it was added have none
 
 
 def save(
@@ -45,34 +69,46 @@ def save(
         for name, tensors in groups.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
         hashes = {f"{name}.safetensors": state.sha256(folder / f"{name}.safetensors") for name in groups}
-        (folder / STATE).write_text(
-            json.dumps({**progress, "ranks": adapter.ranks(), "files": hashes}, indent=2) + "\n"
-        )
+        record = {**progress, "ranks": adapter.ranks(), "files": hashes}
+        (folder / STATE).write_text(json.dumps({**record, "sha256": _sha256(record)}, indent=2) + "\n")
     for older in final.parent.glob("step-*"):
         if older != final:
             shutil.rmtree(older, ignore_errors=True)
 
 
 def newest(run: Run) -> Path | None:
-    """The latest checkpoint of a run."""
-    return max((path.parent for path in run.path.glob(f"checkpoints/step-*/{STATE}")), default=None)
+    """The latest checkpoint of a run, whole or not."""
+    return max(run.path.glob("checkpoints/step-*"), default=None)
 
 
 def load(
     folder: Path, accelerator: Accelerator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
 ) -> dict[str, Any]:
-    """Put everything back as :func:`save` found it and return ``progress``; UserError where a file was altered."""
-    progress = read_json(folder / STATE)
-    for name, expected in progress.pop("files").items():
-        if state.sha256(folder / name) != expected:
-            raise UserError(f"{folder / name} was truncated or altered (its SHA-256 is not the one saved with it)")
+    """Put everything back as :func:`save` found it and return ``progress``.
+
+    Raises UserError for a file that is missing or altered, and for tensors that are not those of this run.
+    """
+    progress = read_json(folder / STATE, State)
+    if progress.pop("sha256", None) not in (None, _sha256(progress)):
+        raise UserError(f"{folder}: {STATE} was altered (its SHA-256 is not the one saved with it)")
+    state.check_files(folder, progress.pop("files"))
     ranks.rebuild(adapter, progress.pop("ranks"), str(folder), optimizer)
-    state.assign(adapter, load_file(folder / "trained.safetensors"), str(folder))
-    state.load_moments(optimizer, load_file(folder / "optimizer.safetensors"))
+    state.assign(adapter, state.read_tensors(folder / "trained.safetensors"), str(folder))
+    moments = folder / "optimizer.safetensors"
+    state.load_moments(optimizer, state.read_tensors(moments), str(moments))
     if isinstance(method, AfterStep):
-        method.load_state(adapter, load_file(folder / "method.safetensors"))
-    _restore_rng(load_file(folder / "rng.safetensors"), accelerator.process_index)
+        kept = folder / "method.safetensors"
+        try:
+            method.load_state(adapter, state.read_tensors(kept))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{kept}: not what method={method.config.name} keeps ({error})") from error
+    _restore_rng(folder / "rng.safetensors", accelerator.process_index)
     return progress
+
+
+def _sha256(record: dict[str, Any]) -> str:
+    """Of a state as JSON has it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _rng() -> dict[str, Tensor]:
@@ -82,7 +118,11 @@ def _rng() -> dict[str, Tensor]:
     return states
 
 
-def _restore_rng(states: dict[str, Tensor], rank: int) -> None:
-    torch.set_rng_state(states[f"{rank}.cpu"])
+def _restore_rng(file: Path, rank: int) -> None:
+    states = state.read_tensors(file, f"{rank}.cpu")
+    try:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: '{rank}.cpu' is no state of a generator ({error})") from error
     if f"{rank}.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[f"{rank}.cuda"])

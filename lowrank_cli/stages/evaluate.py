@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Calibrates, Observes
+from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
 from lowrank_cli.stages import calibrate, progress
@@ -30,7 +32,7 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
     below = foundation(config)
     if below:
-        check_template(config.task, state.read_proof(below / "adapter")["about"])
+        check_template(config.task, below / "adapter")
     session = start(config)
     load_adapter(session)
     if isinstance(session.method, Calibrates):
@@ -54,11 +56,21 @@ def load_adapter(session: Session) -> None:
         state.load(session.adapter, session.foundation / "adapter")
 
 
-def check_template(task: TaskConfig, about: dict[str, Any]) -> None:
-    """Refuse a task, or a part of a mix, that was trained with another prompt.
+class About(TypedDict):
+    """What ``lrk.json`` says of the task that an adapter was trained on."""
+
+    task: str
+    template_hash: str
+    parts: NotRequired[dict[str, str]]
+
+
+def check_template(task: TaskConfig, folder: Path) -> None:
+    """Refuse a task, or a part of a mix, that the adapter in ``folder`` was trained on with another prompt.
 
     Its numbers would say nothing about the adapter.
     """
+    about = state.read_proof(folder)["about"]
+    check(about, About, str(folder / state.PROOF), "about")
     trained = {about["task"]: about["template_hash"], **about.get("parts", {})}
     for name, now in template_hashes(task).items():
         if trained.get(name, now) != now:

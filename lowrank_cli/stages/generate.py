@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowrank_cli import methods
 from lowrank_cli.adapter import state
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.runs import Run, atomic_write
@@ -28,6 +29,15 @@ from lowrank_cli.stages.tenants import Tenants
 from lowrank_cli.tasks import encode
 
 ANSWERS = "answers.jsonl"
+#: What :func:`escaped` shows and JSON leaves alone; JSON reads their escapes as the same characters.
+UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+class Printer(TextStreamer):
+    """Prints an answer as it is written; a terminal acts on none of its characters."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(escaped(text), stream_end)
 
 
 def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -59,7 +69,7 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     if output is not None:
         atomic_write(output, text)
     elif asked.tenants is not None:
-        sys.stdout.write(text)
+        sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
     failed = [(asked.line, record["error"]) for asked, record in zip(requests, records) if "error" in record]
     if failed:
         line, why = failed[0]
@@ -138,10 +148,10 @@ class Writer:
 def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
     """Answer a prompt, to stdout as it is written (beams are known at their end only)."""
     ids = writer.encoded(request.prompt)
-    streamer = TextStreamer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Printer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
     (answer,) = writer.answers([ids], streamer if streamed and writer.streams else None)
     if streamed and not writer.streams:
-        print(answer)
+        print(escaped(answer))
     return {**request.fields, "answer": answer}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lowrank_cli.terminal import Terminal
+
 
 class _Rate(ProgressColumn):
     """Completed units a second."""
@@ -27,23 +28,23 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "–/s", style="progress.data.speed")
 
 
-def console() -> Console:
+def console() -> Terminal:
     """Where people watch a run: stderr, so that stdout stays clean."""
-    return Console(stderr=True, highlight=False)
+    return Terminal(stderr=True)
 
 
 @contextmanager
 def bar(description: str, total: int, *, shown: bool, start: int = 0) -> Iterator[Bar]:
     """A bar over ``total`` units, of which ``start`` are done already."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     where = console()
     disabled = not (shown and where.is_terminal)

@@ -92,12 +92,9 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
     Raises UserError for another adapter's, those of another level, or of another ``kind`` where one is asked for.
     """
     record = scoring.read_json("scores.json")
-    try:
-        values = {entry["module"]: entry["scores"] for entry in record["modules"]}
-        scores = Scores(record["kind"], values, level=record["level"])
-    except (KeyError, TypeError):
-        raise UserError(f"{scoring.path / 'scores.json'} is damaged") from None
-    below = scoring.config()["run"]
+    values = {entry["module"]: entry["scores"] for entry in record["modules"]}
+    scores = Scores(record["kind"], values, level=record["level"])
+    below = scoring.config("run")["run"]
     if scores.level != level:
         raise UserError(
             f"run: '{scoring.path}' scored {scores.level}s, but {level}s are to be taken out; "

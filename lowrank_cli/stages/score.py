@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
@@ -51,7 +50,7 @@ def adapted(config: RunConfig) -> tuple[Session, Adapter]:
     below = foundation(config)
     if below is None:
         raise UserError("run: the run has no adapter of its own, so there are no ranks")
-    check_template(config.task, state.read_proof(below / "adapter")["about"])
+    check_template(config.task, below / "adapter")
     session = start(config)
     load_adapter(session)
     assert session.adapter is not None

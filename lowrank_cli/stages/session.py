@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from omegaconf import MISSING
+from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,10 +24,11 @@ from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, inside, require_choice
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.models.quantize import require_quantization
+from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.threads import Threads, choose
 from lowrank_cli.schema import HardwareConfig, RunConfig
@@ -187,19 +190,31 @@ def start(config: RunConfig) -> Session:
 def foundation(config: RunConfig) -> Path | None:
     """The run whose adapter ``config`` works with: ``config.run``, or what that one stands on in turn."""
     path = getattr(config, "run", None)
-    while path is not None:
-        run = Run.open(path)
-        saved = run.config()
-        if methods.can(saved["method"]["name"], Adapts) and run.info["stage"] != "score":
-            return Path(path)
-        path = saved["run"]
+    for run in () if path is None else Run.open(path).lineage():
+        name = run.config("method.name", "run")["method"]["name"]
+        require_choice(f"{run.path / 'config.yaml'}: method.name", name, methods.names())
+        if methods.can(name, Adapts) and run.info["stage"] != "score":
+            return run.path
     return None
 
 
 def method_of(run: Run) -> Method:
-    """The method of an earlier run, as it was configured."""
-    values = run.config()["method"]
-    return methods.create(methods.config_classes()[values["name"]](**values))
+    """The method of an earlier run, as it was configured. Raises UserError where that is no method's configuration."""
+    values, file = run.config("method.name")["method"], str(run.path / "config.yaml")
+    kinds = methods.config_classes()
+    require_choice(f"{file}: method.name", values["name"], kinds)
+    kind = kinds[values["name"]]
+    check(values, kind, file, "method")
+    names = [item.name for item in fields(kind)]
+    for key in values:
+        require_choice(f"{file}: method", key, names)
+    method = kind(**values)
+    for key in names:
+        if getattr(method, key) == MISSING:
+            raise UserError(f"{file}: method.{key} is missing")
+    with inside("method", f"{file}: method"):
+        method.validate()
+    return methods.create(method)
 
 
 def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str) -> None:
@@ -207,7 +222,7 @@ def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: st
 
     A resumed run computes with the threads that it began with, since their number decides how sums are rounded.
     """
-    lines = [header]
+    lines = [Text(header)]
     if hardware.device == "cpu":
         before = run.info.get("threads")
         threads = choose(hardware.threads, model.config.get_text_config().hidden_size)
@@ -215,9 +230,9 @@ def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: st
         torch.set_num_threads(threads.count)
         run.update(threads=asdict(threads))
         if threads.count != hardware.threads:
-            lines.append(f"[dim]{threads}[/dim]")
+            lines.append(Text(str(threads), style="dim"))
     if run.writes:
-        progress.console().print("\n".join(lines))
+        progress.console().print(*lines, sep="\n")
 
 
 def prepare(hardware: HardwareConfig) -> Accelerator:

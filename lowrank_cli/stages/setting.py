@@ -47,7 +47,7 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
     kept: dict[str, list[str]] = {str(layer): [] for layer in range(len(layers(adapter.model)))}
     for key, (layer, role) in places.items():
         kept[str(layer)] += [role] * bool(keep[key])
-    used = source.config()
+    used = source.config("model.name", "task.name", "seed")
     about = {
         "family": adapter.model.config.model_type,
         "source": {

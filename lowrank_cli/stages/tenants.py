@@ -13,6 +13,7 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.runs import Run
+from lowrank_cli.stages import progress
 from lowrank_cli.stages.session import method_of
 from lowrank_cli.stages.twins import copied
 
@@ -34,6 +35,12 @@ class Tenants:
             except UserError as error:
                 failed[name] = error
         failed |= self.bank.check(loaded)
+        if unsure := [name for name in loaded if name not in failed and not self.bank.proven(name)]:
+            adapters = f"{len(unsure)} adapter{'s have' if len(unsure) > 1 else ' has'}"
+            progress.console().print(
+                f"{adapters} no {state.PROOF}: that they were trained on this model was not verified ({unsure[0]}"
+                f"{', …' if len(unsure) > 1 else ''})"
+            )
         for name in failed.keys() & set(loaded):
             self.bank.remove(name)
         return failed
@@ -46,7 +53,7 @@ class Tenants:
         elif run is not None and (folder / state.PROOF).is_file():
             adapter = self._adapter(run)
             proof = state.fill(adapter, folder)
-            self.bank.add(name, adapter, tenant.saved_canary(folder, proof))
+            self.bank.add(name, adapter, tenant.saved_canary(folder, proof, self.bank.model.config.vocab_size))
         elif (folder / state.PROOF).is_file():
             raise UserError(f"tenant: '{name}' is an adapter that only its method can read; name its run")
         else:

@@ -1,0 +1,158 @@
+"""What the JSON files of a run folder hold, as far as they are read again; see :mod:`lowrank_cli.reader`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from lowrank_cli.reader import Count, Finite, PlainName, Where
+from lowrank_cli.schema import KINDS, VERBS
+
+Stage = Annotated[str, Where(VERBS.__contains__, f"one of {', '.join(VERBS)}")]
+Status = Annotated[
+    str,
+    Where(
+        ("done", "failed", "interrupted", "running", "pending").__contains__,
+        "one of done, failed, interrupted, running, pending",
+    ),
+]
+Picture = Annotated[PlainName, Where(lambda name: name.endswith(".png"), "the name of a .png file")]
+Table = list[list[float | None]]
+
+
+class Process(TypedDict):
+    """Which process works on a run."""
+
+    host: str
+    pid: Count
+    began: int | None
+
+
+class ChosenThreads(TypedDict):
+    """How many CPU threads a run began with, and why."""
+
+    count: Annotated[int, Where(range(1, 1025).__contains__, "a whole number, 1 to 1024")]
+    reason: str
+
+
+class RunInfo(TypedDict):
+    """``run.json``."""
+
+    stage: Stage
+    status: Status
+    config_hash: str
+    choices: NotRequired[dict[str, str]]
+    overrides: NotRequired[list[str]]
+    command: NotRequired[str]
+    seed: NotRequired[int | None]
+    started: NotRequired[str]
+    seconds: NotRequired[Finite]
+    peak_memory_bytes: NotRequired[Count]
+    device_memory_bytes: NotRequired[Count]
+    threads: NotRequired[ChosenThreads]
+    process: NotRequired[Process | None]
+    error: NotRequired[str]
+    exit_code: NotRequired[int]
+
+
+class MethodSection(TypedDict):
+    """``method`` in config.yaml, as far as it is the same for all methods."""
+
+    name: NotRequired[str]
+
+
+class Working(TypedDict):
+    """What run.json and sweep.json say of the process that works there."""
+
+    process: NotRequired[Process | None]
+
+
+HistoryRow = TypedDict(
+    "HistoryRow",
+    {
+        "step": Count,
+        "train/loss": NotRequired[float | None],
+        "dev/loss": NotRequired[float | None],
+        "learning_rate": NotRequired[float | None],
+    },
+)
+
+
+class ScoredModule(TypedDict):
+    """One module of ``scores.json``."""
+
+    module: str
+    layer: int | None
+    role: str | None
+    scores: list[Finite]
+
+
+class ScoresRecord(TypedDict):
+    """``scores.json``."""
+
+    level: Annotated[str, Where(KINDS.__contains__, f"one of {', '.join(KINDS)}")]
+    kind: Annotated[
+        str,
+        Where(lambda kind: any(kind in of for of in KINDS.values()), "a kind of score (lrk list keys score)"),
+    ]
+    modules: list[ScoredModule]
+
+
+class Figure(TypedDict):
+    """One entry of ``figures.json``; see :func:`lowrank_cli.report.plots.draw`."""
+
+    file: Picture
+    kind: Annotated[
+        str,
+        Where(
+            ("heatmap", "heatmaps", "lines", "box", "bubbles", "bars").__contains__,
+            "one of heatmap, heatmaps, lines, box, bubbles, bars",
+        ),
+    ]
+    title: str
+    rows: list[str | int | float]
+    columns: NotRequired[list[str | int | float]]
+    values: NotRequired[Table]
+    label: NotRequired[str]
+    row_label: NotRequired[str]
+    column_label: NotRequired[str]
+    low: NotRequired[Table]
+    high: NotRequired[Table]
+    sizes: NotRequired[Table]
+    size_label: NotRequired[str]
+    outlined: NotRequired[list[list[bool]]]
+    scale: NotRequired[list[Finite]]
+    panels: NotRequired[list[dict[str, Any]]]
+
+
+class Arrangement(TypedDict):
+    """One entry of ``arrangements.json``; the metric has a name of its own."""
+
+    draw: int
+    permutation: int
+    template: int
+
+
+class BenchRecord(TypedDict):
+    """``bench.json``."""
+
+    memory: str
+    bench: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+class Layers(TypedDict):
+    """``setting.yaml``, as ``lrk prune`` writes it."""
+
+    name: str
+    layers: dict[str | int, list[str]]
+    scores: dict[str | int, dict[str, Finite]]
+
+
+#: Kind of each file that :meth:`lowrank_cli.runs.Run.read_json` knows by its name.
+RECORDS: dict[str, Any] = {
+    "metrics.json": dict[str, float | None],
+    "scores.json": ScoresRecord,
+    "figures.json": list[Figure],
+    "arrangements.json": list[Arrangement],
+    "bench.json": BenchRecord,
+}

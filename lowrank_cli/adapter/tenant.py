@@ -19,6 +19,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import LINEARS, linear_shape
 from lowrank_cli.adapter.router import Router, scaled_gates
+from lowrank_cli.adapter.spans import Span
 from lowrank_cli.errors import UserError
 
 #: Options of the PEFT library that a LoRA of linears may have: those that :func:`read` or the tensors account for, and
@@ -41,7 +42,7 @@ class Place(NamedTuple):
     """A linear by its path, and the part of its output that an update covers (None for all of it)."""
 
     path: str
-    span: tuple[int, int] | None
+    span: Span | None
 
 
 @dataclass

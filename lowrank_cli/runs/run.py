@@ -53,7 +53,8 @@ class Run:
         if folder is None:
             groups = ("recipe", "method", "model", "task")
             kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
-            parts = kind + [choices[group] for group in groups if group in choices]
+            names = dict(choices) | ({"model": config["model"]["name"]} if "model" in config else {})
+            parts = kind + [names[group] for group in groups if group in choices]
             path = new_folder(outputs, "-".join([*parts, *([name] if name else [])]))
         else:
             path = Path(folder)
@@ -66,6 +67,7 @@ class Run:
             command=command,
             overrides=list(overrides),
             choices=dict(choices),
+            model=config["model"]["name"] if "model" in config else None,
             seed=config.get("seed"),
             config_hash=config_hash(config),
             git=git_state(),

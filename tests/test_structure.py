@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import small
 import torch
 import transformers
+from command import one_line
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -46,18 +49,37 @@ MODELS = {
     "starcoder2": ("starcoder2", GROUPED, "QKVOUD"),
     "cohere": ("cohere", GROUPED, "QKVOGUD"),
     "granite": ("granite", GROUPED, "QKVOGUD"),
+    "starcoder": ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "QKVOUD"),
     "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "vocab_size": 64}, "QKVOUD"),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "QKVOUD"),
     "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}, "QKVOUD"),
     "mixtral": ("mixtral", GROUPED | EXPERTS | {"num_local_experts": 4}, "QKVO"),
     "olmoe": ("olmoe", GROUPED | EXPERTS | {"num_experts": 4}, "QKVO"),
+    "gemma3": (
+        "gemma3",  # with a vision tower of more layers
+        {
+            "text_config": GROUPED | {"head_dim": 8},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        },
+        "QKVOGUD",
+    ),
     "qwen2_moe": (
         "qwen2_moe",
         GROUPED | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32},
         "QKVOGUD",
     ),
 }
+PACKED = ("phi3", "falcon", "falcon_heads", "falcon_groups", "gpt_neox", "bloom", "mpt", "starcoder")
 EVERY = pytest.mark.parametrize("name", MODELS)
+#: Models whose layers are not known to compute positions apart outside attention.
+MIXING = ("starcoder", "qwen2_moe", "gemma3")
 ROUTED = ("mixtral", "olmoe", "qwen2_moe")
 
 
@@ -118,7 +140,9 @@ def test_adapter_starts_as_the_bare_model_and_merges_to_itself(name):
     assert torch.equal(logits(adapter.model), adapted)
 
 
-@pytest.mark.parametrize("name", ["phi3", "falcon", "falcon_heads", "falcon_groups", "gpt_neox", "bloom", "mpt"])
+@pytest.mark.parametrize(
+    "name", ["phi3", "falcon", "falcon_heads", "falcon_groups", "gpt_neox", "bloom", "mpt", "starcoder"]
+)
 @pytest.mark.parametrize("role", "QKV")
 def test_spans_of_packed_linears_are_what_attention_reads(name, role):
     """Without queries, or without keys, all prompts attend alike; values have no part in that."""
@@ -216,7 +240,7 @@ def test_exact_scores_with_what_is_reused_equal_those_without(name):
     units = [(key, None) for key in adapter.modules]
     fast = ablate(adapter, probe, units)
     structure = structure_of(adapter.model)
-    assert structure.position_wise == (name != "qwen2_moe")
+    assert structure.position_wise == (name not in MIXING)
     object.__setattr__(structure, "position_wise", False)
     plain = ablate(adapter, probe, units)
     for one, other in zip((fast.without, fast.alone), (plain.without, plain.alone)):
@@ -232,6 +256,36 @@ def test_gated_feed_forward_computed_again_is_the_same(name):
         adapter.model(input_ids=small.ids()).logits.square().mean().backward()
     one, other = ({key: value.grad for key, value in adapter.trained.items()} for adapter in adapters)
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes the configuration of a model, without weights, and returns its folder."""
+
+    def write(name: str) -> str:
+        kind, values, _ = MODELS[name]
+        transformers.AutoConfig.for_model(kind, **values).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_check_shows_layers_and_roles_without_weights(lrk, folder):
+    out = lrk("check", "train", "method=lora", "model=hub", f"model.path={folder('phi')}").out
+    assert re.search(r"layers +2 in model\.layers, each with Q K V O U D
+", out)
+    out = lrk("check", "train", "method=milora", "model=hub", f"model.path={folder('mixtral')}").out
+    assert "each with Q K V O (experts fused into 3-D parameters take no low-rank module)" in out
+    out = lrk("check", "train", "method=lora", "model=gpt2").out
+    assert "looked at when the model is loaded: its config.json is not here yet" in out
+    assert "layers" not in lrk("check", "train", "method=lora").out
+
+
+def test_check_refuses_roles_that_the_model_lacks(lrk, folder):
+    chosen = ("method=lora", "model=hub", f"model.path={folder('phi')}")
+    message = one_line(lrk("check", "train", *chosen, "method.target_modules=[G]"))
+    assert message == "method.target_modules: family 'phi' has no role 'G' (it has Q K V O U D)"
+    assert lrk("check", "train", *chosen, "method.target_modules=[U]").code == 0
 
 
 def test_lists_name_tested_models():

@@ -34,7 +34,7 @@ QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")  #: queries, keys and va
 GATE_UP = ("gate_up_proj",)  #: gate, then up
 #: Packed linears whose features go head by head (or group by group), by name; elsewhere all queries come first.
 BY_HEAD = ("query_key_value",)
-#: Packed linears that keep to neither order, by ``config.model_type``.
+#: Models whose packed linears keep to neither order unless they have one key-value head, by ``config.model_type``.
 OTHER_ORDER = ("codegen", "gpt_bigcode")
 
 
@@ -141,7 +141,7 @@ def _packed_attention(config: Any, path: str, outputs: int) -> Roles:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value, odd = divmod(outputs - heads * width, 2 * width)
-    if odd or key_value < 1 or heads % key_value or config.model_type in OTHER_ORDER:
+    if odd or key_value < 1 or heads % key_value or (key_value > 1 and config.model_type in OTHER_ORDER):
         return {}
     by_head = path.rpartition(".")[2] in BY_HEAD and key_value > 1
     groups = key_value if by_head else 1
@@ -155,12 +155,15 @@ def _left_out(blocks: list[nn.Module], found: list[Roles]) -> str:
     """One line on what has no role although it multiplies: experts, or attention of another kind."""
     reasons = []
     fused = [any(p.dim() == 3 and "expert" in name for name, p in block.named_parameters()) for block in blocks]
-    several = [sum(path.endswith(FEED_FORWARD["D"]) for path, _ in _linears(block)) > 1 for block in blocks]
+    several = [
+        "D" not in roles and sum(path.endswith(FEED_FORWARD["D"]) for path, _ in _linears(block)) > 1
+        for block, roles in zip(blocks, found)
+    ]
     if any(fused):
         reasons.append("experts fused into 3-D parameters take no low-rank module")
     elif any(several):
         reasons.append("a layer has several feed-forward parts (experts), which take no low-rank module by role")
     without = sum(not {"Q", "K", "V", "O"} <= roles.keys() for roles in found)
     if without:
-        reasons.append(f"{without} of {len(found)} layers have attention without Q, K, V and O projections")
+        reasons.append(f"{without} of {len(found)} layers lack some of Q, K, V and O")
     return "; ".join(reasons)

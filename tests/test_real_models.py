@@ -91,6 +91,7 @@ def test_a_fresh_adapter_is_the_bare_model(bare, batch, method):
     assert torch.equal(after, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft's own
 def test_logits_and_a_training_step_are_those_of_peft(bare, batch, name):
     peft = pytest.importorskip("peft")
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -272,8 +272,7 @@ def folder(tmp_path):
 
 def test_check_shows_layers_and_roles_without_weights(lrk, folder):
     out = lrk("check", "train", "method=lora", "model=hub", f"model.path={folder('phi')}").out
-    assert re.search(r"layers +2 in model\.layers, each with Q K V O U D
-", out)
+    assert re.search(r"layers +2 in model\.layers, each with Q K V O U D\n", out)
     out = lrk("check", "train", "method=milora", "model=hub", f"model.path={folder('mixtral')}").out
     assert "each with Q K V O (experts fused into 3-D parameters take no low-rank module)" in out
     out = lrk("check", "train", "method=lora", "model=gpt2").out

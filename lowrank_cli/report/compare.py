@@ -143,7 +143,7 @@ def _result(run: Run) -> Result:
     metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     return Result(
         method=info["choices"]["method"],
-        model=run.config()["model"]["name"],
+        model=info.get("model") or info["choices"]["model"],
         task=info["choices"]["task"],
         seed=config["seed"],
         started=info.get("started", ""),

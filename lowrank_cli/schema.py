@@ -73,13 +73,17 @@ TRUST = "model.trust_remote_code"  #: the key that no file can set, only what is
 class ModelConfig:
     """Which pretrained model, and where it lies."""
 
-    name: str = MISSING  #: short name, used in run folders and tables
+    name: str = MISSING  #: short name, used in run folders and tables; ``???``: that of ``id``, ``path`` or ``gguf``
     kind: str = MISSING  #: ``causal`` (LM head) or ``encoder`` (linear head on the first token or the pooler)
     id: Optional[str] = MISSING  #: repository on the Hub; null when only a folder can be given
     path: Optional[str] = MISSING  #: a local folder, instead of the Hub; relative to the caller's directory
     bundled: bool = MISSING  #: the checkpoint inside this package (``path`` overrides it)
     revision: Optional[str] = MISSING  #: branch, tag or commit on the Hub
     trust_remote_code: bool = MISSING  #: run Python code that comes with the checkpoint
+    #: a GGUF file, or a folder with one, instead of the Hub: converted once, see :mod:`lowrank_cli.models.gguf`
+    gguf: Optional[str] = None
+    #: an installed Python package that holds the model as GGUF, used where the Hub cannot be reached
+    package: Optional[str] = None
     #: random weights instead: a name of :data:`SHAPES`, or LAYERSxWIDTHxFEEDFORWARDxHEADS (``lrk bench`` only)
     shape: Optional[str] = None
 
@@ -87,8 +91,12 @@ class ModelConfig:
         require_choice("model.kind", self.kind, ("causal", "encoder"))
         if self.shape is not None:
             self.sizes()
-        if not (self.bundled or self.id or self.path):
-            raise UserError("model: nothing to load; set model.id (Hub) or model.path (folder)")
+        if not (self.bundled or self.id or self.path or self.gguf):
+            raise UserError("model: nothing to load; set model.id (Hub), model.path (folder) or model.gguf (file)")
+        if self.gguf and self.path:
+            raise UserError(f"model.gguf: {self.gguf} and model.path={self.path} both name the weights; give one")
+        if self.gguf and self.kind == "encoder":
+            raise UserError("model.gguf: holds causal models; set model.kind=causal, or name an encoder by model.path")
 
     def sizes(self) -> tuple[int, ...]:
         """What ``shape`` stands for, as a row of :data:`SHAPES`."""

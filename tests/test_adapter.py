@@ -12,6 +12,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import inject
 from lowrank_cli.adapter.families import ROLES, find_sites
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.spans import index
 from lowrank_cli.errors import UserError
 
 
@@ -176,11 +177,17 @@ def test_unknown_targets_are_errors(family, targets, message):
     assert message in str(error.value)
 
 
-def test_an_unknown_family_takes_names_but_no_roles():
+def test_an_unknown_family_without_known_names_takes_linears_but_no_roles():
     model = small.model()
     model.config.model_type = "brandnew"
-    assert len(find_sites(model, ["q_proj"])) == 2
-    with pytest.raises(UserError, match="roles of family 'brandnew' are not known"):
+    for layer in model.model.layers:
+        layer.self_attn.mix, layer.mlp.mix = layer.self_attn.o_proj, layer.mlp.down_proj
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            delattr(layer.self_attn, name)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            delattr(layer.mlp, name)
+    assert len(find_sites(model, ["self_attn.mix"])) == 2
+    with pytest.raises(UserError, match="the layers and roles of this 'brandnew' cannot be found from its modules"):
         find_sites(model, ["all"])
 
 
@@ -212,7 +219,7 @@ def test_merge_is_the_same_function_and_unmerge_restores_every_bit(family):
         expected = torch.zeros_like(change)
         for site in adapter.sites.values():
             if site.path == path:
-                expected[slice(*(site.span or (None,)))] += deltas[site.key]
+                expected[index(site.span, len(expected))] += deltas[site.key]
         torch.testing.assert_close(change, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, logits, atol=1e-5, rtol=1e-4)
     adapter.unmerge()

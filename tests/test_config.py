@@ -71,10 +71,45 @@ def test_values_are_typed_and_lists_are_lists():
 @pytest.mark.parametrize("group", folders.GROUPS)
 def test_every_shipped_file_composes_and_says_what_it_is(group):
     for choice, path in folders.files(group).items():
-        composed = config.compose("train", [f"{group}={choice}"])
+        named = ["model.id=org/hub"] if (group, choice) == ("model", "hub") else []  # it names no model of its own
+        composed = config.compose("train", [f"{group}={choice}", *named])
         assert composed.choices[group] == choice
         assert composed.resolved[group]["name"] == choice, path
         assert len(folders.description(path)) > 5, path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["model=hub", "model.id=org/Phi-2"], "Phi-2"),
+        (["model=hub", "model.path=models/own"], "own"),
+        (["model=hub", "model.gguf=some/small.Q4_0.gguf"], "small.Q4_0"),
+        (["model=hub", "model.gguf=held"], "only.Q8_0"),
+        (["model=hub", "model.id=org/Phi-2", "model.name=mine"], "mine"),
+        (["model=llama", "model.path=models/own"], "own"),
+        (["model=gpt2", "model.path=models/own"], "gpt2"),  # its weights, from a folder
+        (["model=gpt2", "model.id=org/other"], "other"),
+        (["model=llama"], "llama"),
+    ],
+)
+def test_a_model_is_named_by_its_weights(overrides, name, tmp_path):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "only.Q8_0.gguf").touch()
+    assert config.compose("train", overrides).config.model.name == name
+
+
+def test_a_model_without_weights_and_one_with_two_kinds_are_one_line():
+    assert refused(["model=hub"]) == (
+        "model: nothing to load; set model.id (Hub), model.path (folder) or model.gguf (file)"
+    )
+    assert refused(["model=hub", "model.path=a", "model.gguf=b"]).endswith("both name the weights; give one")
+    assert "holds causal models" in refused(["model=minilm", "model.gguf=b", "task=tiny_sentiment"])
+
+
+def test_a_run_is_named_by_its_model():
+    run = trained(["model=hub", "model.id=org/Phi-2", "method=lora"])
+    assert run.path.name.endswith("-lora-Phi-2-tiny_yesno") and run.info["model"] == "Phi-2"
+    assert config.compose("evaluate", [f"run={run.path}"]).config.model.name == "Phi-2"
 
 
 def test_the_configuration_of_a_run_comes_back_from_its_folder():

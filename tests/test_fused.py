@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from lowrank_cli.adapter import fused
 from lowrank_cli.adapter.fused import STEPS, FusedLinears, kept_by_dropout
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.spans import Span
 
 
 def plain(x, mask, linear, updates, dtype=torch.float64):
@@ -17,7 +18,7 @@ def plain(x, mask, linear, updates, dtype=torch.float64):
     for span, strength, a, b, gate, stretch in updates:
         h = (x if mask is None else x * mask) @ a.t()
         update = strength * (h if gate is None else h * gate) @ b.t()
-        start, stop = span or (0, len(weight))
+        start, stop = (span.start, span.stop) if span else (0, len(weight))
         y = y + F.pad(update, (start, len(weight) - stop))
         if stretch is not None:
             factor = factor * F.pad(stretch - 1, (start, len(weight) - stop)).add(1)
@@ -31,11 +32,12 @@ def case(gates=False, stretched=False, masked=False):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     x = random(2, 3, 5)
-    plan = (((None, 0.7),), (((0, 2), 1.3), ((3, 6), 0.4)))
-    shapes = [(4, 2, None), (6, 3, (0, 2)), (6, 1, (3, 6))]
+    first, second = Span(0, 2), Span(3, 6)
+    plan = (((None, 0.7),), ((first, 1.3), (second, 0.4)))
+    shapes = [(4, 2, None), (6, 3, first), (6, 1, second)]
     tensors = [random(4, 5).detach(), random(4).detach()], [random(6, 5).detach(), None]
     for at, (outputs, rank, span) in enumerate(shapes):
-        own = outputs if span is None else span[1] - span[0]
+        own = outputs if span is None else span.stop - span.start
         gate = [random(rank), random(2, 1, rank), random(2, 3, 1)][at] if gates else None
         tensors[int(at > 0)].extend([random(rank, 5), random(own, rank), gate, random(own) if stretched else None])
     mask = (torch.rand(2, 3, 5) > 0.3) if masked else None

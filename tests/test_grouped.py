@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowrank_cli.adapter.grouped import GroupedUpdate, group, stacked, update_kind
+from lowrank_cli.adapter.spans import Span
 
 INPUTS, OUTPUTS = 150, 140  # no multiples of a tile
 RANKS = 64  # of one product of the kernels
@@ -21,7 +22,7 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
     for owners, tokens, span, gated, ranks in (
         ([1, 2, 3], 1, None, False, (4, 3)),  # a decoding step, in order
-        ([None, 2, 1, None, 2, 2], 7, (20, 20 + OUTPUTS), True, (20, 5)),
+        ([None, 2, 1, None, 2, 2], 7, Span(20, 20 + OUTPUTS), True, (20, 5)),
         ([1, 1, 1, 2], 1, None, True, (RANKS + 6, 1)),
     ):
         grouping = group(tuple(owners))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import family_of, layers
+from lowrank_cli.adapter.families import layers, structure_of
 from lowrank_cli.errors import UserError
 
 KEY = "hardware.compile"
@@ -39,8 +39,8 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     on a CPU). Other passes, and the hooks of a layer, its router among them, run as they stand. Dropout draws other
     numbers than without. Raises UserError for a model whose layers are not known.
     """
-    if family_of(model) is None:
-        raise UserError(f"{KEY}: the layers of family '{model.config.model_type}' are not known; set it to false")
+    if structure_of(model) is None:
+        raise UserError(f"{KEY}: the layers of this '{model.config.model_type}' are not known; set it to false")
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
     for layer in layers(model):

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import head_names
+from lowrank_cli.adapter.spans import index
 from lowrank_cli.adapter.state import CONFIG, PREFIX, WEIGHTS, canary
 from lowrank_cli.errors import UserError
 
@@ -57,7 +58,7 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
         for part, span in linear.updates:
             b, a, error = truncate(*part.change(), rank)
             whole = b.new_zeros(outputs, b.shape[1])
-            whole[slice(*(span or (None,)))] = b
+            whole[index(span, outputs, whole.device)] = b
             columns.append(whole)
             rows.append(a)
             worst = max(worst, error)

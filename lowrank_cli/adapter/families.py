@@ -1,17 +1,21 @@
-"""Which linear plays which role in which family of models: one explicit table, and the search through it.
+"""Which linear plays which role in a model, and the sites for low-rank modules that follow from it.
 
 Roles: Q K V O (attention: query, key, value, output) and G U D (feed-forward: gate, up, down). A family without a
-gated feed-forward has no G. A packed linear holds several roles in equal spans of its output features.
+gated feed-forward has no G. A packed linear holds several roles in spans of its output features. Of decoders all this
+is read from the modules (:mod:`lowrank_cli.adapter.structure`); the table says what they do not show.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.linear import LINEARS, linear_shape
+from lowrank_cli.adapter.linear import LINEARS, bare, linear_shape
+from lowrank_cli.adapter.spans import Span, width
+from lowrank_cli.adapter.structure import Place, Structure, discover
 from lowrank_cli.errors import UserError, nearest
 
 ROLES = ("Q", "K", "V", "O", "G", "U", "D")
@@ -28,7 +32,8 @@ class Family:
 
     layers: str
     roles: dict[str, str | tuple[str, int, int]]
-    first_answers: bool = False  #: a classifier of the family reads the first position of the last layer alone
+    first_answers: bool = False  #: see :class:`Structure`
+    plain_gated: bool = False  #: likewise
 
 
 def _gated(attention: str = "self_attn", mlp: str = "mlp") -> Family:
@@ -43,6 +48,7 @@ def _gated(attention: str = "self_attn", mlp: str = "mlp") -> Family:
             "U": f"{mlp}.up_proj",
             "D": f"{mlp}.down_proj",
         },
+        plain_gated=True,
     )
 
 
@@ -90,11 +96,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+#: Model types outside the table whose layers compute each position by itself outside attention, as that shows in their
+#: code and in the tests, not in their modules.
+POSITION_WISE = frozenset(
+    "phi phi3 falcon gpt_neox olmo olmo2 olmoe mixtral stablelm starcoder2 cohere granite gptj bloom mpt".split()
+)
+#: Those of them whose feed-forward is Llama's.
+PLAIN_GATED = frozenset("olmo olmo2 stablelm cohere granite".split())
+
+
 @dataclass(frozen=True)
 class Site:
     """One place for a low-rank module: a linear, or a span of a packed one.
 
-    ``layer`` and ``role`` are None for a linear that the family table does not know.
+    ``layer`` and ``role`` are None for a linear that has no role.
     """
 
     path: str
@@ -102,7 +117,7 @@ class Site:
     layer: int | None
     in_features: int
     out_features: int
-    span: tuple[int, int] | None = None
+    span: Span | None = None
 
     @property
     def key(self) -> str:
@@ -115,41 +130,69 @@ class Site:
         return "whole" if self.span is None else str(self.role)
 
 
-def family_of(model: PreTrainedModel) -> Family | None:
-    """The table's row for ``model``, or None."""
-    return FAMILIES.get(model.config.model_type)
+_structures: WeakKeyDictionary[PreTrainedModel, Structure | None] = WeakKeyDictionary()
+
+
+def structure_of(model: PreTrainedModel) -> Structure | None:
+    """The model's layers and roles, from the table or else from its modules; None where neither shows them."""
+    if model not in _structures:
+        kind = model.config.model_type
+        if kind in FAMILIES:
+            _structures[model] = _tabled(model, FAMILIES[kind])
+        else:
+            found = discover(model)
+            _structures[model] = found and replace(
+                found, position_wise=kind in POSITION_WISE, plain_gated=kind in PLAIN_GATED
+            )
+    return _structures[model]
+
+
+def _tabled(model: PreTrainedModel, family: Family) -> Structure:
+    prefix = model.base_model_prefix if model.base_model is not model else ""
+    root = f"{prefix}.{family.layers}" if prefix else family.layers
+    roles = []
+    for layer in model.get_submodule(root).children():
+        own = {}
+        for role, place in family.roles.items():
+            name, part, count = place if isinstance(place, tuple) else (place, 0, 1)
+            features = linear_shape(bare(layer.get_submodule(name)))[1] // count
+            own[role] = Place(name, None if count == 1 else Span(part * features, (part + 1) * features))
+        roles.append(own)
+    return Structure(
+        root,
+        tuple(roles),
+        plain_gated=family.plain_gated,
+        position_wise=True,
+        first_answers=family.first_answers,
+    )
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Dotted path of the list of layers; the model's family must be known."""
-    family = family_of(model)
-    assert family is not None
-    prefix = model.base_model_prefix if model.base_model is not model else ""
-    return f"{prefix}.{family.layers}" if prefix else family.layers
+    """Dotted path of the list of layers; the model's structure must be known."""
+    structure = structure_of(model)
+    assert structure is not None
+    return structure.layers
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a known family, from the input to the output."""
+    """The layers of a model of known structure, from the input to the output."""
     return list(model.get_submodule(layers_path(model)).children())
 
 
 def known_sites(model: PreTrainedModel) -> list[Site]:
-    """Every site of the family table, layer by layer in the order of :data:`ROLES`; empty for an unknown family."""
-    family = family_of(model)
-    if family is None:
+    """Every site that has a role, layer by layer in the order of :data:`ROLES`; empty where no structure is known."""
+    structure = structure_of(model)
+    if structure is None:
         return []
-    root = layers_path(model)
     sites = []
-    for index, layer in enumerate(layers(model)):
+    for index, (layer, roles) in enumerate(zip(layers(model), structure.roles)):
         for role in ROLES:
-            if role not in family.roles:
+            if role not in roles:
                 continue
-            place = family.roles[role]
-            name, part, count = place if isinstance(place, tuple) else (place, 0, 1)
-            inputs, outputs = linear_shape(layer.get_submodule(name))
-            width = outputs // count
-            span = None if count == 1 else (part * width, (part + 1) * width)
-            sites.append(Site(f"{root}.{index}.{name}", role, index, inputs, width, span))
+            place = roles[role]
+            inputs, outputs = linear_shape(bare(layer.get_submodule(place.name)))
+            outputs = outputs if place.span is None else width(place.span, outputs)
+            sites.append(Site(f"{structure.layers}.{index}.{place.name}", role, index, inputs, outputs, place.span))
     return sites
 
 
@@ -192,13 +235,15 @@ def find_sites(model: PreTrainedModel, targets: list[str]) -> list[Site]:
 
 
 def _unknown_role(model: PreTrainedModel, target: str, roles: list[str]) -> UserError:
-    family = model.config.model_type
+    kind = model.config.model_type
     if not roles:
         return UserError(
-            f"method.target_modules: the roles of family '{family}' are not known; name its linears "
-            f"(families with roles: {', '.join(sorted(FAMILIES))})"
+            f"method.target_modules: '{target}' names no module, as the layers and roles of this '{kind}' cannot be "
+            f"found from its modules; name its linears instead"
         )
-    return UserError(f"method.target_modules: family '{family}' has no role '{target}' (it has {' '.join(roles)})")
+    structure = structure_of(model)
+    why = f"; {structure.left_out}" if structure and structure.left_out else ""
+    return UserError(f"method.target_modules: family '{kind}' has no role '{target}' (it has {' '.join(roles)}{why})")
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

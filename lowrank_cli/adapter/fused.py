@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Span = tuple[int, int] | None  #: the part of a linear's output that an update covers; None is all of it
+from lowrank_cli.adapter.spans import Span, take
 
 LANES = 4  #: draws of 16 bits in one number of 64
 STEPS = 1 << 16  #: of a draw: the probability of dropout is rounded to multiples of 1 / STEPS
@@ -58,7 +58,7 @@ class Frozen(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    updates: Sequence[tuple[Terms, Span]]
+    updates: Sequence[tuple[Terms, Span | None]]
 
     @property
     def dropout(self) -> float:
@@ -117,9 +117,10 @@ class FusedLinears(torch.autograd.Function):
             y = F.linear(flat, weight, bias if factor is None else None)  # (N, I) @ (I, O) -> (N, O)
             for span, strength, a, b, gate, _ in updates:
                 h = _gated(hidden[:, start : start + len(a)], gate, rows)
-                _part(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
+                take(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
                 start += len(a)
-            ys.append(y.view(*rows, -1))  # (N, O) -> (…, O)
+            # No view for autograd: some models (Falcon) go on to change an output in place.
+            ys.append(torch.ops.aten._unsafe_view(y, (*rows, len(weight))))  # (N, O) -> (…, O)
             if factor is not None:
                 y.mul_(factor)
                 stretched.append(ys[-1] if bias is None else ys[-1].add_(bias))
@@ -151,12 +152,12 @@ class FusedLinears(torch.autograd.Function):
             towards.append(g)
             found += [None, None]
             for span, strength, a, b, gate, stretch in updates:
-                ranks, own = slice(start, start + len(a)), _part(g, span)
+                ranks, own = slice(start, start + len(a)), take(g, span)
                 h, to_h = hidden[:, ranks], (own @ b).mul_(strength)  # (N, O) @ (O, R) -> (N, R)
                 to_b = ((_gated(h, gate, rows) * strength).t() @ own).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
                 to_gate = None if gate is None else (to_h * h).view(*rows, -1).sum_to_size(gate.shape)
                 to_hidden[:, ranks] = _gated(to_h, gate, rows)
-                to_stretch = None if stretch is None or to_factor is None else _part(to_factor, span)
+                to_stretch = None if stretch is None or to_factor is None else take(to_factor, span)
                 found += [None, to_b, to_gate, to_stretch]
                 start += len(a)
         if ctx.trains_a:
@@ -174,11 +175,11 @@ class FusedLinears(torch.autograd.Function):
 
 
 #: For each linear, the span and the strength of each of its updates.
-Plan = tuple[tuple[tuple[Span, float], ...], ...]
+Plan = tuple[tuple[tuple[Span | None, float], ...], ...]
 
 
 class _Update(NamedTuple):
-    span: Span
+    span: Span | None
     strength: float
     a: Tensor
     b: Tensor
@@ -220,10 +221,6 @@ def _gated(h: Tensor, gate: Tensor | None, rows: Sequence[int]) -> Tensor:
     return h if gate is None else (h.view(*rows, -1) * gate).view(h.shape)
 
 
-def _part(y: Tensor, span: Span) -> Tensor:
-    return y if span is None else y[..., slice(*span)]
-
-
 def _factor(weight: Tensor, updates: Sequence[_Update]) -> Tensor | None:
     """c of a linear, (O,); None where nothing stretches it."""
     if all(update.stretch is None for update in updates):
@@ -233,5 +230,5 @@ def _factor(weight: Tensor, updates: Sequence[_Update]) -> Tensor | None:
     factor = weight.new_ones(len(weight))
     for update in updates:
         if update.stretch is not None:
-            _part(factor, update.span).copy_(update.stretch)
+            take(factor, update.span).copy_(update.stretch)
     return factor

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from lowrank_cli.adapter.spans import Span, put, take
 from lowrank_cli.errors import UserError
 
 #: What reading an owner's A and B costs in a decoding step: as much as computing so many rows (measured on a CPU).
@@ -79,9 +80,7 @@ class GroupedUpdate:
     are w, None where all are 1. ``span`` is the part of the output that the update covers, None for all of it.
     """
 
-    def __init__(
-        self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: tuple[int, int] | None, batch: int
-    ):
+    def __init__(self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: Span | None, batch: int):
         rows = torch.tensor(grouping.rows, device=a.device)
         self.rows = None if grouping.in_order and len(rows) == batch else rows.clamp_min(0)  # (G * n,)
         self.gate: Tensor | None = None  # (G * n, 1, 1)
@@ -102,12 +101,13 @@ class GroupedUpdate:
             h = (h.view(len(self.gate), -1, rank) * self.gate).view(groups, -1, rank)
         if self.rows is None:
             y = y.view(groups, -1, y.shape[-1])  # (B, T, O) -> (G, n * T, O)
-            y = y if self.span is None else y[..., slice(*self.span)]
-            y.baddbmm_(h.to(y.dtype), self.b.to(y.dtype))  # += (G, n * T, R) @ (G, R, O); autocast leaves it alone
+            own = take(y, self.span)
+            own.baddbmm_(h.to(y.dtype), self.b.to(y.dtype))  # += (G, n * T, R) @ (G, R, O); autocast leaves it alone
         else:
             y = y.view(self.batch, -1, y.shape[-1])  # (B, T, O)
-            y = y if self.span is None else y[..., slice(*self.span)]
-            y.index_add_(0, self.rows, torch.bmm(h, self.b).view(len(self.rows), -1, y.shape[-1]))
+            own = take(y, self.span)
+            own.index_add_(0, self.rows, torch.bmm(h, self.b).view(len(self.rows), -1, own.shape[-1]))
+        put(y, self.span, own)
 
 
 def require_grouped(grouped: str) -> None:
@@ -132,7 +132,7 @@ class GroupedLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.updates: dict[tuple[int, int] | None, GroupedUpdate] = {}  # by the span that each covers
+        self.updates: dict[Span | None, GroupedUpdate] = {}  # by the span that each covers
 
     @property
     def weight(self) -> Tensor:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowrank_cli.adapter.grouped import GroupedUpdate, Grouping
+from lowrank_cli.adapter.spans import Span, put, take
 
 TOKENS = 16  #: of a group in one program: the least that ``tl.dot`` takes, as a decoding step has few
 WIDTH = 128  #: inputs that are summed at a time, and outputs of one program
@@ -90,9 +91,7 @@ def _up(
 class TritonUpdate(GroupedUpdate):
     """:class:`GroupedUpdate`, computed by the kernels above."""
 
-    def __init__(
-        self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: tuple[int, int] | None, batch: int
-    ):
+    def __init__(self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: Span | None, batch: int):
         super().__init__(a, b, grouping, gates, span, batch)
         self.down, self.b = a.contiguous(), self.b.contiguous()  # (G, R, I), (G, R, O)
         self.slots = torch.tensor(grouping.rows, dtype=torch.int32, device=a.device)  # (G * n,)
@@ -103,7 +102,7 @@ class TritonUpdate(GroupedUpdate):
         groups, rank, inputs = self.down.shape
         x = x.reshape(-1, inputs).to(self.down.dtype).contiguous()  # (B, T, I) -> (B * T, I); as it is, as a rule
         y = y.view(-1, y.shape[-1])  # (B, T, O) -> (B * T, O)
-        y = y if self.span is None else y[:, slice(*self.span)]
+        own = take(y, self.span)
         per_group, tokens, outputs = len(self.slots) // groups, len(x) // self.batch, self.b.shape[-1]
         h = x.new_empty(groups, per_group * tokens, rank, dtype=self.b.dtype)
         ranks = min(RANKS, triton.next_power_of_2(max(rank, 16)))
@@ -115,5 +114,6 @@ class TritonUpdate(GroupedUpdate):
             GATED=self.gate is not None, K=WIDTH, **size,
         )  # fmt: skip
         _up[(groups, parts, triton.cdiv(outputs, WIDTH))](
-            h, self.slots, self.b, y, per_group, tokens, outputs, rank, y.stride(0), N=WIDTH, **size
+            h, self.slots, self.b, own, per_group, tokens, outputs, rank, own.stride(0), N=WIDTH, **size
         )
+        put(y, self.span, own)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_cli.adapter.fused import Frozen, Remake, Terms
 from lowrank_cli.adapter.quantized import dense, quantized
 from lowrank_cli.adapter.siblings import Siblings
+from lowrank_cli.adapter.spans import Span, index, is_view, put, take
 
 LINEARS = (nn.Linear, Conv1D)
 
@@ -25,6 +26,12 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
         return int(linear.weight.shape[0]), int(linear.weight.shape[1])
     assert isinstance(linear, nn.Linear)
     return linear.in_features, linear.out_features
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The linear inside ``module``, which wraps one to add updates, or ``module`` itself."""
+    base = getattr(module, "base", None)
+    return base if isinstance(base, nn.Module) else module
 
 
 class LowRank(nn.Module):
@@ -275,15 +282,15 @@ def _over_tokens(gate: Tensor, x: Tensor) -> Tensor:
     return gate.repeat_interleave(x.shape[0] // gate.shape[0], dim=0)  # (B, X) -> (B * T, X)
 
 
-#: A low-rank module and the span (start, stop) of the output that it covers; None is all of it.
-Update = tuple[LowRank, tuple[int, int] | None]
+#: A low-rank module and the span of the output that it covers; None is all of it.
+Update = tuple[LowRank, Span | None]
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear with the low-rank modules that update it.
 
     Usually one module covers the whole output; where a linear packs several roles (GPT-2's ``c_attn``), each module
-    covers a span (start, stop) of the output features.
+    covers a span of the output features.
     """
 
     def __init__(self, base: nn.Module):
@@ -312,7 +319,7 @@ class AdaptedLinear(nn.Module):
     def merged(self) -> bool:
         return self._unmerged is not None
 
-    def add(self, name: str, part: LowRank, span: tuple[int, int] | None) -> None:
+    def add(self, name: str, part: LowRank, span: Span | None) -> None:
         """Attach ``part`` to the whole output or to a span of it."""
         self.parts[name] = part
         self._updates[name] = (part, span)
@@ -327,23 +334,24 @@ class AdaptedLinear(nn.Module):
         del self.parts[name], self._updates[name]
         self._choose()
 
-    def rows(self, span: tuple[int, int] | None, weight: Tensor | None = None) -> Tensor:
+    def rows(self, span: Span | None, weight: Tensor | None = None) -> Tensor:
         """The base's weight, or a tensor laid out like it, as (O, I), or the rows that a span covers.
 
-        A view, but of a quantised weight: that is computed anew at every call, and writing into it has no effect.
+        A view, except of a quantised weight and of a span that is not one run: those are copies, and writing into them
+        has no effect.
         """
         weight = dense(self.weight) if weight is None else weight
         weight = weight.t() if isinstance(self.base, Conv1D) else weight
-        return weight if span is None else weight[slice(*span)]
+        return weight if span is None else weight[index(span, len(weight), weight.device)]
 
-    def frozen(self, span: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+    def frozen(self, span: Span | None) -> tuple[Tensor, Tensor | None]:
         """The base's weight (O, I) and bias (O,), or the rows of them that a span covers, as :meth:`rows`."""
         return self.rows(span), self.frozen_bias(span)
 
-    def frozen_bias(self, span: tuple[int, int] | None) -> Tensor | None:
-        """The base's bias (O,), or the part of it that a span covers: a view."""
+    def frozen_bias(self, span: Span | None) -> Tensor | None:
+        """The base's bias (O,), or the part of it that a span covers."""
         bias: Tensor | None = getattr(self.base, "bias", None)
-        return bias if bias is None or span is None else bias[slice(*span)]
+        return bias if bias is None else take(bias, span)
 
     def enable(self, enabled: bool) -> None:
         """Switch all updates on or off."""
@@ -356,7 +364,17 @@ class AdaptedLinear(nn.Module):
     def settle(self) -> None:
         """Let each part make the stored weight what it has to be."""
         for part, span in self.updates:
-            part.settle(self.rows(span), self.enabled)
+            if type(part).settle is not LowRank.settle:
+                rows = self.rows(span)
+                part.settle(rows, self.enabled)
+                self._write(span, rows)
+
+    @torch.no_grad()
+    def _write(self, span: Span | None, rows: Tensor) -> None:
+        """Put ``rows`` (O, I), changed in place, into the base's weight, where they are a copy of a part of it."""
+        if not is_view(span) and not quantized(self.weight):
+            weight = self.rows(None)
+            weight[index(span, len(weight), weight.device)] = rows.to(weight.dtype)
 
     def _choose(self) -> None:
         on = self.enabled and not self.merged
@@ -375,13 +393,17 @@ class AdaptedLinear(nn.Module):
                 return fused
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
         for part, span in self._active:
-            part.add_to(y if span is None else y[:, slice(*span)], x)
+            own = take(y, span)
+            part.add_to(own, x)
+            put(y, span, own)
         return y.view(*x.shape[:-1], -1)
 
     def fusible(self, x: Tensor) -> Frozen | None:
         """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
         if not self._active or quantized(self.weight) or self.weight.requires_grad:
             return None  # nothing to fuse; W only through its own linear; a weight whose own gradient is asked for
+        if not all(is_view(span) for _, span in self._active):
+            return None  # updates are added to views of y
         bias = getattr(self.base, "bias", None)
         if bias is not None and bias.requires_grad:
             return None
@@ -404,6 +426,7 @@ class AdaptedLinear(nn.Module):
         for part, span in self.updates:
             rows = self.rows(span)
             rows.copy_(rows.float() + part.delta())
+            self._write(span, rows)
         self._choose()
 
     @torch.no_grad()

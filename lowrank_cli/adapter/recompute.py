@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import family_of, layers
+from lowrank_cli.adapter.families import layers, structure_of
 from lowrank_cli.adapter.fused import Remake
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.errors import UserError
@@ -31,20 +31,23 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
 
     Raises UserError for a model that has no such part.
     """
-    family = family_of(model)
+    structure = structure_of(model)
     if what == "auto":
-        what = "none" if compiled or family is None or "G" not in family.roles else "feed_forward"
+        what = "none" if compiled or structure is None or not structure.plain_gated else "feed_forward"
     if what == "none":
         return
-    if family is None:
-        raise UserError(f"{KEY}: the layers of family '{model.config.model_type}' are not known; set it to none")
-    if what == "feed_forward" and "G" not in family.roles:
-        raise UserError(f"{KEY}: family '{model.config.model_type}' has no gated feed-forward; take layers, or none")
-    for layer in layers(model):
+    if structure is None:
+        raise UserError(f"{KEY}: the layers of this '{model.config.model_type}' are not known; set it to none")
+    if what == "feed_forward" and not structure.plain_gated:
+        raise UserError(
+            f"{KEY}: family '{model.config.model_type}' is not known to have a feed-forward like Llama's; "
+            f"take layers, or none"
+        )
+    for layer, roles in zip(layers(model), structure.roles):
         if what == "layers":
             layer.forward = partial(_checkpointed, layer.forward)
         else:
-            parent = layer.get_submodule(str(family.roles["G"]).rpartition(".")[0])
+            parent = layer.get_submodule(roles["G"].name.rpartition(".")[0])
             parent.forward = partial(_gated, parent, parent.forward)
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.spans import Span
 
 #: Smaller side of a matrix up to which principal components are exact (LAPACK: about 1 s at 768 × 2048 on one core).
 EXACT = 1024
@@ -235,7 +236,7 @@ def reachable(places: list[float], components: int, width: int) -> Tensor:
 def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, a backward pass hands ``see`` the key and the gradient (O, I) of each adapted weight, one at a time."""
 
-    def watch(linear: AdaptedLinear, keys: dict[tuple[int, int] | None, str]) -> Callable[[Tensor], None]:
+    def watch(linear: AdaptedLinear, keys: dict[Span | None, str]) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
             gradient, weight.grad = weight.grad, None
             assert gradient is not None

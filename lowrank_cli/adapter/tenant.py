@@ -18,6 +18,7 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.linear import LINEARS, linear_shape
 from lowrank_cli.adapter.router import Router, scaled_gates
+from lowrank_cli.adapter.spans import Span
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Finite, Where, read_json
 
@@ -73,7 +74,7 @@ class Place(NamedTuple):
     """A linear by its path, and the part of its output that an update covers (None for all of it)."""
 
     path: str
-    span: tuple[int, int] | None
+    span: Span | None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.spans import index
 
 
 @torch.no_grad()
@@ -17,5 +18,5 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     if isinstance(head, AdaptedLinear):
         weight = weight.clone()
         for part, span in head.updates:
-            weight[slice(*(span or (None,)))] += part.delta()
+            weight[index(span, len(weight), weight.device)] += part.delta()
     return weight

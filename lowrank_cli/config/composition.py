@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, reduce
 from pathlib import Path
@@ -33,6 +33,7 @@ from lowrank_cli.schema import TRUST, VERBS
 INPUTS = (
     "run",
     "model.path",
+    "model.gguf",
     "task.path",
     "method.setting",
     "generate.tenants",
@@ -134,6 +135,8 @@ def compose(
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
         _make_absolute(cfg, later)
+        if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
+            _name_model(cfg, {item.key_or_group for item in parsed})
         if "method" in cfg:
             own = [item.key_or_group for item in parsed if item.key_or_group.startswith("method.")]
             absorb(cfg.method, [key.split(".")[1] for key in own], later)
@@ -300,7 +303,12 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Overr
 def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) -> None:
     """Refuse another model, unless it is a folder, in which the same weights may lie."""
     choice, used = given.get("model"), source.choices.get("model")
-    if choice in (None, used) or given.get("model.path") or not load.repository.config_exists(f"model/{choice}"):
+    if (
+        choice in (None, used)
+        or given.get("model.path")
+        or given.get("model.gguf")
+        or not load.repository.config_exists(f"model/{choice}")
+    ):
         return
     if not load.repository.load_config(f"model/{choice}").config.get("path"):
         raise UserError(
@@ -331,6 +339,23 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
         path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):
             OmegaConf.update(cfg, key, os.path.abspath(runs.settled(os.path.expanduser(path))))
+
+
+def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
+    """Name a model after its weights where its file does not: another repository, folder or GGUF file than the file's.
+
+    ``given`` are the keys that the user set.
+    """
+    model = cfg.model
+    unnamed = (
+        OmegaConf.is_missing(model, "name") or "model.id" in given or (model.bundled and (model.path or model.gguf))
+    )
+    if "model.name" in given or not unnamed:
+        return
+    source = Path(model.gguf or model.path or model.id or "hub")
+    if model.gguf and len(files := list(source.glob("*.gguf"))) == 1:  # of a folder
+        source = files[0]
+    model.name = source.stem if source.suffix == ".gguf" else source.name
 
 
 def _literal_path(override: str) -> str:

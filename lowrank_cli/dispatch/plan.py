@@ -48,7 +48,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     config = composed.config
     model, hardware = config.model, config.hardware
     source = f"random weights, {model.shape}" if model.shape else None
-    source = source or model.path or ("bundled" if model.bundled else model.id)
+    source = source or model.gguf or model.path or ("bundled" if model.bundled else model.id)
     common = [
         ("model", f"{model.name} ({model.kind}, {source})"),
         ("hardware", f"{hardware.processes} × {hardware.device}, {hardware.precision}{_quantized(hardware)}"),
@@ -65,6 +65,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
         ("stage", composed.verb),
         ("method", f"{config.method.name}{f' ({values})' if values else ''}"),
         common[0],
+        *_layers(config),
         ("task", f"{task.name} ({data}; {task.answer}, {task.metric}{f', limit {task.limit}' if task.limit else ''})"),
         common[1],
     ]
@@ -91,6 +92,20 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if getattr(config, "run", None):
         rows.append(("starts from" if composed.verb == "train" else "adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
+
+
+def _layers(config: Any) -> list[tuple[str, str]]:
+    """The layers of a model and the roles in them, where its configuration is on this machine.
+
+    Raises UserError for target modules that it lacks. The bundled model needs no look.
+    """
+    model = config.model
+    if model.bundled and not (model.path or model.gguf):
+        return []
+    from lowrank_cli.stages.outline import layers
+
+    targets = getattr(config.method, "target_modules", None)
+    return [("layers", layers(model, targets) or "looked at when the model is loaded: its config.json is not here yet")]
 
 
 def _quantized(hardware: HardwareConfig) -> str:

@@ -83,6 +83,8 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
     for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
             raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
+    if (file := config.model.gguf) is not None and not file.startswith(later) and not Path(file).exists():
+        raise UserError(f"model.gguf: there is no file or folder '{tables.shown(file)}'")
 
 
 def _refuse_what_would_do_nothing(config: Any) -> None:

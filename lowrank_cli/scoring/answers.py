@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import family_of, layers, layers_path
+from lowrank_cli.adapter.families import layers, layers_path, structure_of
 
 
 @contextmanager
@@ -19,14 +19,15 @@ def answers_only(model: PreTrainedModel, answered: Tensor) -> Iterator[None]:
 
     What the layer returns elsewhere is zero, so a classifier's head must not read it; the logits of an LM head are
     (N, V), N the number of those positions. A head that is adapted, or no linear, sees everything, and so does the
-    last layer of an unknown family.
+    last layer of a model that is not known to keep positions apart outside attention.
     """
     head = model.get_output_embeddings()
     with ExitStack() as stack:
         if isinstance(head, nn.Linear):
             hook = head.register_forward_pre_hook(lambda module, args: (args[0][answered],))
             stack.callback(hook.remove)
-        if family_of(model):
+        structure = structure_of(model)
+        if structure and structure.position_wise:
             last, attention = layers(model)[-1], attention_of(model, len(layers(model)) - 1)
             stack.enter_context(answering({last: _narrowed(last, attention, answered)}))
         yield
@@ -70,10 +71,9 @@ class Done(Exception):
 
 def role_paths(model: PreTrainedModel, index: int) -> dict[str, str]:
     """Dotted path of the linear of each role in a layer."""
-    family = family_of(model)
-    assert family is not None
-    names = {role: place if isinstance(place, str) else place[0] for role, place in family.roles.items()}
-    return {role: f"{layers_path(model)}.{index}.{name}" for role, name in names.items()}
+    structure = structure_of(model)
+    assert structure is not None
+    return {role: f"{structure.layers}.{index}.{place.name}" for role, place in structure.roles[index].items()}
 
 
 def attention_of(model: PreTrainedModel, index: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import family_of
+from lowrank_cli.adapter.families import structure_of
 from lowrank_cli.scoring.answers import answers_only
 
 Batch = dict[str, Tensor]
@@ -100,9 +100,9 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits (N, V), fp32, of the N response tokens of all rows in a row; of an encoder one answer (N = B) a row."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if batch["labels"].dim() == 1:
-        family, first = family_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
+        structure, first = structure_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
         first[:, 0] = True
-        with answers_only(model, first) if family and family.first_answers else nullcontext():
+        with answers_only(model, first) if structure and structure.first_answers else nullcontext():
             return model(**inputs).logits.float()
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
     answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)

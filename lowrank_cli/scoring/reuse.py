@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.families import family_of, layers
+from lowrank_cli.adapter.families import layers, structure_of
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.scoring.answers import Done, answering, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
@@ -27,7 +27,8 @@ class Reuse:
 
     def __init__(self, adapter: Adapter, batch: Batch):
         self.model, self.batch = adapter.model, batch
-        self.blocks = layers(self.model) if family_of(self.model) else []
+        structure = structure_of(self.model)
+        self.blocks = layers(self.model) if structure and structure.position_wise else []
         self.inputs: list[Tensor] = []
         self.extras: list[int | None] = []  # how many values a layer returns beside the states; None: no tuple
         self.layer: int | None = None  # whose inside is remembered
@@ -69,9 +70,10 @@ class Reuse:
     def known(self, index: int | None, stage: int, ablated: set[str], times: int) -> dict[nn.Module, Callable]:
         """What need not be computed in ``times`` copies of the batch where linears ``ablated`` of one stage differ.
 
-        ``index`` is their layer (None: nothing is known). An ablated linear keeps its frozen part's output.
+        ``index`` is their layer. Nothing is known where it is None, or where layers may mix positions outside
+        attention. An ablated linear keeps its frozen part's output.
         """
-        if index is None:
+        if index is None or not self.blocks:
             return {}
         if index != self.layer:
             self._enter(index)

@@ -1,0 +1,34 @@
+"""A model without its weights: what its configuration alone says, for plans that must not wait for a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowrank_cli.models import gguf
+from lowrank_cli.models.load import cached, factory_of, one_line, quiet
+from lowrank_cli.schema import ModelConfig
+
+
+def outline(model: ModelConfig) -> Any | None:
+    """The model on torch's meta device; None where its config.json is not on this machine.
+
+    Raises UserError where that cannot be read.
+    """
+    folder = _folder(model)
+    if folder is None:
+        return None
+    import torch
+    from transformers import AutoConfig
+
+    with quiet(True), one_line(str(folder)), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        return factory_of(model).from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def _folder(model: ModelConfig) -> Path | None:
+    if model.gguf:
+        return gguf.converted(gguf.find(Path(model.gguf), f"model.gguf: {model.gguf}"))
+    if model.path:
+        return Path(model.path) if (Path(model.path) / "config.json").is_file() else None
+    return cached(model.id, model.revision) if model.id else None

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lowrank_cli.errors import LrkError, UserError, require_choice, unknown
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, refusal, require_choice, unknown
+from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 from lowrank_cli.schema import MEASURES
 
@@ -411,24 +412,33 @@ def check(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 after Ctrl-C."""
+    """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 128 + a signal's number."""
     let_waiting_threads_sleep()
     sys.exit(call(sys.argv[1:]))
 
 
 def call(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    try:
-        return app(arguments, prog_name="lrk", standalone_mode=False) or 0
-    except LrkError as error:
-        print(f"{'interrupted' if error.exit_code == 130 else 'error'}: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        if hasattr(error, "format_message"):  # the parser's own
-            print(f"error: {_usage(error.format_message(), arguments)}", file=sys.stderr)
-            return UserError.exit_code
-        traceback.print_exc()
-        return 1
+    with stopping.signals():
+        try:
+            code = app(arguments, prog_name="lrk", standalone_mode=False) or 0
+            sys.stdout.flush()
+            return code
+        except LrkError as error:
+            print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted: nothing was started", file=sys.stderr)
+            return stopping.exit_code()
+        except Exception as error:
+            if hasattr(error, "format_message"):  # the parser's own
+                print(f"error: {_usage(error.format_message(), arguments)}", file=sys.stderr)
+                return UserError.exit_code
+            if refused := refusal(error):
+                print(f"error: {refused}", file=sys.stderr)
+                return WorkFailed.exit_code
+            traceback.print_exc()
+            return 1
 
 
 def _usage(message: str, arguments: list[str]) -> str:

@@ -7,9 +7,9 @@ import sys
 import time
 
 from lowrank_cli.config.composition import restore
-from lowrank_cli.dispatch.stage import perform
+from lowrank_cli.dispatch.stage import perform, recorded
 from lowrank_cli.errors import LrkError
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, stopping
 
 GRACE = 3  # s that the recording process gets to write down how the work failed
 
@@ -19,13 +19,17 @@ def main() -> None:
     folder, *flags = sys.argv[1:]
     run = Run.open(folder, writes=os.environ["RANK"] == "0")
     try:
-        perform(run, restore(run), "--resume" in flags)
+        with stopping.signals(), recorded(run):
+            perform(run, restore(run), "--resume" in flags)
     except BaseException as error:
         if not run.writes:  # the first process to end takes the others along; let the one that records go first
             time.sleep(GRACE)
         if isinstance(error, LrkError):
             sys.exit(error.exit_code)
-        raise
+        from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+        ErrorHandler().record_exception(error)  # the parent shows it, unless this is only what another's death did
+        sys.exit(1)
 
 
 if __name__ == "__main__":

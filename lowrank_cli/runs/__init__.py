@@ -11,10 +11,10 @@ One run is ``outputs/<date>/<time>-<method>-<model>-<task>[-<name>]/`` and holds
 and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, ``plots/``, …).
 """
 
-from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, write_json
-from lowrank_cli.runs.folders import all_runs, discard, find
-from lowrank_cli.runs.place import new_folder, settled
-from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, this_process
+from lowrank_cli.runs.files import atomic_folder, atomic_write, read_json, remove_leftovers, write_json
+from lowrank_cli.runs.folders import all_runs, find
+from lowrank_cli.runs.place import discard, new_folder, settled
+from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, showing_life, this_process
 from lowrank_cli.runs.provenance import ROOT, config_hash, untested_versions
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
 
@@ -37,7 +37,9 @@ __all__ = [
     "new_folder",
     "peak_memory_bytes",
     "read_json",
+    "remove_leftovers",
     "settled",
+    "showing_life",
     "this_process",
     "untested_versions",
     "write_json",

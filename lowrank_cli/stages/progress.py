@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lowrank_cli.runs import stopping
+
 
 class _Rate(ProgressColumn):
     """Completed units a second."""
@@ -58,6 +60,8 @@ class Bar:
         self._progress, self._task, self._shown = progress, task_id, shown
 
     def advance(self, count: int = 1) -> None:
+        """Count units that are done; also where a loop stops when asked to (KeyboardInterrupt)."""
+        stopping.check()
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:

@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM (Slurm, ``timeout``, containers) and SIGUSR1 (``sbatch --signal``): one way to stop.
 
-The first signal raises KeyboardInterrupt in the main thread, or calls what :func:`on_stop` names: a training loop ends
+The first signal raises :class:`Stop` in the main thread, or calls what :func:`on_stop` names: a training loop ends
 its step and saves first. Libraries may swallow an exception that comes out of nowhere, so loops also call
 :func:`check`. A second Ctrl-C or SIGTERM raises wherever it arrives. SIGUSR1 only asks, however often it comes, which
 makes it the signal by which one process hands a stop on to another.
@@ -17,13 +17,19 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE = 0.5  # s: signals this close are one (`timeout` sends to the process and then to its group)
 
+
+class Stop(KeyboardInterrupt):
+    """A signal came. A class of its own: CPython ends a process in which ``exec`` saw a plain KeyboardInterrupt by
+    SIGINT, whatever became of the exception."""
+
+
 _number: int | None = None  #: the first signal
 _since = 0.0  #: when it came, in s of the monotonic clock
 
 
 def interrupt() -> None:
     """Stop here."""
-    raise KeyboardInterrupt
+    raise Stop
 
 
 _then: Callable[[], object] = interrupt
@@ -35,9 +41,9 @@ def requested() -> bool:
 
 
 def check() -> None:
-    """A place where a loop can stop: raise KeyboardInterrupt if a signal came, unless :func:`on_stop` handles it."""
+    """A place where a loop can stop: raise :class:`Stop` if a signal came, unless :func:`on_stop` handles it."""
     if requested() and _then is interrupt:
-        raise KeyboardInterrupt
+        raise Stop
 
 
 def exit_code() -> int:
@@ -80,4 +86,4 @@ def _handle(number: int, frame: Any) -> None:
         _number, _since = number, time.monotonic()
         _then()
     elif number != signal.SIGUSR1 and time.monotonic() - _since > ONE:
-        raise KeyboardInterrupt
+        raise Stop

@@ -17,7 +17,7 @@ class LrkError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(cut(" ".join(str(message).split())))
 
 
 class UserError(LrkError):
@@ -62,6 +62,14 @@ def refusal(error: BaseException) -> str | None:
         return os.strerror(error.errno) + (f": '{error.filename}'" if error.filename else "")
     number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
     return os.strerror(int(number[1])) if number and int(number[1]) in _REFUSALS else None
+
+
+LONGEST = 300  #: characters of a value that a message shows whole
+
+
+def cut(message: str) -> str:
+    """``message`` with the middle of each long value, in quotes or a single word, left out."""
+    return re.sub(rf"(?<=')[^']{{{LONGEST},}}(?=')|\S{{{LONGEST},}}", lambda m: f"{m[0][:60]}…{m[0][-20:]}", message)
 
 
 @contextmanager

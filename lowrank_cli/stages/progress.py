@@ -29,9 +29,16 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "–/s", style="progress.data.speed")
 
 
+class Watched(Console):
+    """A run goes on when nobody watches it any more (``lrk train 2>&1 | head``)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def console() -> Console:
     """Where people watch a run: stderr, so that stdout stays clean."""
-    return Console(stderr=True, highlight=False)
+    return Watched(stderr=True, highlight=False)
 
 
 @contextmanager

@@ -406,6 +406,9 @@ def check(
     print_plan(_preview(verb, _worded(verb, overrides), config_dir, multirun))
 
 
+CAUGHT = 130  # what Typer makes of a KeyboardInterrupt: one outside of a run, which says itself how to go on
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 128 + a signal's number."""
     let_waiting_threads_sleep()
@@ -422,14 +425,14 @@ def call(arguments: list[str]) -> int:
         try:
             _require_directory()
             code = app(arguments, prog_name="lrk", standalone_mode=False) or 0
+            if code == CAUGHT:
+                print("interrupted: nothing was started", file=sys.stderr)
+                return stopping.exit_code()
             sys.stdout.flush()
             return code
         except LrkError as error:
             print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
             return error.exit_code
-        except KeyboardInterrupt:
-            print("interrupted: nothing was started", file=sys.stderr)
-            return stopping.exit_code()
         except Exception as error:
             if hasattr(error, "format_message"):  # the parser's own
                 print(f"error: {cut(_usage(error.format_message(), arguments))}", file=sys.stderr)

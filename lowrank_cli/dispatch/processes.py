@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 PATIENCE = 3600  # s that workers get after a signal to finish their step and save
-MODULE = "lowrank_cli.dispatch.worker"
 
 
 def spawn(run: Run, processes: int, resume: bool) -> None:
@@ -40,7 +39,7 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
         shutdown_timeout=PATIENCE,
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here
     )
-    arguments = ["-m", MODULE, str(run.path), *(["--resume"] if resume else [])]
+    arguments = ["-m", "lowrank_cli.dispatch.worker", str(run.path), *(["--resume"] if resume else [])]
 
     def hand_on() -> None:
         raise SignalException("stop", signal.SIGUSR1)  # which the agent sends to the workers, and then waits for them
@@ -53,8 +52,6 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
         failures = error.failures
     except SignalException:
         pass
-    finally:
-        _end_workers()
     run.info = Run.open(run.path).info
     if stopping.requested():
         raise KeyboardInterrupt
@@ -82,12 +79,3 @@ def _raise_first(run: Run, failures: dict[int, ProcessFailure]) -> None:
         raise WorkFailed(recorded["error"] if rank == 0 else f"worker process {rank}: {message['message']}")
     kind = UserError if failure.exitcode == UserError.exit_code else WorkFailed
     raise kind(recorded.get("error", f"worker process {rank} failed (exit code {failure.exitcode})"))
-
-
-def _end_workers() -> None:
-    """End what a second signal, on which the agent stops waiting, would leave behind."""
-    import psutil
-
-    for child in psutil.Process().children():
-        if MODULE in child.cmdline():
-            child.kill()

@@ -224,7 +224,7 @@ def _in_child(folder: Path) -> None:
         return
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "lowrank_cli.dispatch.job", str(folder)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     asked = False
     while child.poll() is None:
         if not asked and stop.exists():

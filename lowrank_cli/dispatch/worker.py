@@ -16,6 +16,7 @@ GRACE = 3  # s that the recording process gets to write down how the work failed
 
 def main() -> None:
     """Only the first process writes into the folder; the parent process reads there how the work ended."""
+    stopping.with_parent(lambda: os._exit(1))  # killed, or a second signal ended it: nobody else may write meanwhile
     folder, *flags = sys.argv[1:]
     run = Run.open(folder, writes=os.environ["RANK"] == "0")
     try:

@@ -8,13 +8,16 @@ makes it the signal by which one process hands a stop on to another.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOOK = 0.5  # s between two looks for a parent
 ONE = 0.5  # s: signals this close are one (`timeout` sends to the process and then to its group)
 
 
@@ -65,6 +68,7 @@ def signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _number = None
 
 
 @contextmanager
@@ -78,6 +82,18 @@ def on_stop(then: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         _then = before
+
+
+def with_parent(then: Callable[[], object]) -> None:
+    """Call ``then``, in a thread, when the process that started this one has ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        then()
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _handle(number: int, frame: Any) -> None:

@@ -18,6 +18,7 @@ import traceback
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -49,8 +50,8 @@ from lowrank_cli.runs import (
 
 LEDGER = "sweep.json"
 STOP = ".stop"  #: of the sweep's folder: tells the processes of a launcher, on whatever machine, to stop
-LOOK = 0.5  # s between two looks for it
 NOTHING = "the process ended without a result"
+_asked = Event()  #: a launcher's process got a signal
 DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
 
 
@@ -175,7 +176,7 @@ def _launch(folder: Path, ledger: dict[str, Any]) -> None:
                 raise
         broken, ended = True, (DONE, FAILED)
         while any(is_alive(job.info.get("process"), job.path / "run.json") for job in _jobs(folder, ledger)):
-            time.sleep(LOOK)  # a job whose parent was killed stops by itself
+            time.sleep(stopping.LOOK)  # a job whose parent was killed stops by itself
         todo = [job.path.absolute() for job in _jobs(folder, ledger) if job.info["status"] not in ended]
 
 
@@ -213,27 +214,29 @@ def perform(folder: str | os.PathLike[str]) -> None:
 
 
 def _in_child(folder: Path) -> None:
-    """Run a job in a child of this process, whose output goes to the job's ``log.txt``, unless the sweep stops."""
+    """Run a job in a child of this process, whose output goes to the job's ``log.txt``.
+
+    It is asked to stop when the sweep is, or when this process gets a signal, from then on for all jobs.
+    """
     stop = folder.parent / STOP
-    for number in stopping.SIGNALS:  # the sweep says when to stop; a launcher that ends this process uses SIGKILL
-        signal.signal(number, signal.SIG_IGN)
+    for number in stopping.SIGNALS:
+        signal.signal(number, lambda *_: _asked.set())
+    if _asked.is_set() or stop.exists():
+        return
     hardware = Run.open(folder).config().get("hardware", {})
     if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
         devices.take_one(folder.parent / DEVICES)
-    if stop.exists():
-        return
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "lowrank_cli.dispatch.job", str(folder)]
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    asked = False
+    handed_on = False
     while child.poll() is None:
-        if not asked and stop.exists():
+        if not handed_on and (_asked.is_set() or stop.exists()):
             child.send_signal(signal.SIGUSR1)
-            asked = True
+            handed_on = True
         with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=LOOK)
+            child.wait(timeout=stopping.LOOK)
     run = Run.open(folder)
-    if run.info["status"] in (PENDING, RUNNING):
-        run.fail(
-            f"its process was killed ({signal.Signals(-child.returncode).name})" if child.returncode < 0 else NOTHING
-        )
+    if run.info["status"] in (PENDING, RUNNING) and not handed_on:
+        killed = child.returncode < 0
+        run.fail(f"its process was killed ({signal.Signals(-child.returncode).name})" if killed else NOTHING)

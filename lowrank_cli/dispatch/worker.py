@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -31,6 +32,8 @@ def main() -> None:
 
         ErrorHandler().record_exception(error)  # the parent shows it, unless this is only what another's death did
         sys.exit(1)
+    finally:
+        gc.freeze()  # see cli.main
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-LOOK = 0.5  # s between two looks for a parent
+LOOK = 0.5  # s between two looks for what another process does
 ONE = 0.5  # s: signals this close are one (`timeout` sends to the process and then to its group)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import time
 
 from lowrank_cli.config.composition import restore
 from lowrank_cli.dispatch.stage import perform, recorded
-from lowrank_cli.errors import LrkError
+from lowrank_cli.errors import Interrupted, LrkError
 from lowrank_cli.runs import Run, stopping
 
 GRACE = 3  # s that the recording process gets to write down how the work failed
@@ -24,7 +25,8 @@ def main() -> None:
         with stopping.signals(), recorded(run):
             perform(run, restore(run), "--resume" in flags)
     except BaseException as error:
-        if not run.writes:  # the first process to end takes the others along; let the one that records go first
+        handed_on = isinstance(error, Interrupted) and error.exit_code == 128 + signal.SIGUSR1  # the parent waits
+        if not (run.writes or handed_on):  # the first to end takes the others along; let the one that records go first
             time.sleep(GRACE)
         if isinstance(error, LrkError):
             sys.exit(error.exit_code)

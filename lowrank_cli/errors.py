@@ -69,7 +69,12 @@ LONGEST = 300  #: characters of a value that a message shows whole
 
 def cut(message: str) -> str:
     """``message`` with the middle of each long value, in quotes or a single word, left out."""
-    return re.sub(rf"(?<=')[^']{{{LONGEST},}}(?=')|\S{{{LONGEST},}}", lambda m: f"{m[0][:60]}…{m[0][-20:]}", message)
+
+    def ends(match: re.Match[str]) -> str:
+        quote, value = ("'", match[1]) if match[1] else ("", match[0])
+        return f"{quote}{value[:60]}…{value[-20:]}{quote}"
+
+    return re.sub(rf"'([^']{{{LONGEST},}})'|\S{{{LONGEST},}}", ends, message)
 
 
 @contextmanager

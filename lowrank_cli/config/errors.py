@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from lowrank_cli import methods
 from lowrank_cli.config.folders import groups_of
 from lowrank_cli.config.keys import flat
-from lowrank_cli.errors import LrkError, UserError, nearest
+from lowrank_cli.errors import LrkError, UserError, nearest, unknown
 from lowrank_cli.schema import VERBS
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -114,6 +115,9 @@ def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _line(error: Exception, failure: Failure) -> str:
     message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a choice, looked up as a file
+        group, _, choice = failure.culprit().partition("=")
+        return str(unknown(group, choice, failure.options(group)))
     if isinstance(error, OverrideParseException):
         return _syntax(error, failure)
     if isinstance(error, MissingConfigException):

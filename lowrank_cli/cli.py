@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shlex
@@ -12,7 +13,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lowrank_cli.errors import LrkError, UserError, escaped, require_choice, unknown
+from lowrank_cli.errors import (
+    Interrupted,
+    LrkError,
+    UserError,
+    WorkFailed,
+    cut,
+    escaped,
+    refusal,
+    require_choice,
+    unknown,
+)
+from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 from lowrank_cli.schema import MEASURES
 
@@ -81,20 +93,14 @@ class Verb(TyperCommand):
             for example in EXAMPLES[ctx.info_name]:
                 formatter.write(f"  {example}\n")
         if ctx.info_name in (*STAGES, "check"):
-            from lowrank_cli.config.folders import GROUPS, files
+            from lowrank_cli.config.folders import GROUPS, files, groups_of
 
             with formatter.section("Groups"):
-                for group in (*GROUPS, "recipe") if ctx.info_name == "check" else _groups(ctx.info_name):
+                for group in (*GROUPS, "recipe") if ctx.info_name == "check" else groups_of(ctx.info_name):
                     formatter.write_text(f"{group}={{{', '.join(files(group))}}}")
             with formatter.section("Keys"):
                 formatter.write_text(f"lrk list keys SECTION explains {_sections(ctx.info_name)}")
                 formatter.write_text("lrk list methods NAME explains method.*")
-
-
-def _groups(verb: str) -> tuple[str, ...]:
-    from lowrank_cli.config.folders import GROUPS
-
-    return {"run": ("recipe",), "bench": ("model", "hardware")}.get(verb, GROUPS)
 
 
 def _sections(verb: str) -> str:
@@ -409,25 +415,58 @@ def check(
     print_plan(_preview(verb, _worded(verb, overrides), config_dir, multirun))
 
 
+CAUGHT = 130  # what Typer makes of a KeyboardInterrupt: one outside of a run, which says itself how to go on
+
+
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 after Ctrl-C."""
+    """Run the command line. Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 128 + a signal's number."""
     let_waiting_threads_sleep()
-    sys.exit(call(sys.argv[1:]))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    code = call(sys.argv[1:])
+    gc.freeze()  # collecting what the libraries hold takes seconds, and it all ends with the process anyway
+    sys.exit(code)
 
 
 def call(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
+    with stopping.signals():
+        try:
+            _require_directory()
+            code = app(arguments, prog_name="lrk", standalone_mode=False) or 0
+            if code == CAUGHT:
+                print("interrupted: nothing was started", file=sys.stderr)
+                return stopping.exit_code()
+            sys.stdout.flush()
+            return code
+        except LrkError as error:
+            print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
+            return error.exit_code
+        except Exception as error:
+            if hasattr(error, "format_message"):  # the parser's own
+                print(f"error: {escaped(cut(_usage(error.format_message(), arguments)))}", file=sys.stderr)
+                return UserError.exit_code
+            if refused := refusal(error):
+                _drop_output()
+                print(f"error: {escaped(refused)}", file=sys.stderr)
+                return WorkFailed.exit_code
+            print(escaped(traceback.format_exc()), file=sys.stderr)
+            return 1
+
+
+def _drop_output() -> None:
+    """Forget what stdout did not take; else the interpreter tries once more, and complains, when it ends."""
     try:
-        return app(arguments, prog_name="lrk", standalone_mode=False) or 0
-    except LrkError as error:
-        print(f"{'interrupted' if error.exit_code == 130 else 'error'}: {error}", file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        if hasattr(error, "format_message"):  # the parser's own
-            print(f"error: {escaped(_usage(error.format_message(), arguments))}", file=sys.stderr)
-            return UserError.exit_code
-        print(escaped(traceback.format_exc()), file=sys.stderr)
-        return 1
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _require_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted; go to another one") from None
 
 
 def _usage(message: str, arguments: list[str]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +31,7 @@ class LrkError(Exception):
     exit_code = 1
 
     def __init__(self, message: str):
-        super().__init__(escaped(" ".join(str(message).split())))
+        super().__init__(escaped(cut(" ".join(str(message).split()))))
 
 
 class UserError(LrkError):
@@ -40,6 +42,53 @@ class UserError(LrkError):
 
 class WorkFailed(LrkError):
     """The input was right but the work could not be finished: exit code 1."""
+
+
+class Interrupted(LrkError):
+    """A signal ended the work; the message says how to go on. ``exit_code`` is what shells report for the signal."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+#: What a machine refuses, whoever asks: full, read-only, broken and closed files, permissions, quotas, limits.
+_REFUSALS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EPIPE,
+    errno.EBADF,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENAMETOOLONG,
+}
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the machine refused, such as ``No space left on device: 'FILE'``; None for any other error."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return os.strerror(error.errno) + (f": '{error.filename}'" if error.filename else "")
+    number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
+    return os.strerror(int(number[1])) if number and int(number[1]) in _REFUSALS else None
+
+
+LONGEST = 300  #: characters of a value that a message shows whole
+
+
+def cut(message: str) -> str:
+    """``message`` with the middle of each long value, in quotes or a single word, left out."""
+
+    def ends(match: re.Match[str]) -> str:
+        quote, value = ("'", match[1]) if match[1] else ("", match[0])
+        return f"{quote}{value[:60]}…{value[-20:]}{quote}"
+
+    return re.sub(rf"'([^']{{{LONGEST},}})'|\S{{{LONGEST},}}", ends, message)
 
 
 @contextmanager

@@ -177,6 +177,11 @@ class TaskConfig:
             words = [word.casefold() for word in getattr(self, key)]
             if len(set(words)) < len(words):
                 raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
+            if not all(word.strip() for word in words):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} holds an empty word")
+        for key, template in [("template", self.template), *(("templates", other) for other in self.templates)]:
+            if self.answer != "mix" and not re.search(r"\{(?!options\})", template):
+                raise UserError(f"task.{key}: {template!r} names no {{column}}, so every prompt would be the same")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
 

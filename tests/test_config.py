@@ -241,6 +241,20 @@ MISTAKES = {
     "evaluate.split=dev": "evaluate.split: unknown key",
     "task.label_words=[yes,Yes]": "task.label_words: ['yes', 'Yes'] names a label twice",
     "task.label_values=[a,a]": "task.label_values: ['a', 'a'] names a label twice",
+    "task.label_words=['',no]": "task.label_words: ['', 'no'] holds an empty word",
+    "task.template=hello": "task.template: 'hello' names no {column}, so every prompt would be the same",
+    "recipe=milora": "recipe=milora: lrk train has no recipes; write: lrk run recipe=milora",
+    "hardware=[nan]": "hardware=[nan]: cannot be composed; choose one of cpu, gpu, ",
+    "method=[1]": "method=[1]: cannot be composed; choose one of " + METHODS,
+    "task={}": "task: {} sets nothing; write task.KEY=VALUE",
+    "outputs@z=[a,b]": "outputs@z: a group goes to its own section; write outputs=NAME",
+    "run@z={a:1}": "run@z: a group goes to its own section; write run=NAME",
+    "hardware.compile=str(3)": "hardware.compile: '3' is not true or false",
+    "hardware.compile=3": "hardware.compile: '3' is not true or false",
+    "seed=18446744073709551616": "seed: 18446744073709551616 is out of range",
+    "method.rank=18446744073709551616": "method.rank: 18446744073709551616 is out of range",
+    "name=" + "x" * 101: "name: '" + "x" * 101 + "' is longer than 100 bytes",
+    "method=" + "x" * 5000: "method: unknown value '" + "x" * 60 + "…" + "x" * 20 + "' (allowed: " + METHODS,
 }
 
 

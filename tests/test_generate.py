@@ -117,6 +117,11 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
         ({"prompt": "x"}, "'tenant' is missing (null is the bare model)"),
         ({"tenant": "nowhere", "prompt": "x"}, "tenant: there is no folder 'nowhere'"),
         ({"tenant": ".", "prompt": "x"}, "tenant: '.' is no run with an adapter"),
+        ({"tenant": "x" * 5000, "prompt": "x"}, "tenant: there is no folder 'xxx"),
+        ({"tenant": "~nosuchuser", "prompt": "x"}, "tenant: there is no folder '~nosuchuser'"),
+        ({"tenant": "a\0b", "prompt": "x"}, "tenant: there is no folder 'a"),
+        ('{"tenant": null, "prompt": "\\ud800"}', "no text: '\\ud800' is half of a character"),
+        ("[" * 50_000, "nested too deeply"),
         ({"tenant": dora, "prompt": "x"}, "use_dora=True, and a bank takes use_dora=False"),
         ({"tenant": str(other), "prompt": "x"}, "was truncated or altered"),
         ({"tenant": None, "prompt": PROMPTS[0]}, None),
@@ -125,7 +130,7 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
     assert (
         ended.code == 1
         and ended.out == ""
-        and "10 of 12 lines have no answer; the first is line 2: no JSON" in ended.err
+        and "15 of 17 lines have no answer; the first is line 2: no JSON" in ended.err
     )
     for (line, error), record in zip(lines, records("answers.jsonl"), strict=True):
         assert ("answer" in record) == (error is None), line

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import time
 from email.message import Message
 from pathlib import Path
 
@@ -124,16 +125,36 @@ def test_peak_memory_is_each_runs_own():
 def test_a_process_lives_until_it_ends():
     from lowrank_cli.runs.process import began, is_alive, is_gone, this_process
 
-    me = this_process()
-    assert is_alive(me) and not is_alive(None)
-    assert not is_alive({**me, "host": "another"}) and not is_alive({**me, "began": -1})
-    assert is_gone({**me, "began": -1}) and not (is_gone(me) or is_gone(None) or is_gone({**me, "host": "another"}))
+    me, file = this_process(), Path("run.json")  # signs of life count on other machines only
+    assert is_alive(me, file) and not is_alive(None, file) and not is_alive({**me, "began": -1}, file)
+    assert is_gone({**me, "began": -1}, file) and not (is_gone(me, file) or is_gone(None, file))
     with subprocess.Popen(["sleep", "60"]) as other:
         record = {**me, "pid": other.pid, "began": began(other.pid)}
-        assert is_alive(record)
+        assert is_alive(record, file)
         other.kill()
         other.wait()
-    assert not is_alive(record)
+    assert not is_alive(record, file)
+
+
+def test_another_machine_shows_signs_of_life(monkeypatch):
+    from lowrank_cli.runs import process
+    from lowrank_cli.runs.process import is_alive, is_gone, showing_life, this_process
+
+    file = Path("run.json")
+    file.write_text("{}")
+    other = {**this_process(), "host": "another"}
+    assert is_alive(other, file) and not is_gone(other, file)
+    os.utime(file, (0, 0))
+    assert is_gone(other, file) and not is_alive(other, file)
+    silent = {key: value for key, value in other.items() if key != "beat"}  # of an earlier version: nobody can tell
+    assert not is_alive(silent, file) and not is_gone(silent, file)
+    monkeypatch.setattr(process, "BEAT", 0.01)
+    with showing_life(file):
+        limit = time.monotonic() + 60
+        while not is_alive(other, file):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    assert not is_gone(other, file)
 
 
 def test_a_silent_run_writes_nothing():

@@ -158,6 +158,29 @@ def test_answer_outside_the_options(value):
         tasks.examples(config("arc_easy"), [row], "f")
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"text": ["ice", "tea"], "label": 3}, "must have a label for each text, not 3"),
+        ({"text": ["ice", "tea"], "label": ["A"]}, "must have a label for each text, not ['A']"),
+        ({"text": ["ice", "tea"], "label": ["A", ["B"]]}, "must hold text, not ['B']"),
+        (["ice", {"text": "tea"}], "must hold text, not {'text': 'tea'}"),
+        (["ice", float("nan")], "must hold text, not NaN"),
+    ],
+)
+def test_choices_of_another_shape(choices, message):
+    row = {"question": "?", "choices": choices, "answer": 0}
+    with pytest.raises(UserError) as refused:
+        tasks.examples(config("arc_easy"), [row], "f")
+    assert str(refused.value) == f"f:1: column 'choices' {message}"
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("-inf"), None, ["x"]])
+def test_text_must_be_text(value):
+    with pytest.raises(UserError, match=r"^f:1: column 'sentence' must hold text, not "):
+        tasks.examples(config("sst2"), [{"sentence": value, "label": 0}], "f")
+
+
 @pytest.mark.parametrize("choices", [[], ["one"], "ice", {"label": ["A"]}, ["x"] * 27])
 def test_choices_must_be_a_list(choices):
     row = {"question": "?", "choices": choices, "answer": 0}
@@ -220,6 +243,8 @@ def test_config_that_cannot_work(name, overrides, message):
         ('{"sentence": "a", "label": 0}\n{"sentence": "a"', "train.jsonl:2: not JSON"),
         ('{"sentence": "a", "label": 0}\n\n{"sentence": "a", "label": 0}', "train.jsonl:2: not JSON"),
         ("[1]", "train.jsonl:1: a row must be an object, not list"),
+        ('{"sentence": "\\ud800", "label": 0}', r"train.jsonl:1: text holds '\\ud800', which is half of a character"),
+        ("[" * 50_000, "train.jsonl:1: nested too deeply"),
     ],
 )
 def test_malformed_file_names_file_and_line(tmp_path, text, message):

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lowrank_cli.dispatch import single
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import Interrupted, UserError, WorkFailed
 from lowrank_cli.methods.milora import MiLoRA
 from lowrank_cli.models.load import BUNDLED
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, stopping
+from lowrank_cli.stages.session import Session
 from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow
@@ -150,7 +151,7 @@ def test_accumulated_batches_make_the_same_step(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, whole):
     started = subprocess.Popen(
         [sys.executable, "-m", "lowrank_cli", "train", *QUICK, "method=milora", "method.dropout=0.1"],
         stderr=subprocess.PIPE,
@@ -164,13 +165,49 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
         assert started.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.002)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(signal.SIGTERM)
     _, errors = started.communicate(timeout=240)
-    assert started.returncode == 130
+    assert started.returncode == 143
     run = Run.open(tmp_path / "outputs" / "latest")
     assert run.info["status"] == "interrupted"
     assert f"lrk train --resume {run.path.relative_to(tmp_path).parent.parent}" in errors
     assert losses(command(tmp_path, ["--resume", str(run.path)])) == losses(whole)
+
+
+@pytest.mark.parametrize("forward", [1, 2])
+def test_a_stop_during_an_evaluation_continues_with_it(monkeypatch, tmp_path, forward):
+    """The second evaluation of the dev set, after step 4, in its first or last forward pass."""
+    batch, loss_sum, passes = ["evaluate.batch_size=12"], Session.loss_sum, []
+
+    def signalled(session, model, rows):
+        if not model.training:
+            passes.append(rows)
+            if len(passes) == 2 + forward:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return loss_sum(session, model, rows)
+
+    expected = train("method=lora", *batch, outputs=tmp_path / "whole")
+    monkeypatch.setattr(Session, "loss_sum", signalled)
+    with stopping.signals(), pytest.raises(Interrupted):
+        train("method=lora", *batch)
+    run = Run.open("outputs/latest")
+    assert len(passes) == 2 + forward and [row["step"] for row in run.history() if "dev/loss" in row] == [2]
+    assert run.info["status"] == "interrupted" and os.listdir(run.path / "checkpoints") == ["step-0000004"]
+    single.resume("train", str(run.path))
+    resumed = Run.open(run.path)
+    assert losses(resumed) == losses(expected) and numbers(resumed) == numbers(expected)
+
+
+def test_a_stop_during_the_last_evaluation_repeats_no_step(monkeypatch, tmp_path):
+    expected = train("method=lora", "train.max_steps=5", outputs=tmp_path / "whole")
+    steps = []
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda trainer, number: steps.append(number) or step(trainer, number))
+    with monkeypatch.context() as patch, stopping.signals(), pytest.raises(Interrupted):
+        patch.setattr("lowrank_cli.stages.train.evaluate_split", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        train("method=lora", "train.max_steps=5")
+    single.resume("train", "outputs/latest")
+    assert steps == [1, 2, 3, 4, 5] and numbers(Run.open("outputs/latest")) == numbers(expected)
 
 
 def test_training_stops_early_when_the_dev_loss_no_longer_falls():

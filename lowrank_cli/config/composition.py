@@ -50,6 +50,8 @@ READS = {
 NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
+LONGEST_NAME = 100  #: bytes; a folder's name may have 255 (POSIX NAME_MAX), method, model and task included
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
 
 
@@ -134,6 +136,7 @@ def compose(
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
+        _refuse_strange_booleans(cfg, parsed)
         _make_absolute(cfg, later)
         if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
             _name_model(cfg, {item.key_or_group for item in parsed})
@@ -207,17 +210,38 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
         raise UserError(f"{missing[0]}: missing; give {missing[0]}=VALUE")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
+    _refuse_huge(resolved)
     config = OmegaConf.to_object(cfg)
     _validate(config)
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
+
+
+def _refuse_strange_booleans(cfg: DictConfig, parsed: Sequence[Override]) -> None:
+    """OmegaConf takes every whole number for true or false."""
+    for item in parsed:
+        value = item.value()
+        if isinstance(OmegaConf.select(cfg, item.key_or_group), bool) and str(value).lower() not in BOOLEANS:
+            raise UserError(f"{item.key_or_group}: '{value}' is not true or false")
+
+
+def _refuse_huge(value: Any, key: str = "") -> None:
+    """Whole numbers that no tensor and no random generator takes."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_huge(inner, f"{key}.{name}".strip("."))
+    elif isinstance(value, int):
+        require_range(key, value, -(2**63), 2**63 - 1)
 
 
 def _validate(config: Any) -> None:
     """What types cannot say, group by group."""
     if config.name is not None and (not config.name.strip(". ") or set(config.name) & set("/\\\0")):
         raise UserError(f"name: '{config.name}' cannot be part of a folder's name")
-    if isinstance(config, schema.RunConfig):
+    if config.name is not None and len(config.name.encode()) > LONGEST_NAME:
+        raise UserError(f"name: '{config.name}' is longer than {LONGEST_NAME} bytes")
+    if hasattr(config, "seed"):
         require_range("seed", config.seed, 0, 2**32 - 1)
+    if isinstance(config, schema.RunConfig):
         name = getattr(config.method, "name", None)
         kinds = methods.config_classes()
         if not isinstance(config.method, schema.MethodConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,21 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from lowrank_cli import methods
-from lowrank_cli.config.folders import GROUPS
+from lowrank_cli.config.folders import groups_of
 from lowrank_cli.config.keys import flat
-from lowrank_cli.errors import LrkError, UserError, nearest
+from lowrank_cli.errors import LrkError, UserError, nearest, unknown
 from lowrank_cli.schema import VERBS
 
+PACKAGE = Path(__file__).resolve().parents[1]
 NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether code of this package raised an error, rather than a library that it called."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
 
 
 @dataclass
@@ -39,6 +49,15 @@ class Failure:
         found = self.loader.get_group_options(group) if self.loader is not None else []
         return [name for name in found if not name.startswith("_")]
 
+    def culprit(self) -> str:
+        """The first override that cannot be composed by itself, or else all of them."""
+        for override in self.overrides if self.loader is not None else ():
+            try:
+                self.loader.load_configuration(self.verb, [override], RunMode.MULTIRUN)
+            except Exception:
+                return override
+        return " ".join(self.overrides) or self.verb
+
     def keys(self) -> list[str]:
         """Every key there is, under the groups that were chosen as far as they exist."""
         if self.loader is None:
@@ -46,7 +65,7 @@ class Failure:
         chosen = []
         for override in self.overrides:
             group, _, choice = override.partition("=")
-            if choice in (*self.options(group), "_from_run"):
+            if group in groups_of(self.verb) and choice in (*self.options(group), "_from_run"):
                 chosen.append(override)
         return list(_flat(self.loader.load_configuration(self.verb, chosen, RunMode.MULTIRUN)))
 
@@ -60,6 +79,13 @@ def explained(failure: Failure) -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise UserError(_line(error, failure)) from error
+    except Exception as error:  # values that Hydra and OmegaConf themselves stumble over
+        if _is_ours(error):
+            raise
+        override = failure.culprit()
+        options = failure.options(override.partition("=")[0])
+        why = f"choose one of {', '.join(options)}" if options else f"{type(error).__name__}: {error}"
+        raise UserError(f"{override}: cannot be composed; {why}") from error
 
 
 def refuse_strange(parsed: Iterable[Override]) -> None:
@@ -71,6 +97,12 @@ def refuse_strange(parsed: Iterable[Override]) -> None:
             raise UserError(f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m)")
         if override.is_delete() or override.is_add() or override.is_force_add():
             raise UserError(f"{override.input_line}: keys can be neither added nor removed; write KEY=VALUE")
+        key = override.input_line.partition("=")[0]
+        if "@" in key:
+            name = key.partition("@")[0]
+            raise UserError(f"{key}: a group goes to its own section; write {name}=NAME")
+        if override.value() == {} and "." not in key:
+            raise UserError(f"{key}: {{}} sets nothing; write {key}.KEY=VALUE, or leave it out")
 
 
 def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -83,6 +115,9 @@ def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _line(error: Exception, failure: Failure) -> str:
     message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a choice, looked up as a file
+        group, _, choice = failure.culprit().partition("=")
+        return str(unknown(group, choice, failure.options(group)))
     if isinstance(error, OverrideParseException):
         return _syntax(error, failure)
     if isinstance(error, MissingConfigException):
@@ -122,7 +157,7 @@ def _syntax(error: OverrideParseException, failure: Failure) -> str:
     key, equals, value = override.partition("=")
     if equals and re.fullmatch(r"[\w./@-]+", key):
         return f"{key}: cannot read {value}; quote a value with special characters: {key}='\"…\"'"
-    groups = ("recipe",) if failure.verb == "run" else GROUPS
+    groups = groups_of(failure.verb)
     choices = {choice: group for group in groups for choice in failure.options(group)}
     close = difflib.get_close_matches(override, choices, n=1, cutoff=0.7)
     hint = f"; did you mean '{choices[close[0]]}={close[0]}'?" if close else ""
@@ -143,8 +178,9 @@ def _missing(error: MissingConfigException, message: str, failure: Failure) -> s
 
 
 def _unknown_key(key: str, failure: Failure) -> str:
-    if "@" in key:
-        return f"{key}: a group goes to its own section; write {key.partition('@')[0]}=NAME"
+    if key == "recipe":
+        given = next(override for override in failure.overrides if override.startswith("recipe"))
+        return f"{given}: lrk {failure.verb} has no recipes; write: lrk run {given}"
     return unknown_key(key, failure.keys())
 
 

@@ -10,6 +10,11 @@ from lowrank_cli.errors import UserError
 GROUPS = ("model", "task", "hardware", "method")
 
 
+def groups_of(verb: str) -> tuple[str, ...]:
+    """The groups of a verb's configuration."""
+    return {"run": ("recipe",), "bench": ("model", "hardware")}.get(verb, GROUPS)
+
+
 def conf_folder() -> Path:
     """The checkout's ``conf/`` where this package lies in a checkout, else the copy in the wheel."""
     if (runs.ROOT / "conf").is_dir() and (runs.ROOT / "pyproject.toml").is_file():

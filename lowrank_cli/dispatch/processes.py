@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
+from typing import TYPE_CHECKING
 
 from lowrank_cli.errors import UserError, WorkFailed
-from lowrank_cli.runs import DONE, INTERRUPTED, Run
+from lowrank_cli.runs import FAILED, INTERRUPTED, Run, stopping
 from lowrank_cli.runs.threads import available_cores
 
-PATIENCE = 3600  # s that workers get after Ctrl-C to finish their step and save
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+PATIENCE = 3600  # s that workers get after a signal to finish their step and save
 
 
 def spawn(run: Run, processes: int, resume: bool) -> None:
@@ -32,21 +37,45 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         shutdown_timeout=PATIENCE,
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here
     )
     arguments = ["-m", "lowrank_cli.dispatch.worker", str(run.path), *(["--resume"] if resume else [])]
-    failure = "a worker process ended without a result"
+
+    def hand_on() -> None:
+        raise SignalException("stop", signal.SIGUSR1)  # which the agent sends to the workers, and then waits for them
+
+    failures: dict[int, ProcessFailure] = {}
     try:
-        elastic_launch(settings, sys.executable)(*arguments)
+        with stopping.on_stop(hand_on):
+            elastic_launch(settings, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        failure = f"worker process {rank} failed (exit code {first.exitcode}); see above"
+        failures = error.failures
     except SignalException:
-        failure = "the worker processes were stopped"
+        pass
     run.info = Run.open(run.path).info
+    if stopping.requested():
+        raise KeyboardInterrupt
+    _raise_first(run, failures)
     if run.info.get("status") == INTERRUPTED:
         raise KeyboardInterrupt
-    if "error" in run.info:
-        kind = UserError if run.info.get("exit_code") == UserError.exit_code else WorkFailed
-        raise kind(run.info["error"])
-    if run.info.get("status") != DONE:
-        raise WorkFailed(failure)
+    if not run.completed:
+        raise WorkFailed("the worker processes ended without a result")
+
+
+def _raise_first(run: Run, failures: dict[int, ProcessFailure]) -> None:
+    """Raise what went wrong first; the death of one worker makes the others fail, or the agent stop them."""
+    failures = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
+    if killed := {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}:
+        rank, failure = min(killed.items())
+        (run.path / "error.txt").unlink(missing_ok=True)  # how another worker lost the connection to this one
+        raise WorkFailed(f"worker process {rank} (pid {failure.pid}) was killed ({failure.signal_name()})")
+    failed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 128}
+    if not failed:
+        return
+    rank, failure = min(failed.items(), key=lambda item: (item[1].timestamp, item[0]))
+    recorded = run.info if run.info.get("status") == FAILED else {}
+    if (message := failure.error_file_data["message"]) and isinstance(message, dict):  # a bug
+        sys.stderr.write(message["extraInfo"]["py_callstack"])
+        raise WorkFailed(recorded["error"] if rank == 0 else f"worker process {rank}: {message['message']}")
+    kind = UserError if failure.exitcode == UserError.exit_code else WorkFailed
+    raise kind(recorded.get("error", f"worker process {rank} failed (exit code {failure.exitcode})"))

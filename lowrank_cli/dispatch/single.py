@@ -14,6 +14,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.reader import read_json
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run, discard, is_alive, this_process
+from lowrank_cli.runs.process import LAPSE
 from lowrank_cli.runs.records import Working
 from lowrank_cli.schema import TRUST
 from lowrank_cli.terminal import Terminal
@@ -93,8 +94,11 @@ def refuse_running(folder: Path) -> None:
     above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
     for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
         process = read_json(file, Working).get("process") if file.is_file() else None
-        if process != this_process() and is_alive(process):
-            where = tables.shown(file.parent)
+        if process != this_process() and is_alive(process, file):
+            where, machine = tables.shown(file.parent), process["host"]
+            if machine != this_process()["host"]:
+                patience = f"; after a kill, wait {LAPSE * process['beat']} s"
+                raise UserError(f"--resume: '{where}' is running on '{machine}'; end that first{patience}")
             raise UserError(f"--resume: '{where}' is running (process {process['pid']}); end that first")
 
 

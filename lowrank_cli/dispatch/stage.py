@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,11 @@ from rich.console import Group, RenderableType
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose
 from lowrank_cli.dispatch.processes import spawn
-from lowrank_cli.errors import LrkError, UserError
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, refusal
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, settings, tables
-from lowrank_cli.runs import PENDING, Run
+from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.schema import BenchRun, RunConfig
-
-
-class Interrupted(LrkError):
-    """Ctrl-C; the message says how to go on."""
-
-    exit_code = 130  # what shells report for SIGINT
 
 
 def check(
@@ -179,35 +173,46 @@ def work(run: Run, composed: Composed) -> None:
     resume = run.info["status"] != PENDING
     run.begin()
     processes = composed.config.hardware.processes
-    if processes > 1:
-        with recorded(run):
+    with recorded(run):
+        if run.completed:  # all but its plots
+            pass
+        elif processes > 1:
             spawn(run, processes, resume)
-    else:
-        perform(run, composed, resume)
-    from lowrank_cli.report import plots
+        else:
+            perform(run, composed, resume)
+        from lowrank_cli.report import plots
 
-    plots.draw(run)
+        plots.draw(run)
+        run.finish(run.metrics)
 
 
 def perform(run: Run, composed: Composed, resume: bool) -> None:
-    """Run the stage in this process."""
-    with recorded(run):
-        module = importlib.import_module(stages.STAGES[composed.verb])
-        run.finish(module.run(composed.config, run, resume=resume))
+    """Do the stage's work in this process."""
+    module = importlib.import_module(stages.STAGES[composed.verb])
+    run.complete(module.run(composed.config, run, resume=resume))
 
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Write into the run folder how the block failed, and name the way on after Ctrl-C."""
+    """Show that the block goes on, write into the run folder how it failed, and name the way on after a signal."""
+    again = f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}"
     try:
-        yield
-    except (KeyboardInterrupt, Interrupted):
-        run.interrupt()
-        raise Interrupted(f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}") from None
-    except LrkError as error:
-        run.fail(str(error), error.exit_code)
-        raise
-    except Exception as error:
+        with showing_life(run.path / "run.json"):
+            yield
+    except (KeyboardInterrupt, Interrupted, Exception) as error:
+        # whatever a library makes of the interrupt that a signal raised in it, the run was interrupted
+        if stopping.requested() or isinstance(error, (KeyboardInterrupt, Interrupted)):
+            with suppress(OSError):
+                run.interrupt()
+            raise Interrupted(again, stopping.exit_code()) from None
+        if isinstance(error, LrkError):
+            with suppress(OSError):
+                run.fail(str(error), error.exit_code)
+            raise
+        if refused := refusal(error):
+            with suppress(OSError):  # a full disk may have no room for this either
+                run.fail(refused)
+            raise WorkFailed(f"{refused}; {again}") from error
         run.write_text("error.txt", traceback.format_exc())
         run.fail(f"{type(error).__name__}: {error}")
         raise

@@ -7,32 +7,43 @@ so in its own folder at once and lets the others go on; whatever is not done can
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any, TypedDict
 
 from lowrank_cli.config.composition import Composed, restore
 from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override, saved_launcher
 from lowrank_cli.dispatch import devices
 from lowrank_cli.dispatch.single import handler, refuse_running, refuse_to_act, trusts
-from lowrank_cli.dispatch.stage import Interrupted
-from lowrank_cli.errors import LrkError, UserError, WorkFailed, escaped
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report import tables
 from lowrank_cli.runs import (
     DONE,
+    FAILED,
     INTERRUPTED,
     PENDING,
     RUNNING,
     Run,
     child,
     config_hash,
+    discard,
+    is_alive,
     new_folder,
+    remove_leftovers,
+    showing_life,
+    stopping,
     this_process,
     write_json,
 )
@@ -40,6 +51,10 @@ from lowrank_cli.runs.records import Stage, Working
 from lowrank_cli.terminal import Terminal
 
 LEDGER = "sweep.json"
+STOP = ".stop"  #: of the sweep's folder: tells the processes of a launcher, on whatever machine, to stop
+DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
+NOTHING = "the process ended without a result"
+_asked = Event()  #: a launcher's process got a signal
 
 
 class JobEntry(TypedDict):
@@ -54,9 +69,6 @@ class Ledger(Working):
     stage: Stage
     launcher: list[str]
     jobs: list[JobEntry]
-
-
-DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
 
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], dict[str, Composed]]:
@@ -84,8 +96,12 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str)
     launcher, jobs = check(verb, overrides, config_dir)
     first = next(iter(jobs.values())).config
     folder = new_folder(first.outputs, "-".join(["sweep", *([first.name] if first.name else [])]))
-    for name, composed in jobs.items():
-        handler(verb).create(composed, config_dir, shlex.join(["lrk", verb, *composed.overrides]), folder / name)
+    try:
+        for name, composed in jobs.items():
+            handler(verb).create(composed, config_dir, shlex.join(["lrk", verb, *composed.overrides]), folder / name)
+    except BaseException:  # a full disk, a signal
+        discard(folder, first.outputs)
+        raise
     ledger = {
         "stage": verb,
         "command": command,
@@ -127,6 +143,7 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
             refuse_to_act(run, trusted)
     ledger["launcher"] = launcher or saved_launcher(ledger["launcher"])
     Launcher(ledger["launcher"])
+    remove_leftovers(Path(folder))
     _work(Path(folder), ledger)
 
 
@@ -135,16 +152,20 @@ def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
 
 
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
-    jobs = _jobs(folder, ledger)
     again = f"continue with: lrk {ledger['stage']} -m --resume {tables.typed(folder)}"
     status = INTERRUPTED
+    (folder / STOP).unlink(missing_ok=True)
     write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
     try:
-        todo = [job.path.absolute() for job in jobs if not job.done]
-        Launcher(ledger["launcher"]).launch(run_job, folder, todo)
+        with showing_life(folder / LEDGER), stopping.on_stop((folder / STOP).touch):
+            _launch(folder, ledger)
+        if stopping.requested():
+            stopping.interrupt()
         status = DONE
     except KeyboardInterrupt:
-        raise Interrupted(again) from None
+        raise Interrupted(again, stopping.exit_code()) from None
+    except LrkError:
+        raise
     except Exception as error:
         raise WorkFailed(f"the launcher failed ({type(error).__name__}: {error}); {again}") from error
     finally:
@@ -153,10 +174,11 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
             if job.info["status"] == RUNNING and status == INTERRUPTED:  # the launcher ended its process
                 job.interrupt()
             elif job.info["status"] in (RUNNING, PENDING) and status == DONE:
-                job.fail("the process ended without a result")
+                job.fail(NOTHING)
         states = [{**entry, "status": job.info["status"]} for entry, job in zip(ledger["jobs"], jobs, strict=True)]
         failed = [job for job in jobs if not job.done]
         status = "failed" if status == DONE and failed else status
+        (folder / STOP).unlink(missing_ok=True)
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
         Terminal().print(tables.end_of_sweep(folder, jobs), crop=False)
     if failed:
@@ -164,27 +186,80 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")
 
 
-def run_job(job: Job) -> None:
-    """One job, in this process or in a launcher's. It never raises, except for Ctrl-C."""
-    run = Run.open(job.folder)
-    terminal = Terminal(stderr=True)
-    with ExitStack() as stack:
-        if read_json(run.path.parent / LEDGER, Ledger)["process"] == this_process():
-            terminal.print(f"job {run.path.name}")
-        else:  # several at once: each writes into its own file
-            log = stack.enter_context(run.file("log.txt").open("a", encoding="utf-8", buffering=1))
-            stack.enter_context(redirect_stdout(log))
-            stack.enter_context(redirect_stderr(log))
-            terminal = Terminal(file=sys.__stderr__)
-            hardware = run.config().get("hardware", {})
-            if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-                devices.take_one(run.path.parent / DEVICES)
+def _launch(folder: Path, ledger: dict[str, Any]) -> None:
+    """Run the jobs that are not done. A launcher that breaks, as one of its processes was killed, starts once more."""
+    launcher, broken = Launcher(ledger["launcher"]), False
+    todo = [job.path.absolute() for job in _jobs(folder, ledger) if not job.done]
+    while todo:
         try:
-            handler(run.info["stage"]).work(run, restore(run))
-        except Interrupted:
-            raise KeyboardInterrupt from None
-        except LrkError as error:
-            print(f"error: {error}", file=sys.stderr)
-        except Exception:
-            print(escaped(traceback.format_exc()), file=sys.stderr)
-    terminal.print(f"job {run.path.name}: {run.info['status']}")
+            launcher.launch(run_job, folder, todo)
+            return
+        except BrokenExecutor:  # and the launcher has ended all of its other processes
+            if broken or stopping.requested():
+                raise
+        broken, ended = True, (DONE, FAILED)
+        while any(is_alive(job.info.get("process"), job.path / "run.json") for job in _jobs(folder, ledger)):
+            time.sleep(stopping.LOOK)  # a job whose parent was killed stops by itself
+        todo = [job.path.absolute() for job in _jobs(folder, ledger) if job.info["status"] not in ended]
+
+
+def run_job(job: Job) -> None:
+    """One job: in this process where the sweep itself runs, and in a child of a launcher's process. It never raises,
+    except for a stop in this process.
+
+    A child that is killed takes no other job along, as a process of the launcher would.
+    """
+    folder = Path(job.folder)
+    if read_json(folder.parent / LEDGER, Ledger)["process"] == this_process():
+        Terminal(stderr=True).print(f"job {folder.name}")
+        with stopping.on_stop(stopping.interrupt):
+            try:
+                perform(folder)
+            except Interrupted:
+                raise KeyboardInterrupt from None
+    else:
+        _in_child(folder)
+    status = Run.open(folder).info["status"]
+    Terminal(file=sys.__stderr__).print(f"job {folder.name}: {status}")
+
+
+def perform(folder: str | os.PathLike[str]) -> None:
+    """Do a job's work. Raises nothing but Interrupted: what failed is in the run's folder, and on stderr."""
+    run = Run.open(folder)
+    try:
+        handler(run.info["stage"]).work(run, restore(run))
+    except Interrupted:
+        raise
+    except LrkError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except Exception:
+        print(escaped(traceback.format_exc()), file=sys.stderr)
+
+
+def _in_child(folder: Path) -> None:
+    """Run a job in a child of this process, whose output goes to the job's ``log.txt``.
+
+    It is asked to stop when the sweep is, or when this process gets a signal, from then on for all jobs.
+    """
+    stop = folder.parent / STOP
+    for number in stopping.SIGNALS:
+        signal.signal(number, lambda *_: _asked.set())
+    if _asked.is_set() or stop.exists():
+        return
+    hardware = Run.open(folder).config().get("hardware", {})
+    if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
+        devices.take_one(folder.parent / DEVICES)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "lowrank_cli.dispatch.job", str(folder)]
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    handed_on = False
+    while child.poll() is None:
+        if not handed_on and (_asked.is_set() or stop.exists()):
+            child.send_signal(signal.SIGUSR1)
+            handed_on = True
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=stopping.LOOK)
+    run = Run.open(folder)
+    if run.info["status"] in (PENDING, RUNNING) and not handed_on:
+        killed = child.returncode < 0
+        run.fail(f"its process was killed ({signal.Signals(-child.returncode).name})" if killed else NOTHING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +37,9 @@ def _model_of(file: Path) -> str:
     """The first tenant that is a run: its model is taken. Without any, the default model."""
     for request in read_requests(file):
         if request.error is None and request.tenant is not None:
-            path = Path(request.tenant).expanduser()
+            path = Path(os.path.expanduser(request.tenant))
             for home in (path, path.parent):
-                if (home / "run.json").is_file():
+                if os.path.isfile(home / "run.json"):  # no for whatever cannot be a path
                     return f"run={home}"
     return "method=none"
 

@@ -115,7 +115,7 @@ def end_of_run(run: Run) -> RenderableType:
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     if not run.done:
-        add(grid, "status", _status(info))
+        add(grid, "status", _status(run))
         if info.get("error"):
             add(grid, "error", first_line(info["error"]))
     rows: list[tuple[str, str | Text]] = [
@@ -284,7 +284,7 @@ def _cells(run: Run) -> list[str | Text]:
     try:
         return [
             _stage(run),
-            _status(run.info),
+            _status(run),
             NONE if seed is None else str(seed),
             _outcome(run, 1),
             _seconds(run.info),
@@ -312,7 +312,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     leave_out = [*reversed(varying), "time", *reversed(columns[1:])]  # a job's name says what varies
     table = Fitted(heading, ["job", *varying, "status", *columns, "time"], leave_out)
     for job, row, result in zip(jobs, overrides, results, strict=True):
-        cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job.info)]
+        cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job)]
         cells += [number(result[name]) if name in result else NONE for name in columns]
         table.rows.append([job.path.name, *cells, _seconds(job.info)])
     errors = {job.path.name: first_line(job.info["error"]) for job in unfinished if job.info.get("error")}
@@ -327,7 +327,7 @@ def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None =
         if run is None:
             table.rows.append([name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE])
         else:
-            cells = _stage(run), _status(run.info), _outcome(run, 2), _seconds(run.info)
+            cells = _stage(run), _status(run), _outcome(run, 2), _seconds(run.info)
             table.rows.append([name, *cells, run.path.name])
     return table
 
@@ -407,9 +407,10 @@ def _stage(run: Run) -> str:
     return str(run.info.get("stage", NONE))
 
 
-def _status(info: dict[str, Any]) -> Text:
+def _status(run: Run) -> Text:
     """As noted; a run whose process was killed could not note its end."""
-    status = "interrupted" if is_gone(info.get("process")) else str(info.get("status", NONE))
+    gone = is_gone(run.info.get("process"), run.path / "run.json")
+    status = "interrupted" if gone else str(run.info.get("status", NONE))
     return Text(status, style=STATUS_STYLES.get(status, ""))
 
 

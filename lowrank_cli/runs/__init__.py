@@ -11,10 +11,10 @@ One run is ``outputs/<date>/<time>-<method>-<model>-<task>[-<name>]/`` and holds
 and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, ``plots/``, …).
 """
 
-from lowrank_cli.runs.files import atomic_folder, atomic_write, write_json
-from lowrank_cli.runs.folders import all_runs, child, discard, find, scan
-from lowrank_cli.runs.place import new_folder, settled
-from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, this_process
+from lowrank_cli.runs.files import atomic_folder, atomic_write, remove_leftovers, write_json
+from lowrank_cli.runs.folders import all_runs, child, find, scan
+from lowrank_cli.runs.place import discard, new_folder, settled
+from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, showing_life, this_process
 from lowrank_cli.runs.provenance import ROOT, config_hash, untested_versions
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run
 
@@ -37,8 +37,10 @@ __all__ = [
     "is_gone",
     "new_folder",
     "peak_memory_bytes",
+    "remove_leftovers",
     "scan",
     "settled",
+    "showing_life",
     "this_process",
     "untested_versions",
     "write_json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,9 +29,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # the name that a person knows
         raise
 
 
@@ -50,6 +53,24 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left of :func:`atomic_write` and :func:`atomic_folder` below ``folder``.
+
+    A folder that was moved aside, and whose successor did not take its place, moves back. No other process may write
+    there meanwhile.
+    """
+    for path in sorted(folder.rglob(".*"), reverse=True):  # .NAME-x.old before .NAME-x
+        match = re.fullmatch(r"\.(.+)-[a-z0-9_]{8}(\.old)?", path.name)
+        if match is None:
+            continue
+        if match[2] and not path.with_name(match[1]).exists():
+            os.replace(path, path.with_name(match[1]))
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

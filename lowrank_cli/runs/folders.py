@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs.place import point
 from lowrank_cli.runs.run import Run
-
-
-def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
-    """Take back a folder that :func:`new_folder` made, where the input turned out to be wrong."""
-    outputs = Path(outputs)
-    shutil.rmtree(path, ignore_errors=True)
-    link = outputs / "latest"
-    if link.is_symlink() and not link.exists():
-        link.unlink()
-        left = sorted(outputs.glob("*/*/"))
-        if left:
-            point(link, left[-1].relative_to(outputs))
-    with suppress(OSError):  # another run lives there
-        path.parent.rmdir()
-        outputs.rmdir()
 
 
 def child(folder: Path, name: str) -> Path:

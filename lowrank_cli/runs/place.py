@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +31,21 @@ def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
     except OSError as error:
         raise UserError(f"outputs: cannot write to '{outputs}': {error.strerror or error}") from None
     return path
+
+
+def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
+    """Take back a folder that :func:`new_folder` made, where the input turned out to be wrong."""
+    outputs = Path(outputs)
+    shutil.rmtree(path, ignore_errors=True)
+    link = outputs / "latest"
+    if link.is_symlink() and not link.exists():
+        link.unlink()
+        left = sorted(outputs.glob("*/*/"))
+        if left:
+            point(link, left[-1].relative_to(outputs))
+    with suppress(OSError):  # another run lives there
+        path.parent.rmdir()
+        outputs.rmdir()
 
 
 def settled(path: str | os.PathLike[str]) -> Path:

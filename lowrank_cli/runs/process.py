@@ -7,25 +7,64 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
+
+BEAT = 30  # s between the signs of life of a process that works on a run
+LAPSE = 4  # beats without one after which it counts as gone: clocks differ, and shared file systems cache
 
 
 def this_process() -> dict[str, Any]:
     """What tells this process from every other one, on other machines and later ones of its number too."""
-    return {"host": platform.node(), "pid": os.getpid(), "began": began(os.getpid())}
+    return {"host": platform.node(), "pid": os.getpid(), "began": began(os.getpid()), "beat": BEAT}
 
 
-def is_alive(process: Mapping[str, Any] | None) -> bool:
-    """Whether what :func:`this_process` once returned still runs; never for another machine, where nobody can tell."""
-    return process is not None and process["host"] == platform.node() and began(process["pid"]) == process["began"]
+@contextmanager
+def showing_life(file: Path) -> Iterator[None]:
+    """Touch ``file`` every :data:`BEAT` seconds inside, so that other machines see that this process works."""
+    ended = Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(file)
+
+    Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
-def is_gone(process: Mapping[str, Any] | None) -> bool:
-    """Whether what :func:`this_process` once returned on this machine runs no longer."""
-    return process is not None and process["host"] == platform.node() and not is_alive(process)
+def is_alive(process: Mapping[str, Any] | None, file: Path) -> bool:
+    """Whether what :func:`this_process` once returned still runs, as ``file``, which names it, shows.
+
+    On this machine the kernel knows. Of another one only the signs of life in ``file`` are known; without any (runs of
+    earlier versions have none) nobody can tell, and the answer is no.
+    """
+    if process is None:
+        return False
+    if process["host"] == platform.node():
+        return began(process["pid"]) == process["began"]
+    return "beat" in process and _age(file) < LAPSE * process["beat"]
+
+
+def is_gone(process: Mapping[str, Any] | None, file: Path) -> bool:
+    """Whether it is certain that what :func:`this_process` once returned runs no longer."""
+    known = process is not None and (process["host"] == platform.node() or "beat" in process)
+    return known and not is_alive(process, file)
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was written or touched; endless without one."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return float("inf")
 
 
 def began(pid: int) -> int | None:

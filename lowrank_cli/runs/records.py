@@ -25,6 +25,7 @@ class Process(TypedDict):
     host: str
     pid: Count
     began: int | None
+    beat: NotRequired[Count]  # s; earlier versions had none
 
 
 class ChosenThreads(TypedDict):

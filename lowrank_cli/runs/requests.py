@@ -44,6 +44,11 @@ def read_requests(path: Path) -> list[Request]:
 def _request(number: int, line: str) -> Request:
     try:
         fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # as its answer will be written
+    except RecursionError:
+        return Request({"line": number}, number, "nested too deeply")
+    except UnicodeEncodeError as error:
+        return Request({"line": number}, number, f"no text: {error.object[error.start]!r} is half of a character")
     except ValueError as error:
         return Request({"line": number}, number, f"no JSON: {error}")
     if not isinstance(fields, dict):

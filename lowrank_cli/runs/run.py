@@ -15,8 +15,8 @@ import yaml
 
 from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.reader import check, leaves, read_json, read_json_lines, read_yaml, shown
-from lowrank_cli.runs.files import atomic_write, write_json
-from lowrank_cli.runs.place import new_folder, settled
+from lowrank_cli.runs.files import atomic_write, remove_leftovers, write_json
+from lowrank_cli.runs.place import discard, new_folder, settled
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
 from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, untested_versions
 from lowrank_cli.runs.records import RECORDS, HistoryRow, MethodSection, RunInfo
@@ -63,24 +63,29 @@ class Run:
             path = Path(folder)
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {})
-        run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
-        run.update(
-            status=status,
-            stage=stage,
-            command=command,
-            overrides=list(overrides),
-            choices=dict(choices),
-            model=model,
-            seed=config.get("seed"),
-            config_hash=config_hash(config),
-            git=git_state(),
-            packages=package_versions(),
-            untested=untested_versions(),
-            python=platform.python_version(),
-            platform=platform.platform(),
-            device=cpu_name(),
-            started=_now(),
-        )
+        try:
+            run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
+            run.update(
+                status=status,
+                stage=stage,
+                command=command,
+                overrides=list(overrides),
+                choices=dict(choices),
+                model=model,
+                seed=config.get("seed"),
+                config_hash=config_hash(config),
+                git=git_state(),
+                packages=package_versions(),
+                untested=untested_versions(),
+                python=platform.python_version(),
+                platform=platform.platform(),
+                device=cpu_name(),
+                started=_now(),
+            )
+        except BaseException:  # a full disk, a signal
+            if folder is None:
+                discard(path, outputs)
+            raise
         return run
 
     @classmethod
@@ -121,9 +126,9 @@ class Run:
         path = self.path / "history.jsonl"
         return read_json_lines(path, HistoryRow) if path.exists() else []
 
-    def rewind(self, step: int) -> None:
-        """Drop history after ``step``: what a resumed run is about to repeat."""
-        rows = [row for row in self.history() if row["step"] <= step]
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop history after ``step``, and unless ``evaluated`` its dev loss: what a resumed run is about to repeat."""
+        rows = [row for row in self.history() if row["step"] < step + (evaluated or "dev/loss" not in row)]
         self.write_text("history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_text(self, relative: str, text: str) -> None:
@@ -185,24 +190,37 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """metrics.json; empty while there is none."""
-        return self.read_json("metrics.json") if (self.path / "metrics.json").is_file() else {}
+        return self.read_json("metrics.json") if self.completed else {}
+
+    def finish(self, metrics: Mapping[str, float]) -> None:
+        self.complete(metrics)
+        self._end(DONE)
 
     @property
     def done(self) -> bool:
         return self.info.get("status") == DONE
 
     def begin(self) -> None:
-        """The work of a pending, interrupted or failed run starts (again)."""
+        """The work of a pending, interrupted or failed run starts (again), without what a kill left of it."""
         again = self.info.get("status") != PENDING
+        if again:
+            remove_leftovers(self.path)
         for key in ("error", "exit_code", "ended"):
             self.info.pop(key, None)
         self._began = time.monotonic()
         reset_peak_memory()
         self.update(status=RUNNING, process=this_process(), **{"resumed" if again else "started": _now()})
 
-    def finish(self, metrics: Mapping[str, float]) -> None:
+    def complete(self, metrics: Mapping[str, float]) -> None:
+        """The work is done and its metrics are final; what else is made of them needs no model."""
         self.write_json("metrics.json", dict(metrics))
-        self._end(DONE)
+        self._note_memory()
+        self.update()
+
+    @property
+    def completed(self) -> bool:
+        """Whether :meth:`complete` was called, by this process or an earlier one."""
+        return (self.path / "metrics.json").is_file()
 
     def fail(self, error: str, exit_code: int = 1) -> None:
         self._end(FAILED, error=error, exit_code=exit_code)
@@ -214,13 +232,11 @@ class Run:
         took = time.monotonic() - self._began
         self.info.pop("process", None)
         before = self.info.get("seconds", 0)  # where this resumes an earlier process
-        self.update(
-            status=status,
-            ended=_now(),
-            seconds=round(before + took, 3),
-            peak_memory_bytes=max(peak_memory_bytes(), self.info.get("peak_memory_bytes", 0)),
-            **fields,
-        )
+        self._note_memory()
+        self.update(status=status, ended=_now(), seconds=round(before + took, 3), **fields)
+
+    def _note_memory(self) -> None:
+        self.info["peak_memory_bytes"] = max(peak_memory_bytes(), self.info.get("peak_memory_bytes", 0))
 
 
 def _now() -> str:

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lowrank_cli.runs import stopping
 from lowrank_cli.terminal import Terminal
 
 
@@ -28,9 +29,16 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed else "–/s", style="progress.data.speed")
 
 
+class Watched(Terminal):
+    """A run goes on when nobody watches it any more (``lrk train 2>&1 | head``)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def console() -> Terminal:
     """Where people watch a run: stderr, so that stdout stays clean."""
-    return Terminal(stderr=True)
+    return Watched(stderr=True)
 
 
 @contextmanager
@@ -59,6 +67,8 @@ class Bar:
         self._progress, self._task, self._shown = progress, task_id, shown
 
     def advance(self, count: int = 1) -> None:
+        """Count units that are done; also where a loop stops when asked to (KeyboardInterrupt)."""
+        stopping.check()
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:

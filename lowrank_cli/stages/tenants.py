@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Tenants:
         return failed
 
     def _load(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         folder, run = _places(path)
         if tenant.readable(folder):
             self.bank.load(name, folder)
@@ -74,7 +75,7 @@ class Tenants:
 
 def _places(path: Path) -> tuple[Path, Run | None]:
     """The adapter's folder, and the finished run that it belongs to."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # no for whatever cannot be a path
         raise UserError(f"tenant: there is no folder '{path}'")
     folder, home = (path / "adapter", path) if (path / "run.json").is_file() else (path, path.parent)
     if not (home / "run.json").is_file():

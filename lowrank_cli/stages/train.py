@@ -9,10 +9,9 @@ What a step sees is a function of (seed, step), so a killed run continues bit fo
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lowrank_cli.adapter.compiled import compile_layers
 from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Calibrates, Settles, Step
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, stopping
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.stages import calibrate, checkpoint, progress
 from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
@@ -39,7 +38,7 @@ def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]
     A method that calibrates instead of training fits in one pass: it starts again where it was interrupted.
 
     Raises UserError where the input does not fit, WorkFailed for a loss that is not finite, KeyboardInterrupt after
-    Ctrl-C once a checkpoint is written.
+    a signal to stop, once a checkpoint is written.
     """
     session = start(config)
     if session.foundation is not None:
@@ -86,44 +85,52 @@ class Trainer:
             "seconds": 0.0,
             "tokens": 0,
             "pending": [],  # losses since the last line of history.jsonl
+            "due": False,  # the evaluation of this step is still to come
         }
-        self.interrupted = False
         self.bar: progress.Bar  # of the steps, while they run
 
     def fit(self, resume: bool) -> dict[str, float]:
         """Steps until the end or the early stop, then the best adapter's evaluation."""
         self.session.greet(self.run)
         if resume and (folder := checkpoint.newest(self.run)):
-            self.progress = checkpoint.load(folder, self.accelerator, self.adapter, self.optimizer, self.session.method)
+            self.progress |= checkpoint.load(
+                folder, self.accelerator, self.adapter, self.optimizer, self.session.method
+            )
             self._prepare_again()
         if resume:
-            self.run.rewind(self.progress["step"])
+            self.run.rewind(self.progress["step"], evaluated=not self.progress["due"])
         before, began = self.progress["seconds"], time.monotonic()
         start = self.progress["step"]
+        first = start + 1 - self.progress["due"]
         with (
-            self._interrupts(),
+            stopping.on_stop(lambda: None),  # a step ends, and its checkpoint is written, before the run stops
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
             self.bar = bar
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
-            for step in range(start + 1, self.total + 1):
-                self.progress["pending"].append(self._step(step))
-                self.progress["step"] = step
-                self.progress["seconds"] = before + time.monotonic() - began
-                last = step == self.total
-                if step % self.settings.log_every == 0 or last:
-                    bar.note(self._log(step))
-                bar.advance()
-                if (step % self.settings.eval_every == 0 or last) and self._evaluate(step):
-                    bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
+            for step in range(first, self.total + 1):
+                if self._stale():
                     break
-                every = self.settings.checkpoint_every
+                last = step == self.total
+                if step > self.progress["step"]:
+                    self.progress["pending"].append(self._step(step))
+                    self.progress["step"] = step
+                    self.progress["seconds"] = before + time.monotonic() - began
+                    if step % self.settings.log_every == 0 or last:
+                        bar.note(self._log(step))
+                    bar.advance()
+                    self.progress["due"] = step % self.settings.eval_every == 0 or last
                 stop = self._stopping()
-                if (every and step % every == 0) or stop:
+                if self.progress["due"] and not stop:
+                    stop = not self._evaluate(step)
+                every = self.settings.checkpoint_every
+                if stop or (every and (step % every == 0 or last or self._stale())):
                     self._checkpoint()
                 if stop:
-                    raise KeyboardInterrupt
+                    stopping.interrupt()
+            if self._stale():
+                bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
         return self._finish()
 
     def _step(self, step: int) -> float:
@@ -174,7 +181,7 @@ class Trainer:
             probe=self.session.probe,
             log=lambda row: self.run.log({"step": step, **row}),
             say=self.bar.say,
-            watch=self.bar.watch,
+            watch=self._watch,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -218,8 +225,8 @@ class Trainer:
         return self.accelerator.reduce(tensor, reduction="mean")
 
     @torch.no_grad()
-    def dev_loss(self) -> float:
-        """Mean loss over all response tokens (causal) or examples (encoder) of the dev set."""
+    def dev_loss(self) -> float | None:
+        """Mean loss over all response tokens (causal) or examples (encoder) of the dev set; None on a stop."""
         session, accelerator = self.session, self.accelerator
         session.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=session.device)  # loss, weight
@@ -228,15 +235,22 @@ class Trainer:
         mine = order[accelerator.process_index :: accelerator.num_processes]
         with session.autocast():
             for at in range(0, len(mine), size):
+                if stopping.requested():
+                    break
                 rows = [self.dev_data[i] for i in mine[at : at + size]]
                 sums[0] += session.loss_sum(session.model, session.batch(rows))
                 sums[1] += sum(session.weight(row) for row in rows)
+        if self._stopping():
+            return None
         sums = accelerator.reduce(sums, reduction="sum")
         return (sums[0] / sums[1]).item()
 
     def _evaluate(self, step: int) -> bool:
-        """Dev loss, the best adapter saved, and whether patience is over."""
+        """Dev loss, and the best adapter saved. Returns whether that was done: False on a stop."""
         loss = self.dev_loss()
+        if loss is None:
+            return False
+        self.progress["due"] = False
         method = self.session.method
         unsettled = method.unsettled() if isinstance(method, Settles) else None
         self.run.log({"step": step, "dev/loss": loss} | ({"not_kept": unsettled} if unsettled else {}))
@@ -244,7 +258,7 @@ class Trainer:
             raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
         if unsettled:
             self.bar.say(f"step {step}/{self.total}: dev loss {loss:.4f} (not kept: {unsettled})")
-            return False
+            return True
         best = self.progress["best_loss"]
         better = best is None or loss < best
         self.bar.say(f"step {step}/{self.total}: dev loss {loss:.4f}" + (", the best so far" if better else ""))
@@ -253,6 +267,10 @@ class Trainer:
             self._save_adapter()
         else:
             self.progress["stale"] += 1
+        return True
+
+    def _stale(self) -> bool:
+        """Whether patience is over."""
         return bool(self.settings.patience) and self.progress["stale"] >= self.settings.patience
 
     def _save_adapter(self) -> None:
@@ -309,23 +327,21 @@ class Trainer:
     def _stopping(self) -> bool:
         """Whether any process was asked to stop; every process gets the same answer."""
         if self.accelerator.num_processes == 1:
-            return self.interrupted
-        flag = torch.tensor(float(self.interrupted), device=self.session.device)
+            return stopping.requested()
+        flag = torch.tensor(float(stopping.requested()), device=self.session.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     @contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C ends training after the current step; a second one ends it at once."""
+    def _watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A second bar for something slow within a step, such as scoring.
 
-        def ask(number: int, frame: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        A stop does not wait for it where the run has checkpoints of its own: it continues from the last of these.
+        """
 
-        before = None
-        with suppress(ValueError):  # only the main thread may set a handler
-            before = signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
+        def tick(count: int) -> None:
+            if stopping.requested() and self.settings.checkpoint_every:
+                stopping.interrupt()
+            advance(count)
+
+        with self.bar.watch(description, total) as advance:
+            yield tick

@@ -72,6 +72,13 @@ def read_jsonl(path: Path) -> Rows:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if "\\ud" in line.lower():  # half a character can only be written so
+                json.dumps(row, ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise UserError(f"{path}:{number}: nested too deeply") from error
+        except UnicodeEncodeError as error:
+            half = repr(error.object[error.start])
+            raise UserError(f"{path}:{number}: text holds {half}, which is half of a character") from error
         except ValueError as error:
             raise UserError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -237,9 +238,13 @@ def _choice(config: TaskConfig, row: dict, place: str):
     listed = _column(row, "choices", place)
     names: list[str] = []
     if isinstance(listed, dict):
-        listed, names = listed.get("text"), [str(name) for name in listed.get("label", [])]
+        listed, labels = listed.get("text"), listed.get("label", [])
+        if not isinstance(labels, list) or (labels and isinstance(listed, list) and len(labels) != len(listed)):
+            raise UserError(f"{place}: column 'choices' must have a label for each text, not {labels!r}")
+        names = [_plain(name, "choices", place) for name in labels]
     if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
         raise UserError(f"{place}: column 'choices' must list 2 to {len(LETTERS)} options, not {listed!r}")
+    listed = [_plain(text, "choices", place) for text in listed]
     letters = tuple(LETTERS[: len(listed)])
     value = _column(row, config.target, place)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -276,9 +281,15 @@ def _prompt(template: str, row: dict, options: str, place: str) -> str:
 
 
 def _text(row: dict, column: str, place: str) -> str:
-    value = _column(row, column, place)
-    if not isinstance(value, (str, int, float)):
+    return _plain(_column(row, column, place), column, place)
+
+
+def _plain(value: Any, column: str, place: str) -> str:
+    """Text, or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise UserError(f"{place}: column '{column}' must hold text, not {value!r}")
+    if value != value:
+        raise UserError(f"{place}: column '{column}' must hold text, not NaN")
     return str(value)
 
 

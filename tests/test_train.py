@@ -79,7 +79,11 @@ def test_a_run_leaves_everything_that_the_contract_names(whole):
     assert {"test/accuracy", "dev/accuracy", "dev/loss", "trainable_parameters", "activated_parameters"} <= set(
         whole.metrics
     )
-    assert {path.name for path in (whole.path / "plots").iterdir()} == {"loss.png", "activated_modules.png"}
+    assert {path.name for path in (whole.path / "plots").iterdir()} == {
+        "loss.png",
+        "activated_modules.png",
+        "sets_of_modules.png",
+    }
     records = [json.loads(line) for line in (whole.path / "predictions.jsonl").read_text().splitlines()]
     right = sum(record["prediction"] in record["references"] for record in records)
     assert whole.metrics["test/accuracy"] == right / len(records)
@@ -171,6 +175,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, whole):
     assert run.info["status"] == "interrupted"
     assert f"lrk train --resume {run.path.relative_to(tmp_path).parent.parent}" in errors
     assert losses(command(tmp_path, ["--resume", str(run.path)])) == losses(whole)
+
+
+def test_a_batch_of_a_mix_holds_several_of_its_tasks(monkeypatch):
+    plain, parts = Trainer._step, []
+
+    def step(trainer, number):
+        parts.append({trainer.session.task.train[index].part for index in trainer.batches[number - 1]})
+        return plain(trainer, number)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    train("method=lora", "task=tiny_mix", "train.max_steps=3", "train.eval_every=3")
+    assert all(len(tasks) > 1 for tasks in parts), parts
 
 
 def test_training_stops_early_when_the_dev_loss_no_longer_falls():

@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.protocol import Calibrates, Observes
+from lowrank_cli.methods.protocol import Calibrates, Doubts, Method, Observes
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
 from lowrank_cli.stages import calibrate, progress
@@ -24,6 +24,10 @@ class Observed:
 
     metrics: dict[str, float] = field(default_factory=dict)
     figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def doubt(self, method: Method) -> str | None:
+        """What the method finds wrong with it."""
+        return method.doubt(self.metrics) if isinstance(method, Doubts) else None
 
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -82,6 +86,8 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
             for index, record in zip(own, answers, strict=True):
                 records[index] = {**record, "index": index}
             observed[part] = len(own), _observe(session)
+            if doubt := observed[part][1].doubt(session.method):
+                bar.say(f"{split}{f', {part}' if part else ''}: {doubt}")
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
     metrics["total_parameters"] = session.model.num_parameters()

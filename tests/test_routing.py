@@ -29,6 +29,7 @@ from lowrank_cli.adapter.routing import PromptRouting
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods import milora
 from lowrank_cli.methods.protocol import Start, Step
+from lowrank_cli.runs import Run
 from lowrank_cli.stages.session import Session
 from lowrank_cli.stages.train import Trainer
 
@@ -525,6 +526,23 @@ def test_preparing_tells_of_a_routing_that_is_the_same_for_every_prompt():
             router.projection.weight.normal_(std=1e4)
     _, (line,) = prepared(method, adapter)
     assert "takes over 90 % of the probability for most prompts in 2 layers" in line
+
+
+def test_a_routing_that_is_alike_for_every_prompt_is_told_at_the_start_and_at_the_end(lrk, monkeypatch):
+    plain = milora.MiLoRA._router
+
+    def router(self, width, activation):
+        made = plain(self, width, activation)
+        torch.nn.init.zeros_(made.projection.weight)
+        return made
+
+    monkeypatch.setattr(milora.MiLoRA, "_router", router)
+    ended = lrk("train", "task.limit=24", "train.max_steps=1", "train.learning_rate=0")
+    told = [line for line in ended.err.splitlines() if "the same modules for every prompt in 6 layers" in line]
+    assert ended.code == 0 and len(told) == 2 and told[0].startswith("before the first step"), ended.err
+    run = Run.open("outputs/latest")
+    assert run.metrics["routing/distinct_sets"] == 1 and run.metrics["routing/same_layers"] == 6
+    assert run.history()[0]["routing/distinct_sets"] == [1] * 6
 
 
 def test_an_adapter_from_before_routers_were_standardized_computes_what_it_did(tmp_path):

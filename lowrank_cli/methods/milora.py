@@ -319,7 +319,7 @@ class MiLoRA(LoRA):
             "tied_layers": "the last module that is kept and the first that is not are tied for most prompts",
         }
         found = [
-            f"{what} in {observed[f'routing/{name}']:g} layers"
+            f"{what} in {observed[f'routing/{name}']} layer{'s' * (observed[f'routing/{name}'] > 1)}"
             for name, what in named.items()
             if observed.get(f"routing/{name}")
         ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.protocol import Calibrates, Doubts, Method, Observes
+from lowrank_cli.methods.protocol import Calibrates, Doubts, Observes
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
 from lowrank_cli.stages import calibrate, progress
@@ -24,10 +24,12 @@ class Observed:
 
     metrics: dict[str, float] = field(default_factory=dict)
     figures: list[dict[str, Any]] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)  #: what the method finds wrong with it
 
-    def doubt(self, method: Method) -> str | None:
-        """What the method finds wrong with it."""
-        return method.doubt(self.metrics) if isinstance(method, Doubts) else None
+    def tell(self) -> None:
+        """Say in one line what is wrong, if something is."""
+        if self.doubts:
+            progress.console().print("; ".join(self.doubts), soft_wrap=True)
 
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -48,6 +50,8 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
     session.note_device(run)
+    if session.accelerator.is_main_process:
+        observed.tell()
     return {**metrics, **observed.metrics}
 
 
@@ -86,8 +90,6 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
             for index, record in zip(own, answers, strict=True):
                 records[index] = {**record, "index": index}
             observed[part] = len(own), _observe(session)
-            if doubt := observed[part][1].doubt(session.method):
-                bar.say(f"{split}{f', {part}' if part else ''}: {doubt}")
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
     metrics["total_parameters"] = session.model.num_parameters()
@@ -100,7 +102,9 @@ def _observe(session: Session) -> Observed:
     method, adapter = session.method, session.adapter
     if adapter is None or not isinstance(method, Observes):
         return Observed()
-    return Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
+    found = Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
+    doubt = method.doubt(found.metrics) if isinstance(method, Doubts) else None
+    return replace(found, doubts=[doubt] if doubt else [])
 
 
 def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
@@ -119,7 +123,7 @@ def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
             entry = {**entry, "kind": "heatmaps", "panels": panels}
             del entry["values"]
         figures.append(entry)
-    return Observed(metrics, figures)
+    return Observed(metrics, figures, [f"{name}: {doubt}" for name, own in parts.items() for doubt in own[1].doubts])
 
 
 def demonstrations(session: Session) -> list[Example]:

@@ -351,6 +351,8 @@ class Trainer:
         metrics.update(found)
         write_answers(self.run, records, observed.figures)
         session.note_device(self.run)
+        if self.accelerator.is_main_process:
+            observed.tell()
         return {**metrics, **observed.metrics}
 
     def _stopping(self) -> bool:

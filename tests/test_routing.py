@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from pathlib import Path
 
 import pytest
 import small
@@ -543,6 +544,20 @@ def test_a_routing_that_is_alike_for_every_prompt_is_told_at_the_start_and_at_th
     run = Run.open("outputs/latest")
     assert run.metrics["routing/distinct_sets"] == 1 and run.metrics["routing/same_layers"] == 6
     assert run.history()[0]["routing/distinct_sets"] == [1] * 6
+
+
+def test_an_adapter_that_is_trained_on_keeps_its_statistics(lrk):
+    steps = ["task.limit=24", "train.max_steps=1"]
+    assert lrk("train", "task=tiny_yesno", *steps).code == 0
+    first = Run.open("outputs/latest").path.resolve()
+    assert lrk("train", f"run={first}", "task=tiny_sentiment", *steps).code == 0
+    before, after = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (first, Path("outputs/latest"))
+    )
+    constants = [name for name in before if name.endswith(("prompt_router.mean", "prompt_router.deviation"))]
+    assert len(constants) == 12
+    for name in constants:
+        assert before[name].std() > 0 and torch.equal(before[name], after[name]), name
 
 
 def test_an_adapter_from_before_routers_were_standardized_computes_what_it_did(tmp_path):

@@ -95,7 +95,7 @@ class Start:
 
 @runtime_checkable
 class Prepares(Protocol):
-    """Looks at training prompts before the first step. A run that resumes is not prepared again."""
+    """Looks at training prompts before the first step of a fresh adapter, not of one that is trained on or resumed."""
 
     def prepare(self, start: Start) -> None: ...
 

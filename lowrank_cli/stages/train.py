@@ -128,7 +128,8 @@ class Trainer:
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
             self.bar = bar
-            if start == 0 and isinstance(self.session.method, Prepares):
+            fresh = start == 0 and self.session.foundation is None
+            if fresh and isinstance(self.session.method, Prepares):
                 log = partial(self._log_at, 0)
                 self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))
             if self.settings.max_steps and self.total < self.settings.max_steps:

@@ -133,7 +133,10 @@ def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, 
                 for name, parameter in router.named_parameters():
                     if name.startswith("pooler."):
                         parameter.normal_()
-                router.projection.weight.normal_(std=3.0)
+                router.projection.weight.normal_(std=0.3 if router.standardized else 3.0)
+                if router.standardized:
+                    width = router.projection.in_features
+                    router.standardize(0.3 * torch.randn(width), torch.rand(width) + 0.5)
     return adapter
 
 

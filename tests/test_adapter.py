@@ -260,7 +260,9 @@ def test_bf16_weights_keep_fp32_masters_and_compute_close_to_fp32(name, family):
     with torch.no_grad():
         for key, parameter in adapter.trained.items():
             parameter.copy_(exact.trained[key])
-    assert {p.dtype for p in adapter.trained.values()} == {torch.float32}
+        for key, constant in adapter.constants.items():
+            constant.copy_(exact.constants[key])
+    assert {p.dtype for p in (adapter.trained | adapter.constants).values()} == {torch.float32}
     logits = model(input_ids=small.ids()).logits
     error = (logits.float() - expected).abs().max() / expected.abs().max()
     assert error < 0.05

@@ -303,7 +303,7 @@ def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
 
 
 def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
-    entries = ["base", "lora", "lora dropout=0.5", "moelora rank=8", "peft dropout=0.5"]
+    entries = ["base", "lora", "lora dropout=0.5", "moelora rank=8", "milora bilevel_every=2", "peft dropout=0.5"]
     ended = lrk("bench", "train", *TINY, "bench.rounds=2", f"bench.methods=[{','.join(map(repr, entries))}]")
     assert ended.code == 0, ended
     assert "forward and backward, 4 × 128" not in ended.out and "4 × 5 tokens" in ended.out
@@ -315,6 +315,9 @@ def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
         assert row["step_ratio_quartiles"][0] <= row["step_ratio"] <= row["step_ratio_quartiles"][1]
         assert row["peak_memory_bytes"] > 0
     assert (rows["base"]["step_ratio"], rows["base"]["cpu_ratio"], rows["base"]["parameters"]) == (1, 1, 0)
+    for name, row in rows.items():
+        assert (min(row["seconds_on_dev"]) > 0) == name.startswith("milora"), name
+        assert (row["step_ratio_with_dev"] > row["step_ratio"]) == name.startswith("milora"), name
     saved = {name: row["saved_bytes"] for name, row in rows.items()}
     assert saved["base"] < saved["lora"] < saved["lora dropout=0.5"] < saved["peft dropout=0.5"]
     assert run.metrics["bench/lora/saved_bytes"] == saved["lora"]

@@ -41,8 +41,8 @@ def test_loading_works_across_precisions(tmp_path, name, first, second):
     adapter, fresh = (small.adapted(name), small.adapted(name, trained=False))
     for one, dtype in ((adapter, first), (fresh, second)):
         one.model.to(getattr(torch, dtype))
-        for parameter in one.trained.values():
-            parameter.data = parameter.data.float()
+        for tensor in (*one.trained.values(), *one.constants.values()):
+            tensor.data = tensor.data.float()
     state.save(adapter, tmp_path, ABOUT)
     state.load(fresh, tmp_path)
     for key, parameter in adapter.trained.items():

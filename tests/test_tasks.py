@@ -462,6 +462,15 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert first != batch_indices(LENGTHS, 16, 1, 1) and first != batch_indices(LENGTHS, 16, 2, 0)
 
 
+def test_a_window_of_one_batch_draws_at_random():
+    batches = batch_indices(LENGTHS, 16, seed=1, epoch=0, window=1)
+    assert sorted(index for batch in batches for index in batch) == list(range(1003))
+    assert batches == batch_indices(LENGTHS, 16, 1, 0, 1)
+    spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in batches[:-1]]
+    assert sum(spread) / len(spread) > 35
+    assert Batches(LENGTHS, 16, 1, window=1)[70] == batch_indices(LENGTHS, 16, 1, 1, 1)[7]
+
+
 def test_steps_walk_through_the_epochs():
     batches = Batches(LENGTHS, 16, seed=1)
     assert len(batches) == 63

@@ -36,18 +36,27 @@ class Adapter:
         self.initial_ranks: dict[str, int] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.deferred: set[str] = set()
+        self._buffered: dict[str, nn.Module] = {}  # by the name that their buffers are saved under
         self._groups: dict[tuple[int | None, str], Siblings] = {}  # by layer and roles
         self.routing: PromptRouting | None = None
         self.fingerprint = fingerprint(model)
         model.requires_grad_(False)
 
     def train_also(self, module: nn.Module, name: str) -> None:
-        """Declare all parameters of ``module`` trained, saved as ``name.<parameter>``; it computes in fp32."""
+        """Declare all parameters of ``module`` trained, in fp32, saved as ``name.<parameter>``."""
         module.float()
-        module.register_forward_pre_hook(_inputs_in_fp32)
         for key, parameter in module.named_parameters(prefix=name):
             parameter.requires_grad_(True)
             self.trained[key] = parameter
+
+    def keep_buffers(self, module: nn.Module, name: str) -> None:
+        """Save the buffers of ``module`` with the adapter, as ``name.<buffer>``."""
+        self._buffered[name] = module
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers by the names that they are saved under, as they are now: moving a model makes new ones."""
+        return {key: tensor for name, module in self._buffered.items() for key, tensor in module.named_buffers(name)}
 
     def count(self) -> int:
         """How many trained numbers there are."""
@@ -126,15 +135,11 @@ class Adapter:
     @contextmanager
     def continuous(self) -> Iterator[None]:
         """Every module and expert on, weighted by its router: no hard choice that rounding could turn over."""
-        routing = self.routing
-        before = (routing.usage.clone(), routing.routed) if routing else None
         try:
             self._soften(True)
             yield
         finally:
             self._soften(False)
-            if routing and before:
-                routing.usage, routing.routed = before
 
     def _soften(self, soft: bool) -> None:
         for part in self.modules.values():
@@ -191,7 +196,9 @@ def inject(
         adapter.attach(site, kind(site.in_features, site.out_features, rank, alpha, dropout, device))
     adapter.initial_ranks = adapter.ranks()
     for name in head_names(model):
-        adapter.train_also(model.get_submodule(name), name)
+        head = model.get_submodule(name)
+        adapter.train_also(head, name)
+        head.register_forward_pre_hook(_inputs_in_fp32)
     return adapter
 
 

@@ -6,13 +6,15 @@ Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035). Routers
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.choices import Choices
 from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
 from lowrank_cli.adapter.linear import LowRank
 from lowrank_cli.adapter.router import Router, scaled_gates
@@ -48,10 +50,11 @@ class PromptRouting:
     one pass: the later parts of one that is prefilled in chunks would use what its first chunk chose.
 
     ``gates`` (one of :data:`lowrank_cli.adapter.router.GATES`) chooses ``k`` modules of a layer by their probabilities;
-    while ``soft`` is set, every module is on in proportion to its own. ``routed`` counts router evaluations (prompts ×
-    layers); ``usage`` (L, N) counts how often a module was chosen while no gradient was recorded. Cost of a decoding
-    step: the modules that any row of the batch uses, each for all rows. Gathering the rows that use one would make its
-    products 1.3 to 1.5 times as slow in a decoding step, and a prefill about 1 % faster (4 of 8 rows, on a CPU).
+    while ``soft`` is set, every module is on in proportion to its own, and while ``warming`` is, in passes that record
+    gradients. ``routed`` counts router evaluations (prompts × layers); ``choices`` counts what prompts chose while no
+    gradient was recorded. Neither counts soft passes. Cost of a decoding step: the modules that any row of the batch
+    uses, each for all rows. Gathering the rows that use one would make its products 1.3 to 1.5 times as slow in a
+    decoding step, and a prefill about 1 % faster (4 of 8 rows, on a CPU).
     """
 
     def __init__(
@@ -67,10 +70,11 @@ class PromptRouting:
         self.parts = parts
         self.routers = routers
         self.choose = gates
-        self.soft = False
+        self.soft = self.warming = False
         self.enabled = True
         self.routed = 0
-        self.usage = torch.zeros(len(layers), len(parts[0]), dtype=torch.long)
+        self.choices = Choices(len(layers), len(parts[0]), k)
+        self._pooled: list[list[Tensor]] | None = None
         self.probabilities: list[Tensor] = []
         self._gates: list[Tensor] = []
         self._applied = False  # whether the modules hold ``_gates`` now
@@ -83,6 +87,15 @@ class PromptRouting:
         for index, (layer, router) in enumerate(zip(layers, routers, strict=True)):
             layer.prompt_router = router.to(next(layer.parameters()).device)
             layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+
+    @contextmanager
+    def pooling(self) -> Iterator[list[list[Tensor]]]:
+        """Gives what each layer's router pools from the prompts of the passes inside: (B, D) of every pass."""
+        self._pooled = [[] for _ in self.routers]
+        try:
+            yield self._pooled
+        finally:
+            self._pooled = None
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         mask = kwargs.pop("prompt_mask", None)
@@ -125,11 +138,15 @@ class PromptRouting:
             hidden, mask = args[0] if args else kwargs["hidden_states"], self._mask
             if self._first is not None:
                 hidden, mask = hidden[self._first], mask[self._first]
-            probabilities = self.routers[index](hidden, mask)  # (B, T, D) -> (B, N)
+            pooled = self.routers[index].pool(hidden, mask)  # (B, T, D) -> (B, D)
+            if self._pooled is not None:
+                self._pooled[index].append(pooled)
+            probabilities = self.routers[index].choose(pooled)  # (B, D) -> (B, N)
             gates = self._choose(probabilities)
-            self.routed += len(gates)
-            if not torch.is_grad_enabled():
-                self.usage[index] += (gates > 0).sum(dim=0).cpu()
+            if not self.soft:
+                self.routed += len(gates)
+                if not torch.is_grad_enabled():
+                    self.choices.add(index, probabilities)
             if self._copy is not None:
                 gates = gates[self._copy]
             self.probabilities.append(probabilities)
@@ -139,7 +156,7 @@ class PromptRouting:
         return route
 
     def _choose(self, probabilities: Tensor) -> Tensor:
-        if self.soft:
+        if self.soft or (self.warming and torch.is_grad_enabled()):
             return scaled_gates(probabilities, probabilities.shape[1])
         return self.choose(probabilities, self.k)
 

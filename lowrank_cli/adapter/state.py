@@ -53,7 +53,7 @@ class Proof(TypedDict):
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor and what else the modules hold, by its saved name, on the CPU."""
+    """Every trained tensor, and what else modules and routers hold, by its saved name, on the CPU."""
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
 
 
@@ -64,7 +64,7 @@ def _named(adapter: Adapter) -> dict[str, Tensor]:
         for key, part in adapter.modules.items()
         for name, tensor in {**part.tensors(), **part.constants()}.items()
     }
-    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **others}.items()}
+    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **adapter.constants, **others}.items()}
 
 
 @torch.no_grad()

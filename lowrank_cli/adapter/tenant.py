@@ -112,7 +112,7 @@ class Tenant:
     def bytes(self) -> int:
         tensors = [tensor for pair in self.updates.values() for tensor in pair]
         if self.routes is not None:
-            tensors += [parameter for router in self.routes.routers for parameter in router.parameters()]
+            tensors += [tensor for router in self.routes.routers for tensor in router.state_dict().values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> None:

@@ -3,21 +3,26 @@
 Zhang et al., "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning",
 Findings of EMNLP 2024, arXiv 2410.18035, section 3. In front of layer l a router sees the prompt's hidden states only:
 
-    p_l = softmax(Ra(pool(H_l)) W_r);   keep the k largest;   gate of a kept module = k · p / Σ_kept p
+    p_l = softmax(Ra(z_l) W_r),   z_l = (pool(H_l) − mean) / deviation,   each token of H_l over its root mean square
+    keep the k largest;   gate of a kept module = k · p / Σ_kept p
     loss = cross-entropy + load_balance · Σ_l N · Σ_i f_i p̂_i
 
 with Ra a learnable rational function that starts as GeLU. MiDoRA is the same with DoRA's modules (``modules: dora``).
 
-Reconstruction: the paper does not say how the kept probabilities enter the module's output. With ``gate: scaled`` they
-scale it, as above, so that gradients reach the router and an all-equal router with k = N is exactly LoRA. With
-``straight_through`` a kept module is used as it is, and its probability gets the gradient of a gate.
+Reconstruction: the paper routes by pool(H_l) itself (``standardize: false``). On real decoders that chooses the same
+modules for every prompt, with gates of k and 0, so the mean and the deviation of some training prompts standardise it.
+They are taken before the first step, saved with the adapter and fixed from then on. Nor does the paper say how the kept
+probabilities enter the module's output. With ``gate: scaled`` they scale it, as above, so that gradients reach the
+router and an all-equal router with k = N is exactly LoRA. With ``straight_through`` a kept module is used as it is, and
+its probability gets the gradient of a gate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -28,30 +33,42 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lowrank_cli.adapter.choices import Choices
     from lowrank_cli.adapter.core import Adapter
     from lowrank_cli.adapter.linear import LowRank
     from lowrank_cli.adapter.router import Router
-    from lowrank_cli.methods.protocol import Step
+    from lowrank_cli.methods.protocol import Start, Step
 
 POOLERS = ("self_attention", "average", "max", "last_token")
 ACTIVATIONS = ("rational", "gelu", "relu")
 ROLES = "QKVOGUD"  #: each one module of a layer
+PROMPTS = 48  #: training prompts that give the routers' statistics, and are checked for how they are routed
+FEW = 8  #: prompts; fewer may well be routed alike
 
 
 @dataclass
 class MiLoRAConfig(LoRAConfig):
-    """Low-rank modules, a router in front of each layer, and how the router is trained."""
+    """Low-rank modules, a router in front of each layer, and how the router is trained.
 
+    Keys with a value here came later than others: it is what adapters from before them were made with.
+    """
+
+    made_with: ClassVar[tuple[str, ...]] = (*LoRAConfig.made_with, "standardize")
     modules: str = MISSING  #: ``lora`` or ``dora`` (MiDoRA)
     k: int = MISSING  #: modules active in each layer for a prompt; 1 to the number of target roles
     gate: str = MISSING  #: ``scaled`` (with k = 1 only the load balance trains the router) or ``straight_through``
+    #: route by features standardised over training prompts, or, false, by hidden states as they are (as published)
+    standardize: bool = False
     pooler: str = MISSING  #: prompt tokens to one vector: ``self_attention``, ``average``, ``max`` or ``last_token``
     #: ``rational`` (learned), ``gelu`` or ``relu``; several names go to equal shares of the layers, first to last
     activation: list[str] = MISSING
     numerator_order: int = MISSING  #: m of ``rational``, whose coefficients are a_0 … a_m; 3 to 8
     denominator_order: int = MISSING  #: n of ``rational``, whose coefficients are b_1 … b_n; 2 to m − 1
     load_balance: float = MISSING  #: λ_lb, weight of the load-balance loss
+    router_learning_rate: Optional[float] = None  #: peak, of the routers; null is ``train.learning_rate``
+    soft_start: float = 0.0  #: share of the steps, at the start, that train every module of a layer; 0 to 1
     bilevel: bool = MISSING  #: step the activations' coefficients on dev batches, everything else on train batches
+    bilevel_every: int = 1  #: training steps for each step on dev, when ``bilevel``; the paper's is 1
     activation_learning_rate: float = MISSING  #: of the activations' coefficients, when ``bilevel``
 
     def validate(self) -> None:
@@ -74,6 +91,10 @@ class MiLoRAConfig(LoRAConfig):
         if set(self.target_modules) <= set(ROLES):
             self.check_k(len(set(self.target_modules)))
         require_range("method.load_balance", self.load_balance, 0)
+        require_range("method.soft_start", self.soft_start, 0, 1)
+        require_range("method.bilevel_every", self.bilevel_every, 1)
+        if self.router_learning_rate is not None:
+            require_range("method.router_learning_rate", self.router_learning_rate, 0)
         require_range("method.activation_learning_rate", self.activation_learning_rate, 0)
 
     def check_k(self, modules: int) -> None:
@@ -96,6 +117,7 @@ class MiLoRA(LoRA):
     def __init__(self, config: MiLoRAConfig):
         super().__init__(config)
         self._optimizer: torch.optim.Optimizer | None = None
+        self._warming = config.soft_start > 0  # whether the next step trains every module
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
@@ -124,8 +146,11 @@ class MiLoRA(LoRA):
         width = model.config.get_text_config().hidden_size
         routers = [self._router(width, names[index * len(names) // len(blocks)]) for index in range(len(blocks))]
         adapter.routing = PromptRouting(model, blocks, parts, routers, self.config.k, GATES[self.config.gate])
+        adapter.routing.warming = self._warming
         for index, router in enumerate(routers):
-            adapter.train_also(router, f"{layers_path(model)}.{index}.prompt_router")
+            name = f"{layers_path(model)}.{index}.prompt_router"
+            adapter.train_also(router, name)
+            adapter.keep_buffers(router, name)
         if self.config.bilevel:
             adapter.deferred = {name for name in adapter.trained if ".prompt_router.activation." in name}
         return adapter
@@ -143,7 +168,37 @@ class MiLoRA(LoRA):
 
         orders = self.config.numerator_order, self.config.denominator_order
         function = Rational(*orders) if activation == "rational" else ACTIVATIONS[activation]
-        return Router(width, len(self.roles), POOLERS[self.config.pooler](width), function)
+        pooler = POOLERS[self.config.pooler](width)
+        return Router(width, len(self.roles), pooler, function, standardized=self.config.standardize)
+
+    def prepare(self, start: Start) -> None:
+        """Take the routers' statistics from training prompts, and look at how these are routed then."""
+        import torch
+
+        from lowrank_cli.adapter.choices import Choices
+
+        routing = start.adapter.routing
+        assert routing is not None
+        with routing.pooling() as passes:
+            start.read(PROMPTS)
+        pooled = torch.stack([torch.cat(layer) for layer in passes])  # (L, B, D)
+        if self.config.standardize:
+            moments = torch.stack([pooled.mean(dim=1), pooled.std(dim=1, correction=0)])  # (2, L, D)
+            for router, mean, deviation in zip(routing.routers, *start.average(moments), strict=True):
+                router.standardize(mean, deviation)
+        choices = Choices(len(pooled), len(self.roles), routing.k)
+        for layer, (router, rows) in enumerate(zip(routing.routers, pooled, strict=True)):
+            choices.add(layer, router.choose(rows))
+        start.log({f"routing/{name}": values for name, values in choices.by_layer().items()})
+        if doubt := self.doubt(_flat(choices)):
+            start.say(f"before the first step, {choices.prompts} training prompts: {doubt}")
+
+    def learning_rates(self, adapter: Adapter) -> dict[str, float]:
+        """The routers' own, where there is one."""
+        rate = self.config.router_learning_rate
+        if rate is None:
+            return {}
+        return {name: rate for name in adapter.trained if ".prompt_router." in name and name not in adapter.deferred}
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
         """λ_lb · Σ_l L_lb of the forward pass that just ran."""
@@ -156,15 +211,25 @@ class MiLoRA(LoRA):
         return self.config.load_balance * torch.stack(terms).sum()
 
     def after_step(self, step: Step) -> None:
+        """End the soft start when it is over, and step on dev when that is due."""
+        assert step.adapter.routing is not None
+        step.adapter.routing.warming = self._warming = step.number < self.config.soft_start * step.total
+        if self.dev_every and step.number % self.dev_every == 0:
+            self.dev_step(step)
+
+    @property
+    def dev_every(self) -> int:
+        """Training steps for each of :meth:`dev_step`; 0 for none, as with ``k`` = 1 and scaled gates: constants."""
+        idle = not self.config.bilevel or (self.config.k == 1 and self.config.gate == "scaled")
+        return 0 if idle else self.config.bilevel_every
+
+    def dev_step(self, step: Step) -> None:
         """First-order bi-level step (section 3.4): the activations' coefficients follow the dev loss.
 
-        Cost: one forward and backward pass of a dev batch for each training step; none with ``k`` = 1 and scaled
-        gates, which are constant.
+        Cost: a forward pass of a dev batch, and a backward pass that needs no gradients of the modules.
         """
         import torch
 
-        if not self.config.bilevel or (self.config.k == 1 and self.config.gate == "scaled"):
-            return
         optimizer = self._adam(step.adapter)
         coefficients = optimizer.param_groups[0]["params"]
         gradients = torch.autograd.grad(step.dev_loss(), coefficients)
@@ -182,36 +247,49 @@ class MiLoRA(LoRA):
         return self._optimizer
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The second optimizer's moments."""
+        """The second optimizer's moments, and whether the soft start goes on."""
+        import torch
+
         from lowrank_cli.adapter.state import moments
 
-        return moments(self._optimizer) if self._optimizer else {}
+        held = moments(self._optimizer) if self._optimizer else {}
+        return held | ({"warming": torch.tensor(self._warming)} if self.config.soft_start else {})
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue the second optimizer where :meth:`state` left it."""
+        """Continue where :meth:`state` left off."""
         from lowrank_cli.adapter.state import load_moments
 
-        if state:
-            load_moments(self._adam(adapter), state, "the router's optimizer")
+        assert adapter.routing is not None
+        if "warming" in state:
+            adapter.routing.warming = self._warming = bool(state["warming"])
+        if held := {name: tensor for name, tensor in state.items() if name != "warming"}:
+            load_moments(self._adam(adapter), held, "the router's optimizer")
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Activated parameters for a prompt, on average, and the share of prompts that chose each role, by layer."""
+        """Activated parameters for a prompt, on average, how alike prompts are routed, and the share of them that chose
+        each role, by layer.
+
+        ``routing/largest_gate``, ``routing/distinct_sets`` (of modules) and ``routing/set_entropy`` (of these sets over
+        the prompts, in bits) are means over layers; ``routing/same_layers``, ``routing/saturated_layers`` and
+        ``routing/tied_layers`` count the layers that :meth:`doubt` names.
+        """
         routing = adapter.routing
         assert routing is not None
-        usage = add_up(routing.usage.to(adapter.model.device, copy=True)).cpu()
-        routing.usage.zero_()
-        prompts = int(usage[0].sum()) // routing.k
-        if prompts == 0:
+        choices = routing.choices
+        for counts in (choices.sets, choices.sums):
+            counts.copy_(add_up(counts.to(adapter.model.device, copy=True)))
+        if choices.prompts == 0:
             return {}, []
-        shares = usage / prompts  # (L, N)
+        shares, by_layer, flat = choices.shares(), choices.by_layer(), _flat(choices)
+        choices.clear()
         idle = sum(
             (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.trained().values())
             for layer, parts in enumerate(routing.parts)
             for column, part in enumerate(parts)
         )
-        figure = {
+        activated = {
             "file": "activated_modules.png",
             "kind": "heatmap",
             "title": f"Share of prompts that activate a module (k = {routing.k})",
@@ -221,4 +299,43 @@ class MiLoRA(LoRA):
             "label": "share of prompts",
             "scale": (0, 1),
         }
-        return {"activated_parameters": adapter.count() - idle}, [figure]
+        sets = {
+            "file": "sets_of_modules.png",
+            "kind": "lines",
+            "title": "How differently prompts are routed, by layer",
+            "rows": ["distinct sets of modules", "their entropy, bits", "largest gate"],
+            "columns": list(range(len(shares))),
+            "values": [by_layer[key] for key in ("distinct_sets", "set_entropy", "largest_gate")],
+            "label": "over the prompts",
+            "column_label": "layer",
+        }
+        return {"activated_parameters": adapter.count() - idle} | flat, [activated, sets]
+
+    def doubt(self, observed: Mapping[str, float]) -> str | None:
+        """What is wrong with a routing that was observed so, in one line: too alike, too sure, or undecided."""
+        named = {
+            "same_layers": "the same modules for every prompt",
+            "saturated_layers": "one module takes over 90 % of the probability for most prompts",
+            "tied_layers": "the last module that is kept and the first that is not are tied for most prompts",
+        }
+        found = [
+            f"{what} in {observed[f'routing/{name}']} layer{'s' * (observed[f'routing/{name}'] > 1)}"
+            for name, what in named.items()
+            if observed.get(f"routing/{name}")
+        ]
+        if not found:
+            return None
+        hint = "" if self.config.standardize else "; try method.standardize=true"
+        return f"routing: {'; '.join(found)}{hint}"
+
+
+def _flat(choices: Choices) -> dict[str, float]:
+    """Numbers for the whole model, for metrics.json. Where all modules are kept, no prompt differs and nothing ties."""
+    by_layer, routed = choices.by_layer(), choices.k < choices.modules
+    means = {name: fmean(by_layer[name]) for name in ("largest_gate", "distinct_sets", "set_entropy")}
+    alike = sum(count == 1 for count in by_layer["distinct_sets"]) if routed and choices.prompts >= FEW else 0
+    most = {name: sum(share > 0.5 for share in by_layer[name]) for name in ("saturated", "tied")}
+    layers = {"same": alike, **most}
+    return {f"routing/{name}": value for name, value in means.items()} | {
+        f"routing/{name}_layers": count for name, count in layers.items()
+    }

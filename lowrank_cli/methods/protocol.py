@@ -80,6 +80,35 @@ class Step:
     watch: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _unwatched
 
 
+@dataclass
+class Start:
+    """What :class:`Prepares` sees of a training that is about to start."""
+
+    adapter: Adapter
+    read: Callable[
+        [int], None
+    ]  #: one forward pass over so many training prompts, drawn by the seed; the same everywhere
+    average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
+    log: Callable[[dict[str, Any]], None]  #: a line for history.jsonl
+    say: Callable[[str], None]  #: a line for who watches
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """Looks at training prompts before the first step of a fresh adapter, not of one that is trained on or resumed."""
+
+    def prepare(self, start: Start) -> None: ...
+
+
+@runtime_checkable
+class OwnRates(Protocol):
+    """Trains some tensors at another learning rate than ``train.learning_rate``."""
+
+    def learning_rates(self, adapter: Adapter) -> dict[str, float]:
+        """Peak learning rates by the names of ``adapter.trained``; tensors that are not in it have the run's."""
+        ...
+
+
 @runtime_checkable
 class BeforeStep(Protocol):
     """Sees the weights together with their gradients (averaged over processes, clipped) before the optimizer steps."""
@@ -98,6 +127,18 @@ class AfterStep(Protocol):
         ...
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@runtime_checkable
+class StepsOnDev(Protocol):
+    """Steps some tensors itself, on dev batches between the training steps."""
+
+    @property
+    def dev_every(self) -> int:
+        """Training steps for each of :meth:`dev_step`; 0 for none."""
+        ...
+
+    def dev_step(self, step: Step) -> None: ...
 
 
 @runtime_checkable
@@ -124,6 +165,15 @@ class Observes(Protocol):
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """What happened since it was last asked, without training passes; ``add_up`` sums over processes."""
+        ...
+
+
+@runtime_checkable
+class Doubts(Protocol):
+    """Tells from the metrics that it observed whether something is wrong."""
+
+    def doubt(self, observed: Mapping[str, float]) -> str | None:
+        """One line for who reads the result, or None."""
         ...
 
 

@@ -74,13 +74,14 @@ def _steps(record: dict[str, Any]) -> tables.Fitted:
         f"train: forward and backward, {bench['batch_size']} × {bench['prompt_length']} tokens, "
         f"{bench['rounds']} rounds; time against the frozen model's own step"
     )
-    columns = ["method", "× base", "quartiles", "CPU time", "ms/step", "saved", "memory", "adapters"]
+    columns = ["method", "× base", "with dev steps", "quartiles", "CPU time", "ms/step", "saved", "memory", "adapters"]
     table = tables.Fitted(heading, columns, leave_out=["adapters", "memory", "quartiles", "ms/step"])
     for row in record["rows"]:
         low, high = row["step_ratio_quartiles"]
         cells = [
             row["method"],
             f"{row['step_ratio']:.3f}",
+            f"{row.get('step_ratio_with_dev', row['step_ratio']):.3f}",
             f"{low:.3f}–{high:.3f}",
             f"{row['cpu_ratio']:.3f}",
             f"{row['ms_per_step']:.1f}",

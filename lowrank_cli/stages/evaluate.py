@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NotRequired, TypedDict
 
 from lowrank_cli.adapter import state
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.protocol import Calibrates, Observes
+from lowrank_cli.methods.protocol import Calibrates, Doubts, Observes
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
@@ -26,6 +26,12 @@ class Observed:
 
     metrics: dict[str, float] = field(default_factory=dict)
     figures: list[dict[str, Any]] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)  #: what the method finds wrong with it
+
+    def tell(self) -> None:
+        """Say in one line what is wrong, if something is."""
+        if self.doubts:
+            progress.console().print("; ".join(self.doubts), soft_wrap=True)
 
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
@@ -46,6 +52,8 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     metrics, records, observed = evaluate_split(session, config.evaluate.split)
     write_answers(run, records, observed.figures)
     session.note_device(run)
+    if session.accelerator.is_main_process:
+        observed.tell()
     return {**metrics, **observed.metrics}
 
 
@@ -106,7 +114,9 @@ def _observe(session: Session) -> Observed:
     method, adapter = session.method, session.adapter
     if adapter is None or not isinstance(method, Observes):
         return Observed()
-    return Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
+    found = Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
+    doubt = method.doubt(found.metrics) if isinstance(method, Doubts) else None
+    return replace(found, doubts=[doubt] if doubt else [])
 
 
 def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
@@ -125,7 +135,7 @@ def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
             entry = {**entry, "kind": "heatmaps", "panels": panels}
             del entry["values"]
         figures.append(entry)
-    return Observed(metrics, figures)
+    return Observed(metrics, figures, [f"{name}: {doubt}" for name, own in parts.items() for doubt in own[1].doubts])
 
 
 def demonstrations(session: Session) -> list[Example]:

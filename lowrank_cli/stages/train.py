@@ -9,9 +9,11 @@ What a step sees is a function of (seed, step), so a killed run continues bit fo
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +23,24 @@ from lowrank_cli.adapter import state
 from lowrank_cli.adapter.compiled import compile_layers
 from lowrank_cli.adapter.recompute import recompute
 from lowrank_cli.errors import WorkFailed
-from lowrank_cli.methods.protocol import AddsLoss, AfterStep, BeforeStep, Calibrates, Settles, Step
+from lowrank_cli.methods.protocol import (
+    AddsLoss,
+    AfterStep,
+    BeforeStep,
+    Calibrates,
+    OwnRates,
+    Prepares,
+    Settles,
+    Start,
+    Step,
+)
 from lowrank_cli.runs import Run, atomic_folder, stopping
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.stages import calibrate, checkpoint, progress
 from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
 from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.session import Session, start
-from lowrank_cli.tasks.batches import Batches, share
+from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
 
 
@@ -60,18 +72,19 @@ class Trainer:
         self.train_data = session.encode(session.task.train)
         self.dev_data = session.encode(session.task.dev)
         lengths = [len(example.input_ids) for example in self.train_data]
-        self.batches = Batches(lengths, self.settings.batch_size, self.config.seed)
+        window = 1 if self.config.task.parts else WINDOW  # lengths tell the tasks of a mix apart
+        self.batches = Batches(lengths, self.settings.batch_size, self.config.seed, window)
         self.dev_batches = Batches(
             [len(example.input_ids) for example in self.dev_data],
             self.settings.batch_size // self.settings.gradient_accumulation,  # no more memory than a training batch
             self.config.seed,
+            window,
         )
         self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
         self.adapter.require_declared()
-        inner = [p for name, p in self.adapter.trained.items() if name not in self.adapter.deferred]
-        self.optimizer = torch.optim.AdamW(inner, lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
         hardware = self.config.hardware
         if hardware.compile:
             compile_layers(session.model)
@@ -89,6 +102,16 @@ class Trainer:
         }
         self.bar: progress.Bar  # of the steps, while they run
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """What the optimizer steps, by the learning rate at which each tensor's schedule has its ``peak``."""
+        method = self.session.method
+        own = method.learning_rates(self.adapter) if isinstance(method, OwnRates) else {}
+        groups: dict[float, list[Tensor]] = {}
+        for name, parameter in self.adapter.trained.items():
+            if name not in self.adapter.deferred:
+                groups.setdefault(own.get(name, self.settings.learning_rate), []).append(parameter)
+        return [{"params": parameters, "peak": peak} for peak, parameters in groups.items()]
+
     def fit(self, resume: bool) -> dict[str, float]:
         """Steps until the end or the early stop, then the best adapter's evaluation."""
         self.session.greet(self.run)
@@ -98,7 +121,8 @@ class Trainer:
             )
             self._prepare_again()
         if resume:
-            self.run.rewind(self.progress["step"], evaluated=not self.progress["due"])
+            # What was logged before the first step comes again too.
+            self.run.rewind(self.progress["step"] or -1, evaluated=not self.progress["due"])
         before, began = self.progress["seconds"], time.monotonic()
         start = self.progress["step"]
         first = start + 1 - self.progress["due"]
@@ -107,6 +131,10 @@ class Trainer:
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
             self.bar = bar
+            fresh = start == 0 and self.session.foundation is None
+            if fresh and isinstance(self.session.method, Prepares):
+                log = partial(self._log_at, 0)
+                self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
             for step in range(first, self.total + 1):
@@ -132,6 +160,19 @@ class Trainer:
             if self._stale():
                 bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
         return self._finish()
+
+    @torch.no_grad()
+    def _read(self, count: int) -> None:
+        """One pass over ``count`` training examples, drawn by the seed, in every process."""
+        session, size = self.session, self.config.evaluate.batch_size
+        session.model.eval()
+        drawn = random.Random(self.config.seed).sample(self.train_data, min(count, len(self.train_data)))
+        drawn.sort(key=lambda example: len(example.input_ids))
+        with session.autocast(), self.bar.watch("reading prompts", len(drawn)) as tick:
+            for at in range(0, len(drawn), size):
+                rows = drawn[at : at + size]
+                session.loss_sum(session.model, session.batch(rows))
+                tick(len(rows))
 
     def _step(self, step: int) -> float:
         """One optimizer update; returns the mean loss over all its response tokens, as it was before."""
@@ -167,7 +208,8 @@ class Trainer:
     def _update(self, step: int) -> None:
         """Clip, step, and let the method act before and after."""
         if self.settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.max_grad_norm)
+            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm)
         rate, method = self.learning_rate(step), self.session.method
         now = Step(
             step,
@@ -179,12 +221,12 @@ class Trainer:
             epoch=len(self.batches),
             optimizer=self.optimizer,
             probe=self.session.probe,
-            log=lambda row: self.run.log({"step": step, **row}),
+            log=partial(self._log_at, step),
             say=self.bar.say,
             watch=self._watch,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.learning_rate(step, group["peak"])
         if isinstance(method, BeforeStep):
             method.before_step(now)
         # the fused AdamW pairs weights, gradients and moments by their places in memory
@@ -205,12 +247,16 @@ class Trainer:
             self.accelerator.free_memory()
             self.model = self.accelerator.prepare_model(self.session.model)
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up over the first ``warmup`` share of the steps, then linear decay to 0."""
-        warmup = math.ceil(self.settings.warmup * self.total)
+    def learning_rate(self, step: int, peak: float | None = None) -> float:
+        """Linear warm-up to ``peak`` (None: ``train.learning_rate``) over the first ``warmup`` share of the steps, then
+        linear decay to 0."""
+        peak, warmup = (
+            self.settings.learning_rate if peak is None else peak,
+            math.ceil(self.settings.warmup * self.total),
+        )
         if step <= warmup:
-            return self.settings.learning_rate * step / warmup
-        return self.settings.learning_rate * (self.total + 1 - step) / (self.total + 1 - warmup)
+            return peak * step / warmup
+        return peak * (self.total + 1 - step) / (self.total + 1 - warmup)
 
     def _dev_batch_loss(self, step: int) -> Tensor:
         """This process's share of the dev batch that belongs to ``step``: averaged over processes, its mean loss."""
@@ -290,6 +336,9 @@ class Trainer:
     def _checkpoint(self) -> None:
         checkpoint.save(self.run, self.accelerator, self.adapter, self.optimizer, self.session.method, self.progress)
 
+    def _log_at(self, step: int, row: dict[str, Any]) -> None:
+        self.run.log({"step": step, **row})
+
     def _log(self, step: int) -> str:
         """A line of history.jsonl, and the same in short for the bar."""
         done = self.progress
@@ -322,6 +371,8 @@ class Trainer:
         metrics.update(found)
         write_answers(self.run, records, observed.figures)
         session.note_device(self.run)
+        if self.accelerator.is_main_process:
+            observed.tell()
         return {**metrics, **observed.metrics}
 
     def _stopping(self) -> bool:

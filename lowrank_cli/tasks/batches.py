@@ -14,21 +14,23 @@ from dataclasses import dataclass
 WINDOW = 50  #: batches whose examples are sorted by length together; more saves padding, less mixes better
 
 
-def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def batch_indices(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = WINDOW
+) -> list[list[int]]:
     """One epoch of batches of alike lengths, in random order; every index occurs exactly once.
 
-    Examples are shuffled, cut into windows of ``WINDOW`` batches, sorted by length within each, and the
-    batches shuffled. The remainder that fills no batch comes last.
+    Examples are shuffled, cut into windows of ``window`` batches, sorted by length within each, and the
+    batches shuffled. With a window of 1 a batch is a random draw. The remainder that fills no batch comes last.
     """
     draw = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     draw.shuffle(order)
     full = len(order) - len(order) % batch_size
     batches = []
-    for start in range(0, full, WINDOW * batch_size):
-        end = min(start + WINDOW * batch_size, full)
-        window = sorted(order[start:end], key=lambda index: lengths[index])
-        batches += [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
+    for start in range(0, full, window * batch_size):
+        end = min(start + window * batch_size, full)
+        alike = sorted(order[start:end], key=lambda index: lengths[index])
+        batches += [alike[at : at + batch_size] for at in range(0, len(alike), batch_size)]
     draw.shuffle(batches)
     return batches + ([order[full:]] if full < len(order) else [])
 
@@ -36,8 +38,8 @@ def batch_indices(lengths: Sequence[int], batch_size: int, seed: int, epoch: int
 class Batches:
     """The batch of every global step, without end: ``batches[step]``; ``len`` is the number of one epoch."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = WINDOW):
+        self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -46,7 +48,7 @@ class Batches:
     def __getitem__(self, step: int) -> list[int]:
         epoch, position = divmod(step, len(self))
         if self._epoch[0] != epoch:
-            self._epoch = epoch, batch_indices(self.lengths, self.batch_size, self.seed, epoch)
+            self._epoch = epoch, batch_indices(self.lengths, self.batch_size, self.seed, epoch, self.window)
         return self._epoch[1][position]
 
 

@@ -45,7 +45,7 @@ GATED = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_ENCODER = {
+ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -79,8 +79,8 @@ FAMILIES = {
             **_TOKENS,
         )
     ),
-    "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)),
 }
 #: Roles a family has, in the order of a layer's sites.
 ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")

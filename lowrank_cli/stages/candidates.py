@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lowrank_cli.adapter.head import answers_at
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.calibration.ida import TokenRule, log_softmax
 from lowrank_cli.stages.session import Session
@@ -175,12 +176,13 @@ def candidate_scores(
         rest = tokens[:, :, :-1].flatten(0, 1)  # (B, C, K) -> (B * C, K - 1)
         mask = torch.cat([attention_mask.repeat_interleave(most, dim=0), torch.ones_like(rest)], dim=1)
         after = positions[:, -1:].repeat_interleave(most, dim=0) + torch.arange(1, longest, device=device)
-        logits = model(input_ids=rest, attention_mask=mask, position_ids=after, **pass_cache(model, cache)).logits
-        counted = present[:, :, 1:].flatten()  # (B * C * (K - 1),)
-        later = torch.zeros(*together, len(counted), device=device)
-        chosen = tokens[:, :, 1:].flatten()[counted, None]  # (n, 1)
-        said = rule(logits.float().flatten(0, 1)[counted], chosen)  # (n, V), (n, 1) -> (…, n, 1)
-        later[..., counted] = said.squeeze(-1)
+        counted = present[:, :, 1:].flatten(0, 1)  # (B * C, K - 1)
+        inputs = {"input_ids": rest, "attention_mask": mask, "position_ids": after}
+        found = answers_at(model, {**inputs, **pass_cache(model, cache), "use_cache": True}, counted)
+        chosen = tokens[:, :, 1:].flatten(0, 1)[counted].unsqueeze(-1)  # (n, 1)
+        later = torch.zeros(*together, counted.numel(), device=device)
+        said = [rule(logits, chosen[span]) for span, logits in found.chunks()]  # (n, V), (n, 1) -> (…, n, 1)
+        later[..., counted.flatten()] = torch.cat(said, dim=-2).squeeze(-1)
         scores = scores + later.view(*together, width, most, longest - 1).sum(dim=-1)
     scores = scores.cpu()
     return [scores[..., b, : len(row)].tolist() for b, row in enumerate(options)]

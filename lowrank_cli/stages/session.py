@@ -22,6 +22,7 @@ from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
+from lowrank_cli.adapter.head import answers_at
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
@@ -137,14 +138,16 @@ class Session:
         )
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32."""
+        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32.
+
+        ``model`` is the session's, or what wraps it for data parallelism.
+        """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.encoder:
             return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
-        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, T, V) -> (B, T - 1, V)
-        labels = batch["labels"][:, 1:]  # (B, T - 1)
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=encode.IGNORED)  # (B, T): of the token that follows
         answered = labels != encode.IGNORED
-        return F.cross_entropy(logits[answered].float(), labels[answered], reduction="sum")
+        return answers_at(model, inputs, answered, self.model).losses(labels[answered]).sum()
 
 
 def start(config: RunConfig) -> Session:

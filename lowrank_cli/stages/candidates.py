@@ -46,14 +46,24 @@ class Prefix:
     def behind(self, padding: Tensor) -> DynamicCache:
         """The KV cache of the first P tokens of rows that begin with ``padding`` (B,) tokens of padding, then with the
         prefix; what is appended to it leaves this one as it is."""
-        token = torch.arange(len(self.ids), device=padding.device) - padding[:, None]  # (B, P): at each place
-        token = token.clamp_min(0)  # of padding, which the attention mask hides
+        places = torch.arange(len(self.ids), device=padding.device)  # (P,)
+        token = (places - padding[:, None]).clamp_min(0) if padding.any() else None  # (B, P); any where padding is
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
-            layer.keys = layer.keys[0][:, token].transpose(0, 1)  # (1, H, P, d) -> (H, B, P, d) -> (B, H, P, d)
-            layer.values = layer.values[0][:, token].transpose(0, 1)
+            for kept in ("keys", "values"):
+                before = getattr(layer, kept)  # (1, H, P, d)
+                rows = before.expand(len(padding), -1, -1, -1) if token is None else _picked(before, token)
+                setattr(layer, kept, rows)  # (B, H, P, d)
         return cache
+
+
+def _picked(kept: Tensor, token: Tensor) -> Tensor:
+    """Keys or values (1, H, P, d) of the tokens (B, P): (B, H, P, d)."""
+    _, heads, length, width = kept.shape
+    start = length * torch.arange(heads, device=token.device)[:, None]  # (H, 1)
+    rows = token[:, None] + start  # (B, 1, P) + (H, 1) -> (B, H, P)
+    return kept.reshape(-1, width).index_select(0, rows.flatten()).view(*rows.shape, width)
 
 
 def can_share(model: PreTrainedModel) -> bool:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank_cli.adapter import head
 from lowrank_cli.adapter.head import answers_at, headless
 from lowrank_cli.adapter.recompute import recompute
+from lowrank_cli.errors import UserError
 
 #: Families whose forward does something to the head's input or output.
 GATED = {**small.GATED, "num_hidden_layers": 1}
@@ -159,14 +160,18 @@ class Functional(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutput(logits=F.linear(states, self.lm_head.weight))
 
 
-@pytest.mark.parametrize("kind", [Dependent, Functional])
-def test_a_forward_that_cannot_be_divided_computes_all_logits(kind):
+def test_a_head_that_is_not_called_gives_all_logits():
     torch.manual_seed(0)
-    model = kind(transformers.LlamaConfig(**GATED)).eval()
-    for _ in range(2):
-        found = answers_at(model, INPUTS, ANSWERED)
-        assert found.head is None
-        torch.testing.assert_close(found.losses(LABELS), plain(model))
+    model = Functional(transformers.LlamaConfig(**GATED)).eval()
+    found = answers_at(model, INPUTS, ANSWERED)
+    assert found.head is None
+    torch.testing.assert_close(found.losses(LABELS), plain(model))
+
+
+def test_logits_that_depend_on_more_than_the_head_reads_are_refused():
+    model = Dependent(transformers.LlamaConfig(**GATED)).eval()
+    with pytest.raises(UserError, match="logits of this 'llama' depend on more than its head reads"):
+        answers_at(model, INPUTS, ANSWERED)
 
 
 class Largest(TorchDispatchMode):

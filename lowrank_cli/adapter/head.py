@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.errors import UserError
 
+IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
 LOGITS = 2**25  #: computed at once, 128 MiB of them in fp32; a loss holds three times that
 TOLERANCE = 1e-2  #: of logits computed by themselves, relative to the largest: bf16 has three digits
 
-_separable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  #: models whose head was tried, and the result
+_checked: WeakSet[nn.Module] = WeakSet()  #: models whose head gave by itself what their own forward gave
 
 
 @dataclass
@@ -132,29 +134,31 @@ def _losses(head: Head, states: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
 def answers_at(
     model: nn.Module, inputs: Mapping[str, Any], answered: Tensor, network: PreTrainedModel | None = None
 ) -> Answers:
-    """One forward pass of ``model``, hooks included, of which the head sees the positions ``answered`` (B, T) at most.
+    """One forward pass of ``model``, hooks included, whose head waits for what is made of the result.
 
-    The head waits for what is made of the result. Where the model's forward cannot be divided like that (which its
-    first pass tells), or its head is of an unknown kind, the logits are computed at all positions after all.
+    A head of an unknown kind, or one that is not called as a module, computes all logits at once after all.
 
     Args:
         network: the model itself, where ``model`` wraps it (for data parallelism).
+
+    Raises:
+        UserError: logits are no function of what the head reads (which the first pass of a model tells).
     """
     network = model if network is None else network  # type: ignore[assignment]
     assert isinstance(network, PreTrainedModel)
     inputs = {"use_cache": False, **inputs}
     rows, linear = answered.nonzero()[:, 0], output_layer(network)  # (N,)
     body: nn.Module = network.get_decoder()  # type: ignore[no-untyped-call]
-    tried = _separable.get(network)
-    if not isinstance(linear, nn.Linear | AdaptedLinear) or body is network or tried is False:
+    if not isinstance(linear, nn.Linear | AdaptedLinear):
         return Answers(model(**inputs).logits[answered], rows, None)
-    forward = linear.forward
     states: list[Tensor] = []
     outputs: list[type] = []
+    unknown = network not in _checked and len(rows) > 0
+    forward = linear.forward
 
     def take(hidden: Tensor) -> Tensor:
         states.append(hidden[answered])  # (B, T, D) -> (N, D)
-        if tried or not len(rows):
+        if not unknown:
             return hidden[:, :0]  # (B, T, D) -> (B, 0, D)
         with _gates_of(linear, rows[:1]):
             return forward(states[0][:1].unsqueeze(0))  # (1, 1, V), to compare with
@@ -165,15 +169,17 @@ def answers_at(
             logits = model(**inputs).logits
     finally:
         hook.remove()
-    if len(states) == 1 and len(outputs) == 1:
-        found = Answers(states[0], rows, Head(network, body, linear, outputs[0]))
-        if tried or not len(rows):
-            return found
-        _separable[network] = _alike(found, logits[0].detach().float())
-        if _separable[network]:
-            return found
-    _separable[network] = False
-    return answers_at(model, inputs, answered, network)
+    if not states:
+        return Answers(logits[answered], rows, None)
+    found = Answers(states[0], rows, Head(network, body, linear, outputs[0]) if outputs else None)
+    if unknown:
+        if not _alike(found, logits[0].detach().float()):
+            raise UserError(
+                f"model: the logits of this '{network.config.model_type}' depend on more than its head reads, so they "
+                f"cannot be computed at single positions"
+            )
+        _checked.add(network)
+    return found
 
 
 @torch.no_grad()
@@ -181,6 +187,16 @@ def _alike(found: Answers, expected: Tensor) -> bool:
     """Whether the first position's logits are as ``expected`` (1, V)."""
     own = found.logits(slice(0, 1))
     return own.shape == expected.shape and bool((own - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def answer_losses(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, network: PreTrainedModel | None = None
+) -> Tensor:
+    """Cross-entropy (N,), fp32, of the ``labels`` (B, T) that are not :data:`IGNORED`, each predicted by the position
+    before it. ``network``: see :func:`answers_at`."""
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (B, T): of the token that follows
+    answered = labels != IGNORED
+    return answers_at(model, inputs, answered, network).losses(labels[answered])
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module | None:

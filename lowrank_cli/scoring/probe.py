@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.families import family_of
-from lowrank_cli.adapter.head import Answers, answers_at
+from lowrank_cli.adapter.head import IGNORED, Answers, answers_at
 from lowrank_cli.scoring.answers import answers_only
 
 Batch = dict[str, Tensor]
-IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
 PADDING = 0.2  #: largest share of padding in a group
 
 

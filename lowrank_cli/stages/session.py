@@ -22,7 +22,7 @@ from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
-from lowrank_cli.adapter.head import answers_at
+from lowrank_cli.adapter.head import answer_losses
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
@@ -145,9 +145,7 @@ class Session:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.encoder:
             return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=encode.IGNORED)  # (B, T): of the token that follows
-        answered = labels != encode.IGNORED
-        return answers_at(model, inputs, answered, self.model).losses(labels[answered]).sum()
+        return answer_losses(model, inputs, batch["labels"], self.model).sum()
 
 
 def start(config: RunConfig) -> Session:

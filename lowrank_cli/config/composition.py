@@ -126,7 +126,8 @@ def compose(
                 overrides = _adopt(verb, load, source, parsed)
     with explained(Failure(load, verb, overrides)):
         cfg = load.load_configuration(verb, overrides, RunMode.RUN)
-        choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
+        chosen = cfg.hydra.runtime.choices.items()
+        choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path

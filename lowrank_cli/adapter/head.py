@@ -27,7 +27,7 @@ from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
 from lowrank_cli.errors import UserError
 
 IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
-LOGITS = 2**25  #: computed at once, 128 MiB of them in fp32; a loss holds three times that
+LOGITS = 2**24  #: computed at once, 64 MiB of them in fp32; a loss holds three times that
 TOLERANCE = 1e-2  #: of logits computed by themselves, relative to the largest: bf16 has three digits
 
 _checked: WeakSet[nn.Module] = WeakSet()  #: models whose head gave by itself what their own forward gave

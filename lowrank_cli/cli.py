@@ -72,6 +72,7 @@ EXAMPLES = {
         "lrk bench decode model.shape=100m bench.batch_size=8 bench.beams=[1]",
         "lrk bench decode --tenants 1,8,64 model.shape=100m",
         "lrk bench train model.shape=100m",
+        "lrk bench train task=sst2 bench.batch_size=8 bench.methods=[base,lora,peft]",
         "lrk bench decode model.shape=7b hardware=gpu \"bench.methods=[base,lora,'milora k=3']\"",
     ],
     "run": [

@@ -535,6 +535,8 @@ class GenerateRun(RunConfig):
 
 MEASURES = ("decode", "train")  #: what ``lrk bench`` measures: generation, or a training step
 BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
+#: Entries that stand for the PEFT library's LoRA, and the package of their loss; None is the model's own.
+PEFTS = {"peft": None, "peft+trl": "trl", "peft+liger": "liger_kernel"}
 
 
 @dataclass
@@ -543,11 +545,13 @@ class BenchConfig:
 
     measure: str = MISSING  #: ``decode`` or ``train``; the first word of the command line
     methods: list[str] = (
-        MISSING  #: ``base`` (the bare model), methods and ``peft`` (that library's LoRA), each with KEY=VALUE
+        MISSING  #: ``base`` (the bare model), methods and :data:`PEFTS` (that library's LoRA), each with KEY=VALUE
     )
     rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
-    batch_size: int = MISSING  #: prompts generated from, or trained on, at once
-    prompt_length: int = MISSING  #: random tokens of each prompt
+    batch_size: int = MISSING  #: prompts generated from, or examples trained on, at once
+    prompt_length: int = (
+        MISSING  #: random tokens of each prompt; with a task, of its longest example, as near as can be
+    )
     new_tokens: int = MISSING  #: ``decode``: generated for each prompt; none stops earlier
     beams: list[int] = MISSING  #: ``decode``: 1 is greedy decoding
     #: ``decode``: different adapters in one batch, in turn over its rows: ours in a bank; for each of these numbers all
@@ -586,6 +590,7 @@ class BenchRun:
     name: Optional[str] = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    task: Optional[TaskConfig] = None  #: ``train``: whose examples are trained on; null takes random tokens
     bench: BenchConfig = field(default_factory=BenchConfig)
     variants: dict[str, Any] = field(default_factory=dict)  #: the :class:`MethodConfig` of each of ``bench.methods``
 
@@ -599,7 +604,14 @@ class BenchRun:
                 f"hardware.quantization: {self.hardware.quantization} needs a checkpoint, and model.shape draws random "
                 f"weights; set hardware.quantization=null, or model.shape=null and a model"
             )
+        if self.task is not None:
+            if self.bench.measure != "train":
+                raise UserError("task: lrk bench decode generates from random tokens; leave it out")
+            if self.model.shape:
+                raise UserError(f"task: {self.task.name} needs a tokenizer; set model.shape=null and a model")
         for entry, variant in self.variants.items():
+            if PEFTS.get(entry.split()[0]) and self.bench.measure != "train":
+                raise UserError(f"bench.methods: '{entry}' differs from peft in its loss, for lrk bench train only")
             if variant is not None:
                 with inside("method", f"bench.methods: '{entry}': method"):
                     variant.validate()

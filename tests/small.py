@@ -33,7 +33,7 @@ from lowrank_cli import methods
 from lowrank_cli.methods.protocol import Adapts, AddsLoss, BeforeStep, Step
 
 VOCABULARY = 64
-_GATED = {
+GATED = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -45,7 +45,7 @@ _GATED = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_ENCODER = {
+ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -58,12 +58,12 @@ _ENCODER = {
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GATED)),
-    "llama_classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**_GATED, num_labels=3)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_GATED)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GATED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GATED, head_dim=8)),
-    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GATED, head_dim=8)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GATED)),
+    "llama_classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**GATED, num_labels=3)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**GATED)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GATED, head_dim=8)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GATED, head_dim=8)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS)
     ),
@@ -79,8 +79,8 @@ FAMILIES = {
             **_TOKENS,
         )
     ),
-    "bert": lambda: BertForSequenceClassification(BertConfig(**_ENCODER)),
-    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**_ENCODER)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)),
 }
 #: Roles a family has, in the order of a layer's sites.
 ROLES = dict.fromkeys(FAMILIES, "QKVOGUD") | dict.fromkeys(("gpt2", "opt", "bert", "roberta"), "QKVOUD")

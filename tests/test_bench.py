@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,10 @@ from lowrank_cli import methods
 from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import SHAPES, BenchConfig, HardwareConfig, ModelConfig
+from lowrank_cli.schema import PEFTS, SHAPES, BenchConfig, HardwareConfig, ModelConfig
 from lowrank_cli.stages import bench, bench_train, progress
 from lowrank_cli.stages.bench_rounds import in_turns
 from lowrank_cli.stages.bench_rows import Sample, ratio
@@ -36,7 +39,9 @@ def measured(*overrides: str) -> Run:
 
 
 def small_twins(entries=("base", "lora", "milora", "dora", "moelora")):
-    configs = {name: None if name == "base" else small.method(name).config for name in entries}
+    configs = {
+        name: None if name == "base" else small.method("lora" if name == "peft" else name).config for name in entries
+    }
     return twins(small.model(), configs, seed=1)
 
 
@@ -120,6 +125,9 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
             "bench.tenants: 'dora' cannot share a batch",
         ),
         (["decode", "bench.rounds=0"], "bench.rounds: 0 is out of range"),
+        (["decode", "task=sst2"], "task: lrk bench decode generates from random tokens"),
+        (["train", "task=sst2", "model.shape=2x32x48x4"], "task: sst2 needs a tokenizer; set model.shape=null"),
+        (["decode", "bench.methods=[base,peft+trl]"], "bench.methods: 'peft+trl' differs from peft in its loss"),
         (["train", "bench.tenants=[1]"], "bench.tenants: adapters share a batch in lrk bench decode only"),
     ],
 )
@@ -313,7 +321,7 @@ def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
     for row in rows.values():
         assert len(row["seconds"]) == len(row["cpu_seconds"]) == 2 and min(row["seconds"]) > 0
         assert row["step_ratio_quartiles"][0] <= row["step_ratio"] <= row["step_ratio_quartiles"][1]
-        assert row["peak_memory_bytes"] > 0
+        assert row["peak_memory_bytes"] > row["step_memory_bytes"]
     assert (rows["base"]["step_ratio"], rows["base"]["cpu_ratio"], rows["base"]["parameters"]) == (1, 1, 0)
     for name, row in rows.items():
         assert (min(row["seconds_on_dev"]) > 0) == name.startswith("milora"), name
@@ -325,13 +333,66 @@ def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
 
 
 def test_a_training_step_reaches_every_trained_tensor_and_leaves_the_model_as_it_was():
-    models, ids = small_twins(), small.ids(2, 6)
+    models = small_twins(("base", "lora", "milora", "dora", "moelora", "peft"))
+    ids = small.ids(2, 6)
+    marks = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": marks}
+    batch["labels"] = ids.masked_fill(marks.bool(), -100)
     for name, twin in models.items():
         before = {key: parameter.clone() for key, parameter in twin.model.named_parameters()}
         twin.model.train()
-        bench_train.loss(twin, ids).backward()
+        bench_train.loss(twin, batch).backward()
         if twin.adapter is not None:
             assert all(parameter.grad is not None for parameter in twin.adapter.trained.values()), name
-        bench_train.timed(twin, ids)
+        bench_train.timed(twin, batch)
         assert all(parameter.grad is None for parameter in twin.model.parameters())
         assert all(torch.equal(parameter, before[key]) for key, parameter in twin.model.named_parameters())
+
+
+def test_the_losses_of_a_step_are_one():
+    """Ours at answers only, PEFT's over all logits: the adapters differ, so a module that adds nothing is compared."""
+    models = small_twins(("base", "peft"))
+    ids = small.ids(2, 6)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][:, :4] = -100
+    with models["peft"].model.disable_adapter():
+        torch.testing.assert_close(bench_train.loss(models["base"], batch), bench_train.loss(models["peft"], batch))
+
+
+def test_steps_on_a_tasks_examples(lrk):  # noqa: F811
+    words = ["task=tiny_sentiment", "task.limit=200", "hardware.threads=1", "bench.rank=4", "bench.rounds=1"]
+    words += ["bench.methods=[base,'milora k=3',peft]", "bench.batch_size=3", "bench.prompt_length=20"]
+    ended = lrk("bench", "train", *words)
+    assert ended.code == 0, ended
+    run = Run.open("outputs/latest")
+    record = run.read_json("bench.json")
+    assert re.fullmatch(r"3 × \d+ tokens \(tiny_sentiment, 6 answered\)", record["data"])
+    rows = {row["method"]: row for row in record["rows"]}
+    assert rows["peft"]["peft_ratio"] == rows["peft"]["peft_memory_ratio"] == 1
+    for row in rows.values():
+        ratios = [own / other for own, other in zip(row["seconds"], rows["peft"]["seconds"], strict=True)]
+        assert row["peft_ratio"] == pytest.approx(statistics.median(ratios))
+    assert "× peft" in ended.out
+
+
+def test_the_batch_is_the_one_of_the_length_that_is_asked_for():
+    composed = compose("bench", ["task=tiny_sentiment", "task.limit=300", "bench.measure=train", "bench.batch_size=4"])
+    tokenizer = load(composed.config.model, composed.config.hardware, None).tokenizer
+    lengths = []
+    for asked in (1, 1000):
+        composed.config.bench.prompt_length = asked
+        batch = bench_train.batch_of(composed.config, 0, tokenizer)
+        assert batch["input_ids"].shape[0] == 4
+        lengths.append(batch["input_ids"].shape[1])
+    assert lengths[0] < lengths[1]
+    composed.config.bench.batch_size = 301
+    with pytest.raises(UserError, match=r"bench\.batch_size: 301, but task=tiny_sentiment has 300 examples"):
+        bench_train.batch_of(composed.config, 0, tokenizer)
+
+
+def test_a_loss_of_another_package_is_left_out_where_it_is_not_to_be_had(lrk, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(PEFTS, "peft+trl", "no_such_package")
+    ended = lrk("bench", "train", *TINY, "bench.rounds=1", "bench.methods=[base,peft+trl]")
+    assert ended.code == 0, ended
+    assert "'peft+trl' is left out: the package no_such_package is not installed" in ended.err
+    assert [row["method"] for row in Run.open("outputs/latest").read_json("bench.json")["rows"]] == ["base"]

@@ -143,7 +143,7 @@ def test_candidates_score_as_they_would_alone(family, shared):
     answered = sorted({token for row in OPTIONS for answer in row for token in answer})
     for rule in (log_softmax, IdaSoftmax(head, found.mean, found.factor, 0.5, answered)):
         prefix = Prefix(model, shared) if shared else None
-        batch = collate_prompts(PROMPTS, 0)
+        batch = collate_prompts([shared + prompt for prompt in PROMPTS], 0)
         for _ in range(2):  # the prefix serves again
             ours = candidate_scores(model, **batch, options=OPTIONS, prefix=prefix, rule=rule)
         for row, prompt, options in zip(ours, PROMPTS, OPTIONS, strict=True):

@@ -132,7 +132,8 @@ def compose(
         if "hydra" in load.repository.load_config(verb).config:
             raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings are not for a run")
         cfg = load.load_configuration(verb, overrides, RunMode.RUN)
-        choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
+        chosen = cfg.hydra.runtime.choices.items()
+        choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path

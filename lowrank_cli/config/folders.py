@@ -12,7 +12,7 @@ GROUPS = ("model", "task", "hardware", "method")
 
 def groups_of(verb: str) -> tuple[str, ...]:
     """The groups of a verb's configuration."""
-    return {"run": ("recipe",), "bench": ("model", "hardware")}.get(verb, GROUPS)
+    return {"run": ("recipe",), "bench": ("model", "task", "hardware")}.get(verb, GROUPS)
 
 
 def conf_folder() -> Path:

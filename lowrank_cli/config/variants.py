@@ -15,9 +15,9 @@ from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.schema import BASE
+from lowrank_cli.schema import BASE, PEFTS
 
-PEFT, PEFTS_METHOD = "peft", "lora"  #: the PEFT library's LoRA, and the method whose settings it gets
+PEFTS_METHOD = "lora"  #: the method whose settings the PEFT library's LoRA gets
 
 
 def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) ->
 
 def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
     name, *settings = entry.split()
-    name = PEFTS_METHOD if name == PEFT else name
+    name = PEFTS_METHOD if name in PEFTS else name
     group = load.get_group_options("method")
     adapting = [choice for choice in group if choice in methods.names() and methods.can(choice, Adapts)]
     if name not in group or (name in methods.names() and name not in adapting):
-        raise unknown("bench.methods", name, [BASE, PEFT, *adapting])
+        raise unknown("bench.methods", name, [BASE, *PEFTS, *adapting])
     if not all(re.match(r"\w+=", setting) for setting in settings):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")
     overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]

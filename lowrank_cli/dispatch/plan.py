@@ -132,10 +132,11 @@ def _evaluation(asked: Any) -> str:
 def _bench(config: BenchRun) -> list[tuple[str, str]]:
     bench = config.bench
     tokens, beams = f"{bench.batch_size} × {bench.prompt_length}", ", ".join(map(str, bench.beams))
+    trained = f"{bench.batch_size} examples of {config.task.name}" if config.task else f"{tokens} tokens"
     decoding = ("decoding", f"{tokens} prompt tokens, {bench.new_tokens} new ones, beams {beams}")
     return [
         ("methods", ", ".join(config.variants)),
-        ("a step", f"forward and backward, {tokens} tokens") if bench.measure == "train" else decoding,
+        ("a step", f"forward and backward, {trained}") if bench.measure == "train" else decoding,
         ("rounds", f"{bench.rounds} and one to warm up"),
         ("seed", str(config.seed)),
     ]

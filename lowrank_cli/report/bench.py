@@ -71,11 +71,13 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
 def _steps(record: dict[str, Any]) -> tables.Fitted:
     bench = record["bench"]
     heading = (
-        f"train: forward and backward, {bench['batch_size']} × {bench['prompt_length']} tokens, "
-        f"{bench['rounds']} rounds; time against the frozen model's own step"
+        f"train: forward and backward, {record['data']}, {bench['rounds']} rounds; time against the frozen model's own "
+        f"step{', time and memory of a step against PEFT' if 'peft_ratio' in record['rows'][0] else ''}"
     )
-    columns = ["method", "× base", "with dev steps", "quartiles", "CPU time", "ms/step", "saved", "memory", "adapters"]
-    table = tables.Fitted(heading, columns, leave_out=["adapters", "memory", "quartiles", "ms/step"])
+    against = ["× peft", "CPU × peft", "memory × peft"] if "peft_ratio" in record["rows"][0] else []
+    columns = ["method", "× base", "with dev steps", "quartiles", "CPU time", "ms/step"]
+    columns += ["saved", "step", "memory", "adapters", *against]
+    table = tables.Fitted(heading, columns, leave_out=["adapters", "memory", "quartiles", "ms/step", "saved"])
     for row in record["rows"]:
         low, high = row["step_ratio_quartiles"]
         cells = [
@@ -86,8 +88,10 @@ def _steps(record: dict[str, Any]) -> tables.Fitted:
             f"{row['cpu_ratio']:.3f}",
             f"{row['ms_per_step']:.1f}",
             tables.size(row["saved_bytes"]),
+            tables.size(row["step_memory_bytes"]),
             tables.size(row["peak_memory_bytes"]),
             tables.size(row["adapters_bytes"]),
+            *(f"{row[key]:.3f}" for key in ("peft_ratio", "peft_cpu_ratio", "peft_memory_ratio") if key in row),
         ]
         table.rows.append(cells)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -84,16 +85,32 @@ def began(pid: int) -> int | None:
 
 
 def reset_peak_memory() -> None:
-    """Let :func:`peak_memory_bytes` count from now on, where the system can (Linux)."""
+    """Let :func:`peak_memory_bytes` count from now on, from what is in use, where the system can (Linux)."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: what was freed goes back to the system
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc_pid_clear_refs(5): the peak
 
 
 def peak_memory_bytes() -> int:
     """Largest resident size of this process since :func:`reset_peak_memory`; without Linux' /proc, since it started."""
-    with suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+
+
+def resident_bytes() -> int:
+    """Resident size of this process now; without Linux' /proc its largest so far."""
+    found = _status("VmRSS")
+    return peak_memory_bytes() if found is None else found
+
+
+def _status(name: str) -> int | None:
+    """A size that the kernel tells of this process, in bytes; None where it tells none (proc_pid_status(5))."""
+    with suppress(OSError):
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    return None

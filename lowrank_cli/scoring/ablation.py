@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.head import answering
 from lowrank_cli.errors import UserError
-from lowrank_cli.scoring.answers import answering
 from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_losses
 from lowrank_cli.scoring.reuse import STAGES, Reuse
 

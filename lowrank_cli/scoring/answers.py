@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,25 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.families import layers, layers_path, structure_of
+from lowrank_cli.adapter.head import answering
 
 
 @contextmanager
 def answers_only(model: PreTrainedModel, answered: Tensor) -> Iterator[None]:
-    """Inside, the last layer's feed-forward and the LM head see the positions ``answered`` (B, T) alone.
+    """Inside, the last layer's feed-forward sees the positions ``answered`` (B, T) alone.
 
-    What the layer returns elsewhere is zero, so a classifier's head must not read it; the logits of an LM head are
-    (N, V), N the number of those positions. A head that is adapted, or no linear, sees everything, and so does the
-    last layer of a model that is not known to keep positions apart outside attention.
+    What the layer returns elsewhere is zero, so a classifier's head must not read it. The last layer of a model that is
+    not known to keep positions apart outside attention sees everything.
     """
-    head = model.get_output_embeddings()
-    with ExitStack() as stack:
-        if isinstance(head, nn.Linear):
-            hook = head.register_forward_pre_hook(lambda module, args: (args[0][answered],))
-            stack.callback(hook.remove)
-        structure = structure_of(model)
-        if structure and structure.position_wise:
-            last, attention = layers(model)[-1], attention_of(model, len(layers(model)) - 1)
-            stack.enter_context(answering({last: _narrowed(last, attention, answered)}))
+    structure = structure_of(model)
+    if not (structure and structure.position_wise):
+        yield
+        return
+    last, attention = layers(model)[-1], attention_of(model, len(layers(model)) - 1)
+    with answering({last: _narrowed(last, attention, answered)}):
         yield
 
 
@@ -80,19 +77,3 @@ def attention_of(model: PreTrainedModel, index: int) -> nn.Module:
     """The module of a layer that holds its attention, output projection included."""
     root = f"{layers_path(model)}.{index}."
     return model.get_submodule(root + role_paths(model, index)["O"].removeprefix(root).split(".")[0])
-
-
-@contextmanager
-def answering(answers: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Inside, the forward of each module is the function given for it."""
-    before = {module: vars(module).get("forward") for module in answers}
-    try:
-        for module, answer in answers.items():
-            module.forward = answer
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = own

@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.head import headless
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.errors import require_choice
 from lowrank_cli.schema import MODULE_KINDS
 from lowrank_cli.scoring import gradients
 from lowrank_cli.scoring.ablation import Unit, ablate, ablate_place, evaluating, places_of
 from lowrank_cli.scoring.kinds import Scores, require_ranks
-from lowrank_cli.scoring.probe import Batch, Probe, answer_logits, row_divergences, tile
+from lowrank_cli.scoring.probe import Probe, answers_of, row_divergences
 from lowrank_cli.scoring.reuse import Reuse
 
 
@@ -70,17 +71,14 @@ def divergences(adapter: Adapter, probe: Probe) -> dict[str, float]:
     with evaluating(adapter), probe.autocast():
         for batch in probe.groups():
             reuse = Reuse(adapter, batch)
-            reference = answer_logits(adapter.model, batch).log_softmax(dim=-1)  # (N, V)
-            measure = partial(_divergences, reference, len(batch["labels"]))
+            reference = answers_of(adapter.model, batch)
+            if adapter.model.get_output_embeddings() in adapter.linears.values():
+                reference = reference.computed()  # before the head itself lacks a module
+            measure = partial(row_divergences, reference=reference)
             for place, members in places_of(adapter, units).items():
                 ablate_place(adapter, probe, reuse, place, units, members, False, sums, measure)
     found = (probe.add_up(sums) / probe.weight()).tolist()
     return {key: value for (key, _), value in zip(units, found, strict=True)}
-
-
-def _divergences(reference: Tensor, rows: int, model: torch.nn.Module, copies: Batch) -> Tensor:
-    """:func:`row_divergences` of several copies of the ``rows`` rows that ``reference`` (N, V) belongs to."""
-    return row_divergences(model, copies, tile(reference, len(copies["labels"]) // rows))
 
 
 @torch.no_grad()
@@ -104,7 +102,7 @@ def magnitude(adapter: Adapter, probe: Probe) -> dict[str, float]:
 
     hooks = [linear.register_forward_hook(note) for linear in adapter.linears.values()]
     try:
-        with evaluating(adapter), probe.autocast():
+        with evaluating(adapter), probe.autocast(), headless(adapter.model):
             for batch in probe.groups():
                 used = batch["attention_mask"].flatten().bool()  # (B * T,)
                 adapter.model(**{key: value for key, value in batch.items() if key != "labels"})

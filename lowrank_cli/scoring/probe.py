@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.families import structure_of
+from lowrank_cli.adapter.head import IGNORED, Answers, answers_at
 from lowrank_cli.scoring.answers import answers_only
 
 Batch = dict[str, Tensor]
-IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
 PADDING = 0.2  #: largest share of padding in a group
 
 
@@ -87,28 +87,33 @@ def answered_rows(batch: Batch) -> Tensor | None:
 def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy of each row (B,), fp32, summed over its response tokens."""
     labels = batch["labels"] if batch["labels"].dim() == 1 else batch["labels"][:, 1:]  # (B,) or (B, T - 1)
-    return _by_row(F.cross_entropy(answer_logits(model, batch), labels[labels != IGNORED], reduction="none"), batch)
+    return _by_row(answers_of(model, batch).losses(labels[labels != IGNORED]), batch)
 
 
-def row_divergences(model: PreTrainedModel, batch: Batch, reference: Tensor) -> Tensor:
-    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; q is the model's, log p is ``reference``."""
-    found = answer_logits(model, batch).log_softmax(dim=-1)  # (N, V)
-    return _by_row(F.kl_div(found, reference, log_target=True, reduction="none").sum(dim=-1), batch)
+def row_divergences(model: PreTrainedModel, batch: Batch, reference: Answers) -> Tensor:
+    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; q is the model's and p that of ``reference``,
+    of which ``batch`` may hold several copies, one behind the other."""
+    found, divergences = answers_of(model, batch), []
+    for span, logits in found.chunks():
+        same = torch.arange(span.start, span.start + len(logits), device=logits.device) % len(reference.states)
+        p, q = reference.logits(same).log_softmax(dim=-1), logits.log_softmax(dim=-1)  # (n, V)
+        divergences.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1))  # (n,)
+    return _by_row(torch.cat(divergences), batch)
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits (N, V), fp32, of the N response tokens of all rows in a row; of an encoder one answer (N = B) a row."""
+def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
+    """One pass over ``batch``, computed to the end at response tokens; of an encoder one answer a row."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if batch["labels"].dim() == 1:
         structure, first = structure_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
         first[:, 0] = True
         with answers_only(model, first) if structure and structure.first_answers else nullcontext():
-            return model(**inputs).logits.float()
+            logits = model(**inputs).logits  # (B, labels)
+        return Answers(logits, torch.arange(len(logits), device=logits.device), None)
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
     answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):
-        logits = model(**inputs, use_cache=False).logits
-    return (logits[answered] if logits.dim() == 3 else logits).float()  # (B, T, V) -> (N, V)
+        return answers_at(model, inputs, answered)
 
 
 def _by_row(values: Tensor, batch: Batch) -> Tensor:

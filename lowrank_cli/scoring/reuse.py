@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import layers, structure_of
+from lowrank_cli.adapter.head import answering
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.scoring.answers import Done, answering, attention_of, role_paths
+from lowrank_cli.scoring.answers import Done, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
 
 #: The order in which a layer computes its roles; those with the same number do not depend on each other.

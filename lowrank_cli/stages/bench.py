@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
@@ -23,7 +29,7 @@ from lowrank_cli.stages import bench_rows, bench_train, progress
 from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.stages.bench_rows import Sample, compared, row
 from lowrank_cli.stages.session import greet, prepare
-from lowrank_cli.stages.twins import Twin, crowds, twins
+from lowrank_cli.stages.twins import Twin, crowds, lacking, twins
 
 MEMORY = {
     "cuda": "largest allocation on the device during a {}, without the other methods' adapters",
@@ -35,23 +41,29 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     """Measure, and write ``bench.json`` and ``figures.json``. Resumed, it starts again."""
     bench, device = config.bench, prepare(config.hardware).device
     torch.manual_seed(config.seed)
-    base, header = _base(config, device)
+    base, header, tokenizer = _base(config, device)
     greet(run, config.hardware, base, header)
-    settings: dict[int | None, dict[str, Twin]] = {None: twins(base, config.variants, config.seed)}
+    variants = _obtainable(config, device)
+    training = bench.measure == "train"
+    batch = bench_train.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}
+    settings: dict[int | None, dict[str, Twin]] = {None: twins(base, variants, config.seed)}
     if bench.tenants:
         grouped = config.hardware.grouped
-        settings |= crowds(base, config.variants, bench.tenants, bench.batch_size, config.seed, grouped)
-    ids = torch.randint(base.config.vocab_size, (bench.batch_size, bench.prompt_length)).to(device)
-    training = bench.measure == "train"
-    total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * len(config.variants)
+        settings |= crowds(base, variants, bench.tenants, bench.batch_size, config.seed, grouped)
+    total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * len(variants)
     with (
         torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast"),
         progress.bar("measuring", total, shown=True) as bar,
     ):
         if training:
-            found = {"rows": bench_train.measure(settings[None], ids, config, bar)}
+            batch = {key: value.to(device) for key, value in batch.items()}
+            found = {
+                "rows": bench_train.measure(settings[None], batch, config, bar),
+                "data": bench_train.described(batch, config),
+            }
         else:
-            found = decode(settings, ids, bench, bar)
+            ids = torch.randint(base.config.get_text_config().vocab_size, (bench.batch_size, bench.prompt_length))
+            found = decode(settings, ids.to(device), bench, bar)
     if device.type == "cuda":
         memory = max(row["peak_memory_bytes"] for row in found["rows"])
         run.update(device=torch.cuda.get_device_name(device), device_memory_bytes=memory)
@@ -89,17 +101,28 @@ def decode(
     return {"rows": rows, "pairs": pairs}
 
 
-def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str]:
-    """The model on its device, set to generate as many tokens as it is asked for, and the line that names it."""
+def _obtainable(config: BenchRun, device: torch.device) -> dict[str, Any]:
+    """The entries of ``bench.methods`` that can be measured here; says which are left out, and why."""
+    why = {entry: lacking(entry, device.type) for entry in config.variants}
+    for entry, reason in why.items():
+        if reason:
+            progress.console().print(f"'{entry}' is left out: {reason}")
+    return {entry: variant for entry, variant in config.variants.items() if not why[entry]}
+
+
+def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str, PreTrainedTokenizerBase | None]:
+    """The model on its device, set to generate as many tokens as it is asked for, the line that names it, and its
+    tokenizer, if it has one."""
+    tokenizer = None
     if config.model.shape:
         model = random_model(config.model, config.hardware, device)
         count = sum(parameter.numel() for parameter in model.parameters())
         header = f"random weights of shape {config.model.shape}: {count / 1e6:.0f}M-parameter Llama"
     else:
         loaded = load(config.model, config.hardware, None)
-        model, header = loaded.model.to(device).eval(), loaded.header
+        model, header, tokenizer = loaded.model.to(device).eval(), loaded.header, loaded.tokenizer
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return model, header
+    return model, header, tokenizer
 
 
 def rounds(

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory
+from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, resident_bytes
 from lowrank_cli.stages.progress import Bar
 from lowrank_cli.stages.twins import Twin
 
@@ -46,6 +46,11 @@ def synchronized(device: torch.device) -> None:
     """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes in use now: allocated on a GPU, resident in the process otherwise."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
+from lowrank_cli.adapter.head import answer_losses
 from lowrank_cli.errors import UserError, inside, require_choice
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
@@ -140,14 +141,14 @@ class Session:
         )
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32."""
+        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32.
+
+        ``model`` is the session's, or what wraps it for data parallelism.
+        """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.encoder:
             return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
-        logits = model(**inputs, use_cache=False).logits[:, :-1]  # (B, T, V) -> (B, T - 1, V)
-        labels = batch["labels"][:, 1:]  # (B, T - 1)
-        answered = labels != encode.IGNORED
-        return F.cross_entropy(logits[answered].float(), labels[answered], reduction="sum")
+        return answer_losses(model, inputs, batch["labels"], self.model).sum()
 
 
 def start(config: RunConfig) -> Session:

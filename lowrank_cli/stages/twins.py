@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +23,9 @@ from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.quantized import quant_state
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
-from lowrank_cli.schema import MethodConfig
+from lowrank_cli.schema import PEFTS, MethodConfig
 
 NOISE = 0.02  #: standard deviation of what is added to every trained tensor: no update is zero, as after training
-PEFT = "peft"  #: the entry that stands for the PEFT library's LoRA
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Twin:
     modules: int = 0  #: linears, or parts of them, that an adapter updates
     adapters: int = 1  #: that the model holds
     around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
-    arguments: dict[str, Any] = field(default_factory=dict)  #: more arguments of ``generate``
+    #: more arguments of ``generate``, or of a training pass of the PEFT library's
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def held_bytes(self) -> int:
         """``own_bytes``, and what the modules keep between calls."""
@@ -58,7 +59,9 @@ def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], se
     def twin(name: str, config: MethodConfig | None) -> Twin:
         if config is None:
             return Twin(base)
-        return _peft(base, config, 1, seed) if is_peft(name) else _twin(base, name, config, seed)
+        if not is_peft(name):
+            return _twin(base, name, config, seed)
+        return _fused(_peft(base, config, 1, seed), PEFTS[name.split()[0]])
 
     return {name: twin(name, config) for name, config in variants.items()}
 
@@ -90,7 +93,30 @@ def crowds(
 
 def is_peft(entry: str) -> bool:
     """Whether an entry of ``bench.methods`` is the PEFT library's."""
-    return entry.split()[0] == PEFT
+    return entry.split()[0] in PEFTS
+
+
+def lacking(entry: str, device: str) -> str | None:
+    """Why the loss that an entry of ``bench.methods`` takes from another package is not to be had, if so."""
+    package = PEFTS.get(entry.split()[0])
+    if package and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    return "Liger's kernels need a GPU" if package == "liger_kernel" and device == "cpu" else None
+
+
+def _fused(twin: Twin, package: str | None) -> Twin:
+    """``twin``, whose training passes take the fused loss of ``package``."""
+    if package == "trl":
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(twin.model.get_base_model())
+        twin.arguments = {"fused_lm_head": True}
+    elif package == "liger_kernel":
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+        others = dict.fromkeys(("rope", "rms_norm"), False)
+        _apply_liger_kernel_to_instance(twin.model.get_base_model(), fused_linear_cross_entropy=True, **others)
+    return twin
 
 
 def copied(base: PreTrainedModel) -> PreTrainedModel:

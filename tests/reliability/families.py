@@ -1,0 +1,29 @@
+"""The families of trials, and how many of each are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import kills, mutations
+from .box import Box
+from .samples import Samples
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trials of one kind: ``trial`` returns the figures that it measured, if any."""
+
+    title: str
+    trial: Callable[[int, Box, Samples], dict[str, float] | None]
+    bounded: int  #: trials that CI makes
+    whole: int  #: trials of the whole campaign
+
+    def trials(self, full: bool) -> int:
+        return self.whole if full else self.bounded
+
+
+FAMILIES = {
+    "kills": Family("a training killed at random moments, then resumed", kills.trial, 10, 100),
+    "mutations": Family("one file of a run, adapter, checkpoint, sweep or recipe changed", mutations.trial, 200, 1000),
+}

@@ -13,19 +13,25 @@ from .command import Command, Ended
 from .trial import Failed, judge
 
 SECRET = "s3cr3t-of-the-environment"
+PRECIOUS = "of somebody else\n"
 SECRET_NAME = "LRK_TRIAL_SECRET"
 SLOW = 30.0  #: s that one command may take
 CLOCK = ("seconds", "per_second")  #: parts of the names of what a clock measured
 
 
 class Box:
-    """``root/work`` is the working directory of the commands; ``root/executed`` exists once given code has run."""
+    """``root/work`` is the working directory of the commands.
+
+    ``root/executed`` exists once given code has run, and ``root/precious`` is a file that no command may change.
+    """
 
     def __init__(self, root: Path, home: Path):
         self.root, self.home = root, home
         self.work = root / "work"
         self.work.mkdir(parents=True)
         self.executed = root / "executed"
+        self.precious = root / "precious"
+        self.precious.write_text(PRECIOUS)
         self.commands: list[Ended] = []
         self.case = ""  #: what the seed drew, in words
 
@@ -50,6 +56,8 @@ class Box:
         self.commands.append(ended)
         if self.executed.exists():
             raise Failed("code of a given file was executed")
+        if self.precious.read_text() != PRECIOUS:
+            raise Failed("a file outside the working directory was changed")
         if SECRET in ended.out + ended.err:
             raise Failed("an environment variable was shown")
         judge(ended, names=names, codes=codes)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +120,11 @@ class Command:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait(self, timeout: float) -> Ended:
-        """The end of the command; it is killed after ``timeout`` seconds."""
-        limit, pause = time.monotonic() + timeout, 0.001
-        while (late := self.running()) and time.monotonic() < limit:
+        """The end of the command; it is killed after ``timeout`` seconds, in which this process was not stopped too."""
+        waited, pause = 0.0, 0.001
+        while (late := self.running()) and waited < timeout:
             time.sleep(pause)
+            waited += pause
             pause = min(pause * 1.5, 0.02)
         now = time.monotonic()
         self.kill()
@@ -199,19 +200,20 @@ def _guard(roots: Sequence[Path], reports: int) -> Callable[[str, tuple[Any, ...
         os.write(reports, (what.replace("\n", " ") + "\n").encode(errors="backslashreplace"))
         raise PermissionError(f"the guard of a trial refuses: {what}")
 
-    def changes(path: Any) -> None:
+    def changes(path: Any, follows: bool = False) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return  # an open file
         name = os.fsdecode(path)
         parent = os.path.realpath(os.path.dirname(os.path.abspath(name)))
-        if name not in devices and not _below(os.path.join(parent, os.path.basename(name)), allowed):
+        paths = {os.path.join(parent, os.path.basename(name)), *([os.path.realpath(name)] if follows else [])}
+        if name not in devices and not all(_below(path, allowed) for path in paths):
             refuse(f"writes '{name}'")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             if isinstance(flags, int) and flags & WRITES:
-                changes(path)
+                changes(path, follows=True)
         elif event in CHANGES:
             for position in CHANGES[event]:
                 changes(arguments[position])
@@ -227,8 +229,3 @@ def _guard(roots: Sequence[Path], reports: int) -> Callable[[str, tuple[Any, ...
 
 def _below(path: str, roots: Sequence[str]) -> bool:
     return any(path == root or path.startswith(root + os.sep) for root in roots)
-
-
-def lines(text: str) -> Iterator[str]:
-    """Lines of a terminal: other separators of Unicode are part of them."""
-    return iter(text.split("\n"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import kills, mutations
+from . import configurations, data, faults, kills, mutations, stops
 from .box import Box
 from .samples import Samples
 
@@ -26,4 +26,8 @@ class Family:
 FAMILIES = {
     "kills": Family("a training killed at random moments, then resumed", kills.trial, 10, 100),
     "mutations": Family("one file of a run, adapter, checkpoint, sweep or recipe changed", mutations.trial, 200, 1000),
+    "configurations": Family("words typed by a user", configurations.trial, 500, 10_000),
+    "data": Family("rows of a task, and prompts for many tenants", data.trial, 100, 500),
+    "faults": Family("disks, permissions, streams and directories that fail", faults.trial, 27, 180),
+    "stops": Family("SIGTERM, SIGINT and SIGUSR1 at random moments", stops.trial, 16, 160),
 }

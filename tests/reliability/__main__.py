@@ -17,7 +17,7 @@ from . import table
 from .box import Box
 from .families import FAMILIES
 from .samples import Samples
-from .trial import Failed, Result, Skipped
+from .trial import CONTROL, Failed, Result, Skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def main() -> int:
     results = [result for result in done.values() if result.family in families]
     table.summarise(results)
     if options.table:
-        table.write(results, ROOT / "docs")
+        table.write(results, {name: family.title for name, family in FAMILIES.items()}, ROOT / "docs")
     return int(any(result.status == "failed" for result in results))
 
 
@@ -99,7 +99,7 @@ def prepare(scratch: Path) -> None:
 
 def run(family: str, seeds: Iterable[int], scratch: Path, keep: Path | None) -> Iterable[Result]:
     """The trials of ``seeds``, each in a box that is removed after it; a line for each failure."""
-    samples, seeds = Samples(scratch / "samples"), list(seeds)
+    samples, seeds = Samples(scratch / "samples", scratch / "home"), list(seeds)
     began = time.monotonic()
     for number, seed in enumerate(seeds, 1):
         root = scratch / f"{family}-{seed}"
@@ -124,11 +124,19 @@ def attempt(family: str, seed: int, box: Box, samples: Samples) -> Result:
         result.status, result.reason = "skipped", str(reason)
     except Failed as reason:
         result.status, result.reason = "failed", str(reason)
-    result.what = box.case
+    what = box.case
     if result.status == "failed" and box.commands:
-        result.what += f"; lrk {shlex.join(box.commands[-1].arguments)}"
+        what += f"; lrk {shlex.join(box.commands[-1].arguments)}"
+    result.what, result.reason = plain(what), plain(result.reason)
     result.seconds = round(time.monotonic() - began, 2)
     return result
+
+
+def plain(text: str) -> str:
+    """``text`` in one short line that does a terminal no harm."""
+    text = CONTROL.sub(lambda control: ascii(control[0])[1:-1], " ".join(text.split()))
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) < 600 else f"{text[:400]}… ({len(text)} characters)"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .box import SECRET_NAME, Box
+from .box import Box
 from .samples import Samples
 from .trial import Failed
 
@@ -26,7 +26,7 @@ VALUES = (
     *("null", "None", "~", "''", '""', "' '", "x", "abc def", "'a,b'", "a,b", "a,b,c", "é", "日本", "\u202eabc"),
     *("[]", "[1]", "[1,2]", "[Q,V]", "[all]", "[[]]", "[null]", "[nan]", "[a,[b,[c]]]", "{}", "{a:1}", "{a:{b:1}}"),
     *("{1:2}", "{_target_:os.getcwd}", "[", "{", "'", "\\", "a=b", "a:b", "=", "$x", "${seed}", "${nowhere}", "???"),
-    *(f"${{oc.env:{SECRET_NAME}}}", "${oc.decode:1}", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "str(3)"),
+    *("${oc.env:NOWHERE}", "${oc.decode:1}", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "str(3)"),
     *("int(3.5)", "float(2)", "bool(1)", "shuffle(1,2)", "sort(2,1)", "tag(a,1)", "json_str({a:1})", "extend_list(1)"),
     *("\x1b[31mred", "[/bold]m", "a\nb", "a\tb", "x" * 3000, "." * 50, "../..", "/", "~nosuchuser/x", "nowhere"),
     *("lora", "llama", "cpu", "cuda", "bf16", "tiny_choice", "{x}", "{sentence}", "(", ".*", "**", "%s", "@file"),
@@ -126,7 +126,7 @@ def _held(word: str, document: Any) -> None:
     elif isinstance(at, int | float):
         right = _number(plain) == at
     elif isinstance(at, str):
-        right = text not in ("nan", ".nan") and (key.endswith(("path", "outputs", "run")) or at == plain or "(" in text)
+        right = at.lower() == text or key.endswith(("path", "outputs", "run")) or "(" in text
     else:
         right = True
     if not right:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import configurations, data, faults, kills, mutations, stops
+from . import configurations, data, faults, given, kills, mutations, stops
 from .box import Box
 from .samples import Samples
 
@@ -30,4 +30,5 @@ FAMILIES = {
     "data": Family("rows of a task, and prompts for many tenants", data.trial, 100, 500),
     "faults": Family("disks, permissions, streams and directories that fail", faults.trial, 27, 180),
     "stops": Family("SIGTERM, SIGINT and SIGUSR1 at random moments", stops.trial, 16, 160),
+    "given": Family("folders made by others to act", given.trial, 60, 400),
 }

@@ -28,12 +28,10 @@ UNFINISHED = 4  #: the step after which the unfinished sample was killed
 
 
 class Samples:
-    """Finished and unfinished runs by name, below ``folder``."""
+    """Finished and unfinished runs by name, below ``folder``; ``home`` holds the caches of all commands."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.home = folder / "home"
-        self.home.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, home: Path):
+        self.folder, self.home = folder, home
         self._kept: dict[str, dict[str, Any]] = {}
 
     def place(self, name: str, box: Box) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 
 from .trial import Result
+
+BEGIN, END = "<!-- campaign -->", "<!-- end of campaign -->"
 
 
 def read(record: Path) -> dict[tuple[str, int], Result]:
@@ -40,5 +44,46 @@ def summarise(results: Iterable[Result]) -> None:
         print(f"{len(same):5} × {same[0].reason}\n        {same[0].what}\n        {same[0].again}")
 
 
-def write(results: Iterable[Result], docs: Path) -> None:
-    raise NotImplementedError
+def write(results: Iterable[Result], titles: Mapping[str, str], docs: Path) -> None:
+    """The tables between the marks of ``reliability.md``, and the same numbers as ``results/reliability.json``."""
+    results = list(results)
+    families = []
+    for family in titles:
+        own = [result for result in results if result.family == family]
+        states = Counter(result.status for result in own)
+        reasons = sorted({result.reason for result in own if result.status == "skipped"})
+        failed = [{"trial": r.again, "what": r.what, "why": r.reason} for r in own if r.status == "failed"]
+        families.append(
+            {"family": family, "trials": len(own), **states, "skipped because": reasons, "failures": failed}
+        )
+    stops = []
+    for key, times in sorted(_figures(results).items()):
+        verb, _, name = key.rpartition(" ")
+        middle, slowest = round(median(times), 2), round(max(times), 2)
+        stops.append({"verb": verb, "signal": name, "stops": len(times), "median s": middle, "longest s": slowest})
+    values = {"commit": _commit(docs), "families": families, "stops": stops}
+    (docs / "results" / "reliability.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    lines = ["| family | what | trials | failures | skipped |", "|---|---|---:|---:|---:|"]
+    for row in families:
+        counts = f"{row['trials']} | {row.get('failed', 0)} | {row.get('skipped', 0)}"
+        lines.append(f"| `{row['family']}` | {titles[row['family']]} | {counts} |")
+    lines += ["", "| stopped verb | signal | stops | median, s | longest, s |", "|---|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in stops]
+    page = docs / "reliability.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    text = "\n".join([f"Commit {values['commit']}.", "", *lines])
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def _figures(results: Iterable[Result]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        for key, value in (result.figures or {}).items():
+            found[key].append(value)
+    return found
+
+
+def _commit(folder: Path) -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,7 +34,8 @@ def main() -> int:
             for family in families:
                 seeds = options.seed or range(options.trials or FAMILIES[family].trials(options.full))
                 left = [seed for seed in seeds if options.seed or (family, seed) not in done]
-                for result in run(family, left, scratch, options.keep):
+                samples = Samples(options.samples or scratch / "samples", scratch / "home")
+                for result in run(family, left, scratch, samples, options.keep):
                     done[family, result.seed] = result
                     if options.record:
                         table.append(options.record, result)
@@ -57,7 +59,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--table", action="store_true", help="run nothing; write docs/reliability.md from the record")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the files of failed trials here")
+    parser.add_argument("--samples", type=Path, metavar="FOLDER", help="keep the runs that trials start from here")
     options = parser.parse_args()
+    options.samples = options.samples and options.samples.resolve()
     for family in options.families:
         if family not in FAMILIES:
             parser.error(f"unknown family '{family}' (allowed: {', '.join(FAMILIES)})")
@@ -97,20 +101,21 @@ def prepare(scratch: Path) -> None:
     preload()
 
 
-def run(family: str, seeds: Iterable[int], scratch: Path, keep: Path | None) -> Iterable[Result]:
+def run(family: str, seeds: Iterable[int], scratch: Path, samples: Samples, keep: Path | None) -> Iterable[Result]:
     """The trials of ``seeds``, each in a box that is removed after it; a line for each failure."""
-    samples, seeds = Samples(scratch / "samples", scratch / "home"), list(seeds)
-    began = time.monotonic()
+    seeds, began, busy = list(seeds), time.monotonic(), sum(os.times()[:4])
     for number, seed in enumerate(seeds, 1):
         root = scratch / f"{family}-{seed}"
         result = attempt(family, seed, Box(root, samples.home), samples)
         if result.status == "failed":
             print(f"FAILED {result.what}\n    {result.reason}\n    {result.again}", flush=True)
             if keep is not None:
-                shutil.copytree(root, keep / root.name, symlinks=True, dirs_exist_ok=True)
+                shutil.rmtree(keep / root.name, ignore_errors=True)
+                shutil.copytree(root, keep / root.name, symlinks=True, ignore=_pipes)
         shutil.rmtree(root, ignore_errors=True)
         if number % max(1, len(seeds) // 10) == 0 or number == len(seeds):
-            print(f"{family}: {number} of {len(seeds)} trials, {time.monotonic() - began:.0f} s", flush=True)
+            used = sum(os.times()[:4]) - busy
+            print(f"{family}: {number} of {len(seeds)}, {time.monotonic() - began:.0f} s, CPU {used:.0f} s", flush=True)
         yield result
 
 
@@ -124,12 +129,20 @@ def attempt(family: str, seed: int, box: Box, samples: Samples) -> Result:
         result.status, result.reason = "skipped", str(reason)
     except Failed as reason:
         result.status, result.reason = "failed", str(reason)
+    except Exception as bug:  # of the trial: the others go on
+        at = traceback.extract_tb(bug.__traceback__)[-1]
+        result.status = "failed"
+        result.reason = f"the trial itself: {type(bug).__name__}: {bug} ({Path(at.filename).name}:{at.lineno})"
     what = box.case
     if result.status == "failed" and box.commands:
         what += f"; lrk {shlex.join(box.commands[-1].arguments)}"
     result.what, result.reason = plain(what), plain(result.reason)
     result.seconds = round(time.monotonic() - began, 2)
     return result
+
+
+def _pipes(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder, name).is_fifo()]
 
 
 def plain(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .box import Box, outcome, same
 from .command import Ended
-from .samples import QUICK, Samples
+from .samples import Samples, training
 from .trial import Failed
 
 #: What a write leaves behind that a kill cut short.
@@ -22,7 +22,7 @@ def trial(seed: int, box: Box, samples: Samples) -> None:
     expected, took = outcome(samples.method(method)), samples.seconds(method)
     moments = [chance.uniform(0.02, 1.05) * took for _ in range(chance.choice((1, 1, 1, 2, 3)))]
     box.case = f"{method}, killed after {', '.join(f'{moment:.2f}' for moment in moments)} s"
-    arguments = ["train", f"method={method}", *QUICK]
+    arguments = ["train", *training(method)]
     for moment in (*moments, None):
         ended = killed(box, arguments, moment)
         if ended is not None and (ended.code == 0 or "is finished" in ended.err):

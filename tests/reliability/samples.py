@@ -23,6 +23,8 @@ QUICK = (
     "train.eval_every=2",
     "train.checkpoint_every=1",
 )
+#: What makes a method's own work as small as that.
+OWN = {"alora": ("method.rank=2", "method.dev_batch=4", "method.rounds=2")}
 SMALL = ("method=lora", "method.rank=2", *QUICK)
 UNFINISHED = 4  #: the step after which the unfinished sample was killed
 
@@ -61,7 +63,7 @@ class Samples:
 
     def method(self, name: str) -> Path:
         """An uninterrupted run of a method."""
-        return self._trained(f"whole_{name}", (f"method={name}", *QUICK))
+        return self._trained(f"whole_{name}", training(name))
 
     def seconds(self, name: str) -> float:
         """How long that took, from the start of the command to its end."""
@@ -129,6 +131,11 @@ class Samples:
         info = json.loads((ledger.parent / "run.json").read_text())
         info["status"] = "interrupted"
         (ledger.parent / "run.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def training(method: str) -> tuple[str, ...]:
+    """The overrides of a small training of ``method``."""
+    return (f"method={method}", *OWN.get(method, ()), *QUICK)
 
 
 def _pend(run: Path) -> None:

@@ -9,7 +9,7 @@ import time
 
 from .box import Box, outcome, same
 from .kills import newest, trainable
-from .samples import QUICK, Samples
+from .samples import Samples, training
 from .trial import Failed
 
 SIGNALS = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -68,7 +68,7 @@ def _continued(
     method = trainable()[seed // 2 % len(trainable())]
     expected, moment = outcome(samples.method(method)), chance.uniform(0.1, 1.0) * samples.seconds(method)
     box.case = f"{method}, {number.name} after {moment:.2f} s, then continued"
-    command = box.start("train", f"method={method}", *QUICK)
+    command = box.start("train", *training(method))
     _wait(command, moment)
     begun = newest(box) is not None
     command.send(number)
@@ -79,7 +79,7 @@ def _continued(
     if ended.code != 0:
         if run is not None:
             _says(ended.err)
-        words = ("--resume", str(run.relative_to(box.work))) if run is not None else (f"method={method}", *QUICK)
+        words = ("--resume", str(run.relative_to(box.work))) if run is not None else training(method)
         box.run("train", *words, codes=(0,), timeout=120)
         run = newest(box)
     assert run is not None

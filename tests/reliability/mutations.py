@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,6 @@ READERS: dict[str, dict[str, Reader]] = {
 SHARES = {"trained_lora": 8, "unfinished": 5, "scored": 2, "exported": 3, "sweep": 2, "recipe": 2}
 SURVEYS = ("list", "compare")  #: readers of every run
 SURVEYED = ("run.json", "config.yaml", "metrics.json", "recipe.json", "sweep.json")  #: what they read of each
-#: Keys that an error may name in place of a file.
-KEYS = ("run", "task", "model", "method", "hardware", "train", "seed", "prune")
 
 
 def trial(seed: int, box: Box, samples: Samples) -> None:
@@ -90,7 +89,7 @@ def trial(seed: int, box: Box, samples: Samples) -> None:
     box.case = f"{sample} {name}, {path.relative_to(box.work / run).parent / change}{', hashed anew' * consistent}"
     neighbour = samples.place("evaluated", box) if name in SURVEYS else None
     before = box.snapshot()
-    ended = box.run(*READERS[sample][name](box, run), names=_names(path, run))
+    ended = box.run(*READERS[sample][name](box, run), names=_names(path, run, change))
     if neighbour is not None:
         if ended.code != 0 and name == "list":
             raise Failed(f"one broken run and nothing is listed: {ended.err.strip()}")
@@ -143,9 +142,10 @@ def _file(run: Path, name: str, chance: random.Random) -> Path:
     return chance.choice(files)
 
 
-def _names(path: Path, run: Path) -> tuple[str, ...]:
-    """What an error about the file may name: it, a folder it is in, or a key that stands for them."""
-    return (path.name, path.parent.name, run.name, *KEYS)
+def _names(path: Path, run: Path, change: str) -> tuple[str, ...]:
+    """What an error about the file may name: it, a folder that it is in, or the key that was changed."""
+    keys = re.findall(r"[a-z]\w{2,}", change.partition(": ")[2])
+    return (path.name, path.parent.name, run.name, *keys)
 
 
 def _untouched(box: Box, before: dict[str, str], but: tuple[str, ...]) -> None:

@@ -159,7 +159,7 @@ class Command:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if prepare is not None:
                 prepare()
-            sys.addaudithook(_guard(roots, self._files[2].fileno()))
+            sys.addaudithook(guard(roots, self._files[2].fileno()))
             code = _main()
         except BaseException:
             traceback.print_exc()
@@ -191,7 +191,7 @@ def _main() -> int:
     return code
 
 
-def _guard(roots: Sequence[Path], reports: int) -> Callable[[str, tuple[Any, ...]], None]:
+def guard(roots: Sequence[Path], reports: int) -> Callable[[str, tuple[Any, ...]], None]:
     """An audit hook that refuses changes outside ``roots``, connections and programs, and reports them."""
     allowed = tuple(os.path.realpath(root) for root in roots)
     devices = {os.devnull, "/dev/full", "/dev/tty", "/proc/self/clear_refs"}

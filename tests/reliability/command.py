@@ -39,6 +39,7 @@ PROGRAMS = {"git", "uname", Path(sys.executable).name}  #: what a command may st
 LOOPBACK = {"127.0.0.1", "::1", "localhost", None, b"localhost"}
 #: Imported once, before the first fork. What a stage still imports late costs time only.
 PRELOADED = (
+    "lowrank_cli.cli",
     "lowrank_cli.report.plots",
     "lowrank_cli.report.compare",
     "lowrank_cli.stages.tenants",

@@ -52,8 +52,10 @@ def trial(seed: int, box: Box, samples: Samples) -> dict[str, float] | None:
     assert ended.stopped_after is not None
     if ended.stopped_after > LIMIT:
         raise Failed(f"stopped after {ended.stopped_after:.1f} s, more than {LIMIT:g}")
-    _says(ended.err)
-    for folder in set(box.work.glob("outputs/2*/*")) - before:
+    made = set(box.work.glob("outputs/2*/*")) - before
+    if made:  # before that there is nothing to go on with
+        _says(ended.err)
+    for folder in made:
         for name in ("run.json", "sweep.json"):
             if (folder / name).is_file() and (
                 status := json.loads((folder / name).read_text())["status"]

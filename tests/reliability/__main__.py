@@ -20,8 +20,6 @@ from .families import FAMILIES
 from .samples import Samples
 from .trial import CONTROL, Failed, Result, Skipped
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def main() -> int:
     options = arguments()
@@ -44,7 +42,7 @@ def main() -> int:
     results = [result for result in done.values() if result.family in families]
     table.summarise(results)
     if options.table:
-        table.write(results, {name: family.title for name, family in FAMILIES.items()}, ROOT / "docs")
+        table.write(results, {name: family.title for name, family in FAMILIES.items()}, table.ROOT / "docs")
     return int(any(result.status == "failed" for result in results))
 
 
@@ -68,7 +66,7 @@ def arguments() -> argparse.Namespace:
     if options.seed and len(options.families) != 1:
         parser.error("--seed: name the one family that it belongs to")
     if options.full and options.record is None:
-        options.record = ROOT / "reliability.jsonl"
+        options.record = table.ROOT / "reliability.jsonl"
     if options.table and not (options.record and options.record.is_file()):
         parser.error("--table: there is no record (--full, or --record FILE)")
     return options
@@ -86,7 +84,7 @@ def prepare(scratch: Path) -> None:
         HF_HOME=str(home / "hub"),
         MPLCONFIGDIR=str(home / "matplotlib"),
         TMPDIR=str(scratch),
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=str(table.ROOT),
         HTTP_PROXY="http://127.0.0.1:9",
         HTTPS_PROXY="http://127.0.0.1:9",
         NO_PROXY="localhost,127.0.0.1",

@@ -6,25 +6,40 @@ import json
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import median
 
 from .trial import Result
 
+ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- campaign -->", "<!-- end of campaign -->"
 
 
 def read(record: Path) -> dict[tuple[str, int], Result]:
-    """The trials of a record, the last of each."""
+    """The trials of a record that were made of the present code, the last of each."""
     if not record.is_file():
         return {}
-    rows = [Result(**json.loads(line)) for line in record.read_text(encoding="utf-8").splitlines()]
-    return {(row.family, row.seed): row for row in rows}
+    rows, now = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()], commit()
+    results = [Result(**row["trial"]) for row in rows if row["commit"] == now]
+    return {(result.family, result.seed): result for result in results}
 
 
 def append(record: Path, result: Result) -> None:
     with record.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result.as_dict()) + "\n")
+        file.write(json.dumps({"commit": commit(), "trial": asdict(result)}) + "\n")
+
+
+@cache
+def commit() -> str:
+    """The commit that is checked out, and whether the package differs from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = "-dirty" if git("status", "--porcelain", "lowrank_cli", "conf", "tests/reliability") else ""
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
 def summarise(results: Iterable[Result]) -> None:
@@ -61,7 +76,7 @@ def write(results: Iterable[Result], titles: Mapping[str, str], docs: Path) -> N
         verb, _, name = key.rpartition(" ")
         middle, slowest = round(median(times), 2), round(max(times), 2)
         stops.append({"verb": verb, "signal": name, "stops": len(times), "median s": middle, "longest s": slowest})
-    values = {"commit": _commit(docs), "families": families, "stops": stops}
+    values = {"commit": commit(), "families": families, "stops": stops}
     (docs / "results" / "reliability.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     lines = ["| family | what | trials | failures | skipped |", "|---|---|---:|---:|---:|"]
     for row in families:
@@ -82,8 +97,3 @@ def _figures(results: Iterable[Result]) -> dict[str, list[float]]:
         for key, value in (result.figures or {}).items():
             found[key].append(value)
     return found
-
-
-def _commit(folder: Path) -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

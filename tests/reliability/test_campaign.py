@@ -1,13 +1,15 @@
 """The bounded campaign, of which no trial may fail; and that trials notice what is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from . import table
 from .command import Ended
-from .trial import Failed, judge
+from .trial import Failed, Result, judge
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK = 'Traceback (most recent call last):\n  File "/x/lowrank_cli/a.py", line 3, in f\nKeyError: 1\n'
@@ -54,6 +56,26 @@ def test_what_a_trial_calls_a_failure(how, reason):
 def test_what_a_trial_calls_right():
     judge(ended(0, out="done\n"))
     judge(ended(2, err="a warning\nerror: 'run.json' cannot be read\n"), names=["run.json"])
+
+
+def test_the_record_gives_the_table(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "reliability.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    record = tmp_path / "record.jsonl"
+    for seed, seconds in enumerate((1.0, 3.0)):
+        table.append(record, Result("stops", seed, "passed", "train", figures={"train SIGTERM": seconds}))
+    table.append(record, Result("kills", 7, "failed", "lora", "differs"))
+    monkeypatch.setattr(table, "commit", lambda: "of other code")
+    table.append(record, Result("kills", 8, "failed", "lora", "differs"))
+    monkeypatch.undo()
+    results = table.read(record).values()
+    assert [(result.family, result.seed) for result in results] == [("stops", 0), ("stops", 1), ("kills", 7)]
+    table.write(results, {"kills": "killed", "stops": "stopped"}, tmp_path)
+    page = (tmp_path / "reliability.md").read_text()
+    assert page.startswith("before\n") and page.endswith(f"{table.END}\nafter\n") and "old" not in page
+    assert "| `kills` | killed | 1 | 1 | 0 |" in page and "| train | SIGTERM | 2 | 2.0 | 3.0 |" in page
+    (failure,) = json.loads((tmp_path / "results" / "reliability.json").read_text())["families"][0]["failures"]
+    assert failure["trial"] == "python -m tests.reliability kills --seed 7"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .command import Ended
 
@@ -33,9 +32,6 @@ class Result:
     reason: str = ""
     seconds: float = 0.0
     figures: dict[str, float] | None = None  #: measured by the trial, such as the time to stop
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def again(self) -> str:

@@ -24,7 +24,7 @@ class Family:
 
 
 FAMILIES = {
-    "kills": Family("a training killed at random moments, then resumed", kills.trial, 10, 100),
+    "kills": Family("a training killed at random moments, then resumed", kills.trial, 12, 100),
     "mutations": Family("one file of a run, adapter, checkpoint, sweep or recipe changed", mutations.trial, 200, 1000),
     "configurations": Family("words typed by a user", configurations.trial, 500, 10_000),
     "data": Family("rows of a task, and prompts for many tenants", data.trial, 100, 500),

@@ -135,7 +135,12 @@ def leftovers(chance: random.Random, box: Box, samples: Samples) -> None:
     """What killed writes left behind is gone after the run has gone on."""
     run = samples.place("unfinished", box)
     name = chance.choice(
-        ("checkpoints/.step-0000003-ab12", "checkpoints/.step-0000003-ab12.old", ".adapter-x9y8", ".run.json-k3")
+        (
+            "checkpoints/.step-0000003-ab12cd_9",
+            "checkpoints/.step-0000003-ab12cd_9.old",
+            ".adapter-x9y8z7w6",
+            ".run.json-k3k3k3k3",
+        )
     )
     left = box.work / run / name
     box.case += f": {name}"

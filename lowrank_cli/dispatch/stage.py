@@ -18,6 +18,7 @@ from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, ref
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, settings, tables
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
+from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import BenchRun, RunConfig
 
 
@@ -189,7 +190,9 @@ def work(run: Run, composed: Composed) -> None:
 def perform(run: Run, composed: Composed, resume: bool) -> None:
     """Do the stage's work in this process."""
     module = importlib.import_module(stages.STAGES[composed.verb])
-    run.complete(module.run(composed.config, run, resume=resume))
+    with library_warnings(run):
+        metrics = module.run(composed.config, run, resume=resume)
+    run.complete(metrics)
 
 
 @contextmanager

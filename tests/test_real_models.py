@@ -18,13 +18,16 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cli import methods
+from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.export import as_lora, lora_error
 from lowrank_cli.adapter.families import known_sites
 from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
+from lowrank_cli.stages.candidates import Prefix, candidate_scores
 from lowrank_cli.stages.train import Trainer
+from lowrank_cli.tasks.encode import collate_prompts
 
 ROOT = os.environ.get("LRK_REAL_MODELS")
 MODELS = {"smollm2": ("smollm2_135m", 30), "gemma3": ("gemma3_270m", 18)}  #: folder: name and layers
@@ -143,6 +146,50 @@ def test_a_head_that_shares_the_embedding_is_not_merged(bare):
     adapter = adapted(bare, "lora", "method.target_modules=[lm_head]")
     with pytest.raises(UserError, match=r"^merge: 'lm_head' shares its weight with the input embedding"):
         adapter.merge()
+
+
+def test_routing_differs_from_prompt_to_prompt(name):
+    chosen, _ = MODELS[name]
+    overrides = ["method=milora", f"model={chosen}", f"model.path={Path(ROOT) / name}", "task=tiny_sentiment"]
+    overrides += ["task.limit=24", "method.rank=2", "method.bilevel=false", "train.max_steps=1", "train.batch_size=2"]
+    single.start("train", [*overrides, "hardware.threads=1", "evaluate.batch_size=8"], None, "lrk train")
+    metrics = Run.open("outputs/latest").metrics
+    assert metrics["routing/largest_gate"] < 2  # of at most k = 3
+    assert metrics["routing/distinct_sets"] > 4
+    assert [metrics[f"routing/{kind}_layers"] for kind in ("same", "saturated", "tied")] == [0, 0, 0]
+
+
+def test_a_shared_prefix_scores_as_whole_prompts(bare, name):
+    """Demonstrations longer than Gemma 3's window of 512 tokens, then queries of unequal length."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(ROOT) / name)
+    shared = tokenizer("Review: a dull and lifeless film. Sentiment: bad\n\n" * 45)["input_ids"]
+    rests = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+    words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in (" good", " bad", " very good")]
+    assert len(shared) > 520
+    rows = collate_prompts([shared + rest for rest in rests], 0)
+    whole = candidate_scores(bare, **rows, options=[words] * len(rests))
+    short = candidate_scores(bare, **rows, options=[words] * len(rests), prefix=Prefix(bare, shared))
+    torch.testing.assert_close(torch.tensor(short), torch.tensor(whole), atol=1e-3, rtol=0)
+
+
+def test_a_bank_is_each_adapter_alone(bare, name, batch):
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = [logits(bare, {"input_ids": ids[:1], "attention_mask": mask[:1]})]
+    adapters = []
+    for seed in (1, 2):
+        own = AutoModelForCausalLM.from_pretrained(Path(ROOT) / name, dtype=torch.float32).eval()
+        adapter = adapted(own, "lora", "method.rank=4", "method.target_modules=[Q,V,D]")
+        torch.manual_seed(seed)
+        for module in adapter.modules.values():
+            module.lora_b.data.normal_(std=0.005)
+        adapters.append(adapter)
+        row = slice(seed, seed + 1)
+        expected.append(logits(own, {"input_ids": ids[row], "attention_mask": mask[row]}))
+    bank = Bank(bare)
+    for at, adapter in enumerate(adapters):
+        bank.add(str(at), adapter)
+    with bank.batch([None, "0", "1"]):
+        assert relative(logits(bare, batch), torch.cat(expected)) < 1e-4
 
 
 @pytest.mark.parametrize("method", ["lora", "milora"])

@@ -388,7 +388,7 @@ def test_canaries_prove_what_was_saved(tmp_path):
         (tmp_path / name).mkdir()
         adapter = small.adapted(name)
         state.save(adapter, tmp_path / name, {})
-        bank.add(name, adapter, saved_canary(tmp_path / name, state.read_proof(tmp_path / name)))
+        bank.add(name, adapter, saved_canary(tmp_path / name, state.read_proof(tmp_path / name), small.VOCABULARY))
     assert not bank.check(bank.names)
     bank._find("milora").routes.routers[1].projection.weight.data.neg_()
     a, _ = next(iter(bank._find("lora").updates.values()))

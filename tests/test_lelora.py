@@ -16,7 +16,7 @@ from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.methods.lelora import figures
-from lowrank_cli.methods.protocol import BeforeStep, Step
+from lowrank_cli.methods.protocol import AfterStep, BeforeStep, Step
 from lowrank_cli.runs import Run
 from lowrank_cli.stages.train import Trainer
 
@@ -53,7 +53,8 @@ def train(method, adapter, steps, total, first=1, lr=0.01, optimizer=None):
             method.before_step(step)
         optimizer.step()
         model.zero_grad()
-        method.after_step(step)
+        if isinstance(method, AfterStep):
+            method.after_step(step)
     return rows, optimizer
 
 
@@ -117,7 +118,7 @@ def test_fixed_at_the_principal_end_is_pissa_exactly(family):
     for key, part in adapter.modules.items():
         assert torch.equal(part.lora_a, pissa.modules[key].lora_a)
         assert torch.equal(part.lora_b, pissa.modules[key].lora_b)
-    for one, other in ((method, adapter), (small.method("milora", bilevel=False), pissa)):
+    for one, other in ((method, adapter), (small.method("pissa"), pissa)):
         torch.manual_seed(0)
         train(one, other, 4, 10)
     assert torch.equal(logits(adapter), logits(pissa))

@@ -204,7 +204,7 @@ def test_a_recipe_is_continued_from_another_directory(lrk, monkeypatch):
 
 
 def test_peak_memory_is_the_largest_stages(lrk, monkeypatch):
-    monkeypatch.setattr("lowrank_cli.runs.run.peak_memory_bytes", iter([9, 5, 3]).__next__)
+    monkeypatch.setattr("lowrank_cli.runs.run.peak_memory_bytes", iter([9, 9, 5, 5, 3]).__next__)
     lrk("run", "recipe=milora", *SHORT)
     folders = [runs()[0], *sorted(runs()[0].glob("*/"))]
     assert [Run.open(folder).info["peak_memory_bytes"] for folder in folders] == [9, 9, 5]

@@ -67,7 +67,7 @@ def test_gradients_are_the_same_and_nothing_breaks_the_graph(name, family, backe
 
 
 def test_layers_that_are_alike_share_a_graph_whatever_the_shape_of_a_batch(monkeypatch):
-    monkeypatch.setitem(small._GATED, "num_hidden_layers", 4)
+    monkeypatch.setitem(small.GATED, "num_hidden_layers", 4)
     both("lora", "llama", "eager", checkpointing="layers")
     assert counters["stats"]["unique_graphs"] == 2  # the first has one of its own: its input has no gradient
 

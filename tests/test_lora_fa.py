@@ -47,10 +47,11 @@ def test_the_update_stays_in_the_row_space_of_the_first_a():
 @pytest.mark.parametrize("checkpointing", ["none", "feed_forward"])
 def test_only_the_ranks_are_saved_for_the_backward_pass(checkpointing):
     ids, rank = small.ids(4, 16), 4
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def saved(adapter, model):
         recompute(model, checkpointing)
-        return saved_bytes(Twin(model.train(), adapter=adapter), ids)
+        return saved_bytes(Twin(model.train(), adapter=adapter), batch)
 
     bare = small.model().requires_grad_(False)
     ours, lora = small.adapted("lora_fa"), small.adapted("lora")

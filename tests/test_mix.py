@@ -81,7 +81,7 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
     assert [record["index"] for record in records] == list(range(24))
     for record in records:
         assert ("scores" in record) == (record["task"] == "tiny_topic")
-    (figure,) = run.read_json("figures.json")
+    figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "activated_modules.png")
     assert [panel["title"] for panel in figure["panels"]] == ["tiny_topic", "tiny_arithmetic"]
     for panel in figure["panels"]:
         assert [sum(row) for row in panel["values"]] == pytest.approx([3] * len(panel["values"])), "k of each prompt"

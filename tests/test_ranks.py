@@ -210,7 +210,7 @@ def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read as JSON"),
+        (None, "cannot be read: No such file"),
         ("[4]", "must hold ranks of 1 or more by module"),
         ('{"a": 0}', "must hold ranks of 1 or more by module"),
         ("{", "cannot be read as JSON"),

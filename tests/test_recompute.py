@@ -61,11 +61,12 @@ def test_the_layers_of_other_families(family):
 
 def test_less_is_saved():
     ids = small.ids(4, 16)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def saved(what):
         adapter = small.adapted()
         recompute(adapter.model, what)
-        return saved_bytes(Twin(adapter.model.train()), ids)
+        return saved_bytes(Twin(adapter.model.train()), batch)
 
     layers, feed_forward, nothing = saved("layers"), saved("feed_forward"), saved("none")
     assert layers < feed_forward

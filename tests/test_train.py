@@ -281,6 +281,7 @@ def test_other_precisions_train_and_evaluate(precision):
 def test_an_altered_checkpoint_is_refused(tmp_path, whole, name):
     run = Run.open(shutil.copytree(whole.path, tmp_path / "copy"))
     run.update(status="failed")
+    (run.path / "metrics.json").unlink()
     (run.path / name).write_bytes((run.path / name).read_bytes()[:-7])
     with pytest.raises(UserError, match=Path(name).name):
         single.resume("train", str(run.path))

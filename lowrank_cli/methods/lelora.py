@@ -70,7 +70,7 @@ class LeLoRA(LoRA):
 
     Config = LeLoRAConfig
     config: LeLoRAConfig
-    unprunable = "a component is twice in the update, as it is and as it was at the start"
+    unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
 
     def __init__(self, config: LeLoRAConfig):
         super().__init__(config)

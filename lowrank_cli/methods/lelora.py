@@ -177,6 +177,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
             ],
             "sizes": [[widths[m] for widths in log["widths"]] for m in range(len(names))],
             "size_label": "width",
+            "scale": (0, 1),
             "label": "place of the window (0 principal … 1 minor components)",
             "column_label": "step of the choice (the last one stays)",
         },

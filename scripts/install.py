@@ -37,10 +37,12 @@ def install(run: Run, python: Path, *arguments: str) -> int:
 
     Returns the exit code of the last command that ``run`` ran.
     """
+    if uv := shutil.which("uv"):
+        code = run(uv, "pip", "install", "--python", python, *uv_options(python), *arguments)
+        if code <= 0:  # done, or ended by a signal
+            return code
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
-    uv = shutil.which("uv")
-    code = run(uv, "pip", "install", "--python", python, *uv_options(python), *arguments) if uv else 1
-    return run(*pip, "--upgrade-strategy=eager", *arguments) if code > 0 else code
+    return run(*pip, "--upgrade-strategy=eager", *arguments)  # with --upgrade: of what packages need too, as uv does
 
 
 def uv_options(python: Path) -> list[str]:

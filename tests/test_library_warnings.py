@@ -3,7 +3,10 @@
 import logging
 import warnings
 
+import datasets  # noqa: F401
 import pytest
+import torch  # noqa: F401
+import transformers  # noqa: F401
 
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.library_warnings import FILE, library_warnings
@@ -22,7 +25,7 @@ def shown():
         yield
 
 
-@pytest.mark.parametrize("name", ["a.library", "transformers", "huggingface_hub"])
+@pytest.mark.parametrize("name", ["a.library", "transformers", "datasets", "torch", "torch._dynamo"])
 def test_what_is_logged_goes_into_the_folder_once(run, name, capfd):
     logger = logging.getLogger(name)
     with library_warnings(run):

@@ -86,7 +86,7 @@ def test_ranks_that_are_not_judged_one_by_one_are_refused(verb, lrk, fake_stages
     assert lrk("train", "method=pissa").code == 0
     ended = lrk(*verb)
     assert ended.code == 2 and ended.err.count("\n") == 1
-    assert ended.err.startswith(f"error: method: 'pissa' has no {verb[0]}: a component is twice in the update")
+    assert ended.err.startswith(f"error: method: 'pissa' has no {verb[0]}: its update is the trained components minus")
     assert "(allowed: adalora, " in ended.err and "lelora" not in ended.err
 
 

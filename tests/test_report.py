@@ -422,6 +422,7 @@ def test_whole_numbers_have_whole_ticks_and_cells():
     assert all(place == int(place) for place in ticks(plots.lines(entry).axes[0].yaxis))
     (legend,) = plots.bubbles(entry).legends
     assert [text.get_text() for text in legend.texts][-1] == "2", "areas stand for sizes"
+    assert plots.bubbles(entry | {"scale": (0, 9)}).axes[1].get_ylim() == (0, 9), "colours stand for values"
     heatmap = plots.heatmap(entry)
     assert [text.get_text() for text in heatmap.axes[0].texts] == ["3", "4", "4", "–"]
     assert all(place == int(place) for place in ticks(heatmap.axes[1].yaxis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -320,9 +321,19 @@ def test_versions_that_differ_from_the_lock_are_named(checkout):
     assert out[0].startswith("pyyaml 6") and out[1] == "1 version differs from constraints.txt"
 
 
-def test_newest_tests_exist():
-    paths = (ROOT / "tests" / "newest.txt").read_text().splitlines()
-    assert paths and all((ROOT / path).is_file() for path in paths)
+#: In a test file: it imports a library whose releases have broken this package, or may.
+LIBRARY = re.compile(
+    r"(?:^ *(?:import|from) |importorskip\(\")"
+    r"(?:accelerate|datasets|evaluate|gguf|huggingface_hub|hydra|peft|transformers)\b",
+    re.MULTILINE,
+)
+
+
+def test_newest_tests_exist_and_are_all_that_import_other_libraries_and_more():
+    listed = (ROOT / "tests" / "newest.txt").read_text().splitlines()
+    assert all((ROOT / path).is_file() for path in listed)
+    importing = {f"tests/{path.name}" for path in ROOT.glob("tests/test_*.py") if LIBRARY.search(path.read_text())}
+    assert len(importing) > 20 and importing <= set(listed)
 
 
 LOCK = [

@@ -11,6 +11,8 @@ from command import runs
 
 from lowrank_cli.runs import threads
 from lowrank_cli.runs.threads import Threads, available_cores, cgroup_cores, choose, let_waiting_threads_sleep
+from lowrank_cli.schema import HardwareConfig
+from lowrank_cli.stages.session import prepare
 
 QUICK = ["task.limit=8", "train.batch_size=4", "train.max_steps=1"]
 
@@ -106,6 +108,15 @@ def test_the_command_sets_it_before_torch_comes():
     assert done.stdout.splitlines()[-1] == f"False {threads.SPINS}"
 
 
+@pytest.mark.parametrize(("setting", "count"), [(3, 3), (None, 8)])
+def test_loading_has_the_threads_of_the_setting_or_of_the_cores(machine, setting, count):
+    try:
+        prepare(HardwareConfig(name="cpu", device="cpu", precision="fp32", processes=1, threads=setting))
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_run_says_and_records_its_threads_and_a_resumed_one_keeps_them(machine, lrk):
     try:
         started = lrk("train", "method=lora", *QUICK, "train.checkpoint_every=1")
@@ -114,6 +125,7 @@ def test_a_run_says_and_records_its_threads_and_a_resumed_one_keeps_them(machine
         info = json.loads(file.read_text())
         assert info["threads"]["count"] == torch.get_num_threads() == 2
         file.write_text(json.dumps({**info, "status": "interrupted", "threads": {"count": 1, "reason": "all cores"}}))
+        (file.parent / "metrics.json").unlink()  # else there is nothing left to compute
         again = lrk("train", "--resume", str(file.parent))
         assert "1 CPU thread: all cores" in again.err
         assert torch.get_num_threads() == 1

@@ -18,12 +18,12 @@ NAMES = ("cache", "past_key_values")  #: of the argument of a model's forward, n
 
 def given_cache(args: tuple, kwargs: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a forward pass, by whatever name."""
-    found = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, Cache)}
-    assert len(found) < 2, "a forward pass with two KV caches"
+    caches = {id(value): value for value in (*args, *kwargs.values()) if isinstance(value, Cache)}
+    assert len(caches) < 2, "a forward pass with two KV caches"
     for name in NAMES:
         value = kwargs.get(name)
         assert value is None or isinstance(value, Cache), f"{name}: a {type(value).__name__} is no KV cache"
-    return next(iter(found.values()), None)
+    return next(iter(caches.values()), None)
 
 
 def returned_cache(output: Any) -> Cache | None:

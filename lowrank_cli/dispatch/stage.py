@@ -183,7 +183,8 @@ def work(run: Run, composed: Composed) -> None:
             perform(run, composed, resume)
         from lowrank_cli.report import plots
 
-        plots.draw(run)
+        with library_warnings(run):
+            plots.draw(run)
         run.finish(run.metrics)
 
 

@@ -70,7 +70,7 @@ class LeLoRA(LoRA):
 
     Config = LeLoRAConfig
     config: LeLoRAConfig
-    unprunable = "a component is twice in the update, as it is and as it was at the start"
+    unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
 
     def __init__(self, config: LeLoRAConfig):
         super().__init__(config)
@@ -177,6 +177,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
             ],
             "sizes": [[widths[m] for widths in log["widths"]] for m in range(len(names))],
             "size_label": "width",
+            "scale": (0, 1),
             "label": "place of the window (0 principal … 1 minor components)",
             "column_label": "step of the choice (the last one stays)",
         },

@@ -25,7 +25,7 @@ class PiSSA(LoRA):
     """Trains the principal components of each target linear, and freezes the rest of it."""
 
     Config = PiSSAConfig
-    unprunable = "a component is twice in the update, as it is and as it was at the start"
+    unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
 
     def kind(self) -> type[LowRank]:
         from lowrank_cli.adapter.spectrum import Principal

@@ -39,8 +39,9 @@ def draw(run: Run) -> list[Path]:
     ``lines`` draws each row as a line over the numbers in ``columns``, with optional ``low`` and ``high`` (rows ×
     columns) as a band; ``box`` draws the values of each row, which may differ in number, as a box with its points;
     ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns; ``size_label`` says what they
-    are), over the numbers in ``columns``; ``bars`` draws a group of bars for each row, one a column, with error bars
-    from ``low`` to ``high`` (rows × columns). Optional ``row_label`` and ``column_label`` name the axes.
+    are), over the numbers in ``columns``, the colours from 0 or over ``scale``; ``bars`` draws a group of bars for
+    each row, one a column, with error bars from ``low`` to ``high`` (rows × columns). Optional ``row_label`` and
+    ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
     """
     history = run.history()
@@ -388,6 +389,7 @@ def bubbles(entry: dict[str, Any]) -> Figure:
     rows, columns, sizes = entry["rows"], entry["columns"], _numbers(entry["sizes"])
     figure, axes = _figure(min(max(0.4 * len(columns), 5.0), 12) + 1.5, min(max(0.22 * len(rows), 2.0), 16) + 1.2)
     largest = max((size for line in sizes for size in line), default=0) or 1
+    low, high = entry.get("scale", (0, None))
     places = [(x, y) for y in range(len(rows)) for x in columns]
     discs = axes.scatter(
         [x for x, _ in places],
@@ -395,7 +397,8 @@ def bubbles(entry: dict[str, Any]) -> Figure:
         c=[value for line in _numbers(entry["values"]) for value in line],
         s=[120 * size / largest for line in sizes for size in line],
         cmap="viridis",
-        vmin=0,
+        vmin=low,
+        vmax=high,
     )
     axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
     if _whole(columns):

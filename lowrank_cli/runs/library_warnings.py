@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from lowrank_cli.runs.run import Run
 
 FILE = "warnings.txt"
-LIBRARIES = ("transformers", "huggingface_hub")  #: write to stderr by a handler of their own
 
 
 class _Once(logging.Filter):
@@ -26,24 +25,38 @@ class _Once(logging.Filter):
         return new
 
 
+def _printing() -> list[logging.Logger]:
+    """Loggers with a handler of their own that writes to the console, such as transformers' and torch's."""
+    return [
+        logger
+        for logger in logging.root.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger)
+        and any(
+            isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler) for h in logger.handlers
+        )
+    ]
+
+
 @contextmanager
 def library_warnings(run: Run) -> Iterator[None]:
-    """Inside, Python's warnings and what libraries log are appended to the run's file, each message once."""
+    """Inside, Python's warnings and what libraries log are appended to the run's file, each message once.
+
+    Enter it after the libraries are imported: what prints for itself is looked up then.
+    """
     file = run.path / FILE
     handler = logging.FileHandler(file, delay=True, encoding="utf-8") if run.writes else logging.NullHandler()
     handler.addFilter(_Once())
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    root, own = logging.getLogger(), {name: logging.getLogger(name) for name in LIBRARIES}
-    before = {name: logger.handlers for name, logger in own.items()}
+    root, before = logging.getLogger(), {logger: logger.handlers for logger in _printing()}
     logging.captureWarnings(True)
     root.addHandler(handler)
-    for logger in own.values():
+    for logger in before:
         logger.handlers = [] if logger.propagate else [handler]
     try:
         yield
     finally:
-        for name, logger in own.items():
-            logger.handlers = before[name]
+        for logger, handlers in before.items():
+            logger.handlers = handlers
         root.removeHandler(handler)
         logging.captureWarnings(False)
         handler.close()

@@ -38,17 +38,17 @@ def let_waiting_threads_sleep() -> None:
 
 
 def available_cores() -> Threads:
-    """The cores that this process may use, and what bounds them."""
-    found = [Threads(os.cpu_count() or 1, "all cores")]
+    """As many threads as this process may use cores, and what limits them."""
+    limits = [Threads(os.cpu_count() or 1, "all cores")]
     if hasattr(os, "sched_getaffinity"):
-        found.append(Threads(len(os.sched_getaffinity(0)), "the cores given to this process"))
+        limits.append(Threads(len(os.sched_getaffinity(0)), "the cores given to this process"))
     quota = cgroup_cores()
     if quota is not None:
-        found.append(Threads(max(1, math.floor(quota)), f"cgroup limit of {quota:g} cores"))
+        limits.append(Threads(max(1, math.floor(quota)), f"cgroup limit of {quota:g} cores"))
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if wanted.isdigit() and int(wanted) > 0:
-        found.append(Threads(int(wanted), "OMP_NUM_THREADS"))
-    return min(found, key=lambda threads: threads.count)
+        limits.append(Threads(int(wanted), "OMP_NUM_THREADS"))
+    return min(limits, key=lambda threads: threads.count)
 
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:

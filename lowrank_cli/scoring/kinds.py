@@ -54,9 +54,11 @@ def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
 
 
 def require_ranks(adapter: Adapter) -> None:
-    """Raise UserError for an adapter that cannot be scored."""
+    """Raise UserError for an adapter that can be neither scored nor pruned."""
     if adapter.routing is not None or not adapter.modules or not all(p.rank_axes for p in adapter.modules.values()):
-        raise UserError("score: needs low-rank modules whose ranks add up and serve every prompt (as those of LoRA)")
+        raise UserError(
+            "run: its adapter has no low-rank modules whose ranks add up and serve every prompt (as LoRA's do)"
+        )
 
 
 def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:

@@ -31,7 +31,7 @@ from lowrank_cli.models.load import check_task, load
 from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.threads import Threads, choose
+from lowrank_cli.runs.threads import Threads, available_cores, choose
 from lowrank_cli.schema import HardwareConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages import progress
@@ -237,7 +237,11 @@ def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: st
 
 
 def prepare(hardware: HardwareConfig) -> Accelerator:
-    """The device of this process. Raises UserError where the device, or a library, is not there."""
+    """The device of this process, and its CPU threads. Raises UserError where the device, or a library, is not there.
+
+    The threads are ``hardware.threads``, or one for each core until :func:`greet` knows how wide the model is.
+    """
+    torch.set_num_threads(hardware.threads or available_cores().count)
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise UserError("hardware.device: cuda is asked for, but no CUDA device is visible (use hardware=cpu)")
     if hardware.device == "cuda" and hardware.processes > torch.cuda.device_count():

@@ -38,6 +38,8 @@ QUICK = [
     "train.eval_every=2",
     "train.checkpoint_every=2",
 ]
+#: Settings of methods that cost time alone: fewer examples to score on.
+CHEAP = {"dev_batch": 2}
 
 
 def adapted(name: str, family: str = "llama", trained: bool = False, seed: int = 3):
@@ -211,7 +213,8 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small.TRAINABLE)
 def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
-    overrides = [*QUICK, f"method={name}"]
+    cheap = [f"method.{key}={value}" for key, value in CHEAP.items() if hasattr(small.config(name), key)]
+    overrides = [*QUICK, f"method={name}", *cheap]
     single.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
     single.start("evaluate", [f"run={whole.path}"], None, "lrk evaluate")

@@ -22,7 +22,7 @@ import yaml
 
 from lowrank_cli.errors import UserError, shorten
 
-MAX_BYTES = {"JSON": 2**28, "YAML": 2**22}  #: of a file
+MAX_BYTES = {"JSON": 2**28, "YAML": 2**22, "rows": 2**32}  #: of a file; rows are a user's own data, a line each
 MAX_DEPTH = 32  #: lists and mappings inside each other
 MAX_VALUES = 10_000_000  #: of a file, counted wherever an alias repeats them
 
@@ -70,7 +70,7 @@ def parse_json(text: str | bytes, kind: Any, source: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{source}' cannot be read as JSON: {_reason(error)}") from None
+        raise UserError(f"{source} cannot be read as JSON: {_reason(error)}") from None
     return _checked(value, kind, source)
 
 
@@ -99,14 +99,14 @@ def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a regular file that is not too large for ``what`` it is."""
+    """The text of a regular file that is not too large for ``what`` it is, without a byte order mark."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"'{path}' cannot be read: it is no file")
         if status.st_size > MAX_BYTES[what]:
             raise UserError(f"'{path}' cannot be read: {status.st_size} bytes (at most {MAX_BYTES[what]} of {what})")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' cannot be read: {_reason(error)}") from None
 
@@ -127,7 +127,8 @@ def _checked(value: Any, kind: Any, source: str) -> Any:
 def leaves(value: Any, source: str) -> Iterator[tuple[str, Any]]:
     """Every key and every plain value below ``value``, each with the dotted key where it stands.
 
-    Raises UserError for what is too deep or too much, and for values that are neither plain nor lists or mappings.
+    Raises UserError for what is too deep or too much, for values that are neither plain nor lists or mappings, and for
+    text that cannot be written again, as it holds half of a character (JSON's ``"\\ud800"``).
     """
     stack: list[tuple[str, Any, int]] = [("", value, 0)]
     count = 0
@@ -140,14 +141,24 @@ def leaves(value: Any, source: str) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{source}: it holds more than {MAX_VALUES} values")
         if isinstance(item, dict):
             for name, below in item.items():
+                _whole(name, source, f"a key of {key or 'it'}")
                 yield key, name
                 stack.append((_below(key, name), below, depth + 1))
         elif isinstance(item, list):
             stack += ((f"{key}[{index}]", below, depth + 1) for index, below in enumerate(item))
         elif item is None or isinstance(item, str | int | float):
+            _whole(item, source, key)
             yield key, item
         else:
             raise _wrong(item, "text, a number, true, false or null", source, key)
+
+
+def _whole(value: Any, source: str, key: str) -> None:
+    """Raise UserError for text that holds half of a character."""
+    try:
+        value.encode() if isinstance(value, str) else None
+    except UnicodeEncodeError:
+        raise _wrong(value, "text of whole characters", source, key) from None
 
 
 def check(value: Any, kind: Any, source: str, key: str = "") -> None:

@@ -109,7 +109,7 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
     damaged.write_bytes(damaged.read_bytes()[:-1])
     lines = [
         ({"tenant": lora, "prompt": PROMPTS[0]}, None),
-        ("{", "no JSON"),
+        ("{", "it cannot be read as JSON"),
         ("[]", 'no object {"tenant"'),
         ({"tenant": lora}, "'prompt' is missing"),
         ({"tenant": 3, "prompt": "x"}, "'tenant' is no folder"),
@@ -120,8 +120,9 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
         ({"tenant": "x" * 5000, "prompt": "x"}, "tenant: there is no folder 'xxx"),
         ({"tenant": "~nosuchuser", "prompt": "x"}, "tenant: there is no folder '~nosuchuser'"),
         ({"tenant": "a\0b", "prompt": "x"}, "tenant: there is no folder 'a"),
-        ('{"tenant": null, "prompt": "\\ud800"}', "no text: '\\ud800' is half of a character"),
-        ("[" * 50_000, "nested too deeply"),
+        ('{"tenant": null, "prompt": "\\ud800"}', "it: prompt is '\\ud800'; expected text of whole characters"),
+        ("[" * 50_000, "it is nested too deep"),
+        ("[" * 50 + "]" * 50, "is nested more than 32 levels deep"),
         ({"tenant": dora, "prompt": "x"}, "use_dora=True, and a bank takes use_dora=False"),
         ({"tenant": str(other), "prompt": "x"}, "was truncated or altered"),
         ({"tenant": None, "prompt": PROMPTS[0]}, None),
@@ -130,7 +131,7 @@ def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
     assert (
         ended.code == 1
         and ended.out == ""
-        and "15 of 17 lines have no answer; the first is line 2: no JSON" in ended.err
+        and "16 of 18 lines have no answer; the first is line 2: it cannot be read as JSON" in ended.err
     )
     for (line, error), record in zip(lines, records("answers.jsonl"), strict=True):
         assert ("answer" in record) == (error is None), line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -25,9 +26,12 @@ from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.reader import MAX_DEPTH, read_json, read_json_lines, read_yaml
 from lowrank_cli.report import plots, tables
 from lowrank_cli.runs import Run, child, scan
+from lowrank_cli.runs.library_warnings import library_warnings
+from lowrank_cli.runs.requests import read_requests
 from lowrank_cli.stages import checkpoint
 from lowrank_cli.stages.evaluate import check_template
 from lowrank_cli.stages.session import foundation, method_of
+from lowrank_cli.tasks.sources import read_jsonl
 from lowrank_cli.terminal import Terminal
 
 STEPS = ("train.max_steps=2", "train.warmup=0.1")
@@ -145,6 +149,7 @@ def test_trust_in_a_users_file_is_typed(lrk):
 # ----------------------------------------------------------------------------------- what launchers and Hydra call
 
 CALLABLE = "{_target_: os.mkdir, path: acted}"
+CALL = {"_target_": "os.mkdir", "path": "acted"}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +208,21 @@ def test_nothing_typed_or_configured_is_called(fake_stages, lrk, arguments):
     assert not Path("acted").exists()
 
 
+@pytest.mark.parametrize("change", [CALL, {"train": CALL}], ids=str)
+def test_a_saved_configuration_names_nothing_to_call(made, lrk, change):
+    reconfigure(made, **change)
+    for call in (["evaluate", f"run={made.path}"], ["train", f"run={made.path}", "--dry-run"]):
+        assert "config.yaml: " in (message := refused(lrk, *call)) and "holds _target_" in message
+
+
+def test_a_package_is_not_imported_to_look_for_a_model(made, lrk):
+    Path("given").mkdir()
+    Path("given/__init__.py").write_text("import os\nos.mkdir('acted')\n")
+    reconfigure(made, model={**made.config()["model"], "bundled": False, "id": "x/y", "package": "given.model"})
+    message = refused(lrk, "evaluate", f"run={made.path}", "--dry-run")
+    assert message == "model.package: 'given.model' is not the name of a Python package"
+
+
 def test_a_saved_launcher_is_read_as_it_was_typed():
     typed = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.backend=loky"]
     assert sweep.saved_launcher(typed) == typed
@@ -243,6 +263,25 @@ def test_a_given_output_is_not_written(fake_stages, lrk):
         run.update(status=status)
         message = refused(lrk, "generate", "--resume", str(run.path))
         assert f"would write generate.output={Path('theirs.jsonl').absolute()}, outside of its folder" in message
+
+
+def test_an_output_is_typed(fake_stages, lrk):
+    Path("mine").mkdir()
+    text = (composition.conf_folders(None)[0] / "generate.yaml").read_text()
+    Path("mine/generate.yaml").write_text(text.replace("output: null", "output: theirs.jsonl"))
+    call = ["generate", "x", "method=none", "--config-dir", "mine", "--dry-run"]
+    assert refused(lrk, *call).startswith("generate.output: a configuration file says ")
+    assert lrk(*call, "generate.output=mine.jsonl").code == 0
+    message = one_line(lrk(*recipe(", generate.output=theirs.jsonl")))
+    assert message.startswith("recipe mine, stage 'fit': generate.output: no file can set it")
+
+
+def test_a_link_among_the_files_of_a_run_is_not_followed(made):
+    Path("precious").write_text("mine")
+    (made.path / "warnings.txt").symlink_to(Path("precious").absolute())
+    with pytest.raises(UserError, match="lies outside the run folder"), library_warnings(made):
+        logging.getLogger("transformers").warning("theirs")
+    assert Path("precious").read_text() == "mine"
 
 
 def test_a_figure_lies_among_the_plots(made):
@@ -382,6 +421,38 @@ def test_yaml_that_cannot_be_read(text, message, monkeypatch):
     with pytest.raises(UserError, match=message) as error:
         read_yaml(Path("a.yaml"))
     assert "a.yaml" in said(error) and not Path("acted").exists()
+
+
+def test_text_that_cannot_be_written_again_is_refused():
+    for text, key in (('{"a": ["\\ud800"]}', r"a\[0\]"), ('{"\\udfff": 1}', "a key of it")):
+        Path("a.json").write_text(text)
+        with pytest.raises(UserError, match=rf"a\.json: {key} is '.ud\w+'; expected text of whole characters") as error:
+            read_json(Path("a.json"))
+        said(error)
+
+
+@pytest.mark.parametrize("read", [read_jsonl, read_requests], ids=lambda read: read.__name__)
+def test_rows_without_end_are_refused(read):
+    with pytest.raises(UserError, match="'/dev/zero' cannot be read: it is no file"):
+        read(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"a: [", "cannot be read as YAML"),
+        (b"# \xff\nname: lora", "cannot be read: 'utf-8'"),
+        (b"- 1", "it is no configuration"),
+        (b"defaults: [_lora]", "name: unknown value 'None'"),
+    ],
+)
+def test_a_broken_configuration_file_leaves_lists_alone(lrk, content, why):
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/broken.yaml").write_bytes(content)
+    assert lrk("list", "methods", "--config-dir", "mine").code == 0
+    message = refused(lrk, "list", "methods", "broken", "--config-dir", "mine")
+    assert "broken.yaml" in message and why in message
+    assert "method" in one_line(lrk("train", "method=broken", "--config-dir", "mine", "--dry-run"))
 
 
 def test_a_line_is_named_and_a_cut_one_left_out():

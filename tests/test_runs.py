@@ -177,7 +177,7 @@ def test_opening_what_is_no_run():
     with pytest.raises(UserError, match="a sweep; name one of its jobs"):
         Run.open("empty")
     Path("empty/run.json").write_text("{")
-    with pytest.raises(UserError, match=r"run\.json' cannot be read"):
+    with pytest.raises(UserError, match=r"run\.json cannot be read as JSON"):
         Run.open("empty")
 
 

@@ -227,6 +227,7 @@ def test_answer_has_no_space_after_white_space():
         ("arc_easy", {"template": "{question}"}, "task.template: .*it is missing"),
         ("sst2", {"text": []}, "task.text: an encoder reads one or two columns"),
         ("gsm8k", {"extract": "("}, "task.extract: .*no regular expression"),
+        ("gsm8k", {"extract": "(" * 5000 + ")" * 5000}, "task.extract: .*no regular expression"),
         ("sst2", {"hub": None}, "task: no data; set task.path"),
     ],
 )
@@ -240,11 +241,12 @@ def test_config_that_cannot_work(name, overrides, message):
     [
         ("", "train.jsonl: the file is empty"),
         ("\n\n", "train.jsonl: the file is empty"),
-        ('{"sentence": "a", "label": 0}\n{"sentence": "a"', "train.jsonl:2: not JSON"),
-        ('{"sentence": "a", "label": 0}\n\n{"sentence": "a", "label": 0}', "train.jsonl:2: not JSON"),
-        ("[1]", "train.jsonl:1: a row must be an object, not list"),
-        ('{"sentence": "\\ud800", "label": 0}', r"train.jsonl:1: text holds '\\ud800', which is half of a character"),
-        ("[" * 50_000, "train.jsonl:1: nested too deeply"),
+        ('{"sentence": "a", "label": 0}\n{"sentence": "a"', "train.jsonl:2 cannot be read as JSON"),
+        ('{"sentence": "a", "label": 0}\n\n{"sentence": "a", "label": 0}', "train.jsonl:2 cannot be read as JSON"),
+        ("[1]", r"train.jsonl:1: it is a list \(1\); expected keys with values"),
+        ('{"sentence": "\\ud800", "label": 0}', r"train.jsonl:1: sentence is '\\ud800'; expected text of whole char"),
+        ("[" * 50_000, "train.jsonl:1 cannot be read as JSON: it is nested too deep"),
+        ('{"sentence": ' + "[" * 500 + "]" * 500 + "}", "train.jsonl:1: .* is nested more than 32 levels deep"),
     ],
 )
 def test_malformed_file_names_file_and_line(tmp_path, text, message):
@@ -256,7 +258,7 @@ def test_malformed_file_names_file_and_line(tmp_path, text, message):
 
 def test_file_that_is_not_utf8(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"train\.jsonl: cannot be read as UTF-8 text"):
+    with pytest.raises(UserError, match=r"train\.jsonl' cannot be read: 'utf-8'"):
         sources.read_jsonl(tmp_path / "train.jsonl")
 
 

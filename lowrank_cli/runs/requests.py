@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import parse_json, read_text
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Request:
 def read_requests(path: Path) -> list[Request]:
     """The lines of a file, empty ones left out. Raises UserError where it cannot be read at all, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # text may hold other separators of lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"generate.tenants: '{path}' cannot be read: {error}") from None
+        lines = read_text(path, "rows").split("\n")  # text may hold other separators of lines
+    except UserError as error:
+        raise UserError(f"generate.tenants: {error}") from None
     found = [_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"generate.tenants: '{path}' has no lines")
@@ -43,14 +43,9 @@ def read_requests(path: Path) -> list[Request]:
 
 def _request(number: int, line: str) -> Request:
     try:
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # as its answer will be written
-    except RecursionError:
-        return Request({"line": number}, number, "nested too deeply")
-    except UnicodeEncodeError as error:
-        return Request({"line": number}, number, f"no text: {error.object[error.start]!r} is half of a character")
-    except ValueError as error:
-        return Request({"line": number}, number, f"no JSON: {error}")
+        fields = parse_json(line, Any, "it")
+    except UserError as error:
+        return Request({"line": number}, number, str(error))
     if not isinstance(fields, dict):
         return Request({"line": number}, number, 'no object {"tenant": FOLDER, "prompt": TEXT}')
     for key in ("tenant", "prompt"):

@@ -6,13 +6,14 @@ A row is a dict of columns. ``read`` returns a split's rows and the name that an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import parse_json, read_text
 from lowrank_cli.schema import TaskConfig
 
 Rows = list[dict]
@@ -62,29 +63,10 @@ def read_jsonl(path: Path) -> Rows:
     Raises:
         UserError: an unreadable or empty file, or a line that is no JSON object (file and line named).
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    lines = read_text(path, "rows").rstrip().split("\n")
     if lines == [""]:
         raise UserError(f"{path}: the file is empty")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if "\\ud" in line.lower():  # half a character can only be written so
-                json.dumps(row, ensure_ascii=False).encode()
-        except RecursionError as error:
-            raise UserError(f"{path}:{number}: nested too deeply") from error
-        except UnicodeEncodeError as error:
-            half = repr(error.object[error.start])
-            raise UserError(f"{path}:{number}: text holds {half}, which is half of a character") from error
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
-        rows.append(row)
-    return rows
+    return [parse_json(line, dict[str, Any], f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def _generator(name: str) -> Source:

@@ -324,7 +324,7 @@ def _check_template(config: TaskConfig) -> None:
     if config.extract:
         try:
             re.compile(config.extract)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"task.extract: {config.extract} is no regular expression: {error}") from error
 
 

@@ -118,6 +118,8 @@ def _line(error: Exception, failure: Failure) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a choice, looked up as a file
         group, _, choice = failure.culprit().partition("=")
         return str(unknown(group, choice, failure.options(group)))
+    if isinstance(error, UnicodeDecodeError):
+        return f"{failure.culprit()}: its file is not UTF-8 text ({message})"
     if isinstance(error, OverrideParseException):
         return _syntax(error, failure)
     if isinstance(error, MissingConfigException):
@@ -268,7 +270,7 @@ def _place(config: str, error: BaseException, failure: Failure) -> str:
     for source in failure.loader.get_sources():
         path = Path(source.path) / f"{config}.yaml"
         if source.scheme() == "file" and path.is_file():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 if re.match(rf"\s*(- )?{re.escape(leaf)}\s*:", line):
                     return f"{path}, line {number}: "
             return f"{path}: "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lowrank_cli import runs
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import read_text
 
 GROUPS = ("model", "task", "hardware", "method")
 
@@ -42,7 +43,9 @@ def files(group: str, config_dir: str | None = None) -> dict[str, Path]:
 
 
 def description(path: Path) -> str:
-    """The first comment line of a configuration file."""
-    with path.open(encoding="utf-8") as file:
-        first = file.readline()
+    """The first comment line of a configuration file, or why it cannot be read: a broken one hides no other."""
+    try:
+        first = read_text(path, "YAML").partition("\n")[0]
+    except UserError as error:
+        return str(error)
     return first.removeprefix("#").strip() if first.startswith("#") else ""

@@ -10,11 +10,14 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_cli import methods
 from lowrank_cli.config.folders import files
-from lowrank_cli.errors import unknown
+from lowrank_cli.errors import UserError, require_choice, unknown
+from lowrank_cli.reader import read_text
 from lowrank_cli.schema import KINDS, VERBS
 
 Row = tuple[str, str, str]  #: key, value and meaning
@@ -28,6 +31,7 @@ def method_keys(choice: str, config_dir: str | None) -> list[Row]:
     if choice not in found:
         raise unknown("list methods", choice, found)
     values = _read(found[choice])
+    require_choice(f"{found[choice]}: name", values.get("name"), methods.names())
     return _rows("method", methods.config_classes()[values["name"]], values)
 
 
@@ -36,8 +40,13 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
     verb = verbs_of(section)[0]
     found = files("", config_dir)
     primary = _read(found[verb])
-    choices = {group: name for item in primary["defaults"] if isinstance(item, dict) for group, name in item.items()}
-    given = primary[section] if section in primary else _read(found[f"{section}/{choices[section]}"])
+    listed = [item for item in primary.get("defaults", ()) if isinstance(item, dict)]
+    choices = {group: name for item in listed for group, name in item.items()}
+    if section in primary:
+        given = primary[section]
+    else:
+        require_choice(f"{found[verb]}: defaults: {section}", choices.get(section), files(section, config_dir))
+        given = _read(found[f"{section}/{choices[section]}"])
     kind = sections(verb)[section]
     defaults = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(kind)
@@ -60,8 +69,13 @@ def verbs_of(section: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
+    """A configuration file by itself. Raises UserError where it cannot be read or holds no keys."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(read_text(path, "YAML")))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: it is no configuration; expected keys with values")
     return values
 
 

@@ -95,6 +95,8 @@ class ModelConfig:
             raise UserError("model: nothing to load; set model.id (Hub), model.path (folder) or model.gguf (file)")
         if self.gguf and self.path:
             raise UserError(f"model.gguf: {self.gguf} and model.path={self.path} both name the weights; give one")
+        if self.package is not None and not self.package.isidentifier():  # a dotted name would import what is before it
+            raise UserError(f"model.package: '{self.package}' is not the name of a Python package")
         if self.gguf and self.kind == "encoder":
             raise UserError("model.gguf: holds causal models; set model.kind=causal, or name an encoder by model.path")
 

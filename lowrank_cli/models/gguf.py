@@ -18,11 +18,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
 
-from lowrank_cli.errors import UserError
+from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.reader import read_json
 
 ORIGIN = "origin.json"  #: in a converted folder: the file that it was made of, and its quantisation
@@ -52,8 +52,10 @@ def find(path: Path, shown: str) -> Path:
 
 
 def in_package(package: str) -> Path | None:
-    """The GGUF file inside an installed Python package; None where it is not installed or holds none."""
-    spec = importlib.util.find_spec(package)
+    """The GGUF file inside a Python package, which is not imported; None where it is not installed or holds none."""
+    spec = None
+    with suppress(ValueError):  # a module that was started as a program has no specification
+        spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).rglob("*.gguf"))), None)
 
@@ -109,7 +111,7 @@ def _convert(file: Path, folder: Path) -> None:
     stored = _checked(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"model: converting {file.name} ({stored}), once, to {folder}", file=sys.stderr, flush=True)
+    print(escaped(f"model: converting {file.name} ({stored}), once, to {folder}"), file=sys.stderr, flush=True)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         network, report = AutoModelForCausalLM.from_pretrained(**source, dtype="float32", output_loading_info=True)

@@ -92,7 +92,7 @@ class Run:
     def open(cls, path: str | os.PathLike[str], *, writes: bool = True, key: str = "run") -> Run:
         """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none that is whole."""
         path = settled(path)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # no for whatever cannot be a path
             beside = [file.parent.name for name in ("run", "sweep") for file in path.parent.glob(f"*/{name}.json")]
             hint = nearest(path.name, beside)
             raise UserError(f"{key}: there is no folder '{path}'{hint} (lrk list runs shows what there is)")
@@ -148,8 +148,8 @@ class Run:
     def config(self, *needed: str) -> dict[str, Any]:
         """config.yaml as plain values; the dotted keys ``needed`` are there.
 
-        Raises UserError where it cannot be read, holds a value of the wrong kind or an interpolation, which is never
-        resolved, or is not the configuration that ran.
+        Raises UserError where it cannot be read, holds a value of the wrong kind, an interpolation, which is never
+        resolved, or a ``_target_``, which is never called, or is not the configuration that ran.
         """
         path = self.path / "config.yaml"
         config = read_yaml(path)
@@ -158,6 +158,8 @@ class Run:
         for key, value in leaves(config, str(path)):
             if isinstance(value, str) and "${" in value:
                 raise UserError(f"{path}: {key} is {shown(value)}; expected a plain value, as nothing is interpolated")
+            if value == "_target_":
+                raise UserError(f"{path}: {key or 'it'} holds _target_; expected plain values, as nothing is called")
         for key in needed:
             inside: Any = config
             for name in key.split("."):

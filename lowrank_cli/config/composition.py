@@ -40,6 +40,7 @@ INPUTS = (
     "method.rank_pattern",
 )  #: keys of what is read: saved absolute, however they are given
 WRITTEN = "generate.output"  # a file
+ONLY_TYPED = "no file can set it, only what is typed"
 PATHS = (*INPUTS, WRITTEN, "outputs")
 ADAPTERS = ("train", "prune")  # stages that leave an adapter
 #: Verb: the stages whose runs it reads.
@@ -149,7 +150,10 @@ def compose(
             if verb == "bench":
                 cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
         composed = _finish(verb, cfg, choices, asked)
-    if TRUST not in [item.key_or_group for item in parsed]:
+    typed = [item.key_or_group for item in parsed]
+    if WRITTEN not in typed and verb == "generate" and composed.config.generate.output:
+        raise UserError(f"{WRITTEN}: a configuration file says {composed.config.generate.output}; {ONLY_TYPED}")
+    if TRUST not in typed:
         adopted = source is not None and source.resolved["model"].get("trust_remote_code")
         refuse_code(composed, source.path if source and adopted else f"model={choices.get('model')}")
     if source is not None and not (verb == "train" and methods.can(composed.config.method.name, Calibrates)):

@@ -1,4 +1,4 @@
-"""One job of a sweep in a process of its own: ``python -m lowrank_cli.dispatch.job RUN_FOLDER``."""
+"""One job of a sweep in a process of its own: ``python -m lowrank_cli.dispatch.job RUN_FOLDER PARENT``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lowrank_cli.runs import stopping
 
 
 def main() -> None:
-    """The parent process reads in the folder how the work ended; this one's exit code says only whether it stopped."""
+    """The parent process, of number PARENT, reads in the folder how the work ended; this one's exit code says only
+    whether it stopped."""
     code = 0
-    stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1), int(sys.argv[2]))
     try:
         with stopping.signals():
             perform(sys.argv[1])

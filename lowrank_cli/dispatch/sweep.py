@@ -124,7 +124,7 @@ def preview(verb: str, overrides: list[str], config_dir: str | None) -> list[tup
 
 
 def is_sweep(folder: str) -> bool:
-    return (Path(folder) / LEDGER).is_file()
+    return os.path.isfile(Path(folder) / LEDGER)  # no for whatever cannot be a path
 
 
 def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
@@ -246,11 +246,12 @@ def _in_child(folder: Path) -> None:
         signal.signal(number, lambda *_: _asked.set())
     if _asked.is_set() or stop.exists():
         return
-    hardware = Run.open(folder).config().get("hardware", {})
+    run = Run.open(folder)
+    hardware = run.config().get("hardware", {})
     if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
         devices.take_one(folder.parent / DEVICES)
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "lowrank_cli.dispatch.job", str(folder)]
+    with run.file("log.txt").open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "lowrank_cli.dispatch.job", str(folder), str(os.getpid())]
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     handed_on = False
     while child.poll() is None:

@@ -37,14 +37,21 @@ def _printing() -> list[logging.Logger]:
     ]
 
 
+class _File(logging.FileHandler):
+    """What cannot be written ends the work like any other file, without a traceback of logging's own on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 @contextmanager
 def library_warnings(run: Run) -> Iterator[None]:
     """Inside, Python's warnings and what libraries log are appended to the run's file, each message once.
 
     Enter it after the libraries are imported: what prints for itself is looked up then.
     """
-    file = run.path / FILE
-    handler = logging.FileHandler(file, delay=True, encoding="utf-8") if run.writes else logging.NullHandler()
+    file = run.file(FILE)
+    handler = _File(file, delay=True, encoding="utf-8") if run.writes else logging.NullHandler()
     handler.addFilter(_Once())
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     root, before = logging.getLogger(), {logger: logger.handlers for logger in _printing()}

@@ -84,9 +84,12 @@ def on_stop(then: Callable[[], object]) -> Iterator[None]:
         _then = before
 
 
-def with_parent(then: Callable[[], object]) -> None:
-    """Call ``then``, in a thread, when the process that started this one has ended."""
-    parent = os.getppid()
+def with_parent(then: Callable[[], object], parent: int | None = None) -> None:
+    """Call ``then``, in a thread, when the process that started this one has ended.
+
+    ``parent`` is its number, as it may have ended already; None where that is not known.
+    """
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:

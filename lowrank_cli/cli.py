@@ -449,7 +449,7 @@ def call(arguments: list[str]) -> int:
                 return UserError.exit_code
             if refused := refusal(error):
                 _drop_output()
-                print(f"error: {escaped(refused)}", file=sys.stderr)
+                print(f"error: {escaped(cut(refused))}", file=sys.stderr)
                 return WorkFailed.exit_code
             print(escaped(traceback.format_exc()), file=sys.stderr)
             return 1

@@ -9,7 +9,7 @@ import sys
 import uuid
 from typing import TYPE_CHECKING
 
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.runs import FAILED, INTERRUPTED, Run, stopping
 from lowrank_cli.runs.threads import available_cores
 
@@ -75,7 +75,7 @@ def _raise_first(run: Run, failures: dict[int, ProcessFailure]) -> None:
     rank, failure = min(failed.items(), key=lambda item: (item[1].timestamp, item[0]))
     recorded = run.info if run.info.get("status") == FAILED else {}
     if (message := failure.error_file_data["message"]) and isinstance(message, dict):  # a bug
-        sys.stderr.write(message["extraInfo"]["py_callstack"])
+        sys.stderr.write(escaped(message["extraInfo"]["py_callstack"]))
         raise WorkFailed(recorded["error"] if rank == 0 else f"worker process {rank}: {message['message']}")
     kind = UserError if failure.exitcode == UserError.exit_code else WorkFailed
     raise kind(recorded.get("error", f"worker process {rank} failed (exit code {failure.exitcode})"))

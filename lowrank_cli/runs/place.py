@@ -52,7 +52,7 @@ def settled(path: str | os.PathLike[str]) -> Path:
     """``path`` with the folder that a ``latest`` in it points at: the link moves on when the next run starts."""
     path = Path(path)
     for link in (path, *path.parents):
-        if link.name == "latest" and link.is_symlink():
+        if link.name == "latest" and os.path.islink(link):  # no for whatever cannot be a path
             return link.parent / link.readlink() / path.relative_to(link)
     return path
 

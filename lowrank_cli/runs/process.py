@@ -50,7 +50,7 @@ def is_alive(process: Mapping[str, Any] | None, file: Path) -> bool:
     if process is None:
         return False
     if process["host"] == platform.node():
-        return began(process["pid"]) == process["began"]
+        return began(process["pid"]) == process["began"] is not None
     return "beat" in process and _age(file) < LAPSE * process["beat"]
 
 

@@ -127,6 +127,7 @@ def test_a_process_lives_until_it_ends():
 
     me, file = this_process(), Path("run.json")  # signs of life count on other machines only
     assert is_alive(me, file) and not is_alive(None, file) and not is_alive({**me, "began": -1}, file)
+    assert not is_alive({**me, "pid": 2**30, "began": None}, file)
     assert is_gone({**me, "began": -1}, file) and not (is_gone(me, file) or is_gone(None, file))
     with subprocess.Popen(["sleep", "60"]) as other:
         record = {**me, "pid": other.pid, "began": began(other.pid)}

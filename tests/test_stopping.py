@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 import pytest
 from command import FAKES, ROOT, runs
@@ -29,6 +30,14 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
     for _ in range(1000):
         pass
+
+
+def test_a_parent_that_has_ended_already_is_noticed():
+    noticed = Event()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    stopping.with_parent(noticed.set, ended.pid)
+    assert noticed.wait(10)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])

@@ -41,6 +41,7 @@ def install(run: Run, python: Path, *arguments: str) -> int:
         code = run(uv, "pip", "install", "--python", python, *uv_options(python), *arguments)
         if code <= 0:  # done, or ended by a signal
             return code
+        print("lrk: uv could not install the packages; trying pip", file=sys.stderr, flush=True)
     pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
     return run(*pip, "--upgrade-strategy=eager", *arguments)  # with --upgrade: of what packages need too, as uv does
 

@@ -98,7 +98,7 @@ def test_gradients_whatever_trains(family, trained):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "milora", "moelora"])
+@pytest.mark.parametrize("name", small.TRAINABLE)
 @pytest.mark.parametrize("around", ["plain", "checkpointed", "parallel", "autocast"])
 def test_adapters_train_as_with_all_logits(name, around, tmp_path):
     adapter = small.adapted(name, k=2) if name == "milora" else small.adapted(name)
@@ -112,7 +112,7 @@ def test_adapters_train_as_with_all_logits(name, around, tmp_path):
         found = gradients(answers_at(wrapped, INPUTS | inputs, ANSWERED, model).losses(LABELS).sum(), model)
     if around == "parallel":
         torch.distributed.destroy_process_group()
-    assert found.keys() == adapter.trained.keys() or adapter.deferred or len(found) == len(adapter.trained)
+    assert len(found) == len(adapter.trained)
     tolerance = {"rtol": 0.05, "atol": 0.02} if around == "autocast" else {}
     torch.testing.assert_close(found, expected, **tolerance)
 

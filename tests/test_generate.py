@@ -184,7 +184,7 @@ def test_the_model_of_a_file_is_that_of_its_first_run(lrk):  # noqa: F811
         ([], 'generate: give one prompt ("…"), or a file of them (--tenants FILE)'),
         (["a", "b"], "generate: one prompt at a time, not 2; quote it as one word"),
         (["--tenants", "nowhere"], "generate.tenants: 'nowhere' cannot be read"),
-        (["--tenants", "/dev/null"], "generate.tenants: '/dev/null' has no lines"),
+        (["--tenants", "/dev/null"], "generate.tenants: '/dev/null' cannot be read: it is no file"),
         (["a"], "run: no finished run under 'outputs'; start one with: lrk train"),
         (["method=none", "a", "generate.temperature=-1"], "generate.temperature: -1.0 is out of range"),
         (["method=none", "a", "generate.batch=1"], "generate.batch: unknown key; did you mean 'generate.batch_size'?"),

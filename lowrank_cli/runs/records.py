@@ -74,6 +74,7 @@ HistoryRow = TypedDict(
         "train/loss": NotRequired[float | None],
         "dev/loss": NotRequired[float | None],
         "learning_rate": NotRequired[float | None],
+        "train/tokens": NotRequired[Count],
     },
 )
 

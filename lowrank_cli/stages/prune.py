@@ -9,7 +9,8 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.ranks import all_but_lowest, resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
-from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
+from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.figures import allocation
 from lowrank_cli.scoring.kinds import Scores, require_ranks
 from lowrank_cli.stages import setting
@@ -33,7 +34,8 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
     session.greet(run)
     if scores is None:
-        scores = measure(session, config.score, config.level)
+        line = setting.cut if whole else cut
+        scores = measure(session, config.score, config.level, line(config.prune, adapter, config.score.window))
         write(run, adapter, scores)
     before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
     keep = choice(config.prune, adapter, scores.values)
@@ -76,6 +78,12 @@ def amount(settings: PruneConfig, adapter: Adapter) -> int:
     raise UserError(f"prune.{key}: {value} is out of range ({allowed}; the adapter has {total})")
 
 
+def cut(settings: PruneConfig, adapter: Adapter, window: float) -> Cut:
+    """Where :func:`chosen` cuts off."""
+    groups = _groups(adapter, bool(settings.per_layer))
+    return Cut(window, [(keys, amount(settings, adapter) // len(groups)) for keys in groups.values()])
+
+
 def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str, list[int]]:
     """The ranks of every module that stay: all but the lowest of the model, or but as many lowest of each layer."""
     groups = _groups(adapter, bool(settings.per_layer))
@@ -100,7 +108,7 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
             f"run: '{scoring.path}' scored {scores.level}s, but {level}s are to be taken out; "
             f"first: lrk score run={below} score.level={level}"
         )
-    if kind not in (None, scores.kind):
+    if kind not in (None, AUTO, scores.kind):
         raise UserError(
             f"score.kind: '{kind}' is asked for, but '{scoring.path}' scored by '{scores.kind}' (leave score.kind out, "
             f"or name the adapter's run, which is scored first: run={below})"

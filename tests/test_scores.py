@@ -100,6 +100,23 @@ def test_mixed_is_exact_near_the_cut_and_taylor_beyond():
     assert flat(found)[~near].argsort(stable=True).tolist() == flat(cheap)[~near].argsort(stable=True).tolist()
 
 
+@pytest.mark.parametrize("kind", ["taylor", "sensitivity"])
+def test_a_signal_ends_a_backward_pass_before_it_is_over(kind, monkeypatch):
+    """Only Python code between its operations lets a handler run; each tensor that is asked for has a hook for that."""
+    adapter, hooked = random_adapter(), []
+    grad = torch.autograd.grad
+
+    def watched(output, inputs, *given):
+        if isinstance(inputs, list):  # not the head's own backward pass
+            hooked.extend(bool(tensor._backward_hooks) for tensor in inputs)
+        return grad(output, inputs, *given)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    score(kind, adapter, Probe(dev_batch("llama"), 300))
+    assert len(hooked) >= 14 and all(hooked)
+    assert not any(parameter._backward_hooks for parameter in adapter.trained.values())
+
+
 def test_two_processes_that_share_the_batch_find_the_same():
     """Each has some of the rows, and sums over both."""
     adapter = small.adapted()

@@ -72,7 +72,7 @@ def measure(session: Session, settings: ScoreConfig, level: str, cut: Cut | None
     if kind == AUTO:
         kind, reason = cost.choose(cost.costs(adapter, level, probe, cut), trained_tokens(session))
         if session.accelerator.is_main_process:
-            progress.console().print(reason)
+            progress.console().print(reason, soft_wrap=True)
     rows = (modules if level == "module" else kinds).rows_to_run(kind, adapter, probe, cut)
     with progress.bar(f"scoring ({kind})", rows, shown=session.accelerator.is_main_process) as bar:
         probe.tick = bar.advance

@@ -34,7 +34,7 @@ from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages.score import adapted, trained_tokens
 
-CHUNK = 8  #: units between two savings
+CHUNK = 20  #: units between two savings
 WINDOWS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 Rows = dict[str, list[float]]

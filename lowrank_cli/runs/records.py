@@ -86,6 +86,7 @@ class ScoredModule(TypedDict):
     layer: int | None
     role: str | None
     scores: list[Finite]
+    exact: NotRequired[list[Finite | None]]
 
 
 class ScoresRecord(TypedDict):

@@ -34,6 +34,11 @@ class Cut:
         """The units around the cuts, in the order of ``values``."""
         return {place for _, inside, _ in self._split(values) for place in inside}
 
+    def measured(self, values: Values, exact: Mapping[str, Sequence[float | None]]) -> bool:
+        """Whether the last unit that goes and the first that stays are among the ``exact`` ones, in every group."""
+        ends = Cut(0.0, self.groups).candidates(values)
+        return all(exact[key][index] is not None for key, index in ends)
+
     def joined(self, values: Values, exact: Mapping[Place, float]) -> dict[str, list[float]]:
         """``exact`` scores of all candidates. The others keep their ``values``, unless one of them would then change
         sides with a candidate: all of its side are shifted as little as prevents it, so that their order stays.

@@ -13,7 +13,7 @@ from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
 from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.figures import allocation
 from lowrank_cli.scoring.kinds import Scores, require_ranks
-from lowrank_cli.stages import setting
+from lowrank_cli.stages import progress, setting
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.score import adapted, measure, write
@@ -29,14 +29,21 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     require_ranks(adapter)
     whole = config.level == "module"
     choice = setting.chosen if whole else chosen
+    line = (setting.cut if whole else cut)(config.prune, adapter, config.score.window)
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
     session.greet(run)
     if scores is None:
-        line = setting.cut if whole else cut
-        scores = measure(session, config.score, config.level, line(config.prune, adapter, config.score.window))
+        scores = measure(session, config.score, config.level, line)
         write(run, adapter, scores)
+    exact = scores.parts.get("exact", none)
+    if scoring and line and session.accelerator.is_main_process and not line.measured(scores.values, exact):
+        progress.console().print(
+            f"'{scoring.path}' measured exactly around another cut than this; near this one its scores are taylor's "
+            f"(lrk prune run={scoring.config('run')['run']} score.kind=mixed measures here)",
+            soft_wrap=True,
+        )
     before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
     keep = choice(config.prune, adapter, scores.values)
     figures = [setting.write(run, config, scoring or run, adapter, scores, keep)] if whole else []
@@ -101,7 +108,9 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
     """
     record = scoring.read_json("scores.json")
     values = {entry["module"]: entry["scores"] for entry in record["modules"]}
-    scores = Scores(record["kind"], values, level=record["level"])
+    exact = {entry["module"]: entry["exact"] for entry in record["modules"] if "exact" in entry}
+    parts = {"exact": exact} if len(exact) == len(values) else {}
+    scores = Scores(record["kind"], values, parts, level=record["level"])
     below = scoring.config("run")["run"]
     if scores.level != level:
         raise UserError(
@@ -114,7 +123,7 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
             f"or name the adapter's run, which is scored first: run={below})"
         )
     expected = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.ranks(), 1)
-    if {key: len(row) for key, row in values.items()} != expected:
+    if any({key: len(row) for key, row in rows.items()} != expected for rows in (values, *parts.values())):
         raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {below}")
     return scores
 

@@ -126,7 +126,7 @@ def test_train_score_prune_evaluate_and_train_on(capsys):
     assert sum(value is not None for module in mixed["modules"] for value in module["exact"]) == 17  # of 168
     assert mixed["meaning"].keys() == {"scores", "whole", "bare", "slope_at_1", "slope_at_0", "exact"}
     cheapest = lrk_run("score", f"run={trained.path}", "score.batch=4", "score.kind=auto").read_json("scores.json")
-    assert cheapest["kind"] == "taylor" and cheapest["reason"].startswith("auto took taylor: it costs ")
+    assert cheapest["kind"] == "taylor" and cheapest["reason"].startswith("auto took taylor, the cheapest: it costs ")
     lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4", "score.kind=mixed")
     assert "around another cut" not in capsys.readouterr().err
     lrk_run("prune", f"run={mixed_run.path}", "prune.budget=100")

@@ -47,14 +47,10 @@ def choose(costs: Mapping[str, float], training_tokens: float, times: int = 1) -
     shares = {kind: times * cost / ((1 + BACKWARD) * training_tokens) for kind, cost in costs.items()}
     cheapest = min(shares, key=lambda kind: shares[kind])
     kind = next((kind for kind, share in shares.items() if share < LIMIT), cheapest)
-    allowed, affordable = f"{100 * LIMIT:.0f} % allowed", shares[kind] < LIMIT
-    said = f"{times} scorings cost" if times > 1 else "it costs"
-    said += f" {_percent(shares[kind])} of training"
-    said += "" if affordable else f", which is above the {allowed}, but nothing is cheaper"
-    dearer = list(shares)[: list(shares).index(kind)]
-    others = ", ".join(f"{name} {_percent(shares[name])}" for name in dearer)
-    others += f"; {allowed}" if others and affordable else ""
-    return kind, f"auto took {kind}: {said}" + (f" ({others})" if others else "")
+    dearer = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if share > shares[kind])
+    cost = f"{f'{times} scorings cost' if times > 1 else 'it costs'} {_percent(shares[kind])} of training"
+    took = f"auto took {kind}{'' if shares[kind] < LIMIT else ', the cheapest'}"
+    return kind, f"{took}: {cost}{f' ({dearer})' if dearer else ''}"
 
 
 def _percent(share: float) -> str:

@@ -119,7 +119,7 @@ def main() -> None:
     measured = {(key, taken[key].index(i)): exact[key][taken[key].index(i)] for key, i in chosen}
     joined = {f"mixed, window {share}": Cut(share, cut.groups).joined(values["taylor"], measured) for share in WINDOWS}
     single = {name: {key: [terms[str(units[key, i])][at] for i in own] for key, own in taken.items()}
-              for at, name in enumerate(("without alone", "alone alone"))}  # fmt: skip
+              for at, name in enumerate(("the term without", "the term alone"))}  # fmt: skip
     share = cost.costs(adapter, args.level, probe, usual(adapter, args.level, 0.1))
     budget = (1 + cost.BACKWARD) * trained_tokens(session)
     record: dict[str, Any] = {

@@ -70,11 +70,15 @@ def test_a_scoring_inside_training_stops_at_once_where_checkpoints_were_written(
     reached = []
     bar = SimpleNamespace(watch=lambda name, total: nullcontext(lambda count: None))
     trainer = SimpleNamespace(settings=SimpleNamespace(checkpoint_every=every), bar=bar)
-    with stopping.signals(), stopping.on_stop(lambda: None), pytest.raises(Stop) if every else nullcontext():
-        with Trainer._watch(trainer, "scoring", 2) as tick:
-            send(signal.SIGTERM)
-            reached.append("the next pass")
-            tick(1)
+    with (
+        stopping.signals(),
+        stopping.on_stop(lambda: None),
+        pytest.raises(Stop) if every else nullcontext(),
+        Trainer._watch(trainer, "scoring", 2) as tick,
+    ):
+        send(signal.SIGTERM)
+        reached.append("the next pass")
+        tick(1)
     assert bool(reached) == (every == 0)
 
 

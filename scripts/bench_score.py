@@ -162,7 +162,11 @@ def main() -> None:
         for part, values in zip(("without", "alone"), plain, strict=True)
         for (key, rank), value in zip(sampled, values, strict=True)
     )
-    values = {kind: [*chain(*score(kind, adapter, probe).values.values())] for kind in SCORE_KINDS if kind != "ab"}
+    values = {
+        kind: [*chain(*score(kind, adapter, probe).values.values())]
+        for kind in SCORE_KINDS
+        if kind not in ("ab", "mixed")
+    }
     own = [*chain(*exact.values.values())]
     plain_work = 2 * len(units) * operations(lambda: naive(adapter, batch, units[:1], False))
     record = {

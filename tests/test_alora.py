@@ -176,6 +176,31 @@ def test_variants_score_otherwise(kind):
     assert exact.ranks() != other.ranks()
 
 
+def test_auto_scores_by_what_training_affords_and_says_so():
+    """The longer the training, the better the scores of each round: taylor, mixed, exact."""
+    kinds = []
+    for tokens in (3_000, 20_000, 10**6):
+        adapter, rows, lines = adapted(), [], []
+        method = method_with(score="auto", window=0.2, rounds=2)
+        method.adapt(small.model())
+        now = step(adapter, 4, rows=rows, lines=lines)
+        now.tokens = tokens
+        method.after_step(now)
+        assert rows[0]["score"] in rows[0]["reason"] and lines[0] == rows[0]["reason"]
+        assert "2 scorings cost" in lines[0]
+        kinds.append(rows[0]["score"])
+        chosen, named = adapter.ranks(), adapted()
+        method_with(score=kinds[-1], window=0.2).after_step(step(named, 4))
+        assert named.ranks() == chosen
+    assert kinds == ["taylor", "mixed", "ab"]
+
+
+@pytest.mark.parametrize("window", [0.0, -0.1, 1.5, float("nan")])
+def test_a_window_is_a_share(window):
+    with pytest.raises(UserError, match=rf"^method.window: {window} is out of range \(allowed: above 0 to 1\)$"):
+        method_with(window=window).config.validate()
+
+
 def test_its_state_continues_between_rounds():
     method, later = method_with(), method_with()
     adapter = method.adapt(small.model())

@@ -20,6 +20,7 @@ from lowrank_cli.dispatch.stage import check
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SCORE_KINDS
+from lowrank_cli.scoring.cut import usual
 from lowrank_cli.scoring.kinds import require_ranks, score
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages.train import Trainer
@@ -139,7 +140,7 @@ def test_a_rank_taken_out_is_a_rank_whose_gate_is_closed_or_pruning_is_refused(n
 @pytest.mark.parametrize("name", [name for name in small.TRAINABLE if not methods.refusal(name, "score")])
 def test_every_rank_gets_a_score(name, kind):
     adapter = adapted(name, trained=True)
-    scores = score(kind, adapter, Probe(dev_batch("llama"), 300))
+    scores = score(kind, adapter, Probe(dev_batch("llama"), 300), usual(adapter, "rank", 0.1))
     assert {key: len(row) for key, row in scores.values.items()} == adapter.ranks()
     assert all(map(math.isfinite, chain(*scores.values.values())))
 

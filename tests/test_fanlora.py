@@ -24,9 +24,11 @@ from lowrank_cli.methods.fanlora import BUNDLED
 from lowrank_cli.report.settings import learned
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
+from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.modules import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
 from lowrank_cli.scoring.setting import Setting, choose, read, text
+from lowrank_cli.stages import setting
 from lowrank_cli.stages.score import measure
 
 FAMILIES = ("llama", "gpt2", "opt", "bert", "llama_classifier")
@@ -44,7 +46,7 @@ def trained(family="llama", targets=("all",)):
 
 
 def scored(kind, adapter, batch, seed=0):
-    found = score(kind, adapter, Probe(batch, 150), seed)
+    found = score(kind, adapter, Probe(batch, 150), seed, usual(adapter, "module", 0.1))
     assert found.level == "module" and all(len(values) == 1 for values in found.values.values())
     return {key: value for key, (value,) in found.values.items()}
 
@@ -146,8 +148,9 @@ def test_scoring_modules_changes_nothing_and_counts_its_rows(kind):
     before = adapter.model(input_ids=small.ids()).logits
     hooks = [len(module._forward_hooks) for module in adapter.model.modules()]
     probe = Probe(batch, 150, tick=ticks.append)
-    assert score(kind, adapter, probe, 0) == score(kind, adapter, probe, 0)
-    assert sum(ticks) == 2 * rows_to_run(kind, adapter, probe)
+    cut = usual(adapter, "module", 0.1)
+    assert score(kind, adapter, probe, 0, cut) == score(kind, adapter, probe, 0, cut)
+    assert sum(ticks) == 2 * rows_to_run(kind, adapter, probe, cut)
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
     assert hooks == [len(module._forward_hooks) for module in adapter.model.modules()]
     assert all(parameter.grad is None for parameter in adapter.trained.values())
@@ -188,12 +191,29 @@ def test_a_score_that_is_no_number_ends_the_work():
         accelerator=SimpleNamespace(is_main_process=False),
     )
     with pytest.raises(WorkFailed, match=rf"^score.kind=magnitude: the score of '{key}' is no finite number"):
-        measure(session, ScoreConfig(level="module", kind="magnitude", batch=5, tokens=150), "module")
+        measure(session, ScoreConfig(level="module", kind="magnitude", batch=5, tokens=150), "module", None)
+
+
+def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
+    adapter, batch = trained(), dev_batch("llama")
+    cut = setting.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep=3), adapter, 0.1)
+    found = score("mixed", adapter, Probe(batch, 150), 0, cut)
+    exact, cheap = scored("ablation", adapter, batch), scored("taylor", adapter, batch)
+    for layer in range(2):
+        order = sorted((key for key in cheap if adapter.sites[key].layer == layer), key=cheap.__getitem__)
+        near = [key for key in order if found.parts["exact"][key] != [None]]
+        assert near == order[3:5]  # of seven the fourth is the last that goes
+        assert [found.values[key][0] for key in near] == pytest.approx([exact[key] for key in near], abs=1e-6)
+        assert max(found.values[key][0] for key in order[:3]) <= min(found.values[key][0] for key in near)
+    whole = setting.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep_total=5), adapter, 0.5)
+    assert whole == Cut(0.5, [(list(adapter.modules), 9)])
+    every = score("mixed", adapter, Probe(batch, 150), 0, usual(adapter, "module", 1.0))
+    assert [value for (value,) in every.values.values()] == pytest.approx(list(exact.values()), abs=1e-6)
 
 
 def test_a_kind_of_the_other_level_is_refused():
     settings = ScoreConfig(level="module", kind="dnas", batch=1, tokens=1)
-    with pytest.raises(UserError, match=r"score.kind: 'dnas' scores ranks \(allowed for modules: ablation, kl, .*"):
+    with pytest.raises(UserError, match=r"'dnas' scores ranks \(allowed for modules: ablation, .*, auto; .*"):
         settings.kind_of("module")
     assert ScoreConfig(level="module", kind=None, batch=1, tokens=1).kind_of("module") == "ablation"
     with pytest.raises(UserError, match="serve every prompt"):

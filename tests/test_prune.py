@@ -79,6 +79,13 @@ def test_mistakes_are_one_line(lrk):
     )
     assert "did you mean 'taylor'" in one_line(lrk("check", "score", "score.kind=tailor", "method=none"))
     assert "no finished run" in one_line(lrk("score"))
+    for verb in (["score"], ["prune", "prune.drop=4"]):
+        line = one_line(lrk("check", *verb, "score.window=1.5", "method=none"))
+        assert line == "score.window: 1.5 is out of range (allowed: above 0 to 1)"
+    line = one_line(lrk("check", "score", "score.kind=auto", "score.level=layer", "method=none"))
+    assert line.startswith("score.level: unknown value 'layer' (allowed: rank, module")
+    line = one_line(lrk("check", "prune", "prune.keep=2", "prune.same_roles=true", "score.kind=mixed", "method=none"))
+    assert line.startswith("score.kind: 'mixed' needs a cut between modules, but prune.same_roles adds")
 
 
 @pytest.mark.parametrize("verb", [["score"], ["prune", "prune.drop=10"]], ids=lambda verb: verb[0])
@@ -91,7 +98,7 @@ def test_ranks_that_are_not_judged_one_by_one_are_refused(verb, lrk, fake_stages
 
 
 @pytest.mark.slow
-def test_train_score_prune_evaluate_and_train_on():
+def test_train_score_prune_evaluate_and_train_on(capsys):
     trained = lrk_run("train", *QUICK, *TRAIN, "method=lora", "method.rank=4", "train.learning_rate=1e-2")
     scored = lrk_run("score", "score.batch=4")
     record = scored.read_json("scores.json")
@@ -114,6 +121,17 @@ def test_train_score_prune_evaluate_and_train_on():
     with pytest.raises(UserError, match=r"score.kind: 'taylor' is asked for, but .* scored by 'ab' .*run="):
         lrk_run("prune", f"run={scored.path}", "prune.budget=100", "score.kind=taylor")
 
+    mixed_run = lrk_run("score", f"run={trained.path}", "score.batch=4", "score.kind=mixed")
+    mixed = mixed_run.read_json("scores.json")
+    assert sum(value is not None for module in mixed["modules"] for value in module["exact"]) == 17  # of 168
+    assert mixed["meaning"].keys() == {"scores", "whole", "bare", "slope_at_1", "slope_at_0", "exact"}
+    cheapest = lrk_run("score", f"run={trained.path}", "score.batch=4", "score.kind=auto").read_json("scores.json")
+    assert cheapest["kind"] == "taylor" and cheapest["reason"].startswith("auto took taylor, the cheapest: it costs ")
+    lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4", "score.kind=mixed")
+    assert "around another cut" not in capsys.readouterr().err
+    lrk_run("prune", f"run={mixed_run.path}", "prune.budget=100")
+    assert "measured exactly around another cut than this" in capsys.readouterr().err
+
     direct = lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4")
     files = [state.load_file(run.path / "adapter" / state.WEIGHTS) for run in (pruned, direct)]
     assert files[0].keys() == files[1].keys()
@@ -131,7 +149,7 @@ def test_train_score_prune_evaluate_and_train_on():
 
     results, unfinished, broken = collect(["outputs"], "outputs")
     made = [json.loads(result.config["adapter"]) for result in results]
-    assert sorted(made) == ["train", "train + prune", "train + prune", "train + prune + train"]
+    assert sorted(made) == ["train", *["train + prune"] * 4, "train + prune + train"]
     assert (unfinished, broken) == (0, [])
 
 

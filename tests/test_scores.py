@@ -8,6 +8,7 @@ from test_ablation import dev_batch, naive
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.ablation import ranks_of
+from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.kinds import Scores, rows_to_run, score
 from lowrank_cli.scoring.probe import Probe
 
@@ -53,7 +54,7 @@ def test_a_rank_that_adds_nothing_scores_lowest(kind):
     """Its column of B is zero. Sensitivity and gates then have no gradient there; ablation finds no difference."""
     adapter = random_adapter(0.2)
     probe = Probe(dev_batch("llama"), 300)
-    found = score(kind, adapter, probe)
+    found = score(kind, adapter, probe, usual(adapter, "rank", 1.0))
     assert found.values.keys() == adapter.modules.keys()
     for row in found.values.values():
         nothing = found.bare if kind == "ab" else 0.0
@@ -78,11 +79,42 @@ def test_scoring_changes_nothing_and_counts_its_rows(kind):
     weights = {name: p.clone() for name, p in adapter.trained.items()}
     ticks = []
     probe = Probe(dev_batch("llama"), 300, tick=ticks.append)
-    first, second = score(kind, adapter, probe), score(kind, adapter, probe)
-    assert sum(ticks) == 2 * rows_to_run(kind, adapter, probe)
+    cut = usual(adapter, "rank", 0.2)
+    first, second = score(kind, adapter, probe, cut), score(kind, adapter, probe, cut)
+    assert sum(ticks) == 2 * rows_to_run(kind, adapter, probe, cut)
     assert first == second and adapter.model.training
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in adapter.trained.items())
     assert all(part.rank_gate is None and not part.skip for part in adapter.modules.values())
+
+
+def test_mixed_is_exact_near_the_cut_and_taylor_beyond():
+    adapter, probe = random_adapter(), Probe(dev_batch("llama"), 300)
+    exact, cheap = score("ab", adapter, probe), score("taylor", adapter, probe)
+    everything = score("mixed", adapter, probe, usual(adapter, "rank", 1.0))
+    torch.testing.assert_close(flat(everything), flat(exact) - exact.bare, atol=1e-6, rtol=1e-5)
+    assert everything.worth == everything.values and everything.whole == pytest.approx(exact.whole)
+    found = score("mixed", adapter, probe, Cut(0.2, [(list(adapter.modules), 14)]))
+    near = torch.tensor([value is not None for row in found.parts["exact"].values() for value in row])
+    assert near.nonzero().flatten().tolist() == sorted(flat(cheap).argsort(stable=True)[8:20].tolist())
+    torch.testing.assert_close(flat(found)[near], (flat(exact) - exact.bare)[near], atol=1e-6, rtol=1e-5)
+    assert flat(found)[~near].argsort(stable=True).tolist() == flat(cheap)[~near].argsort(stable=True).tolist()
+
+
+@pytest.mark.parametrize("kind", ["taylor", "sensitivity"])
+def test_a_signal_ends_a_backward_pass_before_it_is_over(kind, monkeypatch):
+    """Only Python code between its operations lets a handler run; each tensor that is asked for has a hook for that."""
+    adapter, hooked = random_adapter(), []
+    grad = torch.autograd.grad
+
+    def watched(output, inputs, *given):
+        if isinstance(inputs, list):  # not the head's own backward pass
+            hooked.extend(bool(tensor._backward_hooks) for tensor in inputs)
+        return grad(output, inputs, *given)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    score(kind, adapter, Probe(dev_batch("llama"), 300))
+    assert len(hooked) >= 14 and all(hooked)
+    assert not any(parameter._backward_hooks for parameter in adapter.trained.values())
 
 
 def test_two_processes_that_share_the_batch_find_the_same():

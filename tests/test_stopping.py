@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 from command import FAKES, ROOT, runs
@@ -20,6 +21,7 @@ from lowrank_cli.errors import Interrupted
 from lowrank_cli.runs import Run, stopping
 from lowrank_cli.runs.stopping import Stop
 from lowrank_cli.stages import progress
+from lowrank_cli.stages.train import Trainer
 
 WAITS = ("train", "seed=77", "train.max_steps=3", "train.warmup=0.1")
 PARALLEL = ("train", "-m", "train.max_steps=3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -60,6 +62,24 @@ def test_a_loop_may_finish_its_step_but_a_second_signal_ends_it(monkeypatch):
         send(signal.SIGUSR1)  # asks, and never insists
         with pytest.raises(Stop):
             send(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_scoring_inside_training_stops_at_once_where_checkpoints_were_written(every):
+    """Without any, the step ends first, and its checkpoint is where the run goes on."""
+    reached = []
+    bar = SimpleNamespace(watch=lambda name, total: nullcontext(lambda count: None))
+    trainer = SimpleNamespace(settings=SimpleNamespace(checkpoint_every=every), bar=bar)
+    with (
+        stopping.signals(),
+        stopping.on_stop(lambda: None),
+        pytest.raises(Stop) if every else nullcontext(),
+        Trainer._watch(trainer, "scoring", 2) as tick,
+    ):
+        send(signal.SIGTERM)
+        reached.append("the next pass")
+        tick(1)
+    assert bool(reached) == (every == 0)
 
 
 def test_a_swallowed_interrupt_is_raised_again_where_a_loop_counts():

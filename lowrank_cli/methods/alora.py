@@ -30,7 +30,7 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
-from lowrank_cli.schema import SCORE_KINDS
+from lowrank_cli.schema import AUTO, SCORE_KINDS, require_window
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +45,11 @@ if TYPE_CHECKING:
 class ALoRAConfig(LoRAConfig):
     """LoRA modules of equal rank at the start, and when and how their ranks move."""
 
-    score: str = (
-        MISSING  #: ``ab`` (the paper's), its alternatives ``dnas`` and ``sensitivity``, ``taylor``, ``magnitude``
-    )
+    #: ``ab`` (the paper's, exact), ``taylor`` (its approximation), ``mixed`` (exact near the cut), ``auto`` (the best
+    #: of these whose scorings cost less than a tenth of training in all), ``dnas``, ``sensitivity`` or ``magnitude``
+    score: str = MISSING
+    #: of ``mixed``: share of the ranks that are scored exactly, those around the n_A-th lowest; above 0 to 1
+    window: float = 0.1
     first_epochs: float = MISSING  #: K1, epochs before the first round
     round_epochs: float = MISSING  #: K2, epochs between two rounds
     rounds: int = MISSING  #: N_A, at most so many
@@ -61,7 +63,8 @@ class ALoRAConfig(LoRAConfig):
 
     def validate(self) -> None:
         super().validate()
-        require_choice("method.score", self.score, SCORE_KINDS)
+        require_choice("method.score", self.score, [*SCORE_KINDS, AUTO])
+        require_window("method.window", self.window)
         require_range("method.first_epochs", self.first_epochs, 0)
         if not self.round_epochs > 0:
             raise UserError(f"method.round_epochs: {self.round_epochs} is out of range (allowed: above 0)")
@@ -117,27 +120,35 @@ class ALoRA(LoRA):
         due = step.number >= first and (step.number - first) % every == 0 and step.number < step.total
         movable = self._settled is None and sum(step.adapter.ranks().values()) > 1
         if due and len(self._steps) < self.config.rounds and movable:
-            rounds = min(self.config.rounds, 1 + (step.total - 1 - first) // every)
-            self._round(step, f"step {step.number}/{step.total}: round {len(self._steps) + 1} of {rounds}")
+            self._round(step, min(self.config.rounds, 1 + (step.total - 1 - first) // every))
 
-    def _round(self, step: Step, name: str) -> None:
-        """Score, prune and grow; or settle."""
+    def _round(self, step: Step, rounds: int) -> None:
+        """Score, prune and grow; or settle. ``rounds`` is how many there are at most."""
         from lowrank_cli.adapter.ranks import resize
+        from lowrank_cli.scoring import cost
+        from lowrank_cli.scoring.cut import Cut
         from lowrank_cli.scoring.kinds import rows_to_run, score
 
         assert step.probe is not None
         adapter, began = step.adapter, time.monotonic()
         probe = step.probe(self.config.dev_batch, self.config.tokens)
-        with step.watch("scoring ranks", rows_to_run(self.config.score, adapter, probe)) as probe.tick:
-            scores = score(self.config.score, adapter, probe)
+        cut, kind = Cut(self.config.window, [(list(adapter.modules), self._moved(adapter))]), self.config.score
+        choice: dict[str, str] = {}
+        if kind == AUTO:
+            kind, reason = cost.choose(cost.costs(adapter, "rank", probe, cut), step.tokens, rounds)
+            choice = {"score": kind, "reason": reason}
+            step.say(reason)
+        with step.watch(f"scoring ranks ({kind})", rows_to_run(kind, adapter, probe, cut)) as probe.tick:
+            scores = score(kind, adapter, probe, cut)
         self._seconds += time.monotonic() - began
+        name = f"step {step.number}/{step.total}: round {len(self._steps) + 1} of {rounds}"
         name += f" ({time.monotonic() - began:.1f} s)"
         limits = {key: min(site.in_features, site.out_features) for key, site in adapter.sites.items()}
         plan = reallocated(scores.values, limits, self._moved(adapter))
         lowest, new = lost(plan, adapter.ranks(), self._new)
         if new > self.config.settle * lowest:
             self._settled = step.number
-            step.log({"settled": True, "lowest": lowest, "new_among_lowest": new})
+            step.log({"settled": True, "lowest": lowest, "new_among_lowest": new, **choice})
             step.say(f"{name}: settled, for {new} of the {lowest} lowest ranks are new")
             return
         step.say(f"{name}: {told(plan, scores, {key: str(site.role or key) for key, site in adapter.sites.items()})}")
@@ -148,7 +159,7 @@ class ALoRA(LoRA):
         self._steps.append(step.number)
         self._note(adapter)
         loss = {} if scores.whole is None else {"dev_batch_loss": -scores.whole}  # before the round
-        step.log({"round": len(self._steps), "ranks": adapter.ranks(), **loss})
+        step.log({"round": len(self._steps), "ranks": adapter.ranks(), **loss, **choice})
 
     def _note(self, adapter: Adapter) -> None:
         ranks = adapter.ranks()

@@ -71,6 +71,7 @@ class Step:
     dev_loss: Callable[..., torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
     epoch: int = 1  #: steps of one pass over the training set
+    tokens: float = 0.0  #: that all steps of the run read, about
     optimizer: torch.optim.Optimizer | None = None  #: of the trained tensors that the method does not step itself
     #: a fixed batch of so many dev examples to score ranks on, with so many tokens a pass
     probe: Callable[[int, int], Probe] | None = None

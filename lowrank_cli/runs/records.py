@@ -74,6 +74,7 @@ HistoryRow = TypedDict(
         "train/loss": NotRequired[float | None],
         "dev/loss": NotRequired[float | None],
         "learning_rate": NotRequired[float | None],
+        "train/tokens": NotRequired[Count],
     },
 )
 
@@ -85,6 +86,7 @@ class ScoredModule(TypedDict):
     layer: int | None
     role: str | None
     scores: list[Finite]
+    exact: NotRequired[list[Finite | None]]
 
 
 class ScoresRecord(TypedDict):

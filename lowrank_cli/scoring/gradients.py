@@ -74,16 +74,26 @@ def magnitude(adapter: Adapter) -> dict[str, Tensor]:
 def _gradients(adapter: Adapter, probe: Probe, batches: list[Batch], wanted: dict) -> dict:
     """∂S/∂w of every tensor in ``wanted``, over ``batches`` of all processes."""
     total = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in wanted.items()}
-    with torch.enable_grad():
-        for batch in batches:
-            with probe.autocast():
-                loss = row_losses(adapter.model, batch).sum()
-            found = torch.autograd.grad(-loss, list(wanted.values()))
-            for at, gradient in zip(wanted, found, strict=True):
-                total[at] += gradient
-            probe.tick(len(batch["labels"]))
+    hooks = [tensor.register_hook(_let_signals_in) for tensor in wanted.values()]
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                with probe.autocast():
+                    loss = row_losses(adapter.model, batch).sum()
+                found = torch.autograd.grad(-loss, list(wanted.values()))
+                for at, gradient in zip(wanted, found, strict=True):
+                    total[at] += gradient
+                probe.tick(len(batch["labels"]))
+    finally:
+        for hook in hooks:
+            hook.remove()
     weight = probe.weight()
     return {at: probe.add_up(gradient) / weight for at, gradient in total.items()}
+
+
+def _let_signals_in(gradient: Tensor) -> None:
+    """Python handles a signal when it runs its own code next: else only when a backward pass, of many seconds on a CPU,
+    is over. This runs at each gradient of it."""
 
 
 @contextmanager

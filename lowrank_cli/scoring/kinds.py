@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lowrank_cli.adapter.core import Adapter
@@ -9,6 +10,7 @@ from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring import gradients
 from lowrank_cli.scoring.ablation import ablate, ranks_of
+from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.probe import Probe
 
 
@@ -17,15 +19,17 @@ class Scores:
     """``values[key][i]`` scores rank i of a module; ``parts`` are what the values were made of, where there are any.
 
     ``level`` says whether there is a value for each rank, or one for the whole module. ``whole`` and ``bare`` are S
-    with the whole adapter and without it, for the kinds that measure them.
+    with the whole adapter and without it, for the kinds that measure them. ``reason`` is why ``auto`` took this kind,
+    where it did.
     """
 
     kind: str
     values: dict[str, list[float]]
-    parts: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Sequence[float | None]]] = field(default_factory=dict)
     whole: float | None = None
     bare: float | None = None
     level: str = "rank"
+    reason: str = ""
 
     @property
     def worth(self) -> dict[str, list[float]]:
@@ -38,16 +42,20 @@ class Scores:
         return self.bare if self.kind == "ab" and self.bare is not None else 0.0
 
 
-def score(kind: str, adapter: Adapter, probe: Probe) -> Scores:
-    """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0)."""
+def score(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = None) -> Scores:
+    """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0).
+
+    ``mixed`` is ``taylor``, but IS(i) − S(M_0) for the ranks near ``cut``, which no other kind looks at.
+    """
     require_choice("score.kind", kind, SCORE_KINDS)
     require_ranks(adapter)
     if kind == "ab":
         return _ab(adapter, probe)
-    if kind == "taylor":
+    if kind in ("taylor", "mixed"):
         there, away = (_plain(found) for found in gradients.taylor(adapter, probe))
         values = {key: [a + b for a, b in zip(row, away[key], strict=True)] for key, row in there.items()}
-        return Scores(kind, values, {"slope_at_1": there, "slope_at_0": away})
+        cheap = Scores("taylor", values, {"slope_at_1": there, "slope_at_0": away})
+        return refined(cheap, adapter, probe, cut) if kind == "mixed" else cheap
     if kind == "magnitude":
         return Scores(kind, _plain(gradients.magnitude(adapter)))
     return Scores(kind, _plain({"sensitivity": gradients.sensitivity, "dnas": gradients.dnas}[kind](adapter, probe)))
@@ -61,10 +69,27 @@ def require_ranks(adapter: Adapter) -> None:
         )
 
 
-def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:
+def refined(cheap: Scores, adapter: Adapter, probe: Probe, cut: Cut | None) -> Scores:
+    """``mixed``: the scores of ``taylor``, with the ablation's [S(M) − S(M∖i)] + [S(M_i) − S(M_0)] near ``cut``."""
+    assert cut is not None, "mixed needs to know where the cut is"
+    near, whole = cut.candidates(cheap.values), cheap.level == "module"
+    places = [(key, index) for key, row in cheap.values.items() for index in range(len(row)) if (key, index) in near]
+    units = [(key, None if whole else index) for key, index in places]
+    found = ablate(adapter, probe, units)
+    exact = {
+        place: found.whole - found.without[unit] + found.alone[unit] - found.bare
+        for place, unit in zip(places, units, strict=True)
+    }
+    measured = {key: [exact.get((key, index)) for index in range(len(row))] for key, row in cheap.values.items()}
+    parts = {**cheap.parts, "exact": measured}
+    return Scores("mixed", cut.joined(cheap.values, exact), parts, found.whole, found.bare, cheap.level)
+
+
+def rows_to_run(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = None) -> int:
     """What ``probe.tick`` will count up to."""
     passes = {
         "ab": 2 * sum(adapter.ranks().values()),
+        "mixed": 2 + 2 * (cut.size(adapter.ranks()) if cut else 0),
         "taylor": 2,
         "sensitivity": 1,
         "dnas": gradients.GATE_PASSES,

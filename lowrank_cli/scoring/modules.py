@@ -8,6 +8,7 @@ module m alone, g_m a gate on module m, and S = −(mean cross-entropy over resp
     ablation    nats    [S(M) − S(M∖m)] + [S(M_m) − S(M_0)]: what is lost without m, and what m brings alone
     kl          nats    mean KL(p_M ‖ p_{M∖m}) over response tokens; their words are not looked at
     taylor      nats    ∂S/∂g_m at g = 1, plus that at g = 0: the ablation to first order, in two backward passes in all
+    mixed       nats    the ablation for the modules near the cut, taylor for the others
     magnitude   ratio   E‖s · B A x‖ / E‖W x‖ over tokens x; the cheap baseline
     random      0 to 1  numbers drawn by the seed; the control
 """
@@ -28,13 +29,15 @@ from lowrank_cli.errors import require_choice
 from lowrank_cli.schema import MODULE_KINDS
 from lowrank_cli.scoring import gradients
 from lowrank_cli.scoring.ablation import Unit, ablate, ablate_place, evaluating, places_of
-from lowrank_cli.scoring.kinds import Scores, require_ranks
+from lowrank_cli.scoring.cut import Cut
+from lowrank_cli.scoring.kinds import Scores, refined, require_ranks
 from lowrank_cli.scoring.probe import Probe, answers_of, row_divergences
 from lowrank_cli.scoring.reuse import Reuse
 
 
-def score(kind: str, adapter: Adapter, probe: Probe, seed: int) -> Scores:
-    """One score for each module, the higher the more it is worth. ``seed`` is that of ``random``."""
+def score(kind: str, adapter: Adapter, probe: Probe, seed: int, cut: Cut | None = None) -> Scores:
+    """One score for each module, the higher the more it is worth. ``seed`` is that of ``random``; ``cut`` is where
+    ``mixed`` is exact."""
     require_choice("score.kind", kind, MODULE_KINDS)
     require_ranks(adapter)
     if kind == "ablation":
@@ -42,10 +45,11 @@ def score(kind: str, adapter: Adapter, probe: Probe, seed: int) -> Scores:
         without, alone = ({key: [of[key, None]] for key in adapter.modules} for of in (found.without, found.alone))
         values = {key: [found.whole - without[key][0] + alone[key][0] - found.bare] for key in adapter.modules}
         return Scores(kind, values, {"without": without, "alone": alone}, found.whole, found.bare, "module")
-    if kind == "taylor":  # a module's gate stands at all its ranks, so its derivative is their sum
+    if kind in ("taylor", "mixed"):  # a module's gate stands at all its ranks, so its derivative is their sum
         there, away = ({k: [v.double().sum().item()] for k, v in of.items()} for of in gradients.taylor(adapter, probe))
         values = {key: [there[key][0] + away[key][0]] for key in adapter.modules}
-        return Scores(kind, values, {"slope_at_1": there, "slope_at_0": away}, level="module")
+        cheap = Scores("taylor", values, {"slope_at_1": there, "slope_at_0": away}, level="module")
+        return refined(cheap, adapter, probe, cut) if kind == "mixed" else cheap
     if kind == "random":
         draw = Random(f"modules {seed}")
         return Scores(kind, {key: [draw.random()] for key in adapter.modules}, level="module")
@@ -53,10 +57,12 @@ def score(kind: str, adapter: Adapter, probe: Probe, seed: int) -> Scores:
     return Scores(kind, {key: [value] for key, value in found.items()}, level="module")
 
 
-def rows_to_run(kind: str, adapter: Adapter, probe: Probe) -> int:
+def rows_to_run(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = None) -> int:
     """What ``probe.tick`` will count up to."""
     count = len(adapter.modules)
-    return {"ablation": 2 * count, "kl": count, "taylor": 2, "magnitude": 1, "random": 0}[kind] * probe.rows
+    near = cut.size(dict.fromkeys(adapter.modules, 1)) if cut else 0
+    passes = {"ablation": 2 * count, "mixed": 2 + 2 * near, "kl": count, "taylor": 2, "magnitude": 1, "random": 0}
+    return passes[kind] * probe.rows
 
 
 def _whole(adapter: Adapter) -> list[Unit]:

@@ -9,10 +9,11 @@ from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.ranks import all_but_lowest, resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, atomic_folder
-from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
+from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.figures import allocation
 from lowrank_cli.scoring.kinds import Scores, require_ranks
-from lowrank_cli.stages import setting
+from lowrank_cli.stages import progress, setting
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.score import adapted, measure, write
@@ -28,13 +29,21 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     require_ranks(adapter)
     whole = config.level == "module"
     choice = setting.chosen if whole else chosen
+    line = (setting.cut if whole else cut)(config.prune, adapter, config.score.window)
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
     session.greet(run)
     if scores is None:
-        scores = measure(session, config.score, config.level)
+        scores = measure(session, config.score, config.level, line)
         write(run, adapter, scores)
+    exact = scores.parts.get("exact", none)
+    if scoring and line and session.accelerator.is_main_process and not line.measured(scores.values, exact):
+        progress.console().print(
+            f"'{scoring.path}' measured exactly around another cut than this; near this one its scores are taylor's "
+            f"(lrk prune run={scoring.config('run')['run']} score.kind=mixed measures here)",
+            soft_wrap=True,
+        )
     before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
     keep = choice(config.prune, adapter, scores.values)
     figures = [setting.write(run, config, scoring or run, adapter, scores, keep)] if whole else []
@@ -76,6 +85,12 @@ def amount(settings: PruneConfig, adapter: Adapter) -> int:
     raise UserError(f"prune.{key}: {value} is out of range ({allowed}; the adapter has {total})")
 
 
+def cut(settings: PruneConfig, adapter: Adapter, window: float) -> Cut:
+    """Where :func:`chosen` cuts off."""
+    groups = _groups(adapter, bool(settings.per_layer))
+    return Cut(window, [(keys, amount(settings, adapter) // len(groups)) for keys in groups.values()])
+
+
 def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str, list[int]]:
     """The ranks of every module that stay: all but the lowest of the model, or but as many lowest of each layer."""
     groups = _groups(adapter, bool(settings.per_layer))
@@ -93,20 +108,22 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
     """
     record = scoring.read_json("scores.json")
     values = {entry["module"]: entry["scores"] for entry in record["modules"]}
-    scores = Scores(record["kind"], values, level=record["level"])
+    exact = {entry["module"]: entry["exact"] for entry in record["modules"] if "exact" in entry}
+    parts = {"exact": exact} if len(exact) == len(values) else {}
+    scores = Scores(record["kind"], values, parts, level=record["level"])
     below = scoring.config("run")["run"]
     if scores.level != level:
         raise UserError(
             f"run: '{scoring.path}' scored {scores.level}s, but {level}s are to be taken out; "
             f"first: lrk score run={below} score.level={level}"
         )
-    if kind not in (None, scores.kind):
+    if kind not in (None, AUTO, scores.kind):
         raise UserError(
             f"score.kind: '{kind}' is asked for, but '{scoring.path}' scored by '{scores.kind}' (leave score.kind out, "
             f"or name the adapter's run, which is scored first: run={below})"
         )
     expected = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.ranks(), 1)
-    if {key: len(row) for key, row in values.items()} != expected:
+    if any({key: len(row) for key, row in rows.items()} != expected for rows in (values, *parts.values())):
         raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {below}")
     return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 from lowrank_cli.adapter.core import Adapter
@@ -9,6 +10,7 @@ from lowrank_cli.adapter.families import layers
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.figures import heat_map
 from lowrank_cli.scoring.kinds import Scores
 from lowrank_cli.scoring.setting import FILE, Module, Setting, choose, text
@@ -24,6 +26,19 @@ def chosen(settings: PruneConfig, adapter: Adapter, values: Values) -> dict[str,
         key: list(range(part.rank)) if places[key][1] in kept[str(places[key][0])] else []
         for key, part in adapter.modules.items()
     }
+
+
+def cut(settings: PruneConfig, adapter: Adapter, window: float) -> Cut | None:
+    """Where :func:`chosen` cuts off: in each layer, or in the model as one. None where roles are chosen by sums."""
+    if settings.same_roles:
+        return None
+    layers: dict[int, list[str]] = {}
+    for key, (layer, _) in places_of(adapter).items():
+        layers.setdefault(layer, []).append(key)
+    if settings.keep is not None and settings.per_layer is not False:
+        return Cut(window, [(keys, max(0, len(keys) - settings.keep)) for keys in layers.values()])
+    total = settings.keep_total or (settings.keep or 0) * len(layers)
+    return Cut(window, [([*chain(*layers.values())], len(adapter.modules) - total)])
 
 
 def places_of(adapter: Adapter) -> dict[str, Module]:

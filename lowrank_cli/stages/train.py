@@ -83,6 +83,7 @@ class Trainer:
         self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
+        self.tokens = self.total * self.settings.batch_size * sum(lengths) / len(lengths)  # an early stop reads fewer
         self.adapter.require_declared()
         self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
         hardware = self.config.hardware
@@ -219,6 +220,7 @@ class Trainer:
             lambda number=step: self._dev_batch_loss(number),
             self._average,
             epoch=len(self.batches),
+            tokens=self.tokens,
             optimizer=self.optimizer,
             probe=self.session.probe,
             log=partial(self._log_at, step),
@@ -390,9 +392,9 @@ class Trainer:
         """
 
         def tick(count: int) -> None:
-            if stopping.requested() and self.settings.checkpoint_every:
-                stopping.interrupt()
+            stopping.check()
             advance(count)
 
-        with self.bar.watch(description, total) as advance:
+        at_once = stopping.on_stop(stopping.interrupt) if self.settings.checkpoint_every else nullcontext()
+        with self.bar.watch(description, total) as advance, at_once:
             yield tick

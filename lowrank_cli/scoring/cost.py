@@ -1,0 +1,57 @@
+"""What scores cost beside a training, and the choice of ``auto``: the best kind that costs little.
+
+The unit is a forward pass of one token through the whole model. A backward pass counts as two, in training as in
+``taylor``, so a step costs three for each of its tokens, however fast the machine is. An exact score of a rank or
+module in layer l of L (counted from 0) is two passes, without it and with it alone, through that layer and those behind
+it: 2 (L − l) / L. The rest is taken from two more passes, of the whole adapter and of the bare model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.scoring.cut import Cut
+from lowrank_cli.scoring.probe import Probe
+
+BACKWARD = 2  #: forward passes that a backward pass costs
+LIMIT = 0.1  #: of what training costs, for all scorings of a training together
+EXACT = {"rank": "ab", "module": "ablation"}  #: the exact kind of each level
+
+
+def costs(adapter: Adapter, level: str, probe: Probe, cut: Cut | None) -> dict[str, float]:
+    """Cost of one scoring by each kind that ``auto`` chooses from, in forward passes of a token; the best kind first.
+
+    Without a ``cut`` there is no ``mixed``.
+    """
+    counts = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.modules, 1)
+    units = sum(counts.values())
+    depth = 1 + max((site.layer for site in adapter.sites.values() if site.layer is not None), default=-1)
+    behind = {key: 1.0 if (at := adapter.sites[key].layer) is None else (depth - at) / depth for key in counts}
+    exact = 2 * sum(count * behind[key] for key, count in counts.items())
+    taylor = 2.0 * (1 + BACKWARD)
+    passes = {EXACT[level]: exact + 2}
+    if cut is not None:
+        passes["mixed"] = taylor + exact * cut.size(counts) / units + 2
+    passes["taylor"] = taylor
+    tokens = probe.add_up(probe.batch["attention_mask"].sum()).item()
+    return {kind: count * tokens for kind, count in passes.items()}
+
+
+def choose(costs: Mapping[str, float], training_tokens: float, times: int = 1) -> tuple[str, str]:
+    """The best kind that costs less than :data:`LIMIT` of training, else the cheapest; and one line that says why.
+
+    ``costs`` of one scoring by each kind, the best first, of which there are ``times``; training reads
+    ``training_tokens``.
+    """
+    shares = {kind: times * cost / ((1 + BACKWARD) * training_tokens) for kind, cost in costs.items()}
+    cheapest = min(shares, key=lambda kind: shares[kind])
+    kind = next((kind for kind, share in shares.items() if share < LIMIT), cheapest)
+    dearer = ", ".join(f"{name} {_percent(share)}" for name, share in shares.items() if share > shares[kind])
+    cost = f"{f'{times} scorings cost' if times > 1 else 'it costs'} {_percent(shares[kind])} of training"
+    took = f"auto took {kind}{'' if shares[kind] < LIMIT else ', the cheapest'}"
+    return kind, f"{took}: {cost}{f' ({dearer})' if dearer else ''}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 1 else f"{100 * share:.0f} %"

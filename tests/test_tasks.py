@@ -227,6 +227,8 @@ def test_answer_has_no_space_after_white_space():
         ("arc_easy", {"template": "{question}"}, "task.template: .*it is missing"),
         ("sst2", {"text": []}, "task.text: an encoder reads one or two columns"),
         ("gsm8k", {"extract": "("}, "task.extract: .*no regular expression"),
+        ("gsm8k", {"extract": r"((\d+,?)+)$"}, "task.extract: .* repeats what is repeated itself"),
+        ("gsm8k", {"extract": r"(?:x|a(?:b*c)?){2,}"}, "task.extract: .* repeats what is repeated itself"),
         ("gsm8k", {"extract": "(" * 5000 + ")" * 5000}, "task.extract: .*no regular expression"),
         ("sst2", {"hub": None}, "task: no data; set task.path"),
     ],

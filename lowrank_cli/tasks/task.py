@@ -19,6 +19,7 @@ from typing import Any
 from lowrank_cli.errors import UserError, inside, nearest
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
+from lowrank_cli.tasks.patterns import require_pattern
 
 LETTERS = string.ascii_uppercase
 OPTION = "{letter}. {text}"  #: one line of ``{options}``
@@ -322,10 +323,7 @@ def _check_template(config: TaskConfig) -> None:
     if not 1 <= len(config.text) <= 2:
         raise UserError(f"task.text: an encoder reads one or two columns, not {list(config.text)}")
     if config.extract:
-        try:
-            re.compile(config.extract)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"task.extract: {config.extract} is no regular expression: {error}") from error
+        require_pattern("task.extract", config.extract)
 
 
 def _merge(items: list[Example]) -> list[Example]:

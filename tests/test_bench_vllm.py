@@ -5,13 +5,15 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import lrk, one_line  # noqa: F401 (a fixture)
 
+from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.bench_vllm import Worker
+from lowrank_cli.stages.bench_vllm import Worker, engine_settings
 
 FAKES = Path(__file__).parent / "fakes"
 TINY = ["model.shape=2x32x48x4", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
@@ -63,10 +65,9 @@ def test_without_it_its_entries_are_left_out(lrk):  # noqa: F811
     [
         (["bench.vllm=nowhere"], "bench.vllm: 'nowhere' does not run (No such file or directory)"),
         ([f"bench.vllm={sys.executable}"], f"bench.vllm: vLLM of '{sys.executable}' failed: ModuleNotFoundError"),
-        (["bench.vllm=/bin/true"], "bench.vllm: vLLM of '/bin/true' ended without an answer (see "),
+        (["bench.vllm=/bin/true"], "bench.vllm: vLLM of '/bin/true' ended without an answer"),
         (["bench.beams=[1,3]"], "bench.beams: vLLM is measured without beams; set bench.beams=[1]"),
         (["bench.measure=train"], "bench.methods: vLLM decodes and trains nothing"),
-        (["bench.rank=600", "bench.vllm=x", "bench.methods=[base,vllm+lora]"], "bench.rank: 600 is above what vLLM"),
     ],
 )
 def test_what_cannot_be_is_one_line(lrk, words, message):  # noqa: F811
@@ -75,9 +76,18 @@ def test_what_cannot_be_is_one_line(lrk, words, message):  # noqa: F811
     assert one_line(ended).startswith(message)
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (6, 8), (8, 8), (300, 320), (512, 512)])
+def test_the_engine_has_room_for_the_adapters_ranks(rank, expected):
+    config = compose("bench", []).config
+    settings = engine_settings(Path("model"), config, SimpleNamespace(rank=rank), 3)
+    assert (settings["max_lora_rank"], settings["max_loras"]) == (expected, 3)
+    with pytest.raises(UserError, match=r"^bench\.rank: 600 is above what vLLM takes \(allowed: up to 512\)"):
+        engine_settings(Path("model"), config, SimpleNamespace(rank=600), 1)
+
+
 def test_what_vllm_says_is_one_line(lrk, python):  # noqa: F811
     ended = lrk("bench", *TINY, "bench.methods=[base,vllm]", f"bench.vllm={python}", "seed=13")
-    assert ended.code == 2 and f"vLLM of '{python}' failed: ValueError: cannot take this model (see" in ended.err
+    assert ended.code == 2 and f"vLLM of '{python}' failed: ValueError: cannot take this model\n" in ended.err
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for():
@@ -92,6 +102,11 @@ def test_a_process_that_ends_midway_is_an_error():
         for _ in range(2):
             with pytest.raises(WorkFailed, match="ended without an answer"):
                 worker.ask({}, 5)
+
+
+def test_its_last_words_are_told():
+    with pytest.raises(UserError, match=r"ended without an answer: Illegal instruction$"):
+        Worker(program("echo 'some warning' >&2", "echo 'Illegal instruction' >&2"), {}, Path("log")).__enter__()
 
 
 def test_a_start_that_fails_leaves_no_process():

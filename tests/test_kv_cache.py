@@ -16,6 +16,7 @@ from lowrank_cli.adapter.kv_cache import (
     pass_cache,
     returned_cache,
 )
+from lowrank_cli.stages.twins import perturb
 
 
 def filled(tokens=3):
@@ -110,6 +111,12 @@ def test_a_growing_cache_changes_nothing(family, rows):
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
 
 
+def perturbed(adapter, seed):
+    torch.manual_seed(seed)
+    perturb(adapter)
+    return adapter
+
+
 def test_a_growing_cache_serves_routers_and_a_bank():
     inputs = {"input_ids": small.ids(8, 5), "attention_mask": torch.ones(8, 5, dtype=torch.long)}
     for adapter in (small.adapted("milora"), small.adapted("lora")):
@@ -120,7 +127,7 @@ def test_a_growing_cache_serves_routers_and_a_bank():
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
     bank = Bank(small.model())
     for number in range(8):
-        bank.add(str(number), small.adapted("milora" if number % 2 else "lora", seed=number))
+        bank.add(str(number), perturbed(small.adapted("milora" if number % 2 else "lora"), number))
     with bank.batch(bank.names):
         tokens, logits = scores(bank.model, inputs)
     with bank.batch(bank.names):

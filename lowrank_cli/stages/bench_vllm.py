@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.export import as_lora, save_lora
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.models.load import quiet
 from lowrank_cli.schema import BenchRun
 from lowrank_cli.stages.bench_rows import Sample
 from lowrank_cli.stages.twins import Twin, perturb, single_twin
@@ -72,12 +73,13 @@ def served(
         return
     with ExitStack() as undo:
         folder = Path(undo.enter_context(TemporaryDirectory(prefix="lrk-vllm-")))
-        base.save_pretrained(folder / "model")
+        with quiet(True):
+            base.save_pretrained(folder / "model")
         for entry, variant in variants.items():
             most = max(count or 1 for count in counts)
             paths, twin = ([], None) if variant is None else _exported(base, entry, variant, most, config.seed, folder)
             worker = undo.enter_context(
-                Worker(str(config.bench.vllm), _engine(folder / "model", config, variant, most), log)
+                Worker(str(config.bench.vllm), engine_settings(folder / "model", config, variant, most), log)
             )
             for count in counts:
                 if twin is None:
@@ -111,7 +113,7 @@ def _exported(
     return paths, twin
 
 
-def _engine(model: Path, config: BenchRun, variant: Any, adapters: int) -> dict[str, Any]:
+def engine_settings(model: Path, config: BenchRun, variant: Any, adapters: int) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM``: it has room for the batch, and for its prompts in one pass."""
     bench = config.bench
     tokens = bench.prompt_length + bench.new_tokens
@@ -180,11 +182,15 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if line is None:
-            raise WorkFailed(f"vLLM of '{self.python}' did not answer within {seconds:g} s (see {self.log})")
+            raise WorkFailed(f"vLLM of '{self.python}' did not answer within {seconds:g} s")
         try:
             answer = json.loads(line)
         except ValueError:
-            raise WorkFailed(f"vLLM of '{self.python}' ended without an answer (see {self.log})") from None
+            raise WorkFailed(f"vLLM of '{self.python}' ended without an answer{self._last_words()}") from None
         if "error" in answer:
-            raise WorkFailed(f"vLLM of '{self.python}' failed: {answer['error']} (see {self.log})")
+            raise WorkFailed(f"vLLM of '{self.python}' failed: {answer['error']}")
         return dict(answer)
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((f": {line.strip()[:300]}" for line in reversed(lines) if line.strip()), "")

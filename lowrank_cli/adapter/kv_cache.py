@@ -106,12 +106,12 @@ class Storage:
 
     def extended(self, old: Tensor | None, new: Tensor, room: int) -> Tensor:
         """``new`` (B, H, t, D) behind ``old`` (B, H, T, D), which a new cache has not: (B, H, T + t, D)."""
-        before = old.shape[-2] if old is not None and old.numel() else 0
-        after = before + new.shape[-2]
+        before, count = old.shape[-2] if old is not None and old.numel() else 0, new.shape[-2]
+        after = before + count
         if old is not self._view or after > self._tensor.shape[-2]:
             self._tensor = new.new_empty(*new.shape[:-2], after + room, new.shape[-1])
             if old is not None and before:
-                self._tensor[..., :before, :] = old
-        self._tensor[..., before:after, :] = new
-        self._view = self._tensor[..., :after, :]
+                self._tensor.narrow(-2, 0, before).copy_(old)
+        self._tensor.narrow(-2, before, count).copy_(new)  # narrow is cheaper than an index, and steps are many
+        self._view = self._tensor.narrow(-2, 0, after)
         return self._view

@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command import lrk, one_line  # noqa: F401 (a fixture)
+from command import ROOT, lrk, one_line  # noqa: F401 (a fixture)
 
 from lowrank_cli.config.composition import compose
+from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.runs import Run
+from lowrank_cli.stages import bench
 from lowrank_cli.stages.bench_vllm import Worker, engine_settings
 
 FAKES = Path(__file__).parent / "fakes"
@@ -114,3 +116,21 @@ def test_a_start_that_fails_leaves_no_process():
     with pytest.raises(UserError, match=r"^bench\.vllm: vLLM of '.*' failed: no"), worker:
         pass
     assert worker._process.returncode is not None
+
+
+def test_no_file_names_the_program(lrk):  # noqa: F811
+    Path("mine").mkdir()
+    (Path("mine") / "bench.yaml").write_text(
+        (ROOT / "conf" / "bench.yaml").read_text().replace("vllm: null", "vllm: x")
+    )
+    message = one_line(lrk("bench", *TINY, "bench.methods=[base]", "--config-dir", "mine"))
+    assert message.startswith("bench.vllm: a configuration file says x; no file can set it")
+
+
+def test_a_run_that_names_a_program_is_not_resumed(monkeypatch):
+    monkeypatch.setattr(bench, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = [*TINY, "bench.measure=decode", "bench.methods=[base]", "bench.vllm=x"]
+    with pytest.raises(Exception, match=r"lrk bench --resume"):
+        single.start("bench", words, None, "lrk bench decode")
+    with pytest.raises(UserError, match=r"would start the program bench\.vllm=x; start it anew$"):
+        single.resume("bench", str(Path("outputs/latest").resolve()))

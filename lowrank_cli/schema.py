@@ -237,8 +237,9 @@ class HardwareConfig:
     threads: Optional[int] = (
         MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
     )
-    #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's Conv1D)
-    prepack: bool = False
+    #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
+    #: Conv1D); null: where answers are generated and it takes at most half of the memory that is free
+    prepack: Optional[bool] = None
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``;
     #: ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, elsewhere none
     gradient_checkpointing: str = "auto"
@@ -561,6 +562,7 @@ MEASURES = ("decode", "train")  #: what ``lrk bench`` measures: generation, or a
 BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
 #: Entries that stand for the PEFT library's LoRA, and the package of their loss; None is the model's own.
 PEFTS = {"peft": None, "peft+trl": "trl", "peft+liger": "liger_kernel"}
+VLLM, VLLM_LORA = "vllm", "vllm+lora"  #: entries that stand for vLLM with the bare model, and with our LoRAs
 
 
 @dataclass
@@ -569,7 +571,7 @@ class BenchConfig:
 
     measure: str = MISSING  #: ``decode`` or ``train``; the first word of the command line
     methods: list[str] = (
-        MISSING  #: ``base`` (the bare model), methods and :data:`PEFTS` (that library's LoRA), each with KEY=VALUE
+        MISSING  #: ``base`` (the bare model), methods, and LoRAs of others (:data:`PEFTS`, vLLM), each with KEY=VALUE
     )
     rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
     batch_size: int = MISSING  #: prompts generated from, or examples trained on, at once
@@ -582,6 +584,8 @@ class BenchConfig:
     #: is measured once more
     tenants: list[int] = MISSING
     rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
+    #: ``decode``: the Python of an environment that has vLLM, for the entries ``vllm`` (bare) and ``vllm+lora``
+    vllm: Optional[str] = None
 
     def validate(self) -> None:
         require_choice("bench.measure", self.measure, MEASURES)
@@ -633,12 +637,20 @@ class BenchRun:
                 raise UserError("task: lrk bench decode generates from random tokens; leave it out")
             if self.model.shape:
                 raise UserError(f"task: {self.task.name} needs a tokenizer; set model.shape=null and a model")
+        if any(entry.split()[0] in (VLLM, VLLM_LORA) for entry in self.variants):
+            self._validate_vllm()
         for entry, variant in self.variants.items():
             if PEFTS.get(entry.split()[0]) and self.bench.measure != "train":
                 raise UserError(f"bench.methods: '{entry}' differs from peft in its loss, for lrk bench train only")
             if variant is not None:
                 with inside("method", f"bench.methods: '{entry}': method"):
                     variant.validate()
+
+    def _validate_vllm(self) -> None:
+        if self.bench.measure != "decode":
+            raise UserError("bench.methods: vLLM decodes and trains nothing; leave its entries out of lrk bench train")
+        if list(self.bench.beams) != [1]:
+            raise UserError("bench.beams: vLLM is measured without beams; set bench.beams=[1]")
 
 
 @dataclass

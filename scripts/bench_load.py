@@ -48,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore", FutureWarning)  # the library's own use of Transformers
     config = compose("bench", args.overrides).config
-    base = random_model(config.model, config.hardware, torch.device("cpu")).requires_grad_(False)
+    base = random_model(config.model, config.hardware, torch.device("cpu"))[0].requires_grad_(False)
     method = methods.create(compose("train", ["method=lora", "method.rank=16"]).config.method)
     adapter = method.adapt(copied(base))
     for parameter in adapter.trained.values():

@@ -53,7 +53,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = compose("bench", args.overrides).config
-    plain = random_model(config.model, config.hardware, torch.device("cpu")).requires_grad_(False)
+    plain = random_model(config.model, config.hardware, torch.device("cpu"))[0].requires_grad_(False)
     packed = copied(plain)
     prepack(packed)
     variants = {BASE: None, "lora": compose("train", ["method=lora", "method.rank=16"]).config.method}

@@ -111,8 +111,8 @@ def test_nothing_heavy_is_imported_early():
     assert (done.stderr, done.stdout.strip()) == ("", "")
 
 
-#: What `lrk bench train` measures beside, where someone has installed it.
-MEASURED = {"liger_kernel", "trl"}
+#: What `lrk bench` measures beside, where someone has installed it.
+MEASURED = {"liger_kernel", "trl", "vllm"}
 
 
 def test_third_party_imports_are_declared():
@@ -140,8 +140,12 @@ def test_one_part_knows_each_library():
         assert own != "adapter" or names <= allowed, source
 
 
-#: Who parses JSON besides the reader: data of a task and prompts, line by line, and what compare has written itself.
-PARSERS = {"reader", "tasks.sources", "runs.requests", "report.compare"}
+#: Who parses JSON besides the reader: data of a task and prompts, line by line, what compare has written itself, and
+#: what a benchmark and its own process tell each other.
+PARSERS = {
+    *("reader", "tasks.sources", "runs.requests", "report.compare"),
+    *("stages.bench_vllm", "stages.bench_vllm_worker"),
+}
 
 
 def test_files_are_read_and_text_is_printed_in_one_way():

@@ -145,7 +145,7 @@ def test_random_weights_are_for_benchmarks_only():
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_shape_is_a_model_of_these_sizes(precision, dtype):
     hardware = HardwareConfig(name="cpu", device="cpu", precision=precision, processes=1, threads=1)
-    model = random_model(ModelConfig(name="llama", kind="causal", bundled=True, shape=SHAPE), hardware, "cpu")
+    model, _ = random_model(ModelConfig(name="llama", kind="causal", bundled=True, shape=SHAPE), hardware, "cpu")
     assert model.dtype == dtype and len(model.model.layers) == 2
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 48)
     assert model.config.num_attention_heads == model.config.num_key_value_heads == 4

@@ -11,7 +11,7 @@ import torch
 from lowrank_cli.adapter.core import fingerprint
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import prepack as module
-from lowrank_cli.models.prepack import PrepackedLinear, prepack
+from lowrank_cli.models.prepack import PrepackedLinear, free_memory, prepack, prepack_for
 from lowrank_cli.schema import HardwareConfig
 from lowrank_cli.stages.twins import copied
 
@@ -115,3 +115,64 @@ def test_it_is_refused_where_it_cannot_be(monkeypatch):
     monkeypatch.setattr(module.torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"hardware\.prepack: true, but this build of torch has no oneDNN"):
         prepack(small.model())
+
+
+def hardware(**changes) -> HardwareConfig:
+    settings = {"name": "x", "device": "cpu", "precision": "fp32", "processes": 1, "threads": 1, "prepack": None}
+    return HardwareConfig(**settings | changes)
+
+
+def is_packed(model) -> bool:
+    return any(isinstance(child, PrepackedLinear) for child in model.modules())
+
+
+def test_weights_are_packed_for_generation_where_nothing_is_said(monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda: 1e9)
+    for settings, generates, expected in (
+        (hardware(), True, True),
+        (hardware(), False, False),
+        (hardware(prepack=False), True, False),
+        (hardware(prepack=True), False, True),
+        (hardware(precision="bf16"), True, False),
+        (hardware(precision="autocast"), True, False),
+        (hardware(device="cuda"), True, False),
+    ):
+        model = small.model()
+        assert prepack_for(model, settings, generates) == "", "so few bytes are not mentioned"
+        assert is_packed(model) == expected
+    monkeypatch.setattr(module, "TELLING", 0)
+    assert prepack_for(small.model(), hardware(), True).startswith("weights packed for speed: 0.0 GB more memory")
+
+
+def test_weights_are_not_packed_where_memory_is_short(monkeypatch):
+    model = small.model()
+    size = sum(child.weight.nbytes for child in model.modules() if isinstance(child, torch.nn.Linear))
+    monkeypatch.setattr(module, "free_memory", lambda: 2 * size - 1)
+    assert prepack_for(model, hardware(), True).startswith("weights are not packed: 0.0 GB more is over 50% of free")
+    assert not is_packed(model)
+    monkeypatch.setattr(module, "free_memory", lambda: 2 * size)
+    assert prepack_for(model, hardware(), True) == "" and is_packed(model)
+
+
+def test_free_memory_is_the_machines_or_what_the_control_group_leaves(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    assert free_memory(meminfo, tmp_path) == 0
+    meminfo.write_text("MemTotal:  9 kB\nMemAvailable:  4 kB\n")
+    assert free_memory(meminfo, tmp_path) == 4096
+    (tmp_path / "memory.current").write_text("1000\n")
+    for limit, expected in (("max", 4096), ("3000", 2000), ("500", 0)):
+        (tmp_path / "memory.max").write_text(limit + "\n")
+        assert free_memory(meminfo, tmp_path) == expected
+
+
+def test_one_row_is_packed_on_amd_only(monkeypatch, products):
+    for name, rows in (("AMD EPYC", 1), ("Intel Xeon", 4)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name})
+        module.fewest_rows.cache_clear()
+        linear, x = packed(torch.nn.Sequential(torch.nn.Linear(6, 5))), torch.randn(4, 6)
+        with torch.no_grad():
+            for count in range(1, 5):
+                before = len(products)
+                linear(x[:count])
+                assert (len(products) > before) == (count >= rows)
+    module.fewest_rows.cache_clear()

@@ -40,6 +40,7 @@ INPUTS = (
     "method.rank_pattern",
 )  #: keys of what is read: saved absolute, however they are given
 WRITTEN = "generate.output"  # a file
+STARTED = "bench.vllm"  # a program
 ONLY_TYPED = "no file can set it, only what is typed"
 PATHS = (*INPUTS, WRITTEN, "outputs")
 ADAPTERS = ("train", "prune")  # stages that leave an adapter
@@ -153,6 +154,8 @@ def compose(
     typed = [item.key_or_group for item in parsed]
     if WRITTEN not in typed and verb == "generate" and composed.config.generate.output:
         raise UserError(f"{WRITTEN}: a configuration file says {composed.config.generate.output}; {ONLY_TYPED}")
+    if STARTED not in typed and verb == "bench" and composed.config.bench.vllm:
+        raise UserError(f"{STARTED}: a configuration file says {composed.config.bench.vllm}; {ONLY_TYPED}")
     if TRUST not in typed:
         adopted = source is not None and source.resolved["model"].get("trust_remote_code")
         refuse_code(composed, source.path if source and adopted else f"model={choices.get('model')}")

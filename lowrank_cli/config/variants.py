@@ -15,13 +15,13 @@ from lowrank_cli.config.absorb import absorb
 from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.schema import BASE, PEFTS
+from lowrank_cli.schema import BASE, PEFTS, VLLM, VLLM_LORA
 
-PEFTS_METHOD = "lora"  #: the method whose settings the PEFT library's LoRA gets
+LORA = "lora"  #: the method whose settings the LoRAs of PEFT and vLLM get
 
 
 def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) -> dict[str, Any]:
-    """The method's section for each entry ``NAME [KEY=VALUE]…``; None for ``base``.
+    """The method's section for each entry ``NAME [KEY=VALUE]…``; None for the bare model.
 
     ``rank`` replaces the rank of a file, not one that the entry itself sets.
     """
@@ -31,17 +31,17 @@ def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) ->
     for entry in entries:
         if entry in found:
             raise UserError(f"bench.methods: '{entry}' stands there twice")
-        found[entry] = None if entry == BASE else _section(load, entry, rank)
+        found[entry] = None if entry in (BASE, VLLM) else _section(load, entry, rank)
     return found
 
 
 def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
     name, *settings = entry.split()
-    name = PEFTS_METHOD if name in PEFTS else name
+    name = LORA if name in (*PEFTS, VLLM_LORA) else name
     group = load.get_group_options("method")
     adapting = [choice for choice in group if choice in methods.names() and methods.can(choice, Adapts)]
     if name not in group or (name in methods.names() and name not in adapting):
-        raise unknown("bench.methods", name, [BASE, *PEFTS, *adapting])
+        raise unknown("bench.methods", name, [BASE, *PEFTS, VLLM, VLLM_LORA, *adapting])
     if not all(re.match(r"\w+=", setting) for setting in settings):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")
     overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]

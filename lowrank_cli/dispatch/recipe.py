@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from rich.console import Group, RenderableType
 
 from lowrank_cli import methods, stages
-from lowrank_cli.config.composition import ONLY_TYPED, WRITTEN, Composed, Source, compose, rebuild, restore
+from lowrank_cli.config.composition import ONLY_TYPED, STARTED, WRITTEN, Composed, Source, compose, rebuild, restore
 from lowrank_cli.config.errors import unknown_key
 from lowrank_cli.config.folders import GROUPS
 from lowrank_cli.config.keys import flat, knows
@@ -55,7 +55,7 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     entries = values["recipe"]["stages"]
     for entry in entries:
         for key in (override.partition("=")[0] for override in entry["overrides"]):
-            if key in (TRUST, WRITTEN):
+            if key in (TRUST, WRITTEN, STARTED):
                 name = composed.config.recipe.name
                 raise UserError(f"recipe {name}, stage '{entry['name']}': {key}: {ONLY_TYPED}")
     for override in overrides:

@@ -75,9 +75,9 @@ def trusts(typed: Sequence[str]) -> bool:
 
 
 def refuse_to_act(run: Run, trusted: bool) -> None:
-    """Refuse to continue what would run a model's code or write outside of its folder: it may come from anybody.
+    """Refuse to continue what would run a model's code, start a program or write outside of its folder.
 
-    The first can be ``trusted``; the second would start again anyway.
+    It may come from anybody. The first can be ``trusted``; the others would start again anyway.
     """
     for _, part in handler(run.info["stage"]).planned(run, restore(run)):
         if not trusted:
@@ -86,6 +86,10 @@ def refuse_to_act(run: Run, trusted: bool) -> None:
             raise UserError(
                 f"--resume: '{tables.shown(run.path)}' would write generate.output={output}, outside of its folder; "
                 f"start it anew"
+            )
+        if program := getattr(getattr(part.config, "bench", None), "vllm", None):
+            raise UserError(
+                f"--resume: '{tables.shown(run.path)}' would start the program bench.vllm={program}; start it anew"
             )
 
 

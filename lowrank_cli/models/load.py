@@ -52,6 +52,7 @@ class Loaded:
     tokenizer: Any  #: its tokenizer; a pad token is set
     name: str
     header: str  #: the line that a run prints first
+    packing: str  #: whether weights are packed and why, where the hardware config leaves it open
     max_positions: int | None  #: longest input in tokens where the model has a position table
 
 
@@ -104,6 +105,8 @@ def load(
     hardware: HardwareConfig,
     num_labels: int | None,
     fits: Callable[[Any], object] | None = None,
+    *,
+    generates: bool = False,
 ) -> Loaded:
     """The model and its tokenizer.
 
@@ -111,6 +114,7 @@ def load(
         num_labels: width of an encoder's linear head, which is new and drawn from torch's global generator
             (seed it first); None for a causal model.
         fits: called with the model without its values (on torch's meta device), before they are read; it may raise.
+        generates: whether answers are going to be generated, for which weights may be packed.
 
     Raises:
         UserError: see :func:`locate`; or the checkpoint is damaged, incomplete or of the other kind.
@@ -124,7 +128,7 @@ def load(
         where = Location(str(folder), None, True)
     import torch
 
-    from lowrank_cli.models.prepack import prepack
+    from lowrank_cli.models.prepack import prepack_for
     from lowrank_cli.models.quantize import quantizing
 
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
@@ -153,11 +157,10 @@ def load(
             )
         with one_line(f"the tokenizer of {where.source}"):
             tokenizer = _tokenizer(where.source, arguments)
-    if hardware.prepack:
-        prepack(network)
+    packing = prepack_for(network, hardware, generates)
     network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)
-    return Loaded(network, tokenizer, model.name, _header(model, origin, network), _max_positions(network))
+    return Loaded(network, tokenizer, model.name, _header(model, origin, network), packing, _max_positions(network))
 
 
 def factory_of(model: ModelConfig) -> Any:

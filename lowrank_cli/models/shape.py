@@ -7,15 +7,16 @@ from typing import Any
 from lowrank_cli.schema import HardwareConfig, ModelConfig
 
 
-def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any) -> Any:
+def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any, generates: bool = False) -> tuple[Any, str]:
     """A ``LlamaForCausalLM`` of the sizes of ``model.shape``, made on ``device`` in the precision of ``hardware``.
 
+    ``generates`` and the second result are those of :func:`lowrank_cli.models.prepack.prepack_for`.
     Weights are drawn from the device's global generator (seed it first).
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from lowrank_cli.models.prepack import prepack
+    from lowrank_cli.models.prepack import prepack_for
 
     layers, width, feed_forward, heads, key_value_heads, vocabulary = model.sizes()
     config = LlamaConfig(
@@ -29,6 +30,4 @@ def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any) -> A
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with torch.device(device):
         network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    if hardware.prepack:
-        prepack(network)
-    return network
+    return network, prepack_for(network, hardware, generates)

@@ -47,7 +47,9 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
     if tenants:
         heading += f", {tenants} adapter{'s' * (tenants > 1)} in the batch"
     speed, cost = ["tokens/s", "× base", "quartiles", "steps only"], ["ms/token", "p95", "first token"]
-    columns = ["method", *speed, *cost, "memory", "adapter"]
+    against = {"vllm_step_ratio": "× vLLM", "vllm_cpu_step_ratio": "CPU × vLLM"}
+    shown = {key: title for key, title in against.items() if any(key in row for row in record["rows"])}
+    columns = ["method", *speed, *cost, "memory", "adapter", *shown.values()]
     table = tables.Fitted(heading, columns, leave_out=["first token", "p95", "adapter", "memory", "ms/token"])
     for row in record["rows"]:
         if (row["beams"], row["tenants"]) == (beams, tenants):
@@ -63,6 +65,7 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
                 tables.duration(row["first_token_seconds"]),
                 tables.size(row["peak_memory_bytes"]),
                 tables.size(row["adapter_bytes"]),
+                *(f"{row[key]:.3f}" if key in row else "" for key in shown),
             ]
             table.rows.append(cells)
     return table

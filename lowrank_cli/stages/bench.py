@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import BenchConfig, BenchRun
-from lowrank_cli.stages import bench_rows, bench_train, progress
+from lowrank_cli.schema import VLLM, VLLM_LORA, BenchConfig, BenchRun
+from lowrank_cli.stages import bench_rows, bench_train, bench_vllm, progress
 from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.stages.bench_rows import Sample, compared, row
 from lowrank_cli.stages.session import greet, prepare
@@ -41,20 +43,24 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     """Measure, and write ``bench.json`` and ``figures.json``. Resumed, it starts again."""
     bench, device = config.bench, prepare(config.hardware).device
     torch.manual_seed(config.seed)
-    base, header, tokenizer = _base(config, device)
-    greet(run, config.hardware, base, header)
+    base, header, packing, tokenizer = _base(config, device)
+    greet(run, config.hardware, base, header, packing)
     variants = _obtainable(config, device)
     training = bench.measure == "train"
     batch = bench_train.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}
+    elsewhere = {entry: variants.pop(entry) for entry in list(variants) if is_vllm(entry)}
     settings: dict[int | None, dict[str, Twin]] = {None: twins(base, variants, config.seed)}
     if bench.tenants:
         grouped = config.hardware.grouped
         settings |= crowds(base, variants, bench.tenants, bench.batch_size, config.seed, grouped)
-    total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * len(variants)
+    methods = len(variants) + len(elsewhere)
+    total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * methods
     with (
+        bench_vllm.served(base, elsewhere, config, list(settings), run.file("vllm.log")) as served,
         torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast"),
         progress.bar("measuring", total, shown=True) as bar,
     ):
+        settings = {count: models | served[count] for count, models in settings.items()}
         if training:
             batch = {key: value.to(device) for key, value in batch.items()}
             found = {
@@ -73,6 +79,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         "precision": config.hardware.precision,
         "quantization": config.hardware.quantization,
         "grouped": config.hardware.grouped,
+        "packing": packing,
         "layers": base.config.num_hidden_layers,
         "threads": torch.get_num_threads(),
         "memory": MEMORY[device.type].format("step" if training else "generation"),
@@ -104,25 +111,33 @@ def decode(
 def _obtainable(config: BenchRun, device: torch.device) -> dict[str, Any]:
     """The entries of ``bench.methods`` that can be measured here; says which are left out, and why."""
     why = {entry: lacking(entry, device.type) for entry in config.variants}
+    if config.bench.vllm is None:
+        why |= {entry: "bench.vllm names no Python that has vLLM" for entry in config.variants if is_vllm(entry)}
     for entry, reason in why.items():
         if reason:
             progress.console().print(f"'{entry}' is left out: {reason}")
     return {entry: variant for entry, variant in config.variants.items() if not why[entry]}
 
 
-def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str, PreTrainedTokenizerBase | None]:
-    """The model on its device, set to generate as many tokens as it is asked for, the line that names it, and its
-    tokenizer, if it has one."""
-    tokenizer = None
+def is_vllm(entry: str) -> bool:
+    """Whether an entry of ``bench.methods`` is vLLM's."""
+    return entry.split()[0] in (VLLM, VLLM_LORA)
+
+
+def _base(config: BenchRun, device: torch.device) -> tuple[PreTrainedModel, str, str, PreTrainedTokenizerBase | None]:
+    """The model on its device, set to generate as many tokens as it is asked for, the line that names it, the one on
+    its packed weights, and its tokenizer, if it has one."""
+    tokenizer, generates = None, config.bench.measure == "decode"
     if config.model.shape:
-        model = random_model(config.model, config.hardware, device)
+        model, packing = random_model(config.model, config.hardware, device, generates)
         count = sum(parameter.numel() for parameter in model.parameters())
         header = f"random weights of shape {config.model.shape}: {count / 1e6:.0f}M-parameter Llama"
     else:
-        loaded = load(config.model, config.hardware, None)
+        loaded = load(config.model, config.hardware, None, generates=generates)
         model, header, tokenizer = loaded.model.to(device).eval(), loaded.header, loaded.tokenizer
+        packing = loaded.packing
     model.generation_config = GenerationConfig(pad_token_id=0)
-    return model, header, tokenizer
+    return model, header, packing, tokenizer
 
 
 def rounds(
@@ -134,7 +149,13 @@ def rounds(
     bar: progress.Bar,
 ) -> dict[str, list[Sample]]:
     """The samples of each method, round by round."""
-    return in_turns(models, present, bench.rounds, lambda twin: generate(twin, prompts, beams, bench.new_tokens), bar)
+
+    def sample(twin: Twin) -> Sample:
+        if isinstance(twin, bench_vllm.Served):
+            return twin.sample(prompts, bench.new_tokens)
+        return generate(twin, prompts, beams, bench.new_tokens)
+
+    return in_turns(models, present, bench.rounds, sample, bar)
 
 
 def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
@@ -142,6 +163,8 @@ def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample
     reset_peak(prompts.device)
     clock = Clock(prompts.device)
     began = clock.now()
+    model = twin.model if isinstance(twin.model, PreTrainedModel) else twin.model.get_base_model()
+    cache = growing_cache(model, new_tokens) if beams == 1 else {}
     with twin.around():
         made = twin.model.generate(
             input_ids=prompts,
@@ -151,12 +174,13 @@ def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample
             do_sample=False,
             use_cache=True,
             stopping_criteria=StoppingCriteriaList([clock]),
+            **cache,
             **twin.arguments,
         )
     ended = clock.now()
     assert made.shape[1] == prompts.shape[1] + new_tokens
-    steps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-    return Sample(ended - began, clock.times[0] - began, steps, peak_memory(prompts.device))
+    steps, cpu_steps = ([b - a for a, b in pairwise(times)] for times in (clock.times, clock.cpu_times))
+    return Sample(ended - began, clock.times[0] - began, steps, peak_memory(prompts.device), cpu_steps)
 
 
 @dataclass
@@ -165,6 +189,7 @@ class Clock(StoppingCriteria):
 
     device: torch.device
     times: list[float] = field(default_factory=list)
+    cpu_times: list[float] = field(default_factory=list)  #: processor time of the process
 
     def now(self) -> float:
         synchronized(self.device)
@@ -172,4 +197,5 @@ class Clock(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.times.append(self.now())
+        self.cpu_times.append(time.process_time())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -26,7 +26,7 @@ def in_turns(
 
     The order rotates from round to round, and a first round is not counted.
     """
-    holders = list({id(twin.model): twin for twin in present}.values())
+    holders = list({id(twin.model): twin for twin in present if not twin.apart}.values())
     names = list(models)
     found: dict[str, list[S]] = {name: [] for name in names}
     for number in range(rounds + 1):
@@ -35,7 +35,7 @@ def in_turns(
         for name in order if number % 2 else reversed(order):  # so that none always follows the same other one
             others = sum(twin.held_bytes() for twin in holders if twin.model is not models[name].model)
             taken = sample(models[name])
-            taken.memory -= others
+            taken.memory -= 0 if models[name].apart else others
             if number:
                 found[name].append(taken)
             bar.advance()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_cli.methods.protocol import Observes
-from lowrank_cli.schema import BASE, BenchConfig
+from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, BenchConfig
 from lowrank_cli.stages.twins import Twin
 
 
@@ -25,6 +25,7 @@ class Sample:
     first: float  #: until the first token
     steps: list[float]  #: each later token
     memory: int
+    cpu_steps: list[float] = field(default_factory=list)  #: processor time of each later token
 
 
 def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
@@ -38,7 +39,10 @@ def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[S
         **ratio(samples, cell[BASE]),
         "ms_per_token": 1000 * statistics.median(steps),
         "ms_per_token_p95": 1000 * statistics.quantiles(steps, n=20, method="inclusive")[-1],
-        "step_ratio": _step_ratio(samples, cell[BASE]),
+        "cpu_ms_per_token": 1000 * statistics.median(step for sample in samples for step in sample.cpu_steps),
+        "step_ratio": step_ratio(samples, cell[BASE], "steps"),
+        "cpu_step_ratio": step_ratio(samples, cell[BASE], "cpu_steps"),
+        **_to_vllm(twin, cell, samples),
         "first_token_seconds": statistics.median(sample.first for sample in samples),
         "peak_memory_bytes": max(sample.memory for sample in samples),
         "parameters": twin.parameters,
@@ -60,10 +64,22 @@ def _activated(twin: Twin) -> int | None:
     return int(observed.get("activated_parameters", twin.parameters))
 
 
-def _step_ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> float:
-    """Time of a decoding step relative to ``reference`` within each round, the median: what the prompt costs is out."""
-    pairs = zip(samples, reference, strict=True)
-    return statistics.median(statistics.median(own.steps) / statistics.median(other.steps) for own, other in pairs)
+def step_ratio(samples: Sequence[Sample], reference: Sequence[Sample], times: str) -> float:
+    """``times`` of a decoding step relative to ``reference`` within each round, the median: without the prompt."""
+    pairs = [[statistics.median(getattr(one, times)) for one in pair] for pair in zip(samples, reference, strict=True)]
+    return statistics.median(own / other for own, other in pairs)
+
+
+def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence[Sample]) -> dict[str, float]:
+    """A step's time relative to vLLM's with LoRAs, of the bare model to vLLM's bare one, where that is measured."""
+    counterpart = VLLM_LORA if twin.modules else VLLM
+    other = next((found for name, found in cell.items() if name.split()[0] == counterpart), None)
+    if other is None:
+        return {}
+    return {
+        "vllm_step_ratio": step_ratio(samples, other, "steps"),
+        "vllm_cpu_step_ratio": step_ratio(samples, other, "cpu_steps"),
+    }
 
 
 def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
@@ -95,7 +111,11 @@ def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "ratio",
         "ms_per_token",
         "ms_per_token_p95",
+        "cpu_ms_per_token",
         "step_ratio",
+        "cpu_step_ratio",
+        "vllm_step_ratio",
+        "vllm_cpu_step_ratio",
         "first_token_seconds",
         "peak_memory_bytes",
         "parameters",
@@ -104,7 +124,7 @@ def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     def setting(row: dict[str, Any]) -> str:
         return f"beams_{row['beams']}" + (f"/tenants_{row['tenants']}" if row["tenants"] else "")
 
-    return {f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in rows for key in plain}
+    return {f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in rows for key in plain if key in row}
 
 
 def figures(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowrank_cli import methods
 from lowrank_cli.adapter import state
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.models.load import Loaded, load
@@ -54,9 +55,9 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
         raise UserError(f"generate.output: '{output}' is a folder; name a file")
     device = prepare(config.hardware).device
     torch.manual_seed(config.seed)
-    loaded = load(config.model, config.hardware, None)
+    loaded = load(config.model, config.hardware, None, generates=True)
     loaded.model.to(device).eval().requires_grad_(False)
-    greet(run, config.hardware, loaded.model, loaded.header)
+    greet(run, config.hardware, loaded.model, loaded.header, loaded.packing)
     writer = Writer(loaded, config)
     began = time.monotonic()
     if asked.tenants is None:
@@ -132,10 +133,14 @@ class Writer:
         inputs = encode.collate_prompts(prompts, self.tokenizer.pad_token_id)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocasts):
-            made = self.model.generate(**inputs, **self.settings, streamer=streamer)
+            made = self.model.generate(**inputs, **self.settings, **self._cache(), streamer=streamer)
         made = made[:, inputs["input_ids"].shape[1] :]  # (B, T) -> (B, new)
         self.tokens += self._written(made)
         return self.tokenizer.batch_decode(made, skip_special_tokens=True)
+
+    def _cache(self) -> dict[str, Any]:
+        """A cache for greedy decoding and sampling; beams, which take each other's place at every step, copy anyway."""
+        return growing_cache(self.model, self.settings["max_new_tokens"]) if self.streams else {}
 
     def _written(self, made: Tensor) -> int:
         """Tokens of continuations (B, new), each up to its first end; beams fill up with either end or padding."""

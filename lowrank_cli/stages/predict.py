@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.stages.candidates import Tick, choice_scores, with_demonstrations
@@ -124,10 +125,12 @@ def _generate(session: Session, batch: Sequence[Example], prompts: list[str], sh
     room = session.room(shots, part) - most
     ids = [encode.encode_prompt(tokenizer, prompt, room) for prompt in prompts]
     inputs = {k: v.to(session.device) for k, v in encode.collate_prompts(ids, tokenizer.pad_token_id).items()}
+    beams = session.config.evaluate.num_beams
     made = session.model.generate(
         **inputs,
+        **(growing_cache(session.model, most) if beams == 1 else {}),
         max_new_tokens=most,
-        num_beams=session.config.evaluate.num_beams,
+        num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -39,6 +39,7 @@ class Twin:
     own_bytes: int = 0  #: memory of the adapters' tensors: what this twin does not share with the others
     modules: int = 0  #: linears, or parts of them, that an adapter updates
     adapters: int = 1  #: that the model holds
+    apart: bool = False  #: it computes in a process of its own
     around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
     #: more arguments of ``generate``, or of a training pass of the PEFT library's
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +61,7 @@ def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], se
         if config is None:
             return Twin(base)
         if not is_peft(name):
-            return _twin(base, name, config, seed)
+            return single_twin(base, name, config, seed)
         return _fused(_peft(base, config, 1, seed), PEFTS[name.split()[0]])
 
     return {name: twin(name, config) for name, config in variants.items()}
@@ -126,7 +127,8 @@ def copied(base: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(base, shared)  # deepcopy takes what its memo holds for copied already
 
 
-def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> Twin:
+def single_twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> Twin:
+    """A copy of ``base``'s modules with one adapter; see :func:`twins`."""
     shared = {id(tensor) for tensor in base.parameters()}
     before = fingerprint(base)
     model = copied(base)
@@ -136,14 +138,15 @@ def _twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> 
     adapter = method.adapt(model)
     if any(id(parameter) in shared for parameter in adapter.trained.values()) or fingerprint(base) != before:
         raise UserError(f"bench.methods: '{name}' changes the weights of the model, which all methods share here")
-    _perturb(adapter)
+    perturb(adapter)
     model.eval()
     size = sum(tensor.nbytes for tensor in state.tensors(adapter).values())
     return Twin(model, method, adapter, adapter.count(), size, len(adapter.modules))
 
 
 @torch.no_grad()
-def _perturb(adapter: Adapter) -> None:
+def perturb(adapter: Adapter) -> None:
+    """Add noise to every trained tensor."""
     for parameter in adapter.trained.values():
         parameter.add_(torch.randn_like(parameter) * NOISE)
 
@@ -152,10 +155,10 @@ def _bank(
     base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str
 ) -> tuple[Twin, Bank]:
     """A bank of ``count`` adapters by number, and the twin that they were made with."""
-    twin, bank = _twin(base, name, config, seed), Bank(copied(base), grouped=grouped)
+    twin, bank = single_twin(base, name, config, seed), Bank(copied(base), grouped=grouped)
     assert twin.adapter is not None
     for number in range(count):
-        _perturb(twin.adapter)
+        perturb(twin.adapter)
         try:
             bank.add(str(number), twin.adapter)
         except UserError as error:

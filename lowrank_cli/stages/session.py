@@ -32,7 +32,7 @@ from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.threads import Threads, available_cores, choose
-from lowrank_cli.schema import EvaluateRun, HardwareConfig, RunConfig
+from lowrank_cli.schema import HardwareConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.stages import progress
 from lowrank_cli.tasks import encode
@@ -53,7 +53,6 @@ class Session:
     method: Method
     adapter: Adapter | None  #: None for a method that adapts nothing
     header: str  #: the line a run prints first
-    packing: str  #: whether weights are packed and why, where the hardware config leaves it open
     max_positions: int | None  #: longest input in tokens, where the model has a position table
     foundation: Path | None  #: the run that holds the adapter's weights; None where there is none yet
 
@@ -63,7 +62,7 @@ class Session:
 
     def greet(self, run: Run) -> None:
         """Choose the CPU threads, and print the run's first lines: which model this is, and how it computes."""
-        greet(run, self.config.hardware, self.model, self.header, self.packing)
+        greet(run, self.config.hardware, self.model, self.header)
 
     def note_device(self, run: Run) -> None:
         """Record the GPU and its peak memory in run.json; a CPU run has both there already."""
@@ -172,10 +171,7 @@ def start(config: RunConfig) -> Session:
     labels = len(task.label_words) if config.model.kind == "encoder" else None
     targets = getattr(config.method, "target_modules", None)
     fits = partial(find_sites, targets=list(targets)) if targets else None  # a wrong name costs no download
-    generates = isinstance(config, EvaluateRun) and any(
-        part.answer == "free" for part in config.task.parts.values() or [config.task]
-    )
-    loaded = load(config.model, config.hardware, labels, fits, generates=generates)
+    loaded = load(config.model, config.hardware, labels, fits)
     model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares what trains
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     return Session(
@@ -187,7 +183,6 @@ def start(config: RunConfig) -> Session:
         method,
         adapter,
         header=loaded.header,
-        packing=loaded.packing,
         max_positions=loaded.max_positions,
         foundation=below,
     )
@@ -223,7 +218,7 @@ def method_of(run: Run) -> Method:
     return methods.create(method)
 
 
-def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, packing: str) -> None:
+def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, packing: str = "") -> None:
     """Compute with as many CPU threads as fit ``model``, note them in run.json, and say both, and of the packing.
 
     A resumed run computes with the threads that it began with, since their number decides how sums are rounded.

@@ -238,7 +238,7 @@ class HardwareConfig:
         MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
     )
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
-    #: Conv1D); null: where answers are generated and it takes at most half of the memory that is free
+    #: Conv1D); null: ``lrk generate`` and ``bench decode`` do, where it takes at most half of the memory that is free
     prepack: Optional[bool] = None
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``;
     #: ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, elsewhere none

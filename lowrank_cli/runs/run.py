@@ -205,8 +205,7 @@ class Run:
     def begin(self) -> None:
         """The work of a pending, interrupted or failed run starts (again), without what a kill left of it."""
         again = self.info.get("status") != PENDING
-        if again:
-            remove_leftovers(self.path)
+        remove_leftovers(self.path)  # of a pending one too: a kill may come before it has begun
         for key in ("error", "exit_code", "ended"):
             self.info.pop(key, None)
         self._began = time.monotonic()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -134,6 +135,9 @@ def _held(word: str, document: Any) -> None:
 
 
 def _number(text: str) -> float | None:
+    if cast := re.fullmatch(r"(int|float)\((.*)\)", text):  # what the user asked for
+        value = _number(cast[2])
+        return value if value is None or cast[1] == "float" else int(value)
     try:
         return float(text)
     except ValueError:

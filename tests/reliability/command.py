@@ -7,6 +7,7 @@ reported, so that a trial that fails cannot do harm.
 from __future__ import annotations
 
 import atexit
+import codecs
 import gc
 import importlib
 import os
@@ -77,6 +78,7 @@ def preload() -> None:
     for name in methods.names():
         methods.create(methods.config_classes()[name](name=name))
     compose("train", ["method=lora"])
+    codecs.lookup("utf-8-sig")  # imported when first asked for, which another user may not be able to do
     gc.collect()
     gc.freeze()
 

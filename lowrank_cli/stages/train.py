@@ -252,10 +252,8 @@ class Trainer:
     def learning_rate(self, step: int, peak: float | None = None) -> float:
         """Linear warm-up to ``peak`` (None: ``train.learning_rate``) over the first ``warmup`` share of the steps, then
         linear decay to 0."""
-        peak, warmup = (
-            self.settings.learning_rate if peak is None else peak,
-            math.ceil(self.settings.warmup * self.total),
-        )
+        peak = self.settings.learning_rate if peak is None else peak
+        warmup = math.ceil(self.settings.warmup * self.total)
         if step <= warmup:
             return peak * step / warmup
         return peak * (self.total + 1 - step) / (self.total + 1 - warmup)

@@ -7,6 +7,7 @@ import json
 import pytest
 import small
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lowrank_cli.adapter import state
@@ -397,10 +398,29 @@ def test_canaries_prove_what_was_saved(tmp_path):
     assert sorted(failed) == ["lora", "milora"] and "does not compute what it did" in str(failed["lora"])
 
 
+def foreign_lora(adapter, folder):
+    """A LoRA as the PEFT library writes it: without our proof."""
+    save_lora(adapter, as_lora(adapter, None)[0], folder)
+    (folder / state.PROOF).unlink()
+
+
+def test_altered_weights_of_an_export_and_numbers_that_are_none_are_refused(tmp_path):
+    adapter = small.adapted("lora")
+    save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    tensors = load_file(tmp_path / state.WEIGHTS)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, tmp_path / state.WEIGHTS)
+    with pytest.raises(UserError, match="was truncated or altered"):
+        Bank(small.model()).load("it", tmp_path)
+    (tmp_path / state.PROOF).unlink()
+    with pytest.raises(UserError, match=r"the factors of '.*' hold NaN or infinity"):
+        Bank(small.model()).load("it", tmp_path)
+
+
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_what_the_library_writes_for_a_plain_lora_is_read(start, tmp_path):
     adapter = small.adapted("lora")
-    save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    foreign_lora(adapter, tmp_path)
     usual = dict.fromkeys(
         "auto_mapping revision exclude_modules layers_to_transform layers_pattern megatron_config corda_config "
         "trainable_token_indices alora_invocation_tokens layer_replication target_parameters arrow_config".split()
@@ -435,7 +455,7 @@ def test_what_the_library_writes_for_a_plain_lora_is_read(start, tmp_path):
 def test_other_adapters_of_the_library_are_refused(change, message, tmp_path):
     adapter = small.adapted("lora")
     config = tmp_path / state.CONFIG
-    save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
+    foreign_lora(adapter, tmp_path)
     text = config.read_text()
     config.write_text(json.dumps(json.loads(text) | change))
     with pytest.raises(UserError, match=message):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import head_names
 from lowrank_cli.adapter.spans import index
-from lowrank_cli.adapter.state import CONFIG, PREFIX, WEIGHTS, canary
+from lowrank_cli.adapter.state import CONFIG, PREFIX, WEIGHTS, canary, prove
 from lowrank_cli.errors import UserError
 
 #: Singular values below this share of the largest are rounding in fp32.
@@ -72,7 +72,10 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
 
 @torch.no_grad()
 def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
-    """Write a PEFT adapter: rank = alpha = the largest rank, smaller ones by full name. No module has rank 0."""
+    """Write a PEFT adapter, with our own proof beside it.
+
+    rank = alpha = the largest rank, smaller ones by full name. No module has rank 0.
+    """
     tensors = {}
     for path, (b, a) in loras.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a.cpu().contiguous()
@@ -101,15 +104,20 @@ def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder:
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    prove(adapter, folder, *_lora_canary(adapter, loras))
 
 
 def lora_error(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> float:
     """Largest difference of the canary's logits when ``loras`` add to the pretrained linears instead of the adapter."""
-    ids, expected = canary(adapter)
+    return relative(_lora_canary(adapter, loras)[1], canary(adapter)[1])
+
+
+def _lora_canary(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The canary (1, 16), and its logits (V,) when ``loras`` add to the pretrained linears instead of the adapter."""
     with ExitStack() as undo, adapter.disabled():
         for path, (b, a) in loras.items():
             undo.callback(adapter.linears[path].base.register_forward_hook(_added(b, a)).remove)
-        return relative(canary(adapter, ids)[1], expected)
+        return canary(adapter)
 
 
 def _added(b: Tensor, a: Tensor) -> Callable[..., Tensor]:

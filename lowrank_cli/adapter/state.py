@@ -90,21 +90,32 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
 def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
     """Write the adapter into the existing ``folder``; ``about`` (JSON) is kept and given back by :func:`load`."""
     save_file(tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
-    ids, logits = canary(adapter)
-    save_file({"input_ids": ids, "logits": logits}, folder / CANARY)
     config = peft_config(adapter)
     if config is not None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     changed = adapter.ranks() if adapter.ranks() != adapter.initial_ranks else None
     if changed:
         (folder / PATTERN).write_text(json.dumps(changed, indent=2) + "\n")
+    prove(adapter, folder, *canary(adapter), ranks=changed, about=about)
+
+
+def prove(
+    adapter: Adapter,
+    folder: Path,
+    ids: Tensor,
+    logits: Tensor,
+    ranks: dict[str, int] | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Write the canary, ``ids`` (1, 16) and ``logits`` (V,), and ``lrk.json`` with the hashes of all files so far."""
+    save_file({"input_ids": ids, "logits": logits}, folder / CANARY)
     proof = {
         "format": FORMAT,
         "model_type": adapter.model.config.model_type,
         "fingerprint": adapter.fingerprint,
         "dtype": str(adapter.model.dtype).removeprefix("torch."),
-        "ranks": changed,
-        "about": about,
+        "ranks": ranks,
+        "about": about or {},
         "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
     }
     (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n")

@@ -197,6 +197,8 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
         inputs, outputs = _shape(model, path, str(folder))
         if b is None or a.shape != (len(a), inputs) or b.shape != (outputs, len(a)):
             raise UserError(f"{folder}: the factors of '{path}' do not fit {outputs} × {inputs}")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(f"{folder}: the factors of '{path}' hold NaN or infinity")
         if len(a) != (rank := _matched(config.get("rank_pattern"), path, config.get("r", len(a)))):
             raise UserError(f"{folder}: '{path}' has rank {len(a)}, and {state.CONFIG} says {rank}")
         updates[Place(path, None)] = _laid_out(a, b * _scale(config, path, len(a)), model.dtype)

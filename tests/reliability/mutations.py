@@ -148,7 +148,7 @@ def _file(run: Path, name: str, chance: random.Random) -> Path:
 
 def _is_finished(path: Path) -> bool:
     """Whether a file is of a job or stage that is done, so that resuming the others does not write it again."""
-    record = next(folder / "run.json" for folder in path.parents if (folder / "run.json").is_file())
+    record = next((folder / "run.json" for folder in path.parents if (folder / "run.json").is_file()), path)
     return path != record and json.loads(record.read_text())["status"] == "done"
 
 

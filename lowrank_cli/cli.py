@@ -307,7 +307,7 @@ def _stage(
     elif dry_run:
         from lowrank_cli.dispatch.plan import yaml_of
 
-        typer.echo(yaml_of(_preview(verb, overrides, config_dir, multirun)), nl=False)
+        typer.echo(escaped(yaml_of(_preview(verb, overrides, config_dir, multirun))), nl=False)
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
         _name_untested_versions()

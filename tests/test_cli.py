@@ -140,6 +140,7 @@ def test_dry_run_prints_what_would_be_saved(lrk, fake_stages):
     assert not Path("outputs").exists()
     lrk("train", "method=lora", "task.limit=4")
     assert printed == (runs()[0] / "config.yaml").read_text()
+    assert "a\\u202eb" in lrk("train", "--dry-run", "model=hub", "model.id='a\u202eb'").out  # shown, and not acted on
     documents = list(yaml.safe_load_all(lrk("train", "--dry-run", "-m", "seed=3,4").out))
     assert [document["seed"] for document in documents] == [3, 4]
 

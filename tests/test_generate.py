@@ -185,6 +185,7 @@ def test_the_model_of_a_file_is_that_of_its_first_run(lrk):  # noqa: F811
         (["a", "b"], "generate: one prompt at a time, not 2; quote it as one word"),
         (["--tenants", "nowhere"], "generate.tenants: 'nowhere' cannot be read"),
         (["--tenants", "/dev/null"], "generate.tenants: '/dev/null' cannot be read: it is no file"),
+        (["--tenants", "empty.jsonl"], "generate.tenants: 'empty.jsonl' has no lines"),
         (["a"], "run: no finished run under 'outputs'; start one with: lrk train"),
         (["method=none", "a", "generate.temperature=-1"], "generate.temperature: -1.0 is out of range"),
         (["method=none", "a", "generate.batch=1"], "generate.batch: unknown key; did you mean 'generate.batch_size'?"),
@@ -194,5 +195,6 @@ def test_the_model_of_a_file_is_that_of_its_first_run(lrk):  # noqa: F811
     ],
 )
 def test_mistakes_are_one_line(lrk, words, message):  # noqa: F811
+    Path("empty.jsonl").write_text("\n \n")
     words = words or ["method=none"]
     assert one_line(lrk("generate", *words)).startswith(message)

@@ -13,6 +13,8 @@ import pytest
 from command import one_line, runs
 from joblib.externals.loky import get_reusable_executor
 
+from lowrank_cli.dispatch.devices import take_one
+from lowrank_cli.errors import UserError
 from lowrank_cli.runs import this_process
 from lowrank_cli.runs.process import began
 
@@ -243,6 +245,19 @@ def test_processes_side_by_side_share_the_gpus_evenly(monkeypatch):
         several[0].communicate()  # it ends, and its place is free again
         assert taken(start("4,GPU-7")) == found[0]
         assert taken(start("3")) == "3"
+
+
+def test_locks_behind_a_link_of_a_given_sweep_are_not_made(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    Path("elsewhere").mkdir()
+    Path("locks").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="locks: is a link"):
+        take_one(Path("locks"))
+    Path("real").mkdir()
+    Path("real/4-0").symlink_to("../elsewhere/made")
+    with pytest.raises(OSError):
+        take_one(Path("real"))
+    assert not list(Path("elsewhere").iterdir())
 
 
 @pytest.mark.slow

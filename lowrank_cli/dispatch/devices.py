@@ -7,24 +7,27 @@ import os
 from itertools import count
 from pathlib import Path
 
-_held: list[
-    int
-] = []  #: the lock that this process keeps until it ends; its CUDA stays on the device that it began with
+from lowrank_cli.errors import UserError
+
+#: The lock that this process keeps until it ends; its CUDA stays on the device that it began with.
+_held: list[int] = []
 
 
 def take_one(folder: Path) -> None:
     """Show this process one of its GPUs, that with the fewest other processes which took theirs in ``folder``.
 
     The choice is made once, before CUDA starts, and lasts as long as the process. Nothing happens where only one GPU
-    or none is visible.
+    or none is visible. Raises UserError where ``folder`` is a link, OSError where a lock is one.
     """
     visible = _visible()
     if _held or len(visible) < 2:
         return
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link; expected the sweep's own folder of locks")
     folder.mkdir(exist_ok=True)
     for turn in count():
         for device in visible:
-            lock = os.open(folder / f"{device}-{turn}", os.O_CREAT | os.O_RDWR)
+            lock = os.open(folder / f"{device}-{turn}", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -332,6 +332,8 @@ def test_what_is_left_out_of_training_by_another_way_is_an_error_that_says_how()
         state.assign(undeclared, {}, "here")
     with pytest.raises(AssertionError, match=r"Shifted declares no setting 'wide'"):
         injected(wide=3)
+    with pytest.raises(AssertionError, match=r"Shifted declares no setting 'training'"):
+        injected(training=False)  # an annotation of torch's
     with pytest.raises(AssertionError, match=r"fixed names \['shaft'\], not in tensors\(\)"):
         injected(fixed=["shaft"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable
 from functools import partial
+from inspect import get_annotations
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class LowRank(nn.Module):
         **settings: Any,
     ):
         super().__init__()
-        known = {name for kind in type(self).__mro__ for name in getattr(kind, "__annotations__", ())}
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, LowRank)]
+        known = {name for kind in kinds for name in get_annotations(kind)} - {"frozen", "frozen_bias"}
         for name, value in settings.items():
             assert name in known, f"{type(self).__name__} declares no setting '{name}'"
             setattr(self, name, value)

@@ -176,6 +176,7 @@ class MiLoRA(LoRA):
         import torch
 
         from lowrank_cli.adapter.choices import Choices
+        from lowrank_cli.adapter.router import EPSILON
 
         routing = start.adapter.routing
         assert routing is not None
@@ -184,6 +185,11 @@ class MiLoRA(LoRA):
         pooled = torch.stack([torch.cat(layer) for layer in passes])  # (L, B, D)
         if self.config.standardize:
             moments = torch.stack([pooled.mean(dim=1), pooled.std(dim=1, correction=0)])  # (2, L, D)
+            if moments[1].max() <= EPSILON:
+                raise UserError(
+                    f"method.standardize: all training prompts that the routers read ({pooled.shape[1]}) are alike; "
+                    f"give different ones, or set method.standardize=false"
+                )
             for router, mean, deviation in zip(routing.routers, *start.average(moments), strict=True):
                 router.standardize(mean, deviation)
         choices = Choices(len(pooled), len(self.roles), routing.k)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from functools import cache
+from typing import Any
 
-from lowrank_cli.errors import unknown
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, inside, require_choice, unknown
 from lowrank_cli.methods.protocol import STAGE_NEEDS, Method
+from lowrank_cli.reader import check
 from lowrank_cli.schema import MethodConfig
 
 
@@ -53,6 +59,34 @@ def can(name: str, *capabilities: type) -> bool:
 def create(config: MethodConfig) -> Method:
     """The method that ``config`` configures."""
     return _class(config.name)(config)
+
+
+def configured(values: Mapping[str, Any], source: str, given: Collection[str] | None = None) -> Method:
+    """The method that plain ``values`` configure: every key of one method, and its ``name``.
+
+    Args:
+        source: where the values are from; errors name it.
+        given: the keys that a user set just now, where values may have to be read from files that they name.
+
+    Raises:
+        UserError: these are no method's settings.
+    """
+    kinds = config_classes()
+    require_choice(f"{source}: method.name", values.get("name"), kinds)
+    kind = kinds[values["name"]]
+    check(values, kind, source, "method")
+    keys = [item.name for item in fields(kind)]
+    for key in values:
+        require_choice(f"{source}: method", key, keys)
+    config = kind(**values)
+    for key in keys:
+        if getattr(config, key) == MISSING:
+            raise UserError(f"{source}: method.{key} is missing")
+    with inside("method", f"{source}: method"):
+        for key, value in config.absorb(given).items() if given is not None else ():
+            setattr(config, key, value)
+        config.validate()
+    return create(config)
 
 
 def _class(name: str) -> type[Method]:

@@ -5,27 +5,27 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from omegaconf import MISSING
 from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
+from lowrank_cli.adapter import state
 from lowrank_cli.adapter.compiled import require_compiler
 from lowrank_cli.adapter.core import Adapter
 from lowrank_cli.adapter.families import find_sites
 from lowrank_cli.adapter.grouped import require_grouped
 from lowrank_cli.adapter.head import answer_losses
-from lowrank_cli.errors import UserError, inside, require_choice
+from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.models.quantize import require_quantization
@@ -201,21 +201,27 @@ def foundation(config: RunConfig) -> Path | None:
 
 def method_of(run: Run) -> Method:
     """The method of an earlier run, as it was configured. Raises UserError where that is no method's configuration."""
-    values, file = run.config("method.name")["method"], str(run.path / "config.yaml")
-    kinds = methods.config_classes()
-    require_choice(f"{file}: method.name", values["name"], kinds)
-    kind = kinds[values["name"]]
-    check(values, kind, file, "method")
-    names = [item.name for item in fields(kind)]
-    for key in values:
-        require_choice(f"{file}: method", key, names)
-    method = kind(**values)
-    for key in names:
-        if getattr(method, key) == MISSING:
-            raise UserError(f"{file}: method.{key} is missing")
-    with inside("method", f"{file}: method"):
-        method.validate()
-    return methods.create(method)
+    return methods.configured(run.config("method.name")["method"], str(run.path / "config.yaml"))
+
+
+class MadeBy(TypedDict):
+    """What ``lrk.json`` says of the method that made an adapter outside of a run."""
+
+    method_config: dict[str, Any]
+
+
+def method_of_adapter(folder: Path) -> Method:
+    """The method that made the adapter in ``folder``: what is saved with it says so, or the run that it belongs to.
+
+    Raises UserError where neither does.
+    """
+    about, file = state.read_proof(folder)["about"], f"{folder / state.PROOF}: about"
+    if "method_config" in about:
+        check(about, MadeBy, file)
+        return methods.configured(about["method_config"], file)
+    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
+        return method_of(Run.open(folder.parent))
+    raise UserError(f"{folder}: {state.PROOF} does not say which method made the adapter; name its run")
 
 
 def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, packing: str = "") -> None:

@@ -15,7 +15,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.runs import Run
 from lowrank_cli.stages import progress
-from lowrank_cli.stages.session import method_of
+from lowrank_cli.stages.session import method_of_adapter
 from lowrank_cli.stages.twins import copied
 
 
@@ -31,7 +31,7 @@ class Tenants:
         failed, loaded = {}, []
         for name in names:
             try:
-                self._load(name)
+                self._load(name, name)
                 loaded.append(name)
             except UserError as error:
                 failed[name] = error
@@ -46,25 +46,29 @@ class Tenants:
             self.bank.remove(name)
         return failed
 
-    def _load(self, name: str) -> None:
-        path = Path(os.path.expanduser(name))
-        folder, run = _places(path)
+    def add(self, name: str, folder: str) -> None:
+        """Load one adapter and let it repeat its canary; the bank is as it was where that raises UserError."""
+        self._load(name, folder)
+        for error in self.bank.check([name]).values():
+            self.bank.remove(name)
+            raise error
+
+    def _load(self, name: str, path: str) -> None:
+        folder = _adapter_folder(Path(os.path.expanduser(path)))
         if tenant.readable(folder):
             self.bank.load(name, folder)
-        elif run is not None and (folder / state.PROOF).is_file():
-            adapter = self._adapter(run)
+        elif (folder / state.PROOF).is_file():
+            adapter = self._adapter(folder)
             proof = state.fill(adapter, folder)
             self.bank.add(name, adapter, tenant.saved_canary(folder, proof, self.bank.model.config.vocab_size))
-        elif (folder / state.PROOF).is_file():
-            raise UserError(f"tenant: '{name}' is an adapter that only its method can read; name its run")
         else:
-            raise UserError(f"tenant: '{name}' is no run with an adapter, and no adapter folder")
+            raise UserError(f"tenant: '{path}' is no run with an adapter, and no adapter folder")
 
-    def _adapter(self, run: Run) -> Adapter:
-        """An adapter of the run's method on a copy of the model's modules; it must leave the weights alone."""
-        method = method_of(run)
+    def _adapter(self, folder: Path) -> Adapter:
+        """An adapter of the folder's method on a copy of the model's modules; it must leave the weights alone."""
+        method = method_of_adapter(folder)
         if not isinstance(method, Adapts):
-            raise UserError(f"tenant: '{run.path}' holds no adapter, its method is {method.config.name}")
+            raise UserError(f"tenant: '{folder}' holds no adapter, its method is {method.config.name}")
         key = repr(method.config)
         if key not in self._adapted:
             self._adapted[key] = method.adapt(copied(self.bank.model))
@@ -73,14 +77,13 @@ class Tenants:
         return self._adapted[key]
 
 
-def _places(path: Path) -> tuple[Path, Run | None]:
-    """The adapter's folder, and the finished run that it belongs to."""
+def _adapter_folder(path: Path) -> Path:
+    """The folder of the adapter in ``path``: that of a finished run, or the folder itself."""
     if not os.path.isdir(path):  # no for whatever cannot be a path
         raise UserError(f"tenant: there is no folder '{path}'")
-    folder, home = (path / "adapter", path) if (path / "run.json").is_file() else (path, path.parent)
-    if not (home / "run.json").is_file():
-        return folder, None
-    run = Run.open(home)
-    if home == path and not run.done:
+    if not (path / "run.json").is_file():
+        return path
+    run = Run.open(path)
+    if not run.done:
         raise UserError(f"tenant: '{path}' is not finished (it is {run.info.get('status')})")
-    return folder, run
+    return path / "adapter"

@@ -89,6 +89,10 @@ class ALoRA(LoRA):
         self._settled: int | None = None  # the step from which on ranks stay
         self._seconds = 0.0  # spent on scoring
 
+    def dev_use(self) -> str:
+        """Every round scores ranks."""
+        return "scores ranks on dev batches"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA of equal ranks. Refuses to move as many ranks as there are."""
         adapter = super().adapt(model)

@@ -81,6 +81,10 @@ class LeLoRA(LoRA):
         policy = self.config.policy
         return "" if policy == "fixed" else f"folds updates into them with method.policy={policy} (allowed: fixed)"
 
+    def dev_use(self) -> str:
+        """Rewards, where windows move."""
+        return "" if self.config.policy == "fixed" else "rewards its choices by the loss of dev batches"
+
     def alone(self) -> str:
         """Data parallelism holds on to the shapes that it saw first, and dev gradients are one process's own."""
         policy = self.config.policy

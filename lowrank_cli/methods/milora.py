@@ -229,6 +229,10 @@ class MiLoRA(LoRA):
         idle = not self.config.bilevel or (self.config.k == 1 and self.config.gate == "scaled")
         return 0 if idle else self.config.bilevel_every
 
+    def dev_use(self) -> str:
+        """The steps of :meth:`dev_step`."""
+        return "steps its activations on dev batches (bilevel=False does without)" if self.dev_every else ""
+
     def dev_step(self, step: Step) -> None:
         """First-order bi-level step (section 3.4): the activations' coefficients follow the dev loss.
 

@@ -40,6 +40,10 @@ class Method:
         """What this method writes into the model's weights, where it does: then they cannot be quantised."""
         return ""
 
+    def dev_use(self) -> str:
+        """What this method does with dev batches while it trains, where it does something."""
+        return ""
+
     def alone(self) -> str:
         """Why several processes cannot share this method's training, where they cannot."""
         return ""

@@ -9,8 +9,8 @@ Whatever does not fit is one line: ``FILE: KEY is VALUE; expected …``.
 from __future__ import annotations
 
 import json
-import math
 import stat
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -46,7 +46,7 @@ class Where:
 
 
 Count = Annotated[int, Where(lambda value: value >= 0, "a whole number, 0 or more")]
-Finite = Annotated[float, Where(math.isfinite, "a finite number")]
+Finite = Annotated[float, Where(lambda number: abs(number) <= sys.float_info.max, "a finite number")]
 #: Of a file or folder right here: no path.
 PlainName = Annotated[
     str,
@@ -169,10 +169,10 @@ def check(value: Any, kind: Any, source: str, key: str = "") -> None:
     if origin is Annotated:
         if not _is(value, kind):
             raise _wrong(value, expected(kind), source, key)
-        check(value, arguments[0], source, key)
         for rule in arguments[1:]:
             if not rule.holds(value):
                 raise _wrong(value, rule.expected, source, key)
+        check(value, arguments[0], source, key)
     elif origin in (Union, types.UnionType):
         if not any(_is(value, option) for option in arguments):
             raise _wrong(value, expected(kind), source, key)

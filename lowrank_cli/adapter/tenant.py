@@ -23,6 +23,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Finite, Where, read_json
 
 MAX_PATTERN = 256  #: characters
+MAX_PATTERNS = 4096  #: of one adapter; a model of 80 layers has 560 linears
 #: A regular expression that cannot take long: only single characters are repeated, two times at most without a bound.
 _ATOM = r"(?:\w|\\[.\-dw]|\.|-|\[[\w-]+\])"
 _PLAIN_PATTERN = re.compile(rf"\^?(?:{_ATOM}[*+?]?|[()|])*\$?")
@@ -60,14 +61,17 @@ Pattern = Annotated[
 Rank = Annotated[int, Where(lambda rank: rank > 0, "a whole number above 0")]
 
 
+_FEW = Where(lambda patterns: len(patterns) <= MAX_PATTERNS, f"up to {MAX_PATTERNS} keys with values")
+
+
 class PeftConfig(TypedDict):
     """``adapter_config.json`` of the PEFT library, as far as it decides what an adapter computes."""
 
     lora_alpha: Finite
     r: NotRequired[Rank]
     use_rslora: NotRequired[bool | None]
-    rank_pattern: NotRequired[dict[Pattern, Rank] | None]
-    alpha_pattern: NotRequired[dict[Pattern, Finite] | None]
+    rank_pattern: NotRequired[Annotated[dict[Pattern, Rank], _FEW] | None]
+    alpha_pattern: NotRequired[Annotated[dict[Pattern, Finite], _FEW] | None]
 
 
 class Place(NamedTuple):
@@ -185,6 +189,7 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
         state.check_fingerprint(proof, fingerprint, str(folder), model.config.model_type)
         canary = saved_canary(folder, proof, model.config.vocab_size)
     config = _config(folder)
+    ranks, alphas = _compiled(config.get("rank_pattern")), _compiled(config.get("alpha_pattern"))
     updates = {}
     tensors = state.read_tensors(folder / state.WEIGHTS)
     for name in tensors:
@@ -199,9 +204,11 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
             raise UserError(f"{folder}: the factors of '{path}' do not fit {outputs} × {inputs}")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise UserError(f"{folder}: the factors of '{path}' hold NaN or infinity")
-        if len(a) != (rank := _matched(config.get("rank_pattern"), path, config.get("r", len(a)))):
+        if len(a) != (rank := _matched(ranks, path, config.get("r", len(a)))):
             raise UserError(f"{folder}: '{path}' has rank {len(a)}, and {state.CONFIG} says {rank}")
-        updates[Place(path, None)] = _laid_out(a, b * _scale(config, path, len(a)), model.dtype)
+        alpha = _matched(alphas, path, config["lora_alpha"])
+        scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+        updates[Place(path, None)] = _laid_out(a, b * scale, model.dtype)
     if not updates:
         raise UserError(f"{folder}: {state.WEIGHTS} holds no LoRA")
     return Tenant(updates, canary=canary)
@@ -225,18 +232,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """alpha / rank of the linear at ``path`` by the PEFT library's rules."""
-    alpha = _matched(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _compiled(patterns: dict[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
+    """As the PEFT library reads them: a pattern matches the end of a path, whole names only."""
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in (patterns or {}).items()]
 
 
-def _matched(patterns: dict[str, Any] | None, path: str, usual: Any) -> Any:
-    """The value of the first pattern that matches the end of ``path``, whole names only; else the usual one."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return usual
+def _matched(patterns: list[tuple[re.Pattern[str], Any]], path: str, usual: Any) -> Any:
+    """The value of the first pattern that matches ``path``; else the usual one."""
+    return next((value for pattern, value in patterns if pattern.match(path)), usual)
 
 
 def _shape(model: PreTrainedModel, path: str, source: str) -> tuple[int, int]:

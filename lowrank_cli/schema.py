@@ -240,8 +240,8 @@ class HardwareConfig:
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
     #: Conv1D); null: ``lrk generate`` and ``bench decode`` do, where it takes at most half of the memory that is free
     prepack: Optional[bool] = None
-    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations, or whole ``layers``;
-    #: ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, elsewhere none
+    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations and norms, or whole
+    #: ``layers``; ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, else none
     gradient_checkpointing: str = "auto"
     compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
     #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says

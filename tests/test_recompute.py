@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 
+from lowrank_cli.adapter.fused import Remake, remake_of
 from lowrank_cli.adapter.recompute import GatedProduct, recompute
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
@@ -70,7 +71,17 @@ def test_less_is_saved():
 
     layers, feed_forward, nothing = saved("layers"), saved("feed_forward"), saved("none")
     assert layers < feed_forward
-    assert nothing - feed_forward == 2 * 2 * 4 * 16 * 48 * 4  # layers × features × rows × tokens × width × bytes
+    features = 2 * 48 + 2 * 32  # activated and multiplied ones, and what two norms give
+    assert nothing - feed_forward == 2 * 4 * 16 * features * 4  # layers × rows × tokens × features × bytes
+
+
+def test_an_input_that_was_changed_in_place_is_not_computed_again():
+    x = torch.randn(2, 5, 8)
+    y = x * 2
+    Remake(lambda x: x * 2, (x,)).remember(y)
+    assert remake_of(y) is not None
+    y.add_(1)
+    assert remake_of(y) is None
 
 
 def test_nothing_of_a_pass_is_held_after_its_backward():

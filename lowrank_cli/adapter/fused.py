@@ -72,6 +72,16 @@ class Remake(NamedTuple):
     function: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
 
+    def remember(self, x: Tensor) -> None:
+        """Let ``x`` say how it was computed, until it is changed in place."""
+        x._remake = self, x._version  # type: ignore[attr-defined]
+
+
+def remake_of(x: Tensor) -> Remake | None:
+    """How ``x`` is computed again, if it says so."""
+    remake, version = getattr(x, "_remake", (None, 0))
+    return remake if version == x._version else None
+
 
 def outputs(x: Tensor, linears: Sequence[Frozen], remake: Remake | None = None) -> tuple[Tensor, ...]:
     """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter.fused import Frozen, Remake, Terms
+from lowrank_cli.adapter.fused import Frozen, Remake, Terms, remake_of
 from lowrank_cli.adapter.quantized import dense, quantized
 from lowrank_cli.adapter.siblings import Siblings
 from lowrank_cli.adapter.spans import Span, index, is_view, put, take
@@ -383,14 +383,14 @@ class AdaptedLinear(nn.Module):
         self._active = [update for update in self.updates if not update[0].skip] if on else []
 
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, training does not save ``x``.
+        """y (B, T, O); with ``remake``, which computes ``x`` (B, T, I) again, or where ``x`` says so, it is not saved.
 
         A compiler sees the plain equation: it decides itself what to join and what to save.
         """
         if not self._active:
             return self.base(x)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            fused = self.siblings.output(self, x, remake)
+            fused = self.siblings.output(self, x, remake or remake_of(x))
             if fused is not None:
                 return fused
         y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo

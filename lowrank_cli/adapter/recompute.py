@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -25,7 +25,8 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
 
     - ``none``: nothing is computed again;
     - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features
-      (the multiplied ones are saved all the same for a down projection in 4 bits);
+      (the multiplied ones are saved all the same for a down projection in 4 bits), and what norms of a layer give to
+      adapted linears, from what the norms read;
     - ``layers``: every layer, from its input (about a third more time; the least memory);
     - ``auto``: ``feed_forward`` where the model has a gated one and is not ``compiled``, elsewhere ``none``.
 
@@ -49,6 +50,8 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
         else:
             parent = layer.get_submodule(roles["G"].name.rpartition(".")[0])
             parent.forward = partial(_gated, parent, parent.forward)
+            for norm in filter(_is_norm, layer.children()):
+                norm.forward = partial(_normed, norm.forward)
 
 
 def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,20 @@ def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:
     if not isinstance(down, AdaptedLinear):
         return down(product)
     return down(product, Remake(partial(_product, block.act_fn), (gate.detach(), up.detach())))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a child of a layer is one of its norms: a function of one tensor, with parameters for each feature."""
+    parameters = list(module.parameters())
+    return not list(module.children()) and bool(parameters) and all(parameter.dim() == 1 for parameter in parameters)
+
+
+def _normed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(B, T, D) -> (B, T, D). In fp32 its own backward pass saves ``x`` anyway; else it saves a copy in fp32."""
+    y = forward(x)
+    if torch.is_grad_enabled() and x.dtype == torch.float32:
+        Remake(forward, (x.detach(),)).remember(y)
+    return y
 
 
 def _product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:

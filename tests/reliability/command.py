@@ -50,6 +50,7 @@ PRELOADED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
+    "lowrank_cli.tasks.metrics",
     "matplotlib.pyplot",
 )
 

@@ -57,7 +57,7 @@ def test_only_the_ranks_are_saved_for_the_backward_pass(checkpointing):
     ours, lora = small.adapted("lora_fa"), small.adapted("lora")
     without = saved(None, bare)
     assert saved(ours, ours.model) - without == len(ours.modules) * ids.numel() * rank * FLOAT
-    inputs = 32 + 32 + (48 if checkpointing == "none" else 0)  # of Q K V, of G U, of D; attention keeps that of O
+    inputs = 32 + 32 + 48 if checkpointing == "none" else 0  # of Q K V, of G U, of D; attention keeps that of O
     assert saved(lora, lora.model) - saved(ours, ours.model) == 2 * ids.numel() * inputs * FLOAT
 
 

@@ -18,7 +18,7 @@ def transcript(file: Path) -> object:
     return pytest.param(file, id=file.stem, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize("file", map(transcript, transcripts.FILES))
+@pytest.mark.parametrize("file", [*map(transcript, transcripts.FILES)])
 def test_what_commands_print(file, tmp_path):
     difference = transcripts.check(file, tmp_path / "work")
     assert not difference, f"{difference}\n\nIf that is meant: python -m tests.golden renew {file.stem}"

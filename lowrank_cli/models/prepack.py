@@ -54,7 +54,8 @@ class Packed:
 
     def __init__(self) -> None:
         self._made_of: list[tuple[int, int]] | None = None
-        self._weight = self._bias = None
+        self._weight = torch.empty(0)
+        self._bias: Tensor | None = None
         self._uses = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
@@ -80,8 +81,9 @@ class Packed:
 class Joint:
     """Linears that read one input: the first to be called with it computes the outputs of all.
 
-    The others take theirs when they are called with the same tensor, unchanged; anything else is computed anew. What
-    adds to an output in place changes no other: they are slices of one tensor.
+    The others take theirs when they are called with the same tensor, unchanged; anything else is computed anew. Outputs
+    are slices of one tensor, so adding to one in place leaves the others alone. Weights are taken not to change between
+    the calls with one input, which a model makes within one forward pass.
     """
 
     def __init__(self, linears: Sequence[PrepackedLinear]):
@@ -92,9 +94,14 @@ class Joint:
         self._version = 0
         self._waiting: dict[nn.Linear, Tensor] = {}
 
-    def output(self, linear: PrepackedLinear, x: Tensor) -> Tensor:
-        """y (..., O) of ``linear`` for ``x`` (..., I)."""
+    def output(self, linear: PrepackedLinear, x: Tensor) -> Tensor | None:
+        """y (..., O) of ``linear`` for ``x`` (..., I); None where a weight of these trains.
+
+        A fused optimizer changes weights without a trace.
+        """
         if x is not self._x or x._version != self._version or linear not in self._waiting:
+            if any(linear.weight.requires_grad for linear in self.linears):
+                return None
             weight, bias = self.packed.of(self.linears)
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             if len(self.linears) == 1:
@@ -108,11 +115,7 @@ class Joint:
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear over the same weight and bias. Falls back to ``F.linear`` with gradients, or few rows.
-
-    So does one whose weight, or that of a linear it is packed with, trains: a fused optimizer changes weights without a
-    trace.
-    """
+    """A linear over the same weight and bias. Falls back to ``F.linear`` with gradients, few rows or other dtypes."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -123,9 +126,8 @@ class PrepackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.numel() < fewest_rows() * self.in_features or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
-        if any(linear.weight.requires_grad for linear in self.joint.linears):
-            return F.linear(x, self.weight, self.bias)
-        return self.joint.output(self, x)
+        y = self.joint.output(self, x)
+        return F.linear(x, self.weight, self.bias) if y is None else y
 
 
 def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> str:

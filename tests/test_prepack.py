@@ -7,9 +7,11 @@ import copy
 import pytest
 import small
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import prepack as module
 from lowrank_cli.models.prepack import PrepackedLinear, free_memory, prepack, prepack_for
@@ -106,6 +108,28 @@ def test_copies_that_share_the_weights_share_what_is_packed():
         own.lm_head.weight.zero_()
         assert own(input_ids=small.ids(3)).logits.abs().max() == 0
         assert model(input_ids=small.ids(3)).logits.abs().max() > 0
+
+
+def gemma3():
+    torch.manual_seed(7)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**small.GATED, head_dim=8, sliding_window=4)).eval()
+
+
+@pytest.mark.parametrize("make", [small.model, gemma3, lambda: small.model("gpt2")], ids=["llama", "gemma3", "gpt2"])
+def test_generated_logits_are_equal(make):
+    found = []
+    for model in (make(), packed(make())):
+        made = model.generate(
+            small.ids(4),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **growing_cache(model, 6),
+        )
+        found.append(torch.stack(made.logits))  # (new, B, V)
+    torch.testing.assert_close(found[1], found[0], **EQUAL)
 
 
 @pytest.mark.parametrize(

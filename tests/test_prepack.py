@@ -7,8 +7,11 @@ import copy
 import pytest
 import small
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import prepack as module
 from lowrank_cli.models.prepack import PrepackedLinear, free_memory, prepack, prepack_for
@@ -99,12 +102,101 @@ def test_copies_that_share_the_weights_share_what_is_packed():
     with torch.no_grad():
         model(input_ids=small.ids(3))
     first, other = model.lm_head, copied(model).lm_head
-    assert isinstance(other, PrepackedLinear) and other is not first and other.packed is first.packed
+    assert isinstance(other, PrepackedLinear) and other is not first and other.joint.packed is first.joint.packed
     own = copy.deepcopy(model)
     with torch.no_grad():
         own.lm_head.weight.zero_()
         assert own(input_ids=small.ids(3)).logits.abs().max() == 0
         assert model(input_ids=small.ids(3)).logits.abs().max() > 0
+
+
+def gemma3():
+    torch.manual_seed(7)
+    return Gemma3ForCausalLM(Gemma3TextConfig(**small.GATED, head_dim=8, sliding_window=4)).eval()
+
+
+@pytest.mark.parametrize("make", [small.model, gemma3, lambda: small.model("gpt2")], ids=["llama", "gemma3", "gpt2"])
+def test_generated_logits_are_equal(make):
+    found = []
+    for model in (make(), packed(make())):
+        made = model.generate(
+            small.ids(4),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **growing_cache(model, 6),
+        )
+        found.append(torch.stack(made.logits))  # (new, B, V)
+    torch.testing.assert_close(found[1], found[0], **EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", ["q_proj k_proj v_proj", "gate_proj up_proj"]),
+        ("opt", ["q_proj k_proj v_proj"]),
+        ("bert", ["query key value"]),
+        ("gpt2", []),
+    ],
+)
+def test_linears_that_read_one_input_are_found(family, expected):
+    model = small.model(family)
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    found = [" ".join(names[linear] for linear in group) for group in module.same_input(model)]
+    assert found == expected * 2, "of two layers"
+    assert not any(child._forward_pre_hooks for child in model.modules())
+
+
+def test_linears_that_read_one_input_are_multiplied_once(products):
+    plain, model = small.model("qwen2").model.layers[0], packed(small.model("qwen2")).model.layers[0]
+    names = ("q_proj", "k_proj", "v_proj")  # with biases
+
+    def outputs(layer, *inputs):
+        return [getattr(layer.self_attn, name)(x) for name, x in zip(names, inputs, strict=True)]
+
+    with torch.no_grad():
+        for unlike, expected in ((lambda x: x, 1), (torch.clone, 3), (torch.neg, 3)):
+            x, before = torch.randn(4, 1, 32), len(products)
+            inputs = (x, unlike(x), x)
+            torch.testing.assert_close(outputs(model, *inputs), outputs(plain, *inputs), **EQUAL)
+            assert len(products) - before == expected
+        model.self_attn.q_proj(x)
+        x.mul_(2)
+        torch.testing.assert_close(model.self_attn.k_proj(x), plain.self_attn.k_proj(x), **EQUAL)
+        for layer in (model, plain):
+            layer.self_attn.v_proj.bias.add_(1)
+        torch.testing.assert_close(outputs(model, x, x, x), outputs(plain, x, x, x), **EQUAL)
+    model.self_attn.k_proj.weight.requires_grad_(True)
+    before = len(products)
+    with torch.no_grad():
+        model.self_attn.q_proj(x)
+    assert len(products) == before, "a weight beside it trains"
+
+
+def test_a_bank_on_packed_weights_computes_the_same(products):
+    names, logits = ["a", None, "a"], []
+    for model in (small.model(), packed(small.model())):
+        bank = Bank(model)
+        bank.add("a", small.adapted("lora"))
+        with bank.batch(names), torch.no_grad():
+            logits.append(model(input_ids=small.ids(len(names))).logits)
+    torch.testing.assert_close(logits[1], logits[0], **EQUAL)
+    assert products
+
+
+def test_weights_in_use_move_to_huge_pages_once(monkeypatch):
+    moved = []
+    monkeypatch.setattr(module, "HUGE_PAGES_AFTER", 2)
+    monkeypatch.setattr(module, "use_huge_pages", lambda weight, move=module.use_huge_pages: moved.append(move(weight)))
+    linear, x = packed(torch.nn.Sequential(torch.nn.Linear(512, 2048))), torch.randn(8, 512)
+    with torch.no_grad():
+        for use in range(1, 5):
+            torch.testing.assert_close(
+                linear(x), torch.nn.functional.linear(x, linear[0].weight, linear[0].bias), **EQUAL
+            )
+            assert len(moved) == (use >= 2)
 
 
 def test_it_is_refused_where_it_cannot_be(monkeypatch):

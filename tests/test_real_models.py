@@ -24,6 +24,7 @@ from lowrank_cli.adapter.families import known_sites
 from lowrank_cli.config.composition import compose
 from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.models.prepack import prepack, same_input
 from lowrank_cli.runs import Run
 from lowrank_cli.stages.candidates import Prefix, candidate_scores
 from lowrank_cli.stages.train import Trainer
@@ -81,6 +82,14 @@ def test_roles(bare, name):
     sites = known_sites(bare)
     layers = MODELS[name][1]
     assert [(site.layer, site.role) for site in sites] == [(at, role) for at in range(layers) for role in "QKVOGUD"]
+
+
+def test_packed_weights_compute_the_same(bare, batch, name):
+    before = logits(bare, batch)
+    groups = [len(group) for group in same_input(bare)]
+    assert groups == [3, 2] * MODELS[name][1], "query, key and value; gate and up"
+    prepack(bare.requires_grad_(False))
+    torch.testing.assert_close(logits(bare, batch), before, atol=1e-5 * float(before.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "milora", "moelora", "adalora", "sora"])

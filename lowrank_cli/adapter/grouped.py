@@ -90,9 +90,14 @@ class GroupedUpdate:
             if len(rows) == len(b):  # a group is one row: its gate may as well stand in its operand
                 b, self.gate = b * self.gate, None  # (G, R, O)
         self.a, self.b, self.span, self.batch = a.mT, b, span, batch
+        #: nothing to do but two products, where a group is one row
+        self.direct = self.rows is None and self.gate is None and span is None
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add in place to ``y`` (B, T, O) or (B * T, O), the frozen output for ``x`` (B, T, I) or (B * T, I)."""
+        if self.direct and x.dim() == 3 and len(x) == len(self.a):
+            _add_products(y, torch.bmm(x, self.a), self.b)  # (G, T, I) @ (G, I, R) -> (G, T, R)
+            return
         groups, inputs, rank = self.a.shape
         if self.rows is not None:
             x = x.reshape(self.batch, -1, inputs).index_select(0, self.rows)  # (B, T, I) -> (G * n, T, I)
@@ -102,12 +107,21 @@ class GroupedUpdate:
         if self.rows is None:
             y = y.view(groups, -1, y.shape[-1])  # (B, T, O) -> (G, n * T, O)
             own = take(y, self.span)
-            own.baddbmm_(h.to(y.dtype), self.b.to(y.dtype))  # += (G, n * T, R) @ (G, R, O); autocast leaves it alone
+            _add_products(own, h, self.b)
         else:
             y = y.view(self.batch, -1, y.shape[-1])  # (B, T, O)
             own = take(y, self.span)
             own.index_add_(0, self.rows, torch.bmm(h, self.b).view(len(self.rows), -1, own.shape[-1]))
         put(y, self.span, own)
+
+
+def _add_products(y: Tensor, h: Tensor, b: Tensor) -> None:
+    """``y`` (G, T, O) += ``h`` (G, T, R) @ ``b`` (G, R, O), in place; autocast leaves it alone."""
+    h, b = h.to(y.dtype), b.to(y.dtype)
+    if y.is_contiguous():
+        y.baddbmm_(h, b)
+    else:
+        y += torch.bmm(h, b)  # baddbmm_ would copy a slice, such as of a packed product, there and back
 
 
 def require_grouped(grouped: str) -> None:

@@ -393,7 +393,9 @@ class AdaptedLinear(nn.Module):
             fused = self.siblings.output(self, x, remake or remake_of(x))
             if fused is not None:
                 return fused
-        y = self.base(x.reshape(-1, x.shape[-1]))  # (B, T, I) -> (B * T, O): flat, so that in place is cheap to undo
+        # With gradients flat, so that in place is cheap to undo; packed linears know a common input by its identity.
+        y = self.base(x.reshape(-1, x.shape[-1]) if torch.is_grad_enabled() else x)
+        y = y.flatten(0, -2)  # (B, T, O) -> (B * T, O)
         for part, span in self._active:
             own = take(y, span)
             part.add_to(own, x)

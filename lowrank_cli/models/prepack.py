@@ -3,10 +3,18 @@
 Torch multiplies with the weight as it lies, and packs it anew for every batch of a few rows; while one token after the
 other is written, that takes longer than the product. Here a packed copy is made once, when it is first needed: it takes
 as much memory again as the weights. Training multiplies with the plain weights.
+
+Linears that read one input, such as query, key and value, are packed as one: their first call computes the outputs of
+all, and the others take theirs. Which ones do is observed in a pass of one token, so that no architecture has to be
+known.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import HardwareConfig
@@ -23,6 +32,10 @@ from lowrank_cli.schema import HardwareConfig
 PACKED_FOR = 64
 #: Share of the memory that is free which packed weights may take where nobody asks for them.
 SHARE = 0.5
+#: Products with a packed weight after which it moves to huge pages. Moving takes as long as it saves in about 500.
+HUGE_PAGES_AFTER = 100
+HUGE_PAGE = 2**21  #: bytes
+MADV_COLLAPSE = 25  #: of Linux 6.1 and newer (include/uapi/asm-generic/mman-common.h)
 TELLING = 5e7  #: bytes of packed weights from which on a run mentions them
 
 
@@ -37,41 +50,84 @@ def fewest_rows() -> int:
 
 
 class Packed:
-    """The packed form of one weight. Copies of a model that share the weight share it too."""
+    """The packed form of some weights, one below the other. Copies of a model that share the weights share it too."""
 
     def __init__(self) -> None:
-        self._made_of: tuple[int, int] | None = None
-        self._tensor: Tensor | None = None
+        self._made_of: list[tuple[int, int]] | None = None
+        self._weight = torch.empty(0)
+        self._bias: Tensor | None = None
+        self._uses = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
 
-    def of(self, weight: Tensor) -> Tensor:
-        """``weight`` (O, I) packed, again where it has changed since."""
-        now = weight.data_ptr(), weight._version
-        if self._tensor is None or self._made_of != now:
-            self._tensor, self._made_of = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR), now
-        return self._tensor
+    def of(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+        """Weights (O, I) packed, and biases (O,), of ``linears``; again where one of them has changed since."""
+        now = [
+            (tensor.data_ptr(), tensor._version)
+            for linear in linears
+            for tensor in (linear.weight, linear.bias)
+            if tensor is not None
+        ]
+        if now != self._made_of:
+            self._weight, self._bias = packed(linears)
+            self._made_of, self._uses = now, 0
+        self._uses += 1
+        if self._uses == HUGE_PAGES_AFTER:
+            use_huge_pages(self._weight)
+        return self._weight, self._bias
+
+
+class Joint:
+    """Linears that read one input: the first to be called with it computes the outputs of all.
+
+    The others take theirs when they are called with the same tensor, unchanged; anything else is computed anew. Outputs
+    are slices of one tensor, so adding to one in place leaves the others alone. Weights are taken not to change between
+    the calls with one input, which a model makes within one forward pass.
+    """
+
+    def __init__(self, linears: Sequence[PrepackedLinear]):
+        self.linears = linears
+        self.packed = Packed()
+        self._sizes = [linear.out_features for linear in linears]
+        self._x: Tensor | None = None
+        self._version = 0
+        self._waiting: dict[nn.Linear, Tensor] = {}
+
+    def output(self, linear: PrepackedLinear, x: Tensor) -> Tensor | None:
+        """y (..., O) of ``linear`` for ``x`` (..., I); None where a weight of these trains.
+
+        A fused optimizer changes weights without a trace.
+        """
+        if x is not self._x or x._version != self._version or linear not in self._waiting:
+            if any(linear.weight.requires_grad for linear in self.linears):
+                return None
+            weight, bias = self.packed.of(self.linears)
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            if len(self.linears) == 1:
+                return y
+            self._waiting = dict(zip(self.linears, y.split(self._sizes, dim=-1), strict=True))
+            self._x, self._version = x, x._version
+        found = self._waiting.pop(linear)
+        if not self._waiting:
+            self._x = None
+        return found
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear over the same weight and bias; with gradients, or few rows, it is computed as ever.
-
-    So is one whose weight trains: a fused optimizer changes weights without a trace.
-    """
+    """A linear over the same weight and bias. Falls back to ``F.linear`` with gradients, few rows or other dtypes."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.packed = Packed()
+        self.joint = Joint([self])
 
     def forward(self, x: Tensor) -> Tensor:
-        recorded = torch.is_grad_enabled() or self.weight.requires_grad
-        if recorded or x.numel() < fewest_rows() * self.in_features or x.dtype != torch.float32:
+        if torch.is_grad_enabled() or x.numel() < fewest_rows() * self.in_features or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
-        packed = self.packed.of(self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+        y = self.joint.output(self, x)
+        return F.linear(x, self.weight, self.bias) if y is None else y
 
 
 def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> str:
@@ -124,7 +180,61 @@ def prepack(model: nn.Module) -> None:
     """
     if not available():
         raise UserError("hardware.prepack: true, but this build of torch has no oneDNN; set hardware.prepack=false")
+    groups = same_input(model) if isinstance(model, PreTrainedModel) else []
+    replaced: dict[nn.Linear, PrepackedLinear] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                setattr(parent, name, PrepackedLinear(child))
+                replaced[child] = PrepackedLinear(child)
+                setattr(parent, name, replaced[child])
+    for group in groups:
+        joint = Joint([replaced[linear] for linear in group])
+        for linear in joint.linears:
+            linear.joint = joint
+
+
+@torch.no_grad()
+def same_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
+    """Groups of linears that are called once in a forward pass, with one and the same tensor.
+
+    Observed in a pass of one token.
+    """
+    calls: list[tuple[nn.Linear, Tensor]] = []  # keeps the inputs, so that no two have one id
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    hooks = [
+        linear.register_forward_pre_hook(lambda linear, args: calls.append((linear, args[0]))) for linear in linears
+    ]
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = Counter(linear for linear, _ in calls)
+    groups: dict[int, list[nn.Linear]] = {}
+    for linear, x in calls:
+        if counts[linear] == 1:
+            groups.setdefault(id(x), []).append(linear)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def packed(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The weights of ``linears``, which have equal inputs, below each other and packed, and their biases (O,)."""
+    weights, bias = [linear.weight.detach() for linear in linears], None
+    if any(linear.bias is not None for linear in linears):
+        biases = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
+        ]
+        bias = torch.cat(biases).detach()  # (O,)
+    whole = weights[0] if len(weights) == 1 else torch.cat(weights)  # (O, I)
+    return torch.ops.mkldnn._reorder_linear_weight(whole, PACKED_FOR), bias
+
+
+def use_huge_pages(packed: Tensor) -> None:
+    """Move a packed weight to pages of 2 MiB, where the system can: fewer address translations as it streams by."""
+    if sys.platform != "linux":
+        return
+    start = torch.ops.mkldnn.data_ptr(packed) // HUGE_PAGE * HUGE_PAGE
+    end = torch.ops.mkldnn.data_ptr(packed) + torch.ops.mkldnn._nbytes(packed)
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    madvise(start, -(-(end - start) // HUGE_PAGE) * HUGE_PAGE, MADV_COLLAPSE)  # it may refuse: nothing else changes

@@ -4,7 +4,7 @@
 
 Each number is a run of the command line (zero-shot, ``--draws`` draws of 8 demonstrations, full fine-tuning)
 on the test split. Run folders go to ``--outputs``; the numbers are merged into docs/results/headroom.json, and
-the table of docs/bundled_model.md is printed from that file.
+the table of docs/results/bundled_model.md is printed from that file.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ def main() -> None:
     }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "idaicl.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.results / "idaicl.md").write_text(tables(suite.cells, margins))
+    (args.results / "idaicl_tables.md").write_text(tables(suite.cells, margins))
     draw(suite.cells, args.tasks, args.results)
 
 

@@ -5,7 +5,7 @@
 The stage ``main`` starts anew, ``bridge`` starts from the weights that ``main`` left in ``--work``. The documents of a
 block of steps are a function of the seed and the block alone, so a run continued with ``--resume`` sees the same
 text. Every ``--probe-steps`` the accuracy on ``tiny_*`` tasks with 0 and 8 demonstrations is printed and a checkpoint
-is written to ``--work``. docs/bundled_model.md names the commands that made the bundled files.
+is written to ``--work``. docs/results/bundled_model.md names the commands that made the bundled files.
 """
 
 from __future__ import annotations

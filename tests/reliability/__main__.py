@@ -55,7 +55,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--record", type=Path, metavar="FILE", help="JSON lines of trials; those in it are not repeated"
     )
-    parser.add_argument("--table", action="store_true", help="run nothing; write docs/reliability.md from the record")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing; write the table in docs/explanation/reliability.md"
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the files of failed trials here")
     parser.add_argument("--samples", type=Path, metavar="FOLDER", help="keep the runs that trials start from here")
     options = parser.parse_args()

@@ -84,7 +84,7 @@ def write(results: Iterable[Result], titles: Mapping[str, str], docs: Path) -> N
         lines.append(f"| `{row['family']}` | {titles[row['family']]} | {counts} |")
     lines += ["", "| stopped verb | signal | stops | median, s | longest, s |", "|---|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(str(value) for value in row.values())} |" for row in stops]
-    page = docs / "reliability.md"
+    page = docs / "explanation" / "reliability.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     text = "\n".join([f"Commit {values['commit']}.", "", *lines])

@@ -47,7 +47,9 @@ def test_what_a_trial_calls_right():
 
 def test_the_record_gives_the_table(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
-    (tmp_path / "reliability.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    file = tmp_path / "explanation" / "reliability.md"
+    file.parent.mkdir()
+    file.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     record = tmp_path / "record.jsonl"
     for seed, seconds in enumerate((1.0, 3.0)):
         table.append(record, Result("stops", seed, "passed", "train", figures={"train SIGTERM": seconds}))
@@ -58,7 +60,7 @@ def test_the_record_gives_the_table(tmp_path, monkeypatch):
     results = table.read(record).values()
     assert [(result.family, result.seed) for result in results] == [("stops", 0), ("stops", 1), ("kills", 7)]
     table.write(results, {"kills": "killed", "stops": "stopped"}, tmp_path)
-    page = (tmp_path / "reliability.md").read_text()
+    page = file.read_text()
     assert page.startswith("before\n") and page.endswith(f"{table.END}\nafter\n") and "old" not in page
     assert "| `kills` | killed | 1 | 1 | 0 |" in page and "| train | SIGTERM | 2 | 2.0 | 3.0 |" in page
     (failure,) = json.loads((tmp_path / "results" / "reliability.json").read_text())["families"][0]["failures"]

@@ -1,7 +1,7 @@
 """The ``tiny_*`` tasks: generated, deterministic, without any outside data.
 
-They are made for the bundled model (docs/bundled_model.md): label words, a share of the content words, all names and
-the number range are held out from its pretraining, so that a method has something to learn.
+They are made for the bundled model (docs/results/bundled_model.md): label words, a share of the content words, all
+names and the number range are held out from its pretraining, so that a method has something to learn.
 """
 
 from __future__ import annotations

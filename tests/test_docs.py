@@ -1,0 +1,183 @@
+"""The commands of the README, the tutorial and the how-to pages: each runs here, or is composed if it cannot run.
+
+Commands are fences of ``sh``. A comment above a fence says how it is checked. Without one its commands run. With
+``<!-- fails -->`` its command ends with exit code 2 and prints the fence below it. With ``<!-- not run: REASON -->``
+``lrk`` composes the configuration and does no work. A fence with a title is a file that later commands read.
+
+``SMALL`` makes runs small. Words in capitals stand for what ``STANDS_FOR`` has.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli.cli import STAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+FENCE = re.compile(
+    r"(?:<!-- (?P<check>[^>]*?) -->\n)?^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+LIMIT = "task.limit=8"
+#: Appended to a command that works, so that it takes seconds.
+SMALL = {
+    "train": ["train.max_steps=2", "train.batch_size=2", LIMIT],
+    "score": [LIMIT, "score.batch=2"],
+    "prune": [LIMIT, "score.batch=2"],
+    "evaluate": [LIMIT],
+    "export": [],
+    "generate": ["generate.max_new_tokens=2"],
+    "bench": [
+        "bench.rounds=1",
+        "bench.methods=[base,lora]",
+        "bench.new_tokens=3",
+        "bench.beams=[1]",
+        "bench.prompt_length=8",
+    ],
+    "run": ["train.max_steps=2", LIMIT],
+}
+MODEL = str(ROOT / "lowrank_cli" / "assets" / "tiny_llama")
+#: In commands that are composed only.
+STANDS_FOR = {
+    "MODEL": MODEL,
+    "ENCODER": MODEL,  # not looked into
+    "DATA": str(ROOT),
+    "FILE.gguf": str(ROOT / "README.md"),
+}
+SHELL = ("python", "cp", "ls", "head")  #: what runs beside ``lrk``
+
+
+@dataclass
+class Block:
+    check: str
+    language: str
+    title: str | None
+    text: str
+
+    def commands(self) -> list[list[str]]:
+        """The words of each command, without comments."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(re.sub(r"\$('[^']*')", r"\1", line), comments=True))]
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(found["check"] or "", *found.group("language", "title", "text"))
+        for found in FENCE.finditer(page.read_text())
+    ]
+
+
+TUTORIAL = [
+    DOCS / "tutorial" / f"{name}.md" for name in ("index", "first-run", "your-data", "your-model", "compare", "export")
+]
+HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
+PAGES = [ROOT / "README.md", *TUTORIAL, *HOW_TO]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one small run of ``lrk train``, which pages start from."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "lowrank_cli", "train", "method=lora", *SMALL["train"]]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "outputs"
+
+
+def test_the_tutorial_has_every_page():
+    assert {*TUTORIAL} == {*(DOCS / "tutorial").glob("*.md")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pages", [[ROOT / "README.md"], TUTORIAL, *([page] for page in HOW_TO)], ids=lambda pages: pages[-1].stem
+)
+def test_commands(pages, lrk, trained):
+    shutil.copytree(trained, "outputs", symlinks=True)
+    for page in pages:
+        found = blocks(page)
+        for block, after in pairwise([*found, None]):
+            if block.title:
+                Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+                Path(block.title).write_text(block.text)
+            elif block.language == "python":
+                compile(block.text, str(page), "exec")
+                if not block.check:
+                    subprocess.run([sys.executable, "-c", block.text], check=True)
+            elif block.language == "sh" and block.check == "fails":
+                (words,) = block.commands()
+                ended = lrk(*words[1:])
+                assert (ended.code, ended.err) == (2, after.text), page
+            elif block.language == "sh":
+                for words in block.commands():
+                    (composed if block.check else ran)(words, lrk, page)
+
+
+def ran(words, lrk, page):
+    """Run one command, made small."""
+    if words[0] != "lrk":
+        assert words[0] in SHELL, f"{page}: {words}"
+        subprocess.run(
+            [sys.executable if words[0] == "python" else words[0], *words[1:]], check=True, capture_output=True
+        )
+        return
+    verb, *rest = words[1:]
+    if "-m" in rest:
+        rest = shorter(rest)
+    if verb in STAGES and not {"--dry-run", "--resume"} & {*rest}:
+        given = {word.partition("=")[0] for word in rest}
+        rest += [item for item in SMALL[verb] if verb != "bench" or item.partition("=")[0] not in given]
+    if page.stem == "in-context":  # the statistics need examples of every label
+        rest = [word.replace(LIMIT, "task.limit=48").replace("draws=10", "draws=2") for word in rest]
+    ended = lrk(verb, *rest)
+    assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
+
+
+def shorter(words):
+    """The words of a sweep with two values of the first key that has several, and one of the others."""
+    most = 2
+    for index, word in enumerate(words):
+        if re.fullmatch(r"[\w.]+=[^\[]*,.*", word):
+            words[index], most = ",".join(word.split(",")[:most]), 1
+    return words
+
+
+def composed(words, lrk, page):
+    """Compose what one ``lrk`` command would do; other commands are read only."""
+    if words[0] != "lrk" or "--resume" in words:
+        return
+    named = re.compile(rf"\b({'|'.join(map(re.escape, STANDS_FOR))})$")
+    verb, *rest = [named.sub(lambda at: STANDS_FOR[at[1]], word) for word in words[1:]]
+    rest = [word for word in rest if not word.startswith("hydra")]  # launchers are extras
+    ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))
+    assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
+
+
+def test_no_command_escapes():
+    """What looks like a command is a fence that the test above reads."""
+    for page in PAGES:
+        outside = FENCE.sub("", page.read_text())
+        assert not re.search(r"^( {4}|```)\s*(lrk|python|pip) ", outside, re.MULTILINE), page
+        assert {block.language for block in blocks(page)} <= {"sh", "bash", "python", "yaml", "text"}, page
+        assert all(re.fullmatch(r"|fails|not run: .+", block.check) for block in blocks(page)), page
+
+
+NAMED = re.compile(r"\b(?:lowrank_cli|conf|scripts|tests|docs)/[\w./-]*\w\.(?:py|yaml|md|txt|json|png)\b")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_files_that_a_page_names_exist(page):
+    assert [name for name in NAMED.findall(page.read_text()) if not (ROOT / name).exists()] == []

@@ -9,6 +9,7 @@ Commands are fences of ``sh``. A comment above a fence says how it is checked. W
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -180,3 +181,15 @@ NAMED = re.compile(r"\b(?:lowrank_cli|conf|scripts|tests|docs)/[\w./-]*\w\.(?:py
 )
 def test_files_that_a_page_names_exist(page):
     assert [name for name in NAMED.findall(page.read_text()) if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_reference_explains_every_key():
+    """Type, range, default and meaning: of one key as they are, of all that there is a meaning."""
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "reference" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    rows = [line for page in (generate.keys, generate.method_pages) for line in page() if line.startswith("| `")]
+    assert "| `train.warmup` | number | 0 to 1 | `0.06` | share of all steps |" in rows
+    assert any(row.startswith("| `hardware.device` | text | cpu, cuda | `cpu` |") for row in rows)
+    assert [row for row in rows if row.endswith("|  |") and "`name`" not in row] == []

@@ -83,7 +83,11 @@ TUTORIAL = [
 ]
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 ERRORS = DOCS / "reference" / "errors.md"
-PAGES = [ROOT / "README.md", *TUTORIAL, *HOW_TO, ERRORS]
+FRONT = [DOCS / "index.md", ROOT / "README.md"]
+PAGES = [*FRONT, *TUTORIAL, *HOW_TO, ERRORS]
+MEASURED = [
+    page for page in sorted((DOCS / "results").glob("*.md")) if re.search(r"^( {4})?lrk ", page.read_text(), re.M)
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,9 @@ def test_the_tutorial_has_every_page():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "pages", [[ROOT / "README.md"], TUTORIAL, *([page] for page in [*HOW_TO, ERRORS])], ids=lambda pages: pages[-1].stem
+    "pages",
+    [FRONT, TUTORIAL, *([page] for page in [*HOW_TO, ERRORS])],
+    ids=lambda pages: str(pages[-1].relative_to(ROOT)),
 )
 def test_commands(pages, lrk, trained):
     shutil.copytree(trained, "outputs", symlinks=True)
@@ -160,6 +166,24 @@ def composed(words, lrk, page):
     rest = [word for word in rest if not word.startswith("hydra")]  # launchers are extras
     ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))
     assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
+
+
+@pytest.mark.parametrize("page", MEASURED, ids=lambda page: page.stem)
+def test_commands_of_results_compose(page, lrk, trained):
+    """They took minutes and hours; the files that they read are stand-ins."""
+    shutil.copytree(trained, "outputs", symlinks=True)
+    Path("smollm2").symlink_to(MODEL)
+    Path("vllm/bin").mkdir(parents=True)
+    Path("vllm/bin/python").symlink_to(sys.executable)
+    for name, roles in {
+        "keep1": "[V]",
+        "keep2": "[V, D]",
+        "keep3": "[V, D, O]",
+        "keep7": "[Q, K, V, O, G, U, D]",
+    }.items():
+        Path(f"{name}.yaml").write_text(f"layers: {{all: {roles}}}\n")
+    for line in re.findall(r"^(?: {4})?(lrk .*)$", page.read_text(), re.MULTILINE):
+        composed(shlex.split(line, comments=True), lrk, page)
 
 
 def test_no_command_escapes():

@@ -296,22 +296,22 @@ def run(
 def _stage(
     verb: str, overrides: list[str], multirun: bool, resume: str | None, dry_run: bool, config_dir: str | None
 ) -> None:
-    from lowrank_cli.dispatch import single, sweep
+    from lowrank_cli.launch import single_run, sweep
 
     if resume is not None:
         extra = [*["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
         if extra:
             raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
         _name_untested_versions()
-        (sweep if sweep.is_sweep(resume) else single).resume(verb, resume, overrides)
+        (sweep if sweep.is_sweep(resume) else single_run).resume(verb, resume, overrides)
     elif dry_run:
-        from lowrank_cli.dispatch.plan import yaml_of
+        from lowrank_cli.launch.listing import yaml_of
 
         typer.echo(escaped(yaml_of(_preview(verb, overrides, config_dir, multirun))), nl=False)
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
         _name_untested_versions()
-        (sweep if multirun else single).start(verb, overrides, config_dir, command)
+        (sweep if multirun else single_run).start(verb, overrides, config_dir, command)
 
 
 def _name_untested_versions() -> None:
@@ -329,15 +329,15 @@ def _worded(verb: str, words: list[str]) -> list[str]:
     if verb == "bench" and words and "=" not in words[0]:
         require_choice("bench", words[0], MEASURES)
         words = [f"bench.measure={words[0]}", *words[1:]]
-    from lowrank_cli.dispatch import words as meanings
+    from lowrank_cli.launch import shorthand as meanings
 
     return meanings.generate(words) if verb == "generate" else meanings.bench(words)
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:
-    from lowrank_cli.dispatch import single, sweep
+    from lowrank_cli.launch import single_run, sweep
 
-    return (sweep if multirun else single).preview(verb, overrides, config_dir)
+    return (sweep if multirun else single_run).preview(verb, overrides, config_dir)
 
 
 @app.command(cls=Verb)
@@ -377,7 +377,7 @@ def list_(
     config_dir: ConfigDir = None,
 ) -> None:
     """List methods, models, tasks, hardware, recipes and runs, or explain the keys of a method or a section."""
-    from lowrank_cli.dispatch.plan import print_list, print_method_keys, print_section_keys
+    from lowrank_cli.launch.listing import print_list, print_method_keys, print_section_keys
 
     if what is not None and what not in (*LISTS, KEYS):
         raise unknown("list", what, (*LISTS, KEYS))
@@ -406,7 +406,7 @@ def check(
     config_dir: ConfigDir = None,
 ) -> None:
     """Validate a configuration and print the plan, without weights or data."""
-    from lowrank_cli.dispatch.plan import print_plan
+    from lowrank_cli.launch.listing import print_plan
 
     verb, overrides = "train", list(overrides or [])
     if overrides and "=" not in overrides[0]:

@@ -27,11 +27,12 @@ import torch
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax
 from lowrank_cli.config import compose
+from lowrank_cli.icl import calibrate
+from lowrank_cli.icl.demonstrations import draw
+from lowrank_cli.inference import session
+from lowrank_cli.inference.choice_scores import answers, choice_scores, with_demonstrations
 from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
-from lowrank_cli.stages import calibrate, session
-from lowrank_cli.stages.candidates import answers, choice_scores, with_demonstrations
-from lowrank_cli.stages.demonstrations import draw
 from lowrank_cli.tasks import encode
 
 

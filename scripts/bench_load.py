@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.bank import Bank
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.module_copy import copied
+from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.config.composition import compose
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
-from lowrank_cli.stages.twins import copied
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -56,12 +56,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        state.save(adapter, folder, {})
+        save_load.save(adapter, folder, {})
         bank = Bank(copied(base))
         served = peft.PeftModel.from_pretrained(copied(base), folder, adapter_name="first")
         bank.load("first", folder)
         work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # what is timed, and what undoes it
-            "reading the file": (lambda: load_file(folder / state.WEIGHTS), lambda: None),
+            "reading the file": (lambda: load_file(folder / save_load.WEIGHTS), lambda: None),
             "load": (lambda: bank.load("second", folder), lambda: None),
             "check": (lambda: bank.check(["second"]), lambda: bank.remove("second")),
             "peft": (lambda: served.load_adapter(folder, "second"), lambda: served.delete_adapter("second")),
@@ -71,7 +71,7 @@ def main() -> None:
             for entry, (timed, undo) in work.items():
                 times[entry].append(milliseconds(timed))
                 undo()
-        size = (folder / state.WEIGHTS).stat().st_size
+        size = (folder / save_load.WEIGHTS).stat().st_size
     record = {
         "command": " ".join(["python scripts/bench_load.py", *args.overrides]),
         "git": git_state(),

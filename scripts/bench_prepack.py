@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
+from lowrank_cli.adapter.module_copy import copied
+from lowrank_cli.bench.decode_rows import quartiles
+from lowrank_cli.bench.shared_weights import Twin, crowds
 from lowrank_cli.config.composition import compose
 from lowrank_cli.models.prepack import prepack
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 from lowrank_cli.schema import BASE
-from lowrank_cli.stages.bench_rows import quartiles
-from lowrank_cli.stages.twins import Twin, copied, crowds
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowrank_cli import tasks
-from lowrank_cli.adapter.core import Adapter, inject
-from lowrank_cli.adapter.families import find_sites
+from lowrank_cli.adapter.adapted_model import Adapter, inject
+from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.config.composition import compose
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs.provenance import cpu_name, package_versions

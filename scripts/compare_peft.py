@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 
 from lowrank_cli.config.composition import compose
+from lowrank_cli.inference import session
 from lowrank_cli.methods.lora import LoRA
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.provenance import cpu_name, package_versions
-from lowrank_cli.stages import session, train
+from lowrank_cli.stages import train
 
 
 class PeftLoRA(LoRA):
@@ -28,8 +29,8 @@ class PeftLoRA(LoRA):
     def adapt(self, model):
         import peft
 
-        from lowrank_cli.adapter.core import Adapter
-        from lowrank_cli.adapter.families import find_sites, head_names
+        from lowrank_cli.adapter.adapted_model import Adapter
+        from lowrank_cli.adapter.target_sites import find_sites, head_names
 
         config = self.config
         adapter = Adapter(model, {})

@@ -22,9 +22,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lowrank_cli.calibration import store
+from lowrank_cli.calibration import statistics_files
 from lowrank_cli.config import compose
-from lowrank_cli.dispatch import single
+from lowrank_cli.launch import single_run
 from lowrank_cli.report import plots
 from lowrank_cli.report.statistics import sign_flip_test
 from lowrank_cli.runs import all_runs
@@ -53,7 +53,7 @@ class Suite:
         name = hashlib.sha256(" ".join([verb, *overrides, *self.common]).encode()).hexdigest()[:12]
         folder = self.outputs / name
         if not any(run.done for run in all_runs(folder)):
-            single.start(verb, [*overrides, *self.common, f"outputs={folder}"], None, command)
+            single_run.start(verb, [*overrides, *self.common, f"outputs={folder}"], None, command)
         (run,) = [run for run in all_runs(folder) if run.done]
         return run.path, command
 
@@ -67,7 +67,7 @@ class Suite:
         path, command = self.run("evaluate", fitted[0], f"method.calibration={calibration}", *overrides)
         rows = json.loads((path / "arrangements.json").read_text())
         values = [row["accuracy"] for row in rows]
-        shares = store.load(Path(fitted[0].removeprefix("run=")) / "statistics")[0]["0.shares"]
+        shares = statistics_files.load(Path(fitted[0].removeprefix("run=")) / "statistics")[0]["0.shares"]
         self.cells.append(
             {
                 "part": part,

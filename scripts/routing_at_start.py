@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lowrank_cli.adapter.choices import Choices
-from lowrank_cli.adapter.router import Router
+from lowrank_cli.adapter.routing.choice_stats import Choices
+from lowrank_cli.adapter.routing.router import Router
 from lowrank_cli.config.composition import compose
+from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.milora import PROMPTS
-from lowrank_cli.stages.session import Session, start
 
 OTHERS, SEEDS, ROWS = 24, 8, 8  #: prompts that are shown, seeds of the routers, prompts of a pass
 COLUMNS = ("largest_gate", "distinct_sets", "set_entropy")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from bench_score import spearman
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.config.composition import compose
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 from lowrank_cli.scoring import cost, kinds, modules

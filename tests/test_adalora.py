@@ -6,8 +6,8 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter import export, state
-from lowrank_cli.adapter.allocation import (
+from lowrank_cli.adapter.files import export, save_load
+from lowrank_cli.adapter.kinds.rank_values import (
     Importance,
     RankValues,
     cubic_budget,
@@ -17,8 +17,8 @@ from lowrank_cli.adapter.allocation import (
     silence,
 )
 from lowrank_cli.adapter.ranks import rebuild
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 
 MODULES = 14
@@ -162,7 +162,7 @@ def test_it_continues_bit_for_bit_before_and_after_the_decision(at):
     saved = {name: tensor.clone() for name, tensor in half.state().items()}
     resumed, third = fresh()
     rebuild(third, other.ranks(), "here")
-    state.assign(third, state.tensors(other), "here")
+    save_load.assign(third, save_load.tensors(other), "here")
     resumed.load_state(third, saved)
     small.train(resumed, third, range(at + 1, 11), 10)
     assert all(torch.equal(parameter, third.trained[name]) for name, parameter in adapter.trained.items())
@@ -189,7 +189,7 @@ def test_what_is_left_is_counted_and_drawn():
     assert adapter.count() == sum(rank * sizes[key] for key, rank in adapter.ranks().items())
     assert metrics["ranks"] == sum(map(sum, figure["values"])) == 4 * MODULES
     assert metrics["modules"] == len(adapter.modules)
-    assert state.peft_config(adapter) is None
+    assert save_load.peft_config(adapter) is None
 
 
 def test_what_is_left_is_exported_as_a_plain_lora_of_those_ranks():
@@ -218,7 +218,7 @@ def test_impossible_budgets_are_errors(settings, message):
 @pytest.mark.slow
 def test_only_adapters_within_the_budget_are_kept():
     quick = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1", "train.batch_size=4", "train.eval_every=1"]
-    single.start("train", ["method=adalora", "train.max_steps=5", "train.patience=1", *quick], None, "lrk train")
+    single_run.start("train", ["method=adalora", "train.max_steps=5", "train.patience=1", *quick], None, "lrk train")
     run = Run.open(Path("outputs/latest").resolve())
     evaluations = {row["step"]: "not_kept" in row for row in run.history() if "dev/loss" in row}
     assert [evaluations[step] for step in (1, 2, 3)] == [True, True, False]

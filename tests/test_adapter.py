@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.core import inject
-from lowrank_cli.adapter.families import ROLES, find_sites
+from lowrank_cli.adapter.adapted_model import inject
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
 from lowrank_cli.adapter.spans import index
+from lowrank_cli.adapter.target_sites import ROLES, find_sites
 from lowrank_cli.errors import UserError
 
 
@@ -311,12 +311,12 @@ def test_a_fixed_tensor_is_saved_and_never_trained():
     adapter = injected(fixed=["shift"])
     adapter.require_declared()
     assert not any(name.endswith("shift") for name in adapter.trained)
-    saved = state.tensors(adapter)
+    saved = save_load.tensors(adapter)
     assert sum(name.endswith("shift") for name in saved) == 2
     other = injected(fixed=["shift"])
     for name, tensor in saved.items():
         saved[name] = tensor + 1
-    state.assign(other, saved, "here")
+    save_load.assign(other, saved, "here")
     assert all(part.shift.tolist() == [1, 1] and not part.shift.requires_grad for part in other.modules.values())
 
 
@@ -325,11 +325,11 @@ def test_what_is_left_out_of_training_by_another_way_is_an_error_that_says_how()
     for part in adapter.modules.values():
         part.shift.requires_grad_(False)
     with pytest.raises(AssertionError, match=r"shift' .* takes no gradient; .* the kind's setting ``fixed``"):
-        state.tensors(adapter)
+        save_load.tensors(adapter)
     for key in undeclared.modules:
         del undeclared.trained[f"{key}.shift"]
     with pytest.raises(AssertionError, match=r"Shifted\.shift takes a gradient and is not to be trained; .*``fixed``"):
-        state.assign(undeclared, {}, "here")
+        save_load.assign(undeclared, {}, "here")
     with pytest.raises(AssertionError, match=r"Shifted declares no setting 'wide'"):
         injected(wide=3)
     with pytest.raises(AssertionError, match=r"Shifted declares no setting 'training'"):

@@ -11,10 +11,10 @@ import small
 import torch
 from test_ablation import dev_batch
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import rebuild
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.alora import lost, reallocated, told
 from lowrank_cli.runs import Run
 from lowrank_cli.scoring.kinds import Scores, score
@@ -250,7 +250,7 @@ def train(*overrides: str) -> Run:
         "method.settle=1",
     ]
     quick += ["method.first_epochs=1", "method.round_epochs=0.25"]
-    single.start("train", [*quick, *overrides], None, "lrk train")
+    single_run.start("train", [*quick, *overrides], None, "lrk train")
     return Run.open("outputs/latest")
 
 
@@ -260,7 +260,7 @@ def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved():
     rounds = [row for row in run.history() if "round" in row]
     assert [row["step"] for row in rounds] == [2, 3, 4, 5]
     assert all(sum(row["ranks"].values()) == 84 for row in rounds)
-    saved = json.loads((run.path / "adapter" / state.PROOF).read_text())["ranks"]
+    saved = json.loads((run.path / "adapter" / save_load.PROOF).read_text())["ranks"]
     assert saved == [row["ranks"] for row in rounds if row["step"] <= run.metrics["best_step"]][-1]
     assert [row["step"] for row in run.history() if row.get("not_kept")] == [1]
     assert {"ranks.png", "allocation.png"} <= {path.name for path in (run.path / "plots").iterdir()}

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.bank import Bank
-from lowrank_cli.adapter.export import as_lora, save_lora
-from lowrank_cli.adapter.grouped import group
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files.export import as_lora, save_lora
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.ranks import resize
-from lowrank_cli.adapter.tenant import saved_canary
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.adapter.tenants.grouped_update import group
+from lowrank_cli.adapter.tenants.tenant import saved_canary
 from lowrank_cli.errors import UserError
 
 EQUAL = {"atol": 1e-5, "rtol": 1e-5}
@@ -375,7 +375,7 @@ def test_saved_adapters_are_read_without_their_method(name, tmp_path):
         adapter = small.adapted("pissa")
         save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
     else:
-        state.save(adapter, tmp_path, {})
+        save_load.save(adapter, tmp_path, {})
     bank, ids = Bank(small.model()), small.ids(2)
     bank.load("it", tmp_path)
     assert not bank.check(["it"])
@@ -388,8 +388,8 @@ def test_canaries_prove_what_was_saved(tmp_path):
     for name in ("lora", "milora", "sora"):
         (tmp_path / name).mkdir()
         adapter = small.adapted(name)
-        state.save(adapter, tmp_path / name, {})
-        bank.add(name, adapter, saved_canary(tmp_path / name, state.read_proof(tmp_path / name), small.VOCABULARY))
+        save_load.save(adapter, tmp_path / name, {})
+        bank.add(name, adapter, saved_canary(tmp_path / name, save_load.read_proof(tmp_path / name), small.VOCABULARY))
     assert not bank.check(bank.names)
     bank._find("milora").routes.routers[1].projection.weight.data.neg_()
     a, _ = next(iter(bank._find("lora").updates.values()))
@@ -401,18 +401,18 @@ def test_canaries_prove_what_was_saved(tmp_path):
 def foreign_lora(adapter, folder):
     """A LoRA as the PEFT library writes it: without our proof."""
     save_lora(adapter, as_lora(adapter, None)[0], folder)
-    (folder / state.PROOF).unlink()
+    (folder / save_load.PROOF).unlink()
 
 
 def test_altered_weights_of_an_export_and_numbers_that_are_none_are_refused(tmp_path):
     adapter = small.adapted("lora")
     save_lora(adapter, as_lora(adapter, None)[0], tmp_path)
-    tensors = load_file(tmp_path / state.WEIGHTS)
+    tensors = load_file(tmp_path / save_load.WEIGHTS)
     next(iter(tensors.values())).fill_(float("nan"))
-    save_file(tensors, tmp_path / state.WEIGHTS)
+    save_file(tensors, tmp_path / save_load.WEIGHTS)
     with pytest.raises(UserError, match="was truncated or altered"):
         Bank(small.model()).load("it", tmp_path)
-    (tmp_path / state.PROOF).unlink()
+    (tmp_path / save_load.PROOF).unlink()
     with pytest.raises(UserError, match=r"the factors of '.*' hold NaN or infinity"):
         Bank(small.model()).load("it", tmp_path)
 
@@ -428,7 +428,7 @@ def test_what_the_library_writes_for_a_plain_lora_is_read(start, tmp_path):
     usual |= dict.fromkeys(["use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"], False)
     usual |= {"peft_version": "0.21.2", "megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}}
     usual |= {"init_lora_weights": start, "eva_config": {"rho": 2.0} if start == "eva" else None}
-    config = tmp_path / state.CONFIG
+    config = tmp_path / save_load.CONFIG
     config.write_text(json.dumps(usual | json.loads(config.read_text())))
     bank, ids = Bank(small.model()), small.ids(1)
     bank.load("it", tmp_path)
@@ -454,7 +454,7 @@ def test_what_the_library_writes_for_a_plain_lora_is_read(start, tmp_path):
 )
 def test_other_adapters_of_the_library_are_refused(change, message, tmp_path):
     adapter = small.adapted("lora")
-    config = tmp_path / state.CONFIG
+    config = tmp_path / save_load.CONFIG
     foreign_lora(adapter, tmp_path)
     text = config.read_text()
     config.write_text(json.dumps(json.loads(text) | change))

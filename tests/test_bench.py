@@ -16,17 +16,19 @@ from command import lrk, one_line  # noqa: F401 (a fixture)
 from torch import nn
 
 from lowrank_cli import methods
+from lowrank_cli.bench import train_step
+from lowrank_cli.bench.decode_rows import Sample, ratio
+from lowrank_cli.bench.rounds import in_turns
+from lowrank_cli.bench.shared_weights import Twin, crowds, twins
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.inference import progress
+from lowrank_cli.launch import single_run
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PEFTS, SHAPES, BenchConfig, HardwareConfig, ModelConfig
-from lowrank_cli.stages import bench, bench_train, progress
-from lowrank_cli.stages.bench_rounds import in_turns
-from lowrank_cli.stages.bench_rows import Sample, ratio
-from lowrank_cli.stages.twins import Twin, crowds, twins
+from lowrank_cli.stages import bench
 
 SHAPE = "2x32x48x4"
 TINY = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
@@ -34,7 +36,7 @@ ENTRIES = ["base", "lora", "milora k=3", "milora k=1"]
 
 
 def measured(*overrides: str) -> Run:
-    single.start("bench", [*TINY, *overrides], None, "lrk bench decode")
+    single_run.start("bench", [*TINY, *overrides], None, "lrk bench decode")
     return Run.open("outputs/latest")
 
 
@@ -234,7 +236,7 @@ def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
     run = Run.open(Path("outputs/latest").resolve())
     assert run.info["status"] == "interrupted"
     monkeypatch.setattr(bench, "generate", generate)
-    single.resume("bench", str(run.path))
+    single_run.resume("bench", str(run.path))
     assert [row["method"] for row in Run.open(run.path).read_json("bench.json")["rows"]] == ["base", "milora k=1"]
 
 
@@ -343,10 +345,10 @@ def test_a_training_step_reaches_every_trained_tensor_and_leaves_the_model_as_it
     for name, twin in models.items():
         before = {key: parameter.clone() for key, parameter in twin.model.named_parameters()}
         twin.model.train()
-        bench_train.loss(twin, batch).backward()
+        train_step.loss(twin, batch).backward()
         if twin.adapter is not None:
             assert all(parameter.grad is not None for parameter in twin.adapter.trained.values()), name
-        bench_train.timed(twin, batch)
+        train_step.timed(twin, batch)
         assert all(parameter.grad is None for parameter in twin.model.parameters())
         assert all(torch.equal(parameter, before[key]) for key, parameter in twin.model.named_parameters())
 
@@ -358,7 +360,7 @@ def test_the_losses_of_a_step_are_one():
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["labels"][:, :4] = -100
     with models["peft"].model.disable_adapter():
-        torch.testing.assert_close(bench_train.loss(models["base"], batch), bench_train.loss(models["peft"], batch))
+        torch.testing.assert_close(train_step.loss(models["base"], batch), train_step.loss(models["peft"], batch))
 
 
 def test_steps_on_a_tasks_examples(lrk):  # noqa: F811
@@ -383,13 +385,13 @@ def test_the_batch_is_the_one_of_the_length_that_is_asked_for():
     lengths = []
     for asked in (1, 1000):
         composed.config.bench.prompt_length = asked
-        batch = bench_train.batch_of(composed.config, 0, tokenizer)
+        batch = train_step.batch_of(composed.config, 0, tokenizer)
         assert batch["input_ids"].shape[0] == 4
         lengths.append(batch["input_ids"].shape[1])
     assert lengths[0] < lengths[1]
     composed.config.bench.batch_size = 301
     with pytest.raises(UserError, match=r"bench\.batch_size: 301, but task=tiny_sentiment has 300 examples"):
-        bench_train.batch_of(composed.config, 0, tokenizer)
+        train_step.batch_of(composed.config, 0, tokenizer)
 
 
 def test_a_loss_of_another_package_is_left_out_where_it_is_not_to_be_had(lrk, monkeypatch):  # noqa: F811

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from command import ROOT, lrk, one_line  # noqa: F401 (a fixture)
 
+from lowrank_cli.bench.vllm import Worker, engine_settings
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 from lowrank_cli.stages import bench
-from lowrank_cli.stages.bench_vllm import Worker, engine_settings
 
 FAKES = Path(__file__).parent / "fakes"
 TINY = ["model.shape=2x32x48x4", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
@@ -131,6 +131,6 @@ def test_a_run_that_names_a_program_is_not_resumed(monkeypatch):
     monkeypatch.setattr(bench, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     words = [*TINY, "bench.measure=decode", "bench.methods=[base]", "bench.vllm=x"]
     with pytest.raises(Exception, match=r"lrk bench --resume"):
-        single.start("bench", words, None, "lrk bench decode")
+        single_run.start("bench", words, None, "lrk bench decode")
     with pytest.raises(UserError, match=r"would start the program bench\.vllm=x; start it anew$"):
-        single.resume("bench", str(Path("outputs/latest").resolve()))
+        single_run.resume("bench", str(Path("outputs/latest").resolve()))

@@ -10,12 +10,12 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.calibration import contextual, prototypes, store
+from lowrank_cli.calibration import contextual, prototypes, statistics_files
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax, offsets, prior, statistics, together
-from lowrank_cli.calibration.processor import AnswerProcessor
+from lowrank_cli.calibration.logits_processor import AnswerProcessor
 from lowrank_cli.errors import UserError
-from lowrank_cli.stages.candidates import Prefix, candidate_scores, common_prefix
+from lowrank_cli.inference.choice_scores import Prefix, candidate_scores, common_prefix
 from lowrank_cli.tasks.encode import collate_prompts
 
 #: Answers that share first tokens, differ in length, or are one token.
@@ -214,18 +214,20 @@ ABOUT = {
 
 def test_statistics_come_back_as_they_were_saved(tmp_path):
     tensors = {"mean": torch.randn(4), "factor": torch.randn(3, 4)}
-    store.save(tmp_path, tensors, ABOUT)
-    loaded, about = store.load(tmp_path)
+    statistics_files.save(tmp_path, tensors, ABOUT)
+    loaded, about = statistics_files.load(tmp_path)
     assert about["task"] == "t" and loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing", "json", "format", "answers"])
 def test_damaged_statistics_are_refused(tmp_path, damage):
-    store.save(tmp_path, {"mean": torch.zeros(4)}, ABOUT)
-    about = tmp_path / store.ABOUT
+    statistics_files.save(tmp_path, {"mean": torch.zeros(4)}, ABOUT)
+    about = tmp_path / statistics_files.ABOUT
     if damage == "altered":
-        (tmp_path / store.TENSORS).write_bytes((tmp_path / store.TENSORS).read_bytes()[:-1] + b"x")
+        (tmp_path / statistics_files.TENSORS).write_bytes(
+            (tmp_path / statistics_files.TENSORS).read_bytes()[:-1] + b"x"
+        )
     elif damage == "missing":
         about.unlink()
     elif damage == "json":
@@ -242,7 +244,7 @@ def test_damaged_statistics_are_refused(tmp_path, damage):
         "format": "format 9",
     }
     with pytest.raises(UserError, match=words[damage]):
-        store.load(tmp_path)
+        statistics_files.load(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- in generate

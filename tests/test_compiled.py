@@ -8,10 +8,10 @@ import small
 import torch
 from torch._dynamo.utils import counters
 
-from lowrank_cli.adapter.compiled import compile_layers, require_compiler
-from lowrank_cli.adapter.recompute import recompute
-from lowrank_cli.dispatch import single
+from lowrank_cli.adapter.training.compiled import compile_layers, require_compiler
+from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.protocol import AddsLoss
 from lowrank_cli.runs import Run
 
@@ -88,7 +88,7 @@ def test_a_run_trains_with_generated_code_as_without():
     quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
     runs = []
     for value in ("false", "true"):
-        single.start("train", [*quick, "method=lora", f"hardware.compile={value}"], None, "lrk train")
+        single_run.start("train", [*quick, "method=lora", f"hardware.compile={value}"], None, "lrk train")
         runs.append(Run.open(Path("outputs/latest").resolve()))
     assert counters["frames"]["ok"]
     assert runs[1].metrics["dev/loss"] == pytest.approx(runs[0].metrics["dev/loss"], rel=1e-5)
@@ -105,6 +105,6 @@ def test_it_does_not_go_with_the_feed_forward_s_own_way():
     with pytest.raises(
         UserError, match=r"hardware\.gradient_checkpointing: feed_forward is for hardware\.compile=false"
     ):
-        single.start(
+        single_run.start(
             "train", ["hardware.compile=true", "hardware.gradient_checkpointing=feed_forward"], None, "lrk train"
         )

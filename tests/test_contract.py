@@ -12,12 +12,12 @@ import yaml
 from test_ablation import dev_batch
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.config.composition import Source, compose
-from lowrank_cli.dispatch import single
-from lowrank_cli.dispatch.stage import check
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.launch import single_run
+from lowrank_cli.launch.stage import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.cut import usual
@@ -76,9 +76,9 @@ def test_a_fresh_adapter_is_exactly_the_bare_model(name, family):
 @pytest.mark.parametrize("name", small.TRAINABLE)
 def test_saving_and_loading_is_exact(name, tmp_path):
     adapter = adapted(name, trained=True)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     fresh = adapted(name, seed=4)
-    state.load(fresh, tmp_path)
+    save_load.load(fresh, tmp_path)
     assert torch.equal(fresh.model(input_ids=small.ids()).logits, adapter.model(input_ids=small.ids()).logits)
 
 
@@ -180,8 +180,8 @@ def test_weights_in_4_bits_are_planned_or_refused_in_one_line(name, lrk):
 def test_the_peft_library_loads_what_is_said_to_load_there(name, family, tmp_path):
     peft = pytest.importorskip("peft")
     adapter = adapted(name, family, trained=True)
-    state.save(adapter, tmp_path, {})
-    if not (tmp_path / state.CONFIG).exists():
+    save_load.save(adapter, tmp_path, {})
+    if not (tmp_path / save_load.CONFIG).exists():
         with pytest.raises(ValueError, match="Can't find"):
             peft.PeftModel.from_pretrained(small.model(family), tmp_path)
         return
@@ -216,12 +216,12 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
 def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
     cheap = [f"method.{key}={value}" for key, value in CHEAP.items() if hasattr(small.config(name), key)]
     overrides = [*QUICK, f"method={name}", *cheap]
-    single.start("train", overrides, None, "lrk train")
+    single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
-    single.start("evaluate", [f"run={whole.path}"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={whole.path}"], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == whole.metrics["test/accuracy"]
     assert whole.metrics["trainable_parameters"] >= whole.metrics["activated_parameters"] > 0
-    before = state.load_file(whole.path / "adapter" / state.WEIGHTS)
+    before = save_load.load_file(whole.path / "adapter" / save_load.WEIGHTS)
 
     take_step = Trainer._step
 
@@ -233,17 +233,17 @@ def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", failing)
         with pytest.raises(WorkFailed, match="power"):
-            single.start("train", overrides, None, "lrk train")
+            single_run.start("train", overrides, None, "lrk train")
     broken = Run.open(Path("outputs/latest").resolve())
-    single.resume("train", str(broken.path))
+    single_run.resume("train", str(broken.path))
     assert history(Run.open(broken.path)) == history(whole)
-    after = state.load_file(broken.path / "adapter" / state.WEIGHTS)
+    after = save_load.load_file(broken.path / "adapter" / save_load.WEIGHTS)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes(name):
-    parts = single.preview("run", [f"recipe={name}"], None)
+    parts = single_run.preview("run", [f"recipe={name}"], None)
     assert parts
     assert (CONF / "recipe" / f"{name}.yaml").read_text().startswith("# ")
 
@@ -251,11 +251,11 @@ def test_every_recipe_composes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_of_the_bundled_model_runs(name):
-    parts = single.preview("run", [f"recipe={name}"], None)
+    parts = single_run.preview("run", [f"recipe={name}"], None)
     if not all(composed.config.model.bundled for _, composed in parts):
         pytest.skip("needs a pretrained checkpoint from the Hub")
     quick = ["task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=1"]
-    single.start("run", [f"recipe={name}", *quick], None, "lrk run")
+    single_run.start("run", [f"recipe={name}", *quick], None, "lrk run")
     stages = [Run.open(path.parent) for path in sorted(Path("outputs/latest").glob("*/run.json"))]
     assert len(stages) == len(parts)
     assert all(run.done for run in stages)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.decomposed import Decomposed
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.kinds.dora import Decomposed
 from lowrank_cli.adapter.linear import AdaptedLinear
 
 IN, OUT, RANK, ALPHA = 6, 5, 3, 4.0
@@ -209,13 +209,13 @@ def test_bf16_computes_close_to_fp32_with_gradients_in_fp32(family, autocast):
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_saving_and_loading_is_exact_and_says_whether_peft_can_read_it(tmp_path, family):
     adapter = small.adapted("dora", family)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     fresh = small.adapted("dora", family, trained=False)
-    state.load(fresh, tmp_path)
+    save_load.load(fresh, tmp_path)
     assert torch.equal(fresh.model(input_ids=small.ids()).logits, adapter.model(input_ids=small.ids()).logits)
-    assert (tmp_path / state.CONFIG).exists() == (family != "gpt2")
+    assert (tmp_path / save_load.CONFIG).exists() == (family != "gpt2")
     if family != "gpt2":
-        assert json.loads((tmp_path / state.CONFIG).read_text())["use_dora"] is True
+        assert json.loads((tmp_path / save_load.CONFIG).read_text())["use_dora"] is True
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_saving_and_loading_is_exact_and_says_whether_peft_can_read_it(tmp_path,
 def test_the_peft_library_loads_it_with_equal_logits_and_gradients(tmp_path, family):
     peft = pytest.importorskip("peft")
     adapter = small.adapted("dora", family)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     theirs = peft.PeftModel.from_pretrained(small.model(family), tmp_path, is_trainable=True).eval()
     ids = small.ids()
     expected, logits = theirs(input_ids=ids).logits, adapter.model(input_ids=ids).logits

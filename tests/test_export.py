@@ -9,7 +9,7 @@ import transformers
 from test_lelora import moved
 
 from lowrank_cli import methods
-from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged, truncate
+from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged, truncate
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 

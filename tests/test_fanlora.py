@@ -16,19 +16,19 @@ from test_ablation import dev_batch, naive, plain
 from torch.nn import functional as F
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.inference import selection
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.fanlora import BUNDLED
-from lowrank_cli.report.settings import learned
+from lowrank_cli.report.selections import learned
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.modules import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
-from lowrank_cli.scoring.setting import Setting, choose, read, text
-from lowrank_cli.stages import setting
+from lowrank_cli.scoring.selection import Setting, choose, read, text
 from lowrank_cli.stages.score import measure
 
 FAMILIES = ("llama", "gpt2", "opt", "bert", "llama_classifier")
@@ -196,7 +196,7 @@ def test_a_score_that_is_no_number_ends_the_work():
 
 def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
     adapter, batch = trained(), dev_batch("llama")
-    cut = setting.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep=3), adapter, 0.1)
+    cut = selection.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep=3), adapter, 0.1)
     found = score("mixed", adapter, Probe(batch, 150), 0, cut)
     exact, cheap = scored("ablation", adapter, batch), scored("taylor", adapter, batch)
     for layer in range(2):
@@ -205,7 +205,7 @@ def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
         assert near == order[3:5]  # of seven the fourth is the last that goes
         assert [found.values[key][0] for key in near] == pytest.approx([exact[key] for key in near], abs=1e-6)
         assert max(found.values[key][0] for key in order[:3]) <= min(found.values[key][0] for key in near)
-    whole = setting.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep_total=5), adapter, 0.5)
+    whole = selection.cut(PruneConfig(drop=None, budget=None, per_layer=None, keep_total=5), adapter, 0.5)
     assert whole == Cut(0.5, [(list(adapter.modules), 9)])
     every = score("mixed", adapter, Probe(batch, 150), 0, usual(adapter, "module", 1.0))
     assert [value for (value,) in every.values.values()] == pytest.approx(list(exact.values()), abs=1e-6)
@@ -260,9 +260,9 @@ def test_where_layers_have_unlike_many_modules_some_must_go():
     assert kept(uneven, keep=1, per_layer=False) == {"0": "QVO", "1": "", "2": ""}
     with pytest.raises(UserError, match=r"prune.keep: 2 is out of range \(allowed: 1 to 1; 3 layers have 6 modules\)"):
         kept(uneven, keep=2, per_layer=False)
-    single = {place: score for place, score in SCORES.items() if place[1] == "Q"}
+    single_run = {place: score for place, score in SCORES.items() if place[1] == "Q"}
     with pytest.raises(UserError, match=r"prune.keep: 1 is out of range \(none can be taken out; a layer has 1 mod"):
-        kept(single, keep=1)
+        kept(single_run, keep=1)
 
 
 def test_the_bundled_setting_is_what_its_scores_say():
@@ -349,9 +349,9 @@ def test_a_file_that_is_no_setting_is_refused(text, message):
 
 
 def test_what_is_written_is_read_again():
-    setting = Setting("mine", {"0": ["Q", "V"], "1": []})
-    found = text(setting, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"})
-    assert read(write(found)) == setting
+    selection = Setting("mine", {"0": ["Q", "V"], "1": []})
+    found = text(selection, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"})
+    assert read(write(found)) == selection
     assert "  0: [Q, V]\n  1: []\n" in found and "  0: {Q: 0.25, V: -1e-09}\n" in found
 
 
@@ -376,7 +376,7 @@ def test_the_configuration_holds_the_modules_of_the_file():
 def test_the_peft_library_loads_it_as_it_is(family, tmp_path):
     peft = pytest.importorskip("peft")
     adapter = small.adapted("fanlora", family, layers={"0": ["Q", "U"], "1": ["D"]})
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
     ids = small.ids()
     torch.testing.assert_close(model(input_ids=ids).logits, adapter.model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
@@ -387,7 +387,7 @@ TRAIN = ["train.max_steps=2", "train.batch_size=8", "train.eval_every=2", "train
 
 
 def lrk_run(verb, *overrides):
-    single.start(verb, list(overrides), None, f"lrk {verb}")
+    single_run.start(verb, list(overrides), None, f"lrk {verb}")
     return Run.open(Path("outputs/latest").resolve())
 
 
@@ -418,10 +418,10 @@ def test_train_score_prune_and_train_another_task(capsys):
         r"lrk train method=fanlora method.setting=\S+ model=llama\n", out
     )
 
-    setting = shutil.copy(pruned.path / "setting.yaml", "found.yaml")
-    trained = lrk_run("train", "method=fanlora", f"method.setting={setting}", "task=tiny_yesno", *QUICK, *TRAIN)
+    selection = shutil.copy(pruned.path / "setting.yaml", "found.yaml")
+    trained = lrk_run("train", "method=fanlora", f"method.setting={selection}", "task=tiny_yesno", *QUICK, *TRAIN)
     assert trained.metrics["modules"] == 12
-    Path(setting).unlink()  # the run holds its modules
+    Path(selection).unlink()  # the run holds its modules
     again = lrk_run("evaluate", f"run={trained.path}")
     assert again.metrics["test/accuracy"] == trained.metrics["test/accuracy"]
     Path("other.yaml").write_text("layers: {all: [V]}")
@@ -442,10 +442,10 @@ def test_a_setting_in_one_command_and_its_controls():
     for seed in (1, 1, 2):
         controls = ["score.kind=random", f"seed={seed}", "prune.keep_total=9", "name=control"]
         run = lrk_run("prune", f"run={trained.path}", *controls)
-        setting = yaml.safe_load((run.path / "setting.yaml").read_text())
-        layers.append(setting["layers"])
-        assert (setting["name"], setting["kind"]) == ("control", "random")
-        assert sum(map(len, setting["layers"].values())) == 9 and all(setting["layers"].values())
+        selection = yaml.safe_load((run.path / "setting.yaml").read_text())
+        layers.append(selection["layers"])
+        assert (selection["name"], selection["kind"]) == ("control", "random")
+        assert sum(map(len, selection["layers"].values())) == 9 and all(selection["layers"].values())
     assert layers[0] == layers[1] != layers[2]
 
 
@@ -456,8 +456,8 @@ def test_a_setting_names_the_layers_that_keep_nothing():
     again = lrk_run("prune", f"run={few.path}", "score.kind=random", "prune.keep_total=2", "prune.per_layer=false")
     layers = read(again.path / "setting.yaml").layers
     assert list(layers) == list("012345") and sorted(map(len, layers.values())) == [0, 0, 0, 0, 1, 1]
-    setting = f"method.setting={again.path / 'setting.yaml'}"
-    trained = lrk_run("train", "method=fanlora", setting, "task=tiny_yesno", *QUICK, *TRAIN, "method.rank=1")
+    selection = f"method.setting={again.path / 'setting.yaml'}"
+    trained = lrk_run("train", "method=fanlora", selection, "task=tiny_yesno", *QUICK, *TRAIN, "method.rank=1")
     assert trained.metrics["modules"] == 2
 
 

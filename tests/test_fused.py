@@ -5,8 +5,8 @@ import small
 import torch
 from torch.nn import functional as F
 
-from lowrank_cli.adapter import fused
-from lowrank_cli.adapter.fused import STEPS, FusedLinears, kept_by_dropout
+from lowrank_cli.adapter import fused_autograd
+from lowrank_cli.adapter.fused_autograd import STEPS, FusedLinears, kept_by_dropout
 from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
 from lowrank_cli.adapter.spans import Span
 
@@ -186,8 +186,8 @@ def test_a_frozen_bias_whose_gradient_is_asked_for_gets_it():
 def test_siblings_share_one_dropout_mask_and_keep_no_dropped_input(monkeypatch):
     (query, key, value), x = siblings(dropout=0.5)
     masks = []
-    draw = fused.kept_by_dropout
-    monkeypatch.setattr(fused, "kept_by_dropout", lambda *args: masks.append(draw(*args)) or masks[-1])
+    draw = fused_autograd.kept_by_dropout
+    monkeypatch.setattr(fused_autograd, "kept_by_dropout", lambda *args: masks.append(draw(*args)) or masks[-1])
     found = [linear.train()(x) for linear in (query, key, value)]
     ((mask, kept),) = masks
     for linear, y in zip((query, key, value), found, strict=True):

@@ -12,12 +12,12 @@ from command import lrk, one_line  # noqa: F401 (a fixture)
 from transformers import TextStreamer
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import stage
+from lowrank_cli.launch import stage
 from lowrank_cli.models.load import load
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.requests import read_requests
+from lowrank_cli.runs.prompt_file import read_requests
 from lowrank_cli.stages.generate import Writer
 
 QUICK = ["hardware.threads=1", "generate.max_new_tokens=6"]
@@ -37,7 +37,7 @@ def adapted(name: str, seed: int, *, task: str = "tiny_instruct") -> Path:
         for parameter in adapter.trained.values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     run.file("adapter").mkdir()
-    state.save(adapter, run.path / "adapter", {})
+    save_load.save(adapter, run.path / "adapter", {})
     run.finish({})
     return run.path
 
@@ -105,7 +105,7 @@ def test_adapters_answer_under_autocast(lrk):  # noqa: F811
 def test_a_line_that_fails_leaves_the_others_alone(lrk):  # noqa: F811
     lora, dora = str(adapted("lora", 1)), str(adapted("dora", 2))
     other = adapted("lora", 3)
-    damaged = other / "adapter" / state.WEIGHTS
+    damaged = other / "adapter" / save_load.WEIGHTS
     damaged.write_bytes(damaged.read_bytes()[:-1])
     lines = [
         ({"tenant": lora, "prompt": PROMPTS[0]}, None),
@@ -161,7 +161,7 @@ def test_answers_do_not_go_into_a_folder(lrk):  # noqa: F811
 
 def test_a_batch_that_does_not_fit_is_answered_line_by_line(lrk):  # noqa: F811
     runs = [str(adapted("lora", seed)) for seed in range(3)]
-    size = sum(t.numel() * 4 for t in state.read_tensors(Path(runs[0]) / "adapter" / state.WEIGHTS).values())
+    size = sum(t.numel() * 4 for t in save_load.read_tensors(Path(runs[0]) / "adapter" / save_load.WEIGHTS).values())
     file = asked(*[{"tenant": run, "prompt": PROMPTS[0]} for run in runs])
     plain = lrk("generate", "--tenants", file, *QUICK)
     tight = lrk("generate", "--tenants", file, *QUICK, f"generate.max_bytes={size}")

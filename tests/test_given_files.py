@@ -19,18 +19,19 @@ from safetensors.torch import load_file, save_file
 from small import adapted
 
 from lowrank_cli import reader
-from lowrank_cli.adapter import state, tenant
-from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.adapter.adapted_model import fingerprint
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.tenants import tenant
 from lowrank_cli.config import composition, sweep
 from lowrank_cli.errors import UserError, escaped
+from lowrank_cli.inference import checkpoint
+from lowrank_cli.inference.session import foundation, method_of
 from lowrank_cli.reader import MAX_DEPTH, read_json, read_json_lines, read_yaml
 from lowrank_cli.report import plots, tables
 from lowrank_cli.runs import Run, child, scan
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.runs.requests import read_requests
-from lowrank_cli.stages import checkpoint
+from lowrank_cli.runs.prompt_file import read_requests
 from lowrank_cli.stages.evaluate import check_template
-from lowrank_cli.stages.session import foundation, method_of
 from lowrank_cli.tasks.sources import read_jsonl
 from lowrank_cli.terminal import Terminal
 
@@ -587,13 +588,13 @@ def saved():
     """A model with an adapter, and the folder that it was saved in."""
     adapter, folder = adapted(), Path("adapter")
     folder.mkdir()
-    state.save(adapter, folder, {"task": "a", "template_hash": "b"})
+    save_load.save(adapter, folder, {"task": "a", "template_hash": "b"})
     return adapter, folder
 
 
 def alter(folder: Path, **changes) -> None:
-    proof = json.loads((folder / state.PROOF).read_text())
-    (folder / state.PROOF).write_text(json.dumps(proof | changes))
+    proof = json.loads((folder / save_load.PROOF).read_text())
+    (folder / save_load.PROOF).write_text(json.dumps(proof | changes))
 
 
 PROOFS = {
@@ -612,7 +613,7 @@ def test_wrong_values_of_a_proof(saved, key):
     value, message = PROOFS[key]
     alter(folder, **{key: value})
     with pytest.raises(UserError) as error:
-        state.load(adapter, folder)
+        save_load.load(adapter, folder)
     assert said(error) == f"adapter/lrk.json: {message}" or said(error).startswith(f"adapter/lrk.json: {message}")
 
 
@@ -638,12 +639,14 @@ def test_what_a_proof_says_of_the_task(saved):
 )  # fmt: skip
 def test_canaries_of_the_wrong_kind(saved, change, message):
     adapter, folder = saved
-    tensors = {key: value for key, value in (load_file(folder / state.CANARY) | change).items() if value is not None}
-    save_file(tensors, folder / state.CANARY)
-    files = json.loads((folder / state.PROOF).read_text())["files"]
-    alter(folder, files=files | {state.CANARY: state.sha256(folder / state.CANARY)})
+    tensors = {
+        key: value for key, value in (load_file(folder / save_load.CANARY) | change).items() if value is not None
+    }
+    save_file(tensors, folder / save_load.CANARY)
+    files = json.loads((folder / save_load.PROOF).read_text())["files"]
+    alter(folder, files=files | {save_load.CANARY: save_load.sha256(folder / save_load.CANARY)})
     with pytest.raises(UserError, match=message):
-        state.load(adapter, folder)
+        save_load.load(adapter, folder)
 
 
 PEFT = [
@@ -670,9 +673,9 @@ def foreign(saved, **changes) -> tuple:
     adapter, folder = saved
     other = Path("foreign")
     other.mkdir()
-    shutil.copy(folder / state.WEIGHTS, other)
-    config = json.loads((folder / state.CONFIG).read_text())
-    (other / state.CONFIG).write_text(json.dumps(config | changes))
+    shutil.copy(folder / save_load.WEIGHTS, other)
+    config = json.loads((folder / save_load.CONFIG).read_text())
+    (other / save_load.CONFIG).write_text(json.dumps(config | changes))
     return adapter.model, other
 
 
@@ -698,8 +701,8 @@ def test_patterns_that_name_modules_are_read(saved, pattern):
 def foreign_plain(folder: Path) -> Path:
     other = folder.with_name("plain")
     shutil.copytree(folder, other)
-    config = json.loads((other / state.CONFIG).read_text())
-    (other / state.CONFIG).write_text(json.dumps(config | {"alpha_pattern": {}, "rank_pattern": {}}))
+    config = json.loads((other / save_load.CONFIG).read_text())
+    (other / save_load.CONFIG).write_text(json.dumps(config | {"alpha_pattern": {}, "rank_pattern": {}}))
     return other
 
 
@@ -774,11 +777,11 @@ def test_files_of_a_checkpoint_of_the_wrong_kind(kept, name):
     files = json.loads((folder / "state.json").read_text())["files"]
     if name != "method":  # a method that keeps nothing reads nothing
         save_file({"0.cpu": torch.zeros(3), "9.x": torch.zeros(2)}, file)
-        rewrite(folder, files=files | {file.name: state.sha256(file)})
+        rewrite(folder, files=files | {file.name: save_load.sha256(file)})
         with pytest.raises(UserError, match=str(folder)):
             load()
         file.write_text("no tensors")
-        rewrite(folder, files=files | {file.name: state.sha256(file)})
+        rewrite(folder, files=files | {file.name: save_load.sha256(file)})
         with pytest.raises(UserError, match="cannot be read as safetensors"):
             load()
     file.unlink()

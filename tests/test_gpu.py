@@ -7,8 +7,8 @@ import small
 import torch
 from test_grouped import compare
 
-from lowrank_cli.adapter.bank import Bank
-from lowrank_cli.dispatch import single
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 
 pytestmark = [
@@ -57,9 +57,9 @@ def test_each_row_of_a_bank_has_the_logits_of_its_adapter_alone(dtype, tolerance
 def test_a_4bit_run_trains_and_is_evaluated():
     pytest.importorskip("bitsandbytes")
     quick = ["hardware=gpu_4bit", "task=tiny_sentiment", "task.limit=32", "train.max_steps=4", "train.batch_size=8"]
-    single.start("train", ["method=dora", *quick], None, "lrk train")
+    single_run.start("train", ["method=dora", *quick], None, "lrk train")
     run = Run.open(Path("outputs/latest").resolve())
-    single.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
 
 
@@ -70,9 +70,9 @@ def test_a_4bit_run_trains_and_is_evaluated():
 )
 def test_a_bf16_run_on_the_gpu_trains_and_is_evaluated(method):
     quick = ["hardware=gpu", "task=tiny_sentiment", "task.limit=32", "train.max_steps=4", "train.batch_size=8"]
-    single.start("train", [*method, *quick], None, "lrk train")
+    single_run.start("train", [*method, *quick], None, "lrk train")
     run = Run.open(Path("outputs/latest").resolve())
-    single.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={run.path}"], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
     assert run.info["device_memory_bytes"] > 0
     assert run.info["device"] == torch.cuda.get_device_name()

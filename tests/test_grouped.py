@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lowrank_cli.adapter.grouped import GroupedUpdate, group, stacked, update_kind
 from lowrank_cli.adapter.spans import Span
+from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group, stacked, update_kind
 
 INPUTS, OUTPUTS = 150, 140  # no multiples of a tile
 RANKS = 64  # of one product of the kernels

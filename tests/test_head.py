@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_cli.adapter import head
-from lowrank_cli.adapter.head import answers_at, headless
-from lowrank_cli.adapter.recompute import recompute
+from lowrank_cli.adapter import lm_head
+from lowrank_cli.adapter.lm_head import answers_at, headless
+from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
 
 #: Families whose forward does something to the head's input or output.
@@ -47,7 +47,7 @@ INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 @pytest.fixture(autouse=True, params=[5, 10_000], ids=["chunks", "one chunk"])
 def chunk(request, monkeypatch):
     """Positions of a chunk."""
-    monkeypatch.setattr(head, "LOGITS", request.param * small.VOCABULARY)
+    monkeypatch.setattr(lm_head, "LOGITS", request.param * small.VOCABULARY)
 
 
 def made(family: str) -> transformers.PreTrainedModel:
@@ -179,7 +179,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("trained", ["adapter", "head"])
 def test_no_tensor_is_larger_than_a_chunk(trained, monkeypatch):
     vocabulary, chunk = 5000, 4
-    monkeypatch.setattr(head, "LOGITS", chunk * vocabulary)
+    monkeypatch.setattr(lm_head, "LOGITS", chunk * vocabulary)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**GATED | {"vocab_size": vocabulary, "hidden_size": 4, "head_dim": 4})
     )

@@ -11,16 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cli import config, tasks
-from lowrank_cli.calibration import store
-from lowrank_cli.calibration.processor import AnswerProcessor
-from lowrank_cli.dispatch import single
+from lowrank_cli.calibration import statistics_files
+from lowrank_cli.calibration.logits_processor import AnswerProcessor
 from lowrank_cli.errors import UserError
+from lowrank_cli.icl import arrangement_stats, demonstrations
+from lowrank_cli.icl.demonstrations import Arrangement
+from lowrank_cli.inference import choice_scores
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.idaicl import IDAICL
 from lowrank_cli.methods.protocol import Plan
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
-from lowrank_cli.stages import candidates, demonstrations, spread
-from lowrank_cli.stages.demonstrations import Arrangement
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 
@@ -30,7 +31,7 @@ PLAIN = ["method.strength=0", "method.tau=0"]
 
 
 def lrk(verb: str, *overrides: str, outputs="outputs") -> Run:
-    single.start(verb, [*overrides, f"outputs={outputs}"], None, f"lrk {verb}")
+    single_run.start(verb, [*overrides, f"outputs={outputs}"], None, f"lrk {verb}")
     return Run.open(Run.open(Path(outputs) / "latest").path.absolute())
 
 
@@ -56,13 +57,13 @@ def hidden(rows: list[list[int]]) -> torch.Tensor:
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[list[Example], list[str]]]:
     """What is scored behind each arrangement: examples and their prompts."""
-    seen, scores = [], candidates.choice_scores
+    seen, scores = [], choice_scores.choice_scores
 
     def watching(session, examples, prompts, shots, **more):
         seen.append((examples, prompts))
         return scores(session, examples, prompts, shots, **more)
 
-    monkeypatch.setattr("lowrank_cli.stages.asked.choice_scores", watching)
+    monkeypatch.setattr("lowrank_cli.icl.queries.choice_scores", watching)
     return seen
 
 
@@ -81,7 +82,7 @@ def fitted(tmp_path_factory) -> Run:
 
 
 def test_fitting_keeps_the_statistics_and_reports_the_spread(fitted):
-    tensors, about = store.load(fitted.path / "statistics")
+    tensors, about = statistics_files.load(fitted.path / "statistics")
     assert tensors["0.mean"].shape == (128,) and tensors["1.factor"].shape == (24, 128)
     assert tensors["0.shares"].sum() == pytest.approx(1)
     assert about["label_words"] == ["negative", "positive"] and len(about["answers"]) == 2
@@ -96,7 +97,7 @@ def test_fitting_keeps_the_statistics_and_reports_the_spread(fitted):
 def test_the_statistics_are_those_of_the_hidden_states_behind_the_answers(fitted):
     examples = quick_task().train
     features = hidden(tokens([example.prompt + example.answer for example in examples]))
-    found, _ = store.load(fitted.path / "statistics")
+    found, _ = statistics_files.load(fitted.path / "statistics")
     torch.testing.assert_close(found["0.mean"], features.mean(dim=0), rtol=1e-4, atol=1e-4)
     covariance = torch.cov(features.t(), correction=0)
     torch.testing.assert_close(found["0.factor"].t() @ found["0.factor"], covariance, rtol=1e-3, atol=1e-3)
@@ -113,7 +114,7 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
         "method.examples=10",
         "method.tau=0",
     )
-    found, about = store.load(run.path / "statistics")
+    found, about = statistics_files.load(run.path / "statistics")
     assert about["examples"] == 10 and found["0.factor"].shape == (10, 128)
     lengths = [len(answer) for answer in about["answers"]]
     assert max(lengths) > 1
@@ -136,7 +137,7 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
 
 
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
-    monkeypatch.setattr("lowrank_cli.stages.calibrate.fit", None)
+    monkeypatch.setattr("lowrank_cli.icl.calibrate.fit", None)
     again = lrk("evaluate", f"run={fitted.path}")  # with its task, templates, draws and shots
     assert predictions(again) == predictions(fitted)
     assert again.metrics["test/accuracy"] == fitted.metrics["test/accuracy"]
@@ -162,13 +163,13 @@ def test_every_calibration_answers_differently_from_none(fitted, kind):
 
 def test_demonstrations_run_once_for_all_queries_and_probes(fitted, monkeypatch):
     made = []
-    make = candidates.Prefix.__init__
+    make = choice_scores.Prefix.__init__
 
     def counting(prefix, model, ids):
         made.append(len(ids))
         make(prefix, model, ids)
 
-    monkeypatch.setattr(candidates.Prefix, "__init__", counting)
+    monkeypatch.setattr(choice_scores.Prefix, "__init__", counting)
     lrk("evaluate", f"run={fitted.path}", "method.calibration=dconca", "evaluate.shots=4", "evaluate.batch_size=5")
     assert len(made) == 4  # arrangements
     assert min(made) > 4 * 8  # tokens: the demonstrations, not only what every prompt begins with
@@ -177,7 +178,7 @@ def test_demonstrations_run_once_for_all_queries_and_probes(fitted, monkeypatch)
 def test_a_demonstration_too_long_for_the_room_changes_no_other_answer():
     common = [*QUICK, "method=none", "evaluate.shots=4"]
     task = quick_task()
-    prompts = candidates.with_demonstrations(task.test, demonstrations.draw(task.train, 4, 0))
+    prompts = choice_scores.with_demonstrations(task.test, demonstrations.draw(task.train, 4, 0))
     lengths = [len(row) for row in tokens(prompts)]
     room = sorted(lengths)[len(lengths) // 2] // 5  # tokens of each of five texts
     uncut = [length <= 5 * room - 2 for length in lengths]  # beside an answer of one token and EOS
@@ -220,7 +221,7 @@ def test_a_share_holds_in_the_statistics_and_in_the_prompts():
         "method.share=0.25",
         "evaluate.shots=8",
     )
-    tensors, about = store.load(run.path / "statistics")
+    tensors, about = statistics_files.load(run.path / "statistics")
     assert tensors["0.shares"].tolist() == pytest.approx([0.25, 0.75], abs=0.02)
     assert about["share"] == 0.25
     plain, weighed = (
@@ -317,11 +318,11 @@ def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(f
     ],
 )
 def test_generate_refuses_what_it_cannot_follow(fitted, tmp_path, said, message):
-    tensors, about = store.load(fitted.path / "statistics")
+    tensors, about = statistics_files.load(fitted.path / "statistics")
     for key, value in said.items():
         place = about["method"] if key.startswith("method.") else about
         place[key.removeprefix("method.")] = value
-    store.save(tmp_path, tensors, about)
+    statistics_files.save(tmp_path, tensors, about)
     with pytest.raises(UserError, match=message):
         AnswerProcessor.from_folder(tmp_path, AutoModelForCausalLM.from_pretrained(BUNDLED), 0)
 
@@ -329,7 +330,7 @@ def test_generate_refuses_what_it_cannot_follow(fitted, tmp_path, said, message)
 def test_export_writes_what_generate_answers_with(fitted):
     run = lrk("export", f"run={fitted.path}", "method.strength=0.25")
     assert run.metrics["export/score_error"] < 1e-4
-    assert store.load(run.path / "export")[1]["method"]["strength"] == 0.25
+    assert statistics_files.load(run.path / "export")[1]["method"]["strength"] == 0.25
     with pytest.raises(UserError, match=r"in generate answers are scored with method\.calibration=ida"):
         lrk("export", f"run={fitted.path}", "method.calibration=conca")
 
@@ -382,7 +383,7 @@ def test_options_without_effect_are_said(fitted, capsys):
 )
 def test_values_that_do_not_go_together(overrides, message):
     with pytest.raises(UserError) as caught:
-        single.preview("train", ["method=idaicl", "task=tiny_sentiment", *overrides], None)
+        single_run.preview("train", ["method=idaicl", "task=tiny_sentiment", *overrides], None)
     assert str(caught.value).startswith(message)
 
 
@@ -464,8 +465,10 @@ def test_orders_keep_the_set_and_sets_follow_the_seed():
 
 def test_confusion_is_the_share_of_each_labels_queries():
     rows = [{"label": 0, "choice": 0}, {"label": 0, "choice": 1}, {"label": 1, "choice": 1}, {"label": 0, "choice": 1}]
-    results = [spread.Result(Arrangement(0, 0, 0), "accuracy", 0.5, None, part) for part in (rows[:1], rows[1:])]
-    found = spread.confusion(results, ["a", "b", "c"], "test")
+    results = [
+        arrangement_stats.Result(Arrangement(0, 0, 0), "accuracy", 0.5, None, part) for part in (rows[:1], rows[1:])
+    ]
+    found = arrangement_stats.confusion(results, ["a", "b", "c"], "test")
     assert found["values"] == [[1 / 3, 2 / 3, 0], [0, 1, 0], [None, None, None]]
 
 

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lowrank_cli.adapter.bank import Bank
 from lowrank_cli.adapter.kv_cache import (
     Growing,
     continued_cache,
@@ -16,7 +15,8 @@ from lowrank_cli.adapter.kv_cache import (
     pass_cache,
     returned_cache,
 )
-from lowrank_cli.stages.twins import perturb
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.bench.shared_weights import perturb
 
 
 def filled(tokens=3):

@@ -9,13 +9,13 @@ import small
 import torch
 from torch.nn import functional as F
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.policy import Policy, advantages, features, share_out, without_trend
-from lowrank_cli.adapter.recompute import recompute
-from lowrank_cli.adapter.spectrum import decompose, dithered, reachable, weight_gradients, window_start
-from lowrank_cli.dispatch import single
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.kinds.svd_window import decompose, dithered, reachable, weight_gradients, window_start
+from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.lelora import figures
+from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
 from lowrank_cli.methods.protocol import AfterStep, BeforeStep, Step
 from lowrank_cli.runs import Run
 from lowrank_cli.stages.train import Trainer
@@ -194,12 +194,12 @@ def test_saved_after_moving_it_loads_exactly_and_an_earlier_one_too(family, tmp_
     for first, name in ((5, "early"), (8, "late")):
         folders.append((tmp_path / name, logits(adapter)))
         folders[-1][0].mkdir()
-        state.save(adapter, folders[-1][0], {})
+        save_load.save(adapter, folders[-1][0], {})
         train(method, adapter, 3, 20, first=first)
     _, fresh = lelora(family)
     for target in (adapter, fresh):
         for folder, expected in reversed(folders):
-            state.load(target, folder)
+            save_load.load(target, folder)
             assert torch.equal(logits(target), expected)
 
 
@@ -241,11 +241,11 @@ def test_windows_of_a_bf16_model_move_and_give_its_weights_back():
 def test_loaded_while_switched_off_it_leaves_the_weights_alone(tmp_path):
     """So adapters whose factors alone are read cost no copy of the model."""
     _, adapter = moved()
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     _, fresh = lelora()
     for linear in fresh.linears.values():
         linear.enable(False)
-    state.fill(fresh, tmp_path)
+    save_load.fill(fresh, tmp_path)
     assert all(part._pretrained is None for part in fresh.modules.values())
     for linear in fresh.linears.values():
         linear.enable(True)
@@ -604,20 +604,20 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
     _, optimizer = train(method, adapter, 7, 20)
     saved, tensors, moments = (
         {name: tensor.clone() for name, tensor in part.items()}
-        for part in (method.state(), state.tensors(adapter), state.moments(optimizer))
+        for part in (method.state(), save_load.tensors(adapter), save_load.moments(optimizer))
     )
     assert "phase.2.rewards" in saved and saved["policy.heads.weight"].any()
     again, twin = lelora()
-    state.assign(twin, tensors, "checkpoint")
+    save_load.assign(twin, tensors, "checkpoint")
     other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
-    state.load_moments(other, moments, "moments")
+    save_load.load_moments(other, moments, "moments")
     again.load_state(twin, saved)
     rows = [
         train(*pair, 6, 20, first=8, optimizer=own)[0]
         for pair, own in (((method, adapter), optimizer), ((again, twin), other))
     ]
     assert len(rows[0]) == 3 and rows[0] == rows[1]
-    after = [state.tensors(one) for one in (adapter, twin)]
+    after = [save_load.tensors(one) for one in (adapter, twin)]
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
     assert torch.equal(*(one._strategies.policy.heads.weight for one in (method, again)))
 
@@ -636,9 +636,9 @@ def test_a_matrix_may_get_no_components_and_some_again(tmp_path):
     method._strategies.policy.sample = lambda x, generator: (torch.zeros(count, dtype=torch.long), chosen[0])
     train(method, adapter, 2, 20)
     assert [part.rank == 0 for part in adapter.modules.values()] == [m % 3 == 0 for m in range(count)]
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     fresh = lelora()[1]
-    state.load(fresh, tmp_path)
+    save_load.load(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(adapter))
     chosen.pop(0)
     train(method, adapter, 2, 20, first=3)
@@ -658,7 +658,7 @@ def test_random_switches_as_much_and_learns_nothing():
 
 
 def test_large_matrices_are_decomposed_again_only_when_they_changed(monkeypatch):
-    from lowrank_cli.adapter import strategy
+    from lowrank_cli.methods.lelora import strategy
 
     monkeypatch.setattr(strategy, "SMALL", 1)
     calls = []
@@ -719,7 +719,7 @@ def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures(
         "method.phase=3",
         "method.explore=0.8",
     ]
-    single.start("train", overrides, None, "lrk train")
+    single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
     take_step = Trainer._step
 
@@ -731,16 +731,16 @@ def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", failing)
         with pytest.raises(WorkFailed, match="power"):
-            single.start("train", overrides, None, "lrk train")
+            single_run.start("train", overrides, None, "lrk train")
     broken = Run.open(Path("outputs/latest").resolve())
-    single.resume("train", str(broken.path))
+    single_run.resume("train", str(broken.path))
     found = [
         [{key: value for key, value in row.items() if key != "train/seconds"} for row in run.history()]
         for run in (whole, Run.open(broken.path))
     ]
     assert found[0] == found[1]
     assert [row["step"] for row in found[0] if "strategy/starts" in row] == [1, 3, 6]
-    first, second = (state.load_file(run.path / "adapter" / state.WEIGHTS) for run in (whole, broken))
+    first, second = (save_load.load_file(run.path / "adapter" / save_load.WEIGHTS) for run in (whole, broken))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert whole.metrics["strategy/choices"] == 3
     for name in ("windows", "rewards", "preferred_place", "preferred_width"):

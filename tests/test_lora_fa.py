@@ -4,11 +4,11 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
-from lowrank_cli.adapter.recompute import recompute
-from lowrank_cli.stages.bench_train import saved_bytes
-from lowrank_cli.stages.twins import Twin
+from lowrank_cli.adapter.training.recompute import recompute
+from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.train_step import saved_bytes
 
 FLOAT = 4  # bytes
 
@@ -63,10 +63,10 @@ def test_only_the_ranks_are_saved_for_the_backward_pass(checkpointing):
 
 def test_a_travels_with_the_adapter(tmp_path):
     adapter = small.adapted("lora_fa")
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     torch.manual_seed(4)
     fresh = small.method("lora_fa").adapt(small.model())
-    state.load(fresh, tmp_path)
+    save_load.load(fresh, tmp_path)
     assert all(torch.equal(part.lora_a, adapter.modules[key].lora_a) for key, part in fresh.modules.items())
     assert torch.equal(fresh.model(input_ids=small.ids()).logits, adapter.model(input_ids=small.ids()).logits)
 

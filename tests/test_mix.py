@@ -9,11 +9,11 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from lowrank_cli import tasks
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.inference.choice_scores import with_demonstrations
+from lowrank_cli.launch import single_run
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.candidates import with_demonstrations
 
 QUICK = ["hardware.threads=1", "train.max_steps=2", "train.batch_size=8", "train.checkpoint_every=0"]
 
@@ -59,9 +59,9 @@ def test_demonstrations_are_of_the_query_s_own_task():
 @pytest.mark.slow
 def test_a_part_is_measured_with_the_demonstrations_that_it_has_alone():
     asked = ["method=none", "evaluate.shots=2", "task.parts.tiny_yesno.limit=8", "task.parts.tiny_topic.limit=8"]
-    single.start("evaluate", [*mix("tiny_yesno", "tiny_topic"), *asked], "groups", "lrk evaluate")
+    single_run.start("evaluate", [*mix("tiny_yesno", "tiny_topic"), *asked], "groups", "lrk evaluate")
     mixed = Run.open("outputs/latest").metrics
-    single.start("evaluate", ["task=tiny_topic", "task.limit=8", *asked[:2]], None, "lrk evaluate")
+    single_run.start("evaluate", ["task=tiny_topic", "task.limit=8", *asked[:2]], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == mixed["test/tiny_topic/accuracy"]
 
 
@@ -73,7 +73,7 @@ def test_a_template_of_any_part_changes_the_mix():
 @pytest.mark.slow
 def test_scored_and_generated_parts_are_measured_one_by_one():
     overrides = [*mix("tiny_topic", "tiny_arithmetic"), "method=milora", "task.limit=24", *QUICK]
-    single.start("train", overrides, "groups", "lrk train")
+    single_run.start("train", overrides, "groups", "lrk train")
     run = Run.open("outputs/latest")
     parts = [run.metrics[f"test/{name}"] for name in ("tiny_topic/accuracy", "tiny_arithmetic/number_match")]
     assert run.metrics["test/mean"] == pytest.approx(sum(parts) / 2)
@@ -87,10 +87,10 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
         assert [sum(row) for row in panel["values"]] == pytest.approx([3] * len(panel["values"])), "k of each prompt"
     assert (run.path / "plots" / "activated_modules.png").is_file()
     alone = [f"run={run.path.resolve()}", "task=tiny_topic", "task.limit=8"]
-    single.start("evaluate", alone, None, "lrk evaluate")
+    single_run.start("evaluate", alone, None, "lrk evaluate")
     assert "test/accuracy" in Run.open("outputs/latest").metrics
     with pytest.raises(UserError, match=r"task\.template: 'tiny_topic' was trained with another template"):
-        single.start("evaluate", [*alone, "task.template='{sentence} Topic:'"], None, "lrk evaluate")
+        single_run.start("evaluate", [*alone, "task.template='{sentence} Topic:'"], None, "lrk evaluate")
 
 
 @pytest.mark.slow
@@ -106,13 +106,13 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
     BertForSequenceClassification(config).save_pretrained(folder)
     model = ["model=minilm", f"model.path={folder}", "method=lora"]
     overrides = [*mix("tiny_yesno", "tiny_topic"), *model, "task.limit=32", *QUICK]
-    single.start("train", overrides, "groups", "lrk train")
+    single_run.start("train", overrides, "groups", "lrk train")
     for line in (Path("outputs/latest") / "predictions.jsonl").read_text().splitlines():
         record = json.loads(line)
         words = {"tiny_yesno": ("negative", "positive"), "tiny_topic": ("food", "work", "climate", "leisure")}
         assert record["prediction"] in words[record["task"]]
     with pytest.raises(UserError, match=r"task=tiny_choice has task\.answer=choices"):
-        single.start("train", [*mix("tiny_yesno", "tiny_choice"), *model, *QUICK], "groups", "lrk train")
+        single_run.start("train", [*mix("tiny_yesno", "tiny_choice"), *model, *QUICK], "groups", "lrk train")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
 )
 def test_mistakes_are_one_line(overrides, message):
     with pytest.raises(UserError, match=message):
-        single.start("train", overrides, None, "lrk train")
+        single_run.start("train", overrides, None, "lrk train")
     assert not Path("outputs").exists()
 
 
@@ -147,7 +147,7 @@ def test_a_limit_that_leaves_a_part_out_is_refused():
 
 
 def test_a_part_keeps_its_own_length_within_that_of_the_mix(monkeypatch):
-    from lowrank_cli.stages.session import start
+    from lowrank_cli.inference.session import start
 
     asked = [*mix("tiny_yesno", "tiny_topic"), "method=none", "task.limit=8"]
     shorter = [*asked, "task.parts.tiny_topic.max_length=12", "task.parts.tiny_topic.max_new_tokens=2"]

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import logging
 
-from lowrank_cli.adapter.families import find_sites
+from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import load as module
 from lowrank_cli.models.load import check_task, load, locate

@@ -6,11 +6,11 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter import export, state
-from lowrank_cli.adapter.experts import Experts
+from lowrank_cli.adapter.files import export, save_load
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
-from lowrank_cli.adapter.router import load_balance
+from lowrank_cli.adapter.routing.router import load_balance
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods.moelora.experts import Experts
 
 #: Few experts of few ranks, to tell apart.
 SETTINGS = {"rank": 8, "alpha": 16, "experts": 4, "k": 2}
@@ -109,7 +109,7 @@ def test_bf16_keeps_fp32_masters_and_computes_close_to_fp32_without_hard_choices
         for key, parameter in adapter.trained.items():
             parameter.copy_(exact.trained[key])
     assert {p.dtype for p in adapter.trained.values()} == {torch.float32}
-    expected, found = state.canary(exact)[1], state.canary(adapter)[1]
+    expected, found = save_load.canary(exact)[1], save_load.canary(adapter)[1]
     assert (found - expected).abs().max() / expected.abs().max() < 0.05
     adapter.model(input_ids=small.ids()).logits.float().square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in adapter.trained.values())
@@ -118,7 +118,7 @@ def test_bf16_keeps_fp32_masters_and_computes_close_to_fp32_without_hard_choices
 def test_the_canary_leaves_the_hard_choice_as_it_was():
     adapter = adapted()
     before = adapter.model(input_ids=small.ids()).logits
-    state.canary(adapter)
+    save_load.canary(adapter)
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
 
 
@@ -177,7 +177,7 @@ def test_merging_and_export_are_refused_in_one_line_and_change_nothing():
 
 
 def test_peft_would_compute_something_else():
-    assert state.peft_config(adapted()) is None
+    assert save_load.peft_config(adapted()) is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.stages.candidates import candidate_scores, ended, with_demonstrations
+from lowrank_cli.inference.choice_scores import candidate_scores, ended, with_demonstrations
 from lowrank_cli.tasks.encode import collate_prompts
 from lowrank_cli.tasks.task import Example
 

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowrank_cli.stages.candidates import Prefix, can_share, candidate_scores
+from lowrank_cli.inference.choice_scores import Prefix, can_share, candidate_scores
 from lowrank_cli.tasks.encode import collate_prompts
 
 SHARED = [3, 44, 19, 27, 6, 51, 33, 12, 8, 60, 25, 41, 7]

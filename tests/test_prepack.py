@@ -9,14 +9,14 @@ import small
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from lowrank_cli.adapter.bank import Bank
-from lowrank_cli.adapter.core import fingerprint
+from lowrank_cli.adapter.adapted_model import fingerprint
 from lowrank_cli.adapter.kv_cache import growing_cache
+from lowrank_cli.adapter.module_copy import copied
+from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import prepack as module
 from lowrank_cli.models.prepack import PrepackedLinear, free_memory, prepack, prepack_for
 from lowrank_cli.schema import HardwareConfig
-from lowrank_cli.stages.twins import copied
 
 EQUAL = {"atol": 1e-5, "rtol": 1e-5}
 

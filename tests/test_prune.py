@@ -8,10 +8,10 @@ import small
 import torch
 from command import one_line
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.report.compare import collect
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig
@@ -22,7 +22,7 @@ TRAIN = ["train.max_steps=3", "train.batch_size=8", "train.eval_every=3", "train
 
 
 def lrk_run(verb: str, *overrides: str) -> Run:
-    single.start(verb, list(overrides), None, f"lrk {verb}")
+    single_run.start(verb, list(overrides), None, f"lrk {verb}")
     return Run.open("outputs/latest")
 
 
@@ -111,7 +111,7 @@ def test_train_score_prune_evaluate_and_train_on(capsys):
 
     pruned = lrk_run("prune", "prune.budget=100")  # of the scoring, the newest
     assert pruned.config()["run"] == str(scored.path.absolute())
-    ranks = json.loads((pruned.path / "adapter" / state.PROOF).read_text())["ranks"]
+    ranks = json.loads((pruned.path / "adapter" / save_load.PROOF).read_text())["ranks"]
     assert sum(ranks.values()) == pruned.metrics["ranks"] == 100
     worst = sorted(score for module in record["modules"] for score in module["scores"])[68]
     kept = {m["module"]: sum(score >= worst for score in m["scores"]) for m in record["modules"]}
@@ -133,7 +133,7 @@ def test_train_score_prune_evaluate_and_train_on(capsys):
     assert "measured exactly around another cut than this" in capsys.readouterr().err
 
     direct = lrk_run("prune", f"run={trained.path}", "prune.budget=100", "score.batch=4")
-    files = [state.load_file(run.path / "adapter" / state.WEIGHTS) for run in (pruned, direct)]
+    files = [save_load.load_file(run.path / "adapter" / save_load.WEIGHTS) for run in (pruned, direct)]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
 

@@ -11,17 +11,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lowrank_cli.adapter.bank import Bank
-from lowrank_cli.adapter.core import fingerprint
-from lowrank_cli.adapter.export import as_lora, lora_error
-from lowrank_cli.adapter.grouped import require_grouped
+from lowrank_cli.adapter.adapted_model import fingerprint
+from lowrank_cli.adapter.files.export import as_lora, lora_error
+from lowrank_cli.adapter.files.save_load import CANARY
+from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.quantized import dense, quantized
-from lowrank_cli.adapter.state import CANARY
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.adapter.tenants.grouped_update import require_grouped
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import quantize
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import HardwareConfig
-from lowrank_cli.stages.twins import copied
 
 SETTINGS = {"name": "gpu_4bit", "device": "cuda", "precision": "bf16", "processes": 1, "threads": 1}
 BLOCK = 64  # weights that share a scale

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.ranks import rebuild, resize
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.lora import PatternConfig, read_pattern
 from lowrank_cli.runs import Run
 
@@ -132,10 +132,10 @@ def test_an_adapter_of_other_ranks_is_saved_and_loaded(tmp_path, family):
     adapter = small.adapted("lora", family)
     first, second, *_, last = adapter.modules
     resize(adapter, {first: ([1], 0), second: ([0, 1, 2, 3], 3), last: ([], 0)})
-    state.save(adapter, tmp_path, {})
-    assert not any(f"{last}.lora" in name for name in state.load_file(tmp_path / state.WEIGHTS))
+    save_load.save(adapter, tmp_path, {})
+    assert not any(f"{last}.lora" in name for name in save_load.load_file(tmp_path / save_load.WEIGHTS))
     fresh = small.adapted("lora", family, trained=False)
-    state.load(fresh, tmp_path)
+    save_load.load(fresh, tmp_path)
     assert fresh.ranks() == adapter.ranks()
     assert torch.equal(logits(fresh), logits(adapter))
 
@@ -151,8 +151,8 @@ def test_the_peft_library_loads_other_ranks_with_equal_logits(tmp_path, family):
     with torch.no_grad():
         for part in adapter.modules.values():
             part.lora_b.normal_(std=0.2)
-    state.save(adapter, tmp_path, {})
-    config = json.loads((tmp_path / state.CONFIG).read_text())
+    save_load.save(adapter, tmp_path, {})
+    config = json.loads((tmp_path / save_load.CONFIG).read_text())
     assert config["r"] == 7 and config["lora_alpha"] / config["r"] == adapter.modules[first].scale
     assert last not in config["target_modules"]
     model = peft.PeftModel.from_pretrained(small.model(family), tmp_path).eval()
@@ -165,10 +165,10 @@ def test_loading_brings_emptied_modules_back(tmp_path):
     """The best adapter may be older than the last pruning."""
     adapter = small.adapted()
     before, order = logits(adapter), list(adapter.trained)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     resize(adapter, {Q0: ([], 0), D1: ([1, 2], 0)})
     assert Q0 not in adapter.ranks()
-    state.load(adapter, tmp_path)
+    save_load.load(adapter, tmp_path)
     assert torch.equal(logits(adapter), before)
     assert list(adapter.trained) == order
 
@@ -188,9 +188,14 @@ def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
     """The file of a pruned or reallocated adapter: the same modules and ranks, LoRA's initial values, one scale."""
     found = small.adapted()
     resize(found, {Q0: ([1], 0), D1: ([], 0)})
-    state.save(found, tmp_path, {})
+    save_load.save(found, tmp_path, {})
     config = PatternConfig(
-        name="lora", rank=4, alpha=8, dropout=0.0, target_modules=["all"], rank_pattern=f"{tmp_path}/{state.PATTERN}"
+        name="lora",
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        target_modules=["all"],
+        rank_pattern=f"{tmp_path}/{save_load.PATTERN}",
     )
     config.ranks = config.absorb({"rank_pattern"})["ranks"]
     config.validate()
@@ -200,9 +205,9 @@ def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
     assert torch.equal(logits(adapter), small.model()(input_ids=small.ids()).logits)
     again = tmp_path / "again"
     again.mkdir()
-    state.save(adapter, again, {})
-    assert not (again / state.PATTERN).exists()  # nothing has moved since
-    state.load(methods.create(config).adapt(small.model()), again)
+    save_load.save(adapter, again, {})
+    assert not (again / save_load.PATTERN).exists()  # nothing has moved since
+    save_load.load(methods.create(config).adapt(small.model()), again)
     Path(config.rank_pattern).unlink()
     assert config.absorb(set()) == {}  # the saved configuration holds the ranks
 
@@ -227,7 +232,7 @@ def test_a_file_that_is_no_pattern_is_refused(tmp_path, text, message):
 def test_a_folder_names_the_pattern_inside_it(tmp_path):
     with pytest.raises(UserError, match=r"is a folder, not a JSON file, and no run whose ranks have moved"):
         read_pattern(str(tmp_path))
-    file = tmp_path / "adapter" / state.PATTERN
+    file = tmp_path / "adapter" / save_load.PATTERN
     file.parent.mkdir()
     file.touch()
     for folder in (tmp_path, file.parent):
@@ -252,7 +257,7 @@ def test_a_pruned_run_and_a_lora_of_its_pattern_have_the_same_size():
         ("train", ["method=lora", *quick, "method.rank_pattern=outputs/latest/adapter/rank_pattern.json"]),
         ("evaluate", []),
     ):
-        single.start(verb, overrides, None, f"lrk {verb}")
+        single_run.start(verb, overrides, None, f"lrk {verb}")
         runs.append(Run.open(Path("outputs/latest").resolve()))
     assert runs[1].metrics["trainable_parameters"] == runs[2].metrics["trainable_parameters"]
     assert runs[2].metrics["trainable_parameters"] < runs[0].metrics["trainable_parameters"]

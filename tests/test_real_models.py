@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_cli import methods
-from lowrank_cli.adapter.bank import Bank
-from lowrank_cli.adapter.export import as_lora, lora_error
-from lowrank_cli.adapter.families import known_sites
+from lowrank_cli.adapter.files.export import as_lora, lora_error
+from lowrank_cli.adapter.target_sites import known_sites
+from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.config.composition import compose
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.inference.choice_scores import Prefix, candidate_scores
+from lowrank_cli.launch import single_run
 from lowrank_cli.models.prepack import prepack, same_input
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.candidates import Prefix, candidate_scores
 from lowrank_cli.stages.train import Trainer
 from lowrank_cli.tasks.encode import collate_prompts
 
@@ -161,7 +161,7 @@ def test_routing_differs_from_prompt_to_prompt(name):
     chosen, _ = MODELS[name]
     overrides = ["method=milora", f"model={chosen}", f"model.path={Path(ROOT) / name}", "task=tiny_sentiment"]
     overrides += ["task.limit=24", "method.rank=2", "method.bilevel=false", "train.max_steps=1", "train.batch_size=2"]
-    single.start("train", [*overrides, "hardware.threads=1", "evaluate.batch_size=8"], None, "lrk train")
+    single_run.start("train", [*overrides, "hardware.threads=1", "evaluate.batch_size=8"], None, "lrk train")
     metrics = Run.open("outputs/latest").metrics
     assert metrics["routing/largest_gate"] < 2  # of at most k = 3
     assert metrics["routing/distinct_sets"] > 4
@@ -207,7 +207,7 @@ def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method, monkeypa
     overrides = [f"method={method}", f"model={chosen}", f"model.path={Path(ROOT) / name}", "task=tiny_sentiment"]
     overrides += ["task.limit=4", "method.rank=2", "train.max_steps=2", "train.batch_size=2", "train.eval_every=2"]
     overrides += ["train.log_every=1", "train.checkpoint_every=1", "hardware.threads=1", "evaluate.batch_size=4"]
-    single.start("train", overrides, None, "lrk train")
+    single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
     assert f"-{method}-{chosen}-" in whole.path.name
     take_step = Trainer._step
@@ -220,15 +220,15 @@ def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", failing)
         with pytest.raises(WorkFailed, match="power"):
-            single.start("train", overrides, None, "lrk train")
+            single_run.start("train", overrides, None, "lrk train")
     broken = Run.open(Path("outputs/latest").resolve())
     assert broken.path != whole.path
-    single.resume("train", str(broken.path))
+    single_run.resume("train", str(broken.path))
     one, other = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, broken))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     if method == "lora":
         for form in ("lora", "merged"):
-            single.start("export", [f"run={whole.path}", f"export.format={form}"], None, "lrk export")
+            single_run.start("export", [f"run={whole.path}", f"export.format={form}"], None, "lrk export")
             assert Run.open("outputs/latest").metrics["export/logit_error"] < 1e-3
 
 

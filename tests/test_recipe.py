@@ -12,8 +12,8 @@ import yaml
 from command import one_line, runs
 
 from lowrank_cli.config.folders import description, files
-from lowrank_cli.dispatch import recipe
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import recipe
 from lowrank_cli.runs import Run, this_process
 from lowrank_cli.runs.process import began
 

@@ -7,14 +7,14 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter.fused import Remake, remake_of
-from lowrank_cli.adapter.recompute import GatedProduct, recompute
-from lowrank_cli.dispatch import single
+from lowrank_cli.adapter.fused_autograd import Remake, remake_of
+from lowrank_cli.adapter.training.recompute import GatedProduct, recompute
+from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.train_step import saved_bytes
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.protocol import AddsLoss
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.bench_train import saved_bytes
-from lowrank_cli.stages.twins import Twin
 
 WAYS = ["feed_forward", "layers"]
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
@@ -128,6 +128,8 @@ def test_training_uses_it(what):
     quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
     runs = []
     for value in ("none", what):
-        single.start("train", [*quick, "method=milora", f"hardware.gradient_checkpointing={value}"], None, "lrk train")
+        single_run.start(
+            "train", [*quick, "method=milora", f"hardware.gradient_checkpointing={value}"], None, "lrk train"
+        )
         runs.append(Run.open(Path("outputs/latest").resolve()))
     assert runs[1].metrics["dev/loss"] == pytest.approx(runs[0].metrics["dev/loss"], rel=1e-5)

@@ -12,7 +12,7 @@ import pytest
 from command import reconfigure
 from rich.console import Console
 
-from lowrank_cli.report import plots, scale, scores, tables
+from lowrank_cli.report import number_format, plots, scores, tables
 from lowrank_cli.runs import Run
 
 CHOICES = {"method": "milora", "model": "llama", "task": "tiny_yesno"}
@@ -378,7 +378,7 @@ def test_colours_of_values_with_both_signs_meet_at_0():
 
 def test_the_unit_leaves_one_to_three_digits_in_front_of_the_point():
     for value, unit in ((0.25, 1e-3), (-1.5, 1.0), (4e-4, 1e-6), (0.0, 1.0), (2000.0, 1e3)):
-        assert scale.unit([0.0, value]) == pytest.approx(unit)
+        assert number_format.unit([0.0, value]) == pytest.approx(unit)
 
 
 def test_many_lines_and_constant_or_negative_heatmaps():

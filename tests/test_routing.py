@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.choices import Choices
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
-from lowrank_cli.adapter.router import (
+from lowrank_cli.adapter.routing.choice_stats import Choices
+from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
+from lowrank_cli.adapter.routing.router import (
     ACTIVATIONS,
     GATES,
     POOLERS,
@@ -26,12 +27,11 @@ from lowrank_cli.adapter.router import (
     scaled_gates,
     straight_through_gates,
 )
-from lowrank_cli.adapter.routing import PromptRouting
 from lowrank_cli.errors import UserError
+from lowrank_cli.inference.session import Session
 from lowrank_cli.methods import milora
 from lowrank_cli.methods.protocol import Start, Step
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.session import Session
 from lowrank_cli.stages.train import Trainer
 
 LAYERS = 2
@@ -452,13 +452,13 @@ def test_a_list_of_activations_is_shared_out_over_the_layers():
 @pytest.mark.parametrize("gate", GATES)
 def test_the_canary_sees_the_router_whatever_the_gate(gate, tmp_path):
     adapter = small.adapted("milora", gate=gate)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     with torch.no_grad():
-        before = state.canary(adapter)[1]
+        before = save_load.canary(adapter)[1]
         adapter.routing.routers[1].projection.weight.normal_(std=3.0)
-        assert (state.canary(adapter)[1] - before).abs().max() > 1e-2 * before.abs().max()
-    state.load(adapter, tmp_path)
-    assert torch.equal(state.canary(adapter)[1], before)
+        assert (save_load.canary(adapter)[1] - before).abs().max() > 1e-2 * before.abs().max()
+    save_load.load(adapter, tmp_path)
+    assert torch.equal(save_load.canary(adapter)[1], before)
 
 
 def test_a_gate_that_underflows_still_counts_as_a_choice():
@@ -505,12 +505,12 @@ def test_preparing_standardizes_what_every_router_pools_and_the_statistics_trave
         features = (rows - router.mean) / router.deviation
         torch.testing.assert_close(features.mean(dim=0), torch.zeros(32), atol=1e-4, rtol=0)
         torch.testing.assert_close(features.std(dim=0, correction=0), torch.ones(32), atol=1e-4, rtol=0)
-    state.save(adapter, tmp_path, {})
+    save_load.save(adapter, tmp_path, {})
     other = small.method("milora").adapt(small.model())
     assert not torch.equal(other.routing.routers[1].mean, adapter.routing.routers[1].mean)
-    state.load(other, tmp_path)
-    for name, tensor in state.tensors(adapter).items():
-        assert torch.equal(state.tensors(other)[name], tensor), name
+    save_load.load(other, tmp_path)
+    for name, tensor in save_load.tensors(adapter).items():
+        assert torch.equal(save_load.tensors(other)[name], tensor), name
 
 
 def test_preparing_tells_of_a_routing_that_is_the_same_for_every_prompt():
@@ -567,11 +567,11 @@ def test_an_adapter_from_before_routers_were_standardized_computes_what_it_did(t
     before = milora.MiLoRA(milora.MiLoRAConfig(**values))
     torch.manual_seed(3)
     adapter = before.adapt(small.model())
-    assert not [name for name in state.tensors(adapter) if "mean" in name or "deviation" in name]
-    state.save(adapter, tmp_path, {})
-    state.load(milora.MiLoRA(milora.MiLoRAConfig(**values)).adapt(small.model()), tmp_path)
+    assert not [name for name in save_load.tensors(adapter) if "mean" in name or "deviation" in name]
+    save_load.save(adapter, tmp_path, {})
+    save_load.load(milora.MiLoRA(milora.MiLoRAConfig(**values)).adapt(small.model()), tmp_path)
     with pytest.raises(UserError, match=r"lacks '.*prompt_router.deviation' \(4 tensors missing"):
-        state.load(small.method("milora").adapt(small.model()), tmp_path)
+        save_load.load(small.method("milora").adapt(small.model()), tmp_path)
 
 
 def test_the_soft_start_trains_every_module_and_evaluates_with_k():

@@ -4,8 +4,8 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.allocation import soft_threshold
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.kinds.rank_values import soft_threshold
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError, WorkFailed
 
@@ -100,7 +100,7 @@ def test_it_continues_bit_for_bit_before_and_after_the_decision(at):
     small.train(half, other, range(1, at + 1), 10)
     resumed, third = fresh()
     rebuild(third, other.ranks(), "here")
-    state.assign(third, state.tensors(other), "here")
+    save_load.assign(third, save_load.tensors(other), "here")
     resumed.load_state(third, half.state())
     small.train(resumed, third, range(at + 1, 11), 10)
     assert all(torch.equal(parameter, third.trained[name]) for name, parameter in adapter.trained.items())

@@ -4,10 +4,10 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter import spectrum
-from lowrank_cli.adapter.core import inject
-from lowrank_cli.adapter.families import find_sites
-from lowrank_cli.adapter.spectrum import Principal, principal
+from lowrank_cli.adapter.adapted_model import inject
+from lowrank_cli.adapter.kinds import svd_window
+from lowrank_cli.adapter.kinds.svd_window import Principal, principal
+from lowrank_cli.adapter.target_sites import find_sites
 
 
 def pissa(family="llama", **settings):
@@ -36,7 +36,7 @@ def test_principal_components_are_the_best_approximation():
 def test_the_randomized_decomposition_finds_the_same_components(monkeypatch):
     weight = torch.randn(60, 8) @ torch.diag(torch.logspace(1, -1, 8)) @ torch.randn(8, 40) + 0.01 * torch.randn(60, 40)
     exact = principal(weight, 4)
-    monkeypatch.setattr(spectrum, "EXACT", 10)
+    monkeypatch.setattr(svd_window, "EXACT", 10)
     found = principal(weight, 4)
     torch.testing.assert_close(found[1], exact[1])
     torch.testing.assert_close((found[0] * found[1]) @ found[2], (exact[0] * exact[1]) @ exact[2], atol=1e-3, rtol=0)

@@ -7,7 +7,7 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.errors import UserError
 
 ABOUT = {"task": "t", "template_hash": "h"}
@@ -19,7 +19,7 @@ def saved(tmp_path):
         adapter = small.adapted(name, family, **settings)
         folder = tmp_path / "adapter"
         folder.mkdir()
-        state.save(adapter, folder, ABOUT)
+        save_load.save(adapter, folder, ABOUT)
         return adapter, folder
 
     return save
@@ -30,7 +30,7 @@ def saved(tmp_path):
 def test_loading_gives_the_same_logits(saved, name, family):
     adapter, folder = saved(name, family)
     fresh = small.adapted(name, family, trained=False)
-    assert state.load(fresh, folder) == ABOUT
+    assert save_load.load(fresh, folder) == ABOUT
     ids = small.ids()
     assert torch.equal(fresh.model(input_ids=ids).logits, adapter.model(input_ids=ids).logits)
 
@@ -43,52 +43,52 @@ def test_loading_works_across_precisions(tmp_path, name, first, second):
         one.model.to(getattr(torch, dtype))
         for tensor in (*one.trained.values(), *one.constants.values()):
             tensor.data = tensor.data.float()
-    state.save(adapter, tmp_path, ABOUT)
-    state.load(fresh, tmp_path)
+    save_load.save(adapter, tmp_path, ABOUT)
+    save_load.load(fresh, tmp_path)
     for key, parameter in adapter.trained.items():
         assert torch.equal(parameter, fresh.trained[key])
 
 
 def test_a_truncated_weights_file_is_refused(saved):
     _, folder = saved()
-    path = folder / state.WEIGHTS
+    path = folder / save_load.WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter_model.safetensors was truncated or altered"):
-        state.load(small.adapted(trained=False), folder)
+        save_load.load(small.adapted(trained=False), folder)
 
 
 def test_one_changed_bit_is_refused(saved):
     _, folder = saved()
-    data = bytearray((folder / state.WEIGHTS).read_bytes())
+    data = bytearray((folder / save_load.WEIGHTS).read_bytes())
     data[-1] ^= 1
-    (folder / state.WEIGHTS).write_bytes(data)
+    (folder / save_load.WEIGHTS).write_bytes(data)
     with pytest.raises(UserError, match="altered"):
-        state.load(small.adapted(trained=False), folder)
+        save_load.load(small.adapted(trained=False), folder)
 
 
-@pytest.mark.parametrize("name", [state.WEIGHTS, state.CANARY, state.PROOF])
+@pytest.mark.parametrize("name", [save_load.WEIGHTS, save_load.CANARY, save_load.PROOF])
 def test_a_missing_file_is_refused(saved, name):
     _, folder = saved()
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"{name}.* is missing"):
-        state.load(small.adapted(trained=False), folder)
+        save_load.load(small.adapted(trained=False), folder)
 
 
 def test_a_file_outside_the_folder_is_refused(saved):
     _, folder = saved()
-    proof = json.loads((folder / state.PROOF).read_text())
+    proof = json.loads((folder / save_load.PROOF).read_text())
     proof["files"]["../elsewhere"] = "0"
-    (folder / state.PROOF).write_text(json.dumps(proof))
+    (folder / save_load.PROOF).write_text(json.dumps(proof))
     with pytest.raises(UserError, match=r"a key of files is '../elsewhere'; expected a plain name"):
-        state.load(small.adapted(trained=False), folder)
+        save_load.load(small.adapted(trained=False), folder)
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 1, "files": {}}', "[]"])
 def test_a_damaged_proof_is_refused(saved, damage):
     _, folder = saved()
-    (folder / state.PROOF).write_text(damage)
+    (folder / save_load.PROOF).write_text(damage)
     with pytest.raises(UserError, match=r"lrk.json.*(cannot be read|is missing|it is \[\])"):
-        state.load(small.adapted(trained=False), folder)
+        save_load.load(small.adapted(trained=False), folder)
 
 
 def test_another_model_is_refused(saved):
@@ -97,7 +97,7 @@ def test_another_model_is_refused(saved):
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(UserError, match="belongs to another model"):
-        state.load(small.method("lora").adapt(other), folder)
+        save_load.load(small.method("lora").adapt(other), folder)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_another_model_is_refused(saved):
 def test_tensors_that_do_not_fit_are_refused(saved, name, settings, message):
     _, folder = saved()
     with pytest.raises(UserError, match=message):
-        state.load(small.adapted(name, trained=False, **settings), folder)
+        save_load.load(small.adapted(name, trained=False, **settings), folder)
 
 
 def test_the_canary_notices_a_different_computation(saved):
     """The files are whole and fit, but the method computes something else (another scale)."""
     _, folder = saved(alpha=8)
     with pytest.raises(UserError, match="does not compute what it did when it was saved"):
-        state.load(small.adapted(trained=False, alpha=16), folder)
+        save_load.load(small.adapted(trained=False, alpha=16), folder)
 
 
 def test_moments_survive_the_round_trip(tmp_path):
@@ -134,12 +134,12 @@ def test_moments_survive_the_round_trip(tmp_path):
 
     parameters, one = optimizer()
     step(parameters, one)
-    save_file(state.moments(one), tmp_path / "moments.safetensors")
+    save_file(save_load.moments(one), tmp_path / "moments.safetensors")
     others, two = optimizer()
     with torch.no_grad():
         for mine, theirs in zip(others, parameters, strict=True):
             mine.copy_(theirs)
-    state.load_moments(two, load_file(tmp_path / "moments.safetensors"), "moments")
+    save_load.load_moments(two, load_file(tmp_path / "moments.safetensors"), "moments")
     step(parameters, one)
     step(others, two)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, parameters, strict=True))
@@ -161,7 +161,7 @@ def test_the_peft_library_loads_lora_with_equal_logits(saved, family):
 )
 def test_what_peft_would_compute_differently_has_no_peft_config(saved, name, family):
     _, folder = saved(name, family)
-    assert not (folder / state.CONFIG).exists()
+    assert not (folder / save_load.CONFIG).exists()
 
 
 def test_a_sharded_checkpoint_is_the_same_model(saved, tmp_path):
@@ -170,5 +170,5 @@ def test_a_sharded_checkpoint_is_the_same_model(saved, tmp_path):
     small.model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     fresh = small.method("lora").adapt(type(small.model()).from_pretrained(tmp_path / "shards").eval())
-    state.load(fresh, folder)
+    save_load.load(fresh, folder)
     assert torch.equal(fresh.model(input_ids=small.ids()).logits, adapter.model(input_ids=small.ids()).logits)

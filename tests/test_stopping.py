@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import pytest
 from command import FAKES, ROOT, runs
 
-from lowrank_cli.dispatch import stage
 from lowrank_cli.errors import Interrupted
+from lowrank_cli.inference import progress
+from lowrank_cli.launch import stage
 from lowrank_cli.runs import Run, stopping
 from lowrank_cli.runs.stopping import Stop
-from lowrank_cli.stages import progress
 from lowrank_cli.stages.train import Trainer
 
 WAITS = ("train", "seed=77", "train.max_steps=3", "train.warmup=0.1")
@@ -152,7 +152,7 @@ def test_a_signal_ends_a_run_that_says_how_to_go_on(number, code):
 
 @pytest.mark.slow
 def test_a_signal_before_the_run_is_one_line(monkeypatch, lrk):
-    monkeypatch.setattr("lowrank_cli.dispatch.single.start", lambda *a: send(signal.SIGTERM))
+    monkeypatch.setattr("lowrank_cli.launch.single_run.start", lambda *a: send(signal.SIGTERM))
     done = lrk("train")
     assert (done.code, done.err) == (143, "interrupted: nothing was started\n")
 

@@ -12,11 +12,11 @@ from command import one_line
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lowrank_cli.adapter.export import as_lora, lora_error
-from lowrank_cli.adapter.families import FAMILIES, PLAIN_GATED, POSITION_WISE, find_sites, known_sites, structure_of
-from lowrank_cli.adapter.recompute import recompute
+from lowrank_cli.adapter.files.export import as_lora, lora_error
+from lowrank_cli.adapter.model_structure import discover
 from lowrank_cli.adapter.spans import Span, index, take
-from lowrank_cli.adapter.structure import discover
+from lowrank_cli.adapter.target_sites import FAMILIES, PLAIN_GATED, POSITION_WISE, find_sites, known_sites, structure_of
+from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.ablation import ablate
 from lowrank_cli.scoring.probe import Probe

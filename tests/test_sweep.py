@@ -13,8 +13,8 @@ import pytest
 from command import one_line, runs
 from joblib.externals.loky import get_reusable_executor
 
-from lowrank_cli.dispatch.devices import take_one
 from lowrank_cli.errors import UserError
+from lowrank_cli.launch.gpu_locks import take_one
 from lowrank_cli.runs import this_process
 from lowrank_cli.runs.process import began
 
@@ -186,7 +186,7 @@ def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):
     (sweep,) = runs()
     first = sweep / ledger(sweep)["jobs"][0]["id"] / "run.json"
     first.write_text(json.dumps({**json.loads(first.read_text()), "status": "running"}))
-    monkeypatch.setattr("lowrank_cli.dispatch.sweep.Launcher.launch", lambda *a: None)
+    monkeypatch.setattr("lowrank_cli.launch.sweep.Launcher.launch", lambda *a: None)
     ended = lrk("train", "--resume", str(sweep))
     assert ended.code == 1 and list(states(sweep).values()) == ["failed", "failed"]
     assert "the process ended without a result" in ended.out
@@ -218,7 +218,7 @@ def test_ctrl_c_reaches_joblib(tmp_path):
 TAKES_ONE = """
 import os, sys, time
 from pathlib import Path
-from lowrank_cli.dispatch.devices import take_one
+from lowrank_cli.launch.gpu_locks import take_one
 for _ in range(2):  # the second job of a process stays where the first one was
     take_one(Path("locks"))
 print(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"), flush=True)

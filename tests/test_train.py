@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from lowrank_cli.dispatch import single
 from lowrank_cli.errors import Interrupted, UserError, WorkFailed
+from lowrank_cli.inference.session import Session
+from lowrank_cli.launch import single_run
 from lowrank_cli.methods.milora import MiLoRA
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run, stopping
-from lowrank_cli.stages.session import Session
 from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ PARALLEL = [
 
 def train(*overrides: str, outputs="outputs") -> Run:
     """``lrk train`` in this process; the run that it made."""
-    single.start("train", [*QUICK, f"outputs={outputs}", *overrides], None, "lrk train")
+    single_run.start("train", [*QUICK, f"outputs={outputs}", *overrides], None, "lrk train")
     return Run.open(Path(outputs) / "latest")
 
 
@@ -199,7 +199,7 @@ def test_a_stop_during_an_evaluation_continues_with_it(monkeypatch, tmp_path, fo
     run = Run.open("outputs/latest")
     assert len(passes) == 2 + forward and [row["step"] for row in run.history() if "dev/loss" in row] == [2]
     assert run.info["status"] == "interrupted" and os.listdir(run.path / "checkpoints") == ["step-0000004"]
-    single.resume("train", str(run.path))
+    single_run.resume("train", str(run.path))
     resumed = Run.open(run.path)
     assert losses(resumed) == losses(expected) and numbers(resumed) == numbers(expected)
 
@@ -212,7 +212,7 @@ def test_a_stop_during_the_last_evaluation_repeats_no_step(monkeypatch, tmp_path
     with monkeypatch.context() as patch, stopping.signals(), pytest.raises(Interrupted):
         patch.setattr("lowrank_cli.stages.train.evaluate_split", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train("method=lora", "train.max_steps=5")
-    single.resume("train", "outputs/latest")
+    single_run.resume("train", "outputs/latest")
     assert steps == [1, 2, 3, 4, 5] and numbers(Run.open("outputs/latest")) == numbers(expected)
 
 
@@ -273,7 +273,7 @@ def test_the_seed_decides_the_run(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 def test_other_precisions_train_and_evaluate(precision):
     run = train("method=milora", f"hardware.precision={precision}", "train.max_steps=2")
-    single.start("evaluate", [f"run={run.path}", "hardware.threads=1"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={run.path}", "hardware.threads=1"], None, "lrk evaluate")
     assert Run.open("outputs/latest").metrics["test/accuracy"] == run.metrics["test/accuracy"]
 
 
@@ -284,12 +284,12 @@ def test_an_altered_checkpoint_is_refused(tmp_path, whole, name):
     (run.path / "metrics.json").unlink()
     (run.path / name).write_bytes((run.path / name).read_bytes()[:-7])
     with pytest.raises(UserError, match=Path(name).name):
-        single.resume("train", str(run.path))
+        single_run.resume("train", str(run.path))
 
 
 def test_an_adapter_trained_in_bf16_is_evaluated_in_fp32():
     run = train("method=milora", "hardware.precision=bf16", "train.max_steps=2")
-    single.start("evaluate", [f"run={run.path.resolve()}", "hardware.precision=fp32"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={run.path.resolve()}", "hardware.precision=fp32"], None, "lrk evaluate")
     assert Run.open("outputs/latest").done
 
 
@@ -321,7 +321,7 @@ def test_an_encoder_trains_with_what_its_checkpoint_lacks(encoder, method):
     assert any(name.endswith("classifier.weight") for name in trained)
     history = [row["train/loss"] for row in run.history() if "train/loss" in row]
     assert history[-1] != history[0]
-    single.start("evaluate", [f"run={run.path.resolve()}"], None, "lrk evaluate")
+    single_run.start("evaluate", [f"run={run.path.resolve()}"], None, "lrk evaluate")
     again = Run.open("outputs/latest").metrics
     assert again["test/accuracy"] == run.metrics["test/accuracy"]
     assert again["activated_parameters"] <= again["trainable_parameters"] == run.metrics["trainable_parameters"]
@@ -349,7 +349,7 @@ def test_demonstrations_change_what_the_frozen_model_answers():
     common = ["method=none", "task=tiny_sentiment", "task.limit=24", "hardware.threads=1"]
     scores = []
     for shots in (0, 8):
-        single.start("evaluate", [*common, f"evaluate.shots={shots}"], None, "lrk evaluate")
+        single_run.start("evaluate", [*common, f"evaluate.shots={shots}"], None, "lrk evaluate")
         lines = (Path("outputs/latest") / "predictions.jsonl").read_text().splitlines()
         scores.append([json.loads(line)["scores"] for line in lines])
     assert len(scores[0]) == len(scores[1]) == 24

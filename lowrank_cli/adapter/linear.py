@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter.fused import Frozen, Remake, Terms, remake_of
+from lowrank_cli.adapter.fused_autograd import Frozen, Remake, Terms, remake_of
 from lowrank_cli.adapter.quantized import dense, quantized
-from lowrank_cli.adapter.siblings import Siblings
+from lowrank_cli.adapter.shared_input import Siblings
 from lowrank_cli.adapter.spans import Span, index, is_view, put, take
 
 LINEARS = (nn.Linear, Conv1D)
@@ -228,7 +228,7 @@ class LowRank(nn.Module):
         return h if gate is None else h * gate.to(h.dtype)
 
     def terms(self, x: Tensor, dtype: torch.dtype) -> Terms | None:
-        """The update for ``x`` (B, T, I), computed in ``dtype``, as :mod:`lowrank_cli.adapter.fused` wants it.
+        """The update for ``x`` (B, T, I), computed in ``dtype``, as :mod:`lowrank_cli.adapter.fused_autograd` wants it.
 
         None where only :meth:`add_to` computes it, as for a kind that has its own.
         """
@@ -403,7 +403,7 @@ class AdaptedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def fusible(self, x: Tensor) -> Frozen | None:
-        """What :mod:`lowrank_cli.adapter.fused` computes for ``x``, where it can."""
+        """What :mod:`lowrank_cli.adapter.fused_autograd` computes for ``x``, where it can."""
         if not self._active or quantized(self.weight) or self.weight.requires_grad:
             return None  # nothing to fuse; W only through its own linear; a weight whose own gradient is asked for
         if not all(is_view(span) for _, span in self._active):

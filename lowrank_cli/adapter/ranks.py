@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import LowRank, resized
 from lowrank_cli.errors import UserError, nearest
 

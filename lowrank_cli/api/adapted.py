@@ -14,23 +14,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import core, state
+from lowrank_cli.adapter import adapted_model
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.quantized import quantized
 from lowrank_cli.api.training import Batch, Training, trainer_callback
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import UserError, nearest, unknown
+from lowrank_cli.inference.session import method_of_adapter
 from lowrank_cli.methods.protocol import Adapts, Method, OwnRates
 from lowrank_cli.reader import read_yaml
 from lowrank_cli.runs import atomic_folder
 from lowrank_cli.schema import MethodConfig
-from lowrank_cli.stages.session import method_of_adapter
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 #: What :meth:`Adapter.save` writes, and may replace.
-SAVED = {state.WEIGHTS, state.CANARY, state.CONFIG, state.PATTERN, state.PROOF}
+SAVED = {save_load.WEIGHTS, save_load.CANARY, save_load.CONFIG, save_load.PATTERN, save_load.PROOF}
 
 
 def adapt(model: PreTrainedModel, method: str, **settings: Any) -> Adapter:
@@ -85,11 +86,11 @@ def load(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Adapter:
     _require_adaptable(model)
     path = Path(folder).expanduser()
     path = path / "adapter" if (path / "run.json").is_file() else path
-    proof = state.read_proof(path)
-    state.check_fingerprint(proof, core.fingerprint(model), str(path), model.config.model_type)
+    proof = save_load.read_proof(path)
+    save_load.check_fingerprint(proof, adapted_model.fingerprint(model), str(path), model.config.model_type)
     made = method_of_adapter(path)
     adapter = _injected(model, made)
-    state.load(adapter, path)
+    save_load.load(adapter, path)
     return Adapter(adapter, made, fresh=False)
 
 
@@ -106,7 +107,7 @@ class Adapter:
     config: MethodConfig
     history: list[dict[str, Any]]
 
-    def __init__(self, adapter: core.Adapter, method: Method, *, fresh: bool):
+    def __init__(self, adapter: adapted_model.Adapter, method: Method, *, fresh: bool):
         self._adapter, self._method = adapter, method
         self._training = Training(adapter, method, fresh)
         self.model, self.config, self.history = adapter.model, method.config, self._training.history
@@ -220,7 +221,7 @@ class Adapter:
             raise UserError("save: the adapter is switched off; save it outside of `with adapter.disabled():`")
         about = {"method": self.config.name, "method_config": asdict(self.config)}
         with atomic_folder(path) as temporary:
-            state.save(self._adapter, temporary, about)
+            save_load.save(self._adapter, temporary, about)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Inside, the model is the bare one; afterwards the adapter is as it was before, on or off.
@@ -280,11 +281,13 @@ def _require_adaptable(model: PreTrainedModel) -> None:
         raise UserError(
             f"model: {kind} gives no logits; load it with AutoModelForCausalLM or AutoModelForSequenceClassification"
         )
-    if (dtype := str(model.dtype).removeprefix("torch.")) not in state.TOLERANCE:
-        raise UserError(f"model: its weights are {dtype} (allowed: {', '.join(state.TOLERANCE)}); load it with dtype=")
+    if (dtype := str(model.dtype).removeprefix("torch.")) not in save_load.TOLERANCE:
+        raise UserError(
+            f"model: its weights are {dtype} (allowed: {', '.join(save_load.TOLERANCE)}); load it with dtype="
+        )
 
 
-def _injected(model: PreTrainedModel, method: Method) -> core.Adapter:
+def _injected(model: PreTrainedModel, method: Method) -> adapted_model.Adapter:
     """``model`` adapted by ``method``; as it was before where that raises UserError."""
     assert isinstance(method, Adapts)
     if (writes := method.rewrites()) and any(map(quantized, model.parameters())):
@@ -296,7 +299,7 @@ def _injected(model: PreTrainedModel, method: Method) -> core.Adapter:
         for path, module in list(model.named_modules()):
             if isinstance(module, AdaptedLinear):
                 module.enable(False)
-                core.replace_module(model, path, module.base)
+                adapted_model.replace_module(model, path, module.base)
         for parameter in trained:
             parameter.requires_grad_(True)
         raise

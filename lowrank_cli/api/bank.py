@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.api.adapted import Adapter
 from lowrank_cli.errors import UserError
-from lowrank_cli.stages.tenants import Tenants
+from lowrank_cli.inference.tenants import Tenants
 
 
 class Bank:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.head import IGNORED
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.lm_head import IGNORED
 from lowrank_cli.errors import UserError, require_range
 from lowrank_cli.methods.protocol import (
     AddsLoss,

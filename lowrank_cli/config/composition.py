@@ -21,10 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank_cli import methods, runs, schema
-from lowrank_cli.config import variants
-from lowrank_cli.config.absorb import absorb
+from lowrank_cli.config import bench_methods
 from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.config.folders import GROUPS, conf_folders
+from lowrank_cli.config.inline_files import absorb
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.reader import check
@@ -149,7 +149,7 @@ def compose(
         with open_dict(cfg):
             del cfg["hydra"]
             if verb == "bench":
-                cfg.variants = variants.compose(load, cfg.bench.methods, cfg.bench.rank)
+                cfg.variants = bench_methods.compose(load, cfg.bench.methods, cfg.bench.rank)
         composed = _finish(verb, cfg, choices, asked)
     typed = [item.key_or_group for item in parsed]
     if WRITTEN not in typed and verb == "generate" and composed.config.generate.output:

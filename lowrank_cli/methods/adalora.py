@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.allocation import Importance
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.kinds.rank_values import Importance
     from lowrank_cli.methods.protocol import Step
 
 
@@ -84,9 +84,9 @@ class AdaLoRAConfig(BudgetConfig):
 
 def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
     """Modules of the initial rank with a value for each rank."""
-    from lowrank_cli.adapter.allocation import RankValues
-    from lowrank_cli.adapter.core import inject
-    from lowrank_cli.adapter.families import find_sites
+    from lowrank_cli.adapter.adapted_model import inject
+    from lowrank_cli.adapter.kinds.rank_values import RankValues
+    from lowrank_cli.adapter.target_sites import find_sites
 
     sites = find_sites(model, list(config.target_modules))
     rank = config.start_rank
@@ -97,8 +97,8 @@ def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
 
 def observe_budget(adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Parameters at the start beside those of the ranks left, and a heat map of these."""
-    from lowrank_cli.adapter.allocation import initial_parameters
-    from lowrank_cli.scoring.figures import allocation
+    from lowrank_cli.adapter.kinds.rank_values import initial_parameters
+    from lowrank_cli.scoring.heatmaps import allocation
 
     ranks = sum(adapter.ranks().values())
     return {
@@ -123,7 +123,7 @@ class AdaLoRA(LoRA):
         """P and Q Gaussian with the deviation of the authors' code, Λ = 0: the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.allocation import valued
+        from lowrank_cli.adapter.kinds.rank_values import valued
 
         adapter = inject_values(model, self.config)
         for part in valued(adapter).values():
@@ -136,7 +136,7 @@ class AdaLoRA(LoRA):
         """γ · Σ_modules (‖Pᵀ P − 1‖² + ‖Q Qᵀ − 1‖²)."""
         import torch
 
-        from lowrank_cli.adapter.allocation import orthogonality
+        from lowrank_cli.adapter.kinds.rank_values import orthogonality
 
         terms = [orthogonality(part.lora_b.t()) + orthogonality(part.lora_a) for part in adapter.modules.values()]
         return self.config.orthogonality * torch.stack(terms).sum()
@@ -149,13 +149,13 @@ class AdaLoRA(LoRA):
 
     def _importance(self, adapter: Adapter) -> Importance:
         """Of the ranks that there are: fewer than at the start, where training goes on from another run."""
-        from lowrank_cli.adapter.allocation import Importance
+        from lowrank_cli.adapter.kinds.rank_values import Importance
 
         return Importance(adapter, self.config.beta1, self.config.beta2)
 
     def after_step(self, step: Step) -> None:
         """Allocate the budget of this step; the final one for good."""
-        from lowrank_cli.adapter.allocation import cubic_budget, keep_largest, remove, silence
+        from lowrank_cli.adapter.kinds.rank_values import cubic_budget, keep_largest, remove, silence
 
         if self.importance is None:
             return

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.methods.protocol import Step
     from lowrank_cli.scoring.kinds import Scores
 
@@ -197,7 +197,7 @@ class ALoRA(LoRA):
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The allocation of ``adapter``, and after training every round's."""
-        from lowrank_cli.scoring.figures import allocation, trajectory
+        from lowrank_cli.scoring.heatmaps import allocation, trajectory
 
         metrics: dict[str, float] = {"ranks": sum(adapter.ranks().values()), "modules": len(adapter.modules)}
         figures = [allocation(adapter)]

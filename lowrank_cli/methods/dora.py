@@ -25,6 +25,6 @@ class DoRA(LoRA):
     Config = DoRAConfig
 
     def kind(self) -> type[LowRank]:
-        from lowrank_cli.adapter.decomposed import Decomposed
+        from lowrank_cli.adapter.kinds.dora import Decomposed
 
         return Decomposed

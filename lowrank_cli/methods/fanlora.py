@@ -26,14 +26,14 @@ from omegaconf import MISSING
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.lora import LowRankConfig
 from lowrank_cli.methods.protocol import Method
-from lowrank_cli.scoring.setting import read
+from lowrank_cli.scoring.selection import read
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
-    from lowrank_cli.adapter.families import Site
+    from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.target_sites import Site
 
 #: Found by ``lrk run recipe=fanlora`` for the bundled model.
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama_setting.yaml"
@@ -69,9 +69,9 @@ class FanLoRA(Method):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Wrap the setting's modules. Raises UserError where the model has not these layers and roles."""
-        from lowrank_cli.adapter.core import inject
-        from lowrank_cli.adapter.families import known_sites
-        from lowrank_cli.scoring.setting import fitting
+        from lowrank_cli.adapter.adapted_model import inject
+        from lowrank_cli.adapter.target_sites import known_sites
+        from lowrank_cli.scoring.selection import fitting
 
         config, every = self.config, known_sites(model)
         try:

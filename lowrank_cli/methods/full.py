@@ -11,7 +11,7 @@ from lowrank_cli.schema import MethodConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Full(Method):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Declare every parameter trainable (a tied one once)."""
-        from lowrank_cli.adapter.core import Adapter
+        from lowrank_cli.adapter.adapted_model import Adapter
 
         adapter = Adapter(model, {})
         adapter.train_also(model, "")

@@ -23,7 +23,7 @@ from lowrank_cli.schema import MethodConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.adapter.linear import LowRank
 
 
@@ -104,9 +104,9 @@ class LoRA(Method):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Wrap the target linears of ``model``; a classification head, where there is one, trains in full."""
-        from lowrank_cli.adapter.core import inject
-        from lowrank_cli.adapter.families import find_sites
+        from lowrank_cli.adapter.adapted_model import inject
         from lowrank_cli.adapter.ranks import rebuild
+        from lowrank_cli.adapter.target_sites import find_sites
 
         config = self.config
         sites = find_sites(model, list(config.target_modules))

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.choices import Choices
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.adapter.linear import LowRank
-    from lowrank_cli.adapter.router import Router
+    from lowrank_cli.adapter.routing.choice_stats import Choices
+    from lowrank_cli.adapter.routing.router import Router
     from lowrank_cli.methods.protocol import Start, Step
 
 POOLERS = ("self_attention", "average", "max", "last_token")
@@ -121,9 +121,9 @@ class MiLoRA(LoRA):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
-        from lowrank_cli.adapter.families import layers, layers_path
-        from lowrank_cli.adapter.router import GATES
-        from lowrank_cli.adapter.routing import PromptRouting
+        from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
+        from lowrank_cli.adapter.routing.router import GATES
+        from lowrank_cli.adapter.target_sites import layers, layers_path
 
         adapter = super().adapt(model)
         strangers = [site.path for site in adapter.sites.values() if site.layer is None]
@@ -158,13 +158,13 @@ class MiLoRA(LoRA):
     def kind(self) -> Callable[..., LowRank]:
         if self.config.modules == "lora":
             return super().kind()
-        from lowrank_cli.adapter.decomposed import Decomposed
+        from lowrank_cli.adapter.kinds.dora import Decomposed
 
         return Decomposed
 
     def _router(self, width: int, activation: str) -> Router:
         """The router of one layer of ``width`` features."""
-        from lowrank_cli.adapter.router import ACTIVATIONS, POOLERS, Rational, Router
+        from lowrank_cli.adapter.routing.router import ACTIVATIONS, POOLERS, Rational, Router
 
         orders = self.config.numerator_order, self.config.denominator_order
         function = Rational(*orders) if activation == "rational" else ACTIVATIONS[activation]
@@ -175,8 +175,8 @@ class MiLoRA(LoRA):
         """Take the routers' statistics from training prompts, and look at how these are routed then."""
         import torch
 
-        from lowrank_cli.adapter.choices import Choices
-        from lowrank_cli.adapter.router import EPSILON
+        from lowrank_cli.adapter.routing.choice_stats import Choices
+        from lowrank_cli.adapter.routing.router import EPSILON
 
         routing = start.adapter.routing
         assert routing is not None
@@ -210,7 +210,7 @@ class MiLoRA(LoRA):
         """λ_lb · Σ_l L_lb of the forward pass that just ran."""
         import torch
 
-        from lowrank_cli.adapter.router import load_balance
+        from lowrank_cli.adapter.routing.router import load_balance
 
         assert adapter.routing is not None
         terms = [load_balance(probabilities) for probabilities in adapter.routing.probabilities]
@@ -260,14 +260,14 @@ class MiLoRA(LoRA):
         """The second optimizer's moments, and whether the soft start goes on."""
         import torch
 
-        from lowrank_cli.adapter.state import moments
+        from lowrank_cli.adapter.files.save_load import moments
 
         held = moments(self._optimizer) if self._optimizer else {}
         return held | ({"warming": torch.tensor(self._warming)} if self.config.soft_start else {})
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` left off."""
-        from lowrank_cli.adapter.state import load_moments
+        from lowrank_cli.adapter.files.save_load import load_moments
 
         assert adapter.routing is not None
         if "warming" in state:

@@ -28,6 +28,6 @@ class PiSSA(LoRA):
     unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
 
     def kind(self) -> type[LowRank]:
-        from lowrank_cli.adapter.spectrum import Principal
+        from lowrank_cli.adapter.kinds.svd_window import Principal
 
         return Principal

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.calibration.ida import TokenRule
     from lowrank_cli.scoring.probe import Probe
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lowrank_cli.adapter.core import Adapter
+    from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.methods.protocol import Step
 
 
@@ -58,7 +58,7 @@ class SoRA(LoRA):
         """LoRA's modules with Gaussian gates; B = 0, so the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.allocation import valued
+        from lowrank_cli.adapter.kinds.rank_values import valued
 
         adapter = inject_values(model, self.config)
         for part in valued(adapter).values():
@@ -67,7 +67,7 @@ class SoRA(LoRA):
 
     def after_step(self, step: Step) -> None:
         """The proximal step of all gates; the budget's choice once its time has come."""
-        from lowrank_cli.adapter.allocation import keep_largest, remove, soft_threshold, valued
+        from lowrank_cli.adapter.kinds.rank_values import keep_largest, remove, soft_threshold, valued
 
         if self._settled:
             return

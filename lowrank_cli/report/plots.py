@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lowrank_cli.errors import UserError, escaped
-from lowrank_cli.report import scale
+from lowrank_cli.report import number_format
 from lowrank_cli.report.tables import run_title
 from lowrank_cli.runs import Run, atomic_write
 
@@ -184,7 +184,7 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     from matplotlib.patches import Rectangle
 
     rows, columns, values = entry["rows"], entry["columns"], _numbers(entry["values"])
-    unit = scale.unit(_finite(values)) if entry.get("in_units") else 1.0
+    unit = number_format.unit(_finite(values)) if entry.get("in_units") else 1.0
     values = [[value / unit for value in line] for line in values]
     cell = 0.55 if len(columns) <= 20 else 11 / len(columns)
     height = min(max(0.32 * len(rows), 1.0), 12)
@@ -204,9 +204,9 @@ def heatmap(entry: dict[str, Any]) -> Figure:
             frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
             axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
-    if _whole(finite) and not scale.spans_decades(finite):
+    if _whole(finite) and not number_format.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
-    bar.set_label(f"{entry.get('label', '')}{scale.in_unit(unit)}", fontsize=9)
+    bar.set_label(f"{entry.get('label', '')}{number_format.in_unit(unit)}", fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)
     axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
@@ -228,7 +228,7 @@ def _colours(entry: dict[str, Any], finite: list[float]) -> dict[str, Any]:
     if min(finite) < 0:
         most = max(map(abs, finite))
         return {"cmap": "RdBu", "norm": Normalize(-most, most)}
-    if scale.spans_decades(finite):
+    if number_format.spans_decades(finite):
         return {"cmap": "YlGnBu", "norm": LogNorm(min(value for value in finite if value > 0), max(finite))}
     return {"cmap": "YlGnBu", "norm": Normalize(0, max(finite) or 1)}
 
@@ -248,7 +248,7 @@ def _digits(values: list[float]) -> str:
 
     Of values that span decades each has two.
     """
-    if scale.spans_decades(values) and not _whole(values):
+    if number_format.spans_decades(values) and not _whole(values):
         return ".2g"
     largest = max(map(abs, values))
     return ".0f" if largest >= 100 or _whole(values) else f".{1 + (largest < 10)}f"
@@ -283,7 +283,7 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
         if len(columns) <= 16:
             _write_in(place, image, grids[at], _digits(finite), 6)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    if _whole(finite) and not scale.spans_decades(finite):
+    if _whole(finite) and not number_format.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
     bar.set_label(entry.get("label", ""), fontsize=8)
     bar.outline.set_visible(False)

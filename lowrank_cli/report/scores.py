@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_cli.report import scale, tables
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import KINDS
 
@@ -23,10 +23,10 @@ def shown(run: Run) -> list[RenderableType]:
     if not run.done or not (run.path / "scores.json").is_file():
         return []
     record = run.read_json("scores.json")
-    unit = scale.unit(score for module in record["modules"] for score in module["scores"])
+    unit = number_format.unit(score for module in record["modules"] for score in module["scores"])
     worth = {module["module"]: [score / unit for score in module["scores"]] for module in record["modules"]}
     number = _format([value for values in worth.values() for value in values])
-    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{scale.in_unit(unit)}"
+    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{number_format.in_unit(unit)}"
     return [Text(says), _by_role(record, worth, number), _ends(record, worth, number)]
 
 
@@ -69,7 +69,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _format(values: list[float]) -> Callable[[float], str]:
     """How these numbers are written: with four digits of the largest, or three of each where they span decades."""
-    if scale.spans_decades(values):
+    if number_format.spans_decades(values):
         return lambda value: f"{value:.3g}"
     largest = max(map(abs, values), default=0.0)
     digits = max(0, 3 - math.floor(math.log10(largest))) if largest else 0

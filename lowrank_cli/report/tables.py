@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.errors import UserError, escaped
-from lowrank_cli.report import loading
+from lowrank_cli.report import export_hints
 from lowrank_cli.runs.process import is_gone
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def end_of_run(run: Run) -> RenderableType:
     ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
     folder = _whole(f"  folder: {shown(run.path)}")
     table = [spread_table(ways)] if len(ways) > 1 else []
-    return Group(panel, *table, folder, *(_whole(f"  {way}") for way in loading.ways(run)), *next_steps(run))
+    return Group(panel, *table, folder, *(_whole(f"  {way}") for way in export_hints.ways(run)), *next_steps(run))
 
 
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:

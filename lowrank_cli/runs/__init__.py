@@ -12,8 +12,8 @@ and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, 
 """
 
 from lowrank_cli.runs.files import atomic_folder, atomic_write, remove_leftovers, write_json
-from lowrank_cli.runs.folders import all_runs, child, find, scan
-from lowrank_cli.runs.place import discard, new_folder, settled
+from lowrank_cli.runs.listing import all_runs, child, find, scan
+from lowrank_cli.runs.new_folder import discard, new_folder, settled
 from lowrank_cli.runs.process import is_alive, is_gone, peak_memory_bytes, showing_life, this_process
 from lowrank_cli.runs.provenance import ROOT, config_hash, untested_versions
 from lowrank_cli.runs.run import DONE, FAILED, INTERRUPTED, PENDING, RUNNING, Run

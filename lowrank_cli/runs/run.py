@@ -16,7 +16,7 @@ import yaml
 from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.reader import check, leaves, read_json, read_json_lines, read_yaml, shown
 from lowrank_cli.runs.files import atomic_write, remove_leftovers, write_json
-from lowrank_cli.runs.place import discard, new_folder, settled
+from lowrank_cli.runs.new_folder import discard, new_folder, settled
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, this_process
 from lowrank_cli.runs.provenance import config_hash, cpu_name, git_state, package_versions, untested_versions
 from lowrank_cli.runs.records import RECORDS, HistoryRow, MethodSection, RunInfo

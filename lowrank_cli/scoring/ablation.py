@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.head import answering
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.lm_head import answering
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_losses
 from lowrank_cli.scoring.reuse import STAGES, Reuse

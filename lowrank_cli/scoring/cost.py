@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.probe import Probe
 

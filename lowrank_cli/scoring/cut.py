@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 
 KEPT = 2  #: modules that a layer keeps, where nothing says how many: FanLoRA's default
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lowrank_cli.adapter.allocation import Importance
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.kinds.rank_values import Importance
 from lowrank_cli.scoring.ablation import evaluating
 from lowrank_cli.scoring.probe import Batch, Probe, row_losses
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring import gradients

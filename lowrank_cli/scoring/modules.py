@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.head import headless
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.lm_head import headless
 from lowrank_cli.errors import require_choice
 from lowrank_cli.schema import MODULE_KINDS
 from lowrank_cli.scoring import gradients

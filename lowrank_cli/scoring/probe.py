@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.families import structure_of
-from lowrank_cli.adapter.head import IGNORED, Answers, answers_at
-from lowrank_cli.scoring.answers import answers_only
+from lowrank_cli.adapter.lm_head import IGNORED, Answers, answers_at
+from lowrank_cli.adapter.target_sites import structure_of
+from lowrank_cli.scoring.answer_positions import answers_only
 
 Batch = dict[str, Tensor]
 PADDING = 0.2  #: largest share of padding in a group

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank_cli.adapter.core import Adapter
-from lowrank_cli.adapter.families import layers, structure_of
-from lowrank_cli.adapter.head import answering
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.scoring.answers import Done, attention_of, role_paths
+from lowrank_cli.adapter.lm_head import answering
+from lowrank_cli.adapter.target_sites import layers, structure_of
+from lowrank_cli.scoring.answer_positions import Done, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
 
 #: The order in which a layer computes its roles; those with the same number do not depend on each other.

@@ -1,7 +1,7 @@
 """``lrk bench``: methods against the bare model, all on one set of frozen weights, in interleaved rounds.
 
 ``decode`` is generation with adapters that are not merged, and with ``bench.tenants`` the same once more for each
-number of adapters in a batch; ``train`` is in :mod:`lowrank_cli.stages.bench_train`.
+number of adapters in a batch; ``train`` is in :mod:`lowrank_cli.bench.train_step`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from transformers import (
 )
 
 from lowrank_cli.adapter.kv_cache import growing_cache
+from lowrank_cli.bench import decode_rows, train_step, vllm
+from lowrank_cli.bench.decode_rows import Sample, compared, row
+from lowrank_cli.bench.rounds import in_turns, peak_memory, reset_peak, synchronized
+from lowrank_cli.bench.shared_weights import Twin, crowds, lacking, twins
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.session import greet, prepare
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import VLLM, VLLM_LORA, BenchConfig, BenchRun
-from lowrank_cli.stages import bench_rows, bench_train, bench_vllm, progress
-from lowrank_cli.stages.bench_rounds import in_turns, peak_memory, reset_peak, synchronized
-from lowrank_cli.stages.bench_rows import Sample, compared, row
-from lowrank_cli.stages.session import greet, prepare
-from lowrank_cli.stages.twins import Twin, crowds, lacking, twins
 
 MEMORY = {
     "cuda": "largest allocation on the device during a {}, without the other methods' adapters",
@@ -47,7 +48,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     greet(run, config.hardware, base, header, packing)
     variants = _obtainable(config, device)
     training = bench.measure == "train"
-    batch = bench_train.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}
+    batch = train_step.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}
     elsewhere = {entry: variants.pop(entry) for entry in list(variants) if is_vllm(entry)}
     settings: dict[int | None, dict[str, Twin]] = {None: twins(base, variants, config.seed)}
     if bench.tenants:
@@ -56,7 +57,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     methods = len(variants) + len(elsewhere)
     total = (1 if training else len(bench.beams)) * (bench.rounds + 1) * len(settings) * methods
     with (
-        bench_vllm.served(base, elsewhere, config, list(settings), run.file("vllm.log")) as served,
+        vllm.served(base, elsewhere, config, list(settings), run.file("vllm.log")) as served,
         torch.autocast(device.type, torch.bfloat16, enabled=config.hardware.precision == "autocast"),
         progress.bar("measuring", total, shown=True) as bar,
     ):
@@ -64,8 +65,8 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         if training:
             batch = {key: value.to(device) for key, value in batch.items()}
             found = {
-                "rows": bench_train.measure(settings[None], batch, config, bar),
-                "data": bench_train.described(batch, config),
+                "rows": train_step.measure(settings[None], batch, config, bar),
+                "data": train_step.described(batch, config),
             }
         else:
             ids = torch.randint(base.config.get_text_config().vocab_size, (bench.batch_size, bench.prompt_length))
@@ -87,7 +88,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
         "variants": run.config()["variants"],
         **found,
     }
-    made = bench_train if training else bench_rows
+    made = train_step if training else decode_rows
     run.write_json("bench.json", record)
     run.write_json("figures.json", made.figures(record))
     return made.metrics(found["rows"])
@@ -151,7 +152,7 @@ def rounds(
     """The samples of each method, round by round."""
 
     def sample(twin: Twin) -> Sample:
-        if isinstance(twin, bench_vllm.Served):
+        if isinstance(twin, vllm.Served):
             return twin.sample(prompts, bench.new_tokens)
         return generate(twin, prompts, beams, bench.new_tokens)
 

@@ -7,16 +7,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NotRequired, TypedDict
 
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.errors import UserError
+from lowrank_cli.icl import calibrate
+from lowrank_cli.icl.demonstrations import draw
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.predict import predict, score, write_answers
+from lowrank_cli.inference.session import Session, foundation, start
 from lowrank_cli.methods.protocol import Calibrates, Doubts, Observes
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
-from lowrank_cli.stages import calibrate, progress
-from lowrank_cli.stages.demonstrations import draw
-from lowrank_cli.stages.predict import predict, score, write_answers
-from lowrank_cli.stages.session import Session, foundation, start
 from lowrank_cli.tasks.task import Example, template_hashes
 
 
@@ -61,7 +62,7 @@ def load_adapter(session: Session) -> None:
     """Fill the adapter from the run that holds its weights."""
     if session.adapter is not None:
         assert session.foundation is not None, "composition finds a run for every method that trains"
-        state.load(session.adapter, session.foundation / "adapter")
+        save_load.load(session.adapter, session.foundation / "adapter")
 
 
 class About(TypedDict):
@@ -77,8 +78,8 @@ def check_template(task: TaskConfig, folder: Path) -> None:
 
     Its numbers would say nothing about the adapter.
     """
-    about = state.read_proof(folder)["about"]
-    check(about, About, str(folder / state.PROOF), "about")
+    about = save_load.read_proof(folder)["about"]
+    check(about, About, str(folder / save_load.PROOF), "about")
     trained = {about["task"]: about["template_hash"], **about.get("parts", {})}
     for name, now in template_hashes(task).items():
         if trained.get(name, now) != now:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
-from lowrank_cli.adapter.export import as_lora, lora_error, save_lora, save_merged
-from lowrank_cli.adapter.state import TOLERANCE, peft_config
+from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged
+from lowrank_cli.adapter.files.save_load import TOLERANCE, peft_config
 from lowrank_cli.errors import UserError
+from lowrank_cli.icl import calibrate
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.session import start
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import ExportRun
-from lowrank_cli.stages import calibrate, progress
 from lowrank_cli.stages.evaluate import load_adapter
-from lowrank_cli.stages.session import start
 
 
 def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float]:

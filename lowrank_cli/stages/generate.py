@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowrank_cli import methods
-from lowrank_cli.adapter import state
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.errors import UserError, WorkFailed, escaped
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.session import foundation, greet, method_of, prepare
+from lowrank_cli.inference.tenants import Tenants
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.runs import Run, atomic_write
-from lowrank_cli.runs.requests import Request, read_requests
+from lowrank_cli.runs.prompt_file import Request, read_requests
 from lowrank_cli.schema import GenerateConfig, GenerateRun
-from lowrank_cli.stages import progress
-from lowrank_cli.stages.session import foundation, greet, method_of, prepare
-from lowrank_cli.stages.tenants import Tenants
 from lowrank_cli.tasks import encode
 
 ANSWERS = "answers.jsonl"
@@ -92,7 +92,7 @@ def _adapt(config: GenerateRun, model: PreTrainedModel) -> None:
         raise UserError(f"method: {config.method.name} scores given answers and generates none (see lrk export)")
     if below is not None and isinstance(method, Adapts):
         adapter = method.adapt(model)
-        state.load(adapter, below / "adapter")
+        save_load.load(adapter, below / "adapter")
 
 
 class Writer:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import all_but_lowest, resize
 from lowrank_cli.errors import UserError
+from lowrank_cli.inference import progress, selection
+from lowrank_cli.inference.predict import write_answers
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
 from lowrank_cli.scoring.cut import Cut
-from lowrank_cli.scoring.figures import allocation
+from lowrank_cli.scoring.heatmaps import allocation
 from lowrank_cli.scoring.kinds import Scores, require_ranks
-from lowrank_cli.stages import progress, setting
 from lowrank_cli.stages.evaluate import evaluate_split
-from lowrank_cli.stages.predict import write_answers
 from lowrank_cli.stages.score import adapted, measure, write
 
 Values = dict[str, list[float]]
@@ -28,8 +28,8 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     session, adapter = adapted(config)
     require_ranks(adapter)
     whole = config.level == "module"
-    choice = setting.chosen if whole else chosen
-    line = (setting.cut if whole else cut)(config.prune, adapter, config.score.window)
+    choice = selection.chosen if whole else chosen
+    line = (selection.cut if whole else cut)(config.prune, adapter, config.score.window)
     none = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choice(config.prune, adapter, none)  # refuses an amount that does not fit before anything slow
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
@@ -46,13 +46,13 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
         )
     before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
     keep = choice(config.prune, adapter, scores.values)
-    figures = [setting.write(run, config, scoring or run, adapter, scores, keep)] if whole else []
+    figures = [selection.write(run, config, scoring or run, adapter, scores, keep)] if whole else []
     resize(adapter, {key: (ranks, 0) for key, ranks in keep.items()})
     if session.accelerator.is_main_process:
         assert session.foundation is not None
-        about = state.read_proof(session.foundation / "adapter")["about"]
+        about = save_load.read_proof(session.foundation / "adapter")["about"]
         with atomic_folder(run.file("adapter")) as folder:
-            state.save(adapter, folder, about)
+            save_load.save(adapter, folder, about)
     session.accelerator.wait_for_everyone()
     metrics = {**evaluate_split(session, "dev")[0]}
     found, records, observed = evaluate_split(session, "test")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import time
 
-from lowrank_cli.adapter.core import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.session import Session, foundation, start
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import AUTO, KINDS, RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import cost, kinds, modules
 from lowrank_cli.scoring.cut import Cut, usual
-from lowrank_cli.scoring.figures import heat_map
+from lowrank_cli.scoring.heatmaps import heat_map
 from lowrank_cli.scoring.kinds import Scores
-from lowrank_cli.stages import progress
 from lowrank_cli.stages.evaluate import check_template, load_adapter
-from lowrank_cli.stages.session import Session, foundation, start
 
 #: What the other numbers of ``scores.json`` are.
 MEANINGS = {

@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_cli.adapter import state
-from lowrank_cli.adapter.compiled import compile_layers
-from lowrank_cli.adapter.recompute import recompute
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.training.compiled import compile_layers
+from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import WorkFailed
+from lowrank_cli.icl import calibrate
+from lowrank_cli.inference import checkpoint, progress
+from lowrank_cli.inference.predict import write_answers
+from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.protocol import (
     AddsLoss,
     AfterStep,
@@ -36,10 +40,7 @@ from lowrank_cli.methods.protocol import (
 )
 from lowrank_cli.runs import Run, atomic_folder, stopping
 from lowrank_cli.schema import TrainRun
-from lowrank_cli.stages import calibrate, checkpoint, progress
 from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
-from lowrank_cli.stages.predict import write_answers
-from lowrank_cli.stages.session import Session, start
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
 
@@ -330,7 +331,7 @@ class Trainer:
                 "step": self.progress["step"],
             }
             with atomic_folder(self.run.file("adapter")) as folder:
-                state.save(self.adapter, folder, about)
+                save_load.save(self.adapter, folder, about)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint(self) -> None:
@@ -358,7 +359,7 @@ class Trainer:
     def _finish(self) -> dict[str, float]:
         """Evaluate the best adapter on dev and test and collect the run's metrics."""
         session, done = self.session, self.progress
-        state.load(self.adapter, self.run.path / "adapter")
+        save_load.load(self.adapter, self.run.path / "adapter")
         metrics: dict[str, float] = {
             "train/steps": done["step"],
             "train/seconds": done["seconds"],

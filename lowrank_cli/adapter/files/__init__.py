@@ -1,0 +1,1 @@
+"""Adapters on disk: saved and loaded exactly, or exported for other programs."""

@@ -1,0 +1,156 @@
+"""Adapters for other programs: merged weights, or a LoRA that the PEFT library and servers load."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files.save_load import CONFIG, PREFIX, WEIGHTS, canary, prove
+from lowrank_cli.adapter.spans import index
+from lowrank_cli.adapter.target_sites import head_names
+from lowrank_cli.errors import UserError
+
+#: Singular values below this share of the largest are rounding in fp32.
+ROUNDING = 1e-6
+
+
+@torch.no_grad()
+def truncate(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """Factors of the best approximation of b a by ``rank``, and its error ‖b a − b' a'‖_F / ‖b a‖_F.
+
+    None keeps all ranks that are more than rounding. Costs QR of b (O, R) and a (R, I) and an SVD (R, R).
+    """
+    left, right = torch.linalg.qr(b), torch.linalg.qr(a.t())
+    u, s, v = torch.linalg.svd(left.R @ right.R.t())
+    keep = int((s > ROUNDING * s[:1].clamp_min(1e-30)).sum())
+    keep = keep if rank is None else min(keep, rank)
+    root = s[:keep].sqrt()
+    error = (s[keep:].norm() / s.norm().clamp_min(1e-30)).item()
+    return left.Q @ u[:, :keep] * root, root.unsqueeze(1) * (v[:keep] @ right.Q.t()), error
+
+
+@torch.no_grad()
+def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The adapter as one LoRA, B (O, R) and A (R, I) with scale 1, for each adapted linear that changes.
+
+    ``rank`` bounds the rank of each module (a packed linear has several). Also returns the largest error of
+    truncation, relative to its module's change. Raises UserError where modules are switched prompt by prompt, and
+    where nothing has changed.
+    """
+    _refuse(adapter)
+    if not adapter.linears:
+        raise UserError("export.format: lora holds low-rank updates, and this adapter has none (allowed: merged)")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    worst = 0.0
+    for path, linear in adapter.linears.items():
+        outputs = linear.rows(None).shape[0]
+        columns, rows = [], []
+        for part, span in linear.updates:
+            b, a, error = truncate(*part.change(), rank)
+            whole = b.new_zeros(outputs, b.shape[1])
+            whole[index(span, outputs, whole.device)] = b
+            columns.append(whole)
+            rows.append(a)
+            worst = max(worst, error)
+        b, a = torch.cat(columns, dim=1), torch.cat(rows)
+        if len(a):
+            found[path] = (b, a)
+    if not found:
+        raise UserError("export: this adapter changes nothing")
+    return found, worst
+
+
+@torch.no_grad()
+def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+    """Write a PEFT adapter, with our own proof beside it.
+
+    rank = alpha = the largest rank, smaller ones by full name. No module has rank 0.
+    """
+    tensors = {}
+    for path, (b, a) in loras.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.cpu().contiguous()
+    heads = head_names(adapter.model)
+    for name, parameter in adapter.trained.items():
+        if name.startswith(tuple(f"{head}." for head in heads)):
+            tensors[PREFIX + name] = parameter.detach().cpu().contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    ranks = {path: len(a) for path, (_, a) in loras.items()}
+    most = max(ranks.values())
+    smaller = {re.escape(path): rank for path, rank in ranks.items() if rank < most}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": adapter.model.config.name_or_path or None,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": sorted(ranks),
+        "modules_to_save": heads or None,
+        "fan_in_fan_out": any(isinstance(linear.base, Conv1D) for linear in adapter.linears.values()),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    prove(adapter, folder, *_lora_canary(adapter, loras))
+
+
+def lora_error(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Largest difference of the canary's logits when ``loras`` add to the pretrained linears instead of the adapter."""
+    return relative(_lora_canary(adapter, loras)[1], canary(adapter)[1])
+
+
+def _lora_canary(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The canary (1, 16), and its logits (V,) when ``loras`` add to the pretrained linears instead of the adapter."""
+    with ExitStack() as undo, adapter.disabled():
+        for path, (b, a) in loras.items():
+            undo.callback(adapter.linears[path].base.register_forward_hook(_added(b, a)).remove)
+        return canary(adapter)
+
+
+def _added(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
+    """A hook that adds b a x to what a linear computes for x (…, I), with b (O, R) and a (R, I)."""
+    return lambda linear, args, y: y + F.linear(F.linear(args[0], a.to(args[0].dtype)), b.to(y.dtype))  # (…, O)
+
+
+def save_merged(adapter: Adapter, folder: Path, load: Callable[[Path], nn.Module]) -> float:
+    """Write the model with all updates in its weights, ``load`` it again, and compare the canary's logits.
+
+    Returns their largest difference, relative to the largest logit. The adapter is unusable afterwards.
+    """
+    _refuse(adapter)
+    model = adapter.model
+    ids, expected = canary(adapter)
+    adapter.merge()
+    for path, linear in adapter.linears.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, linear.base)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        logits = load(folder)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return relative(logits.reshape(-1, logits.shape[-1])[-1].float().cpu(), expected)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest magnitude expected."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+
+
+def _refuse(adapter: Adapter) -> None:
+    if adapter.routing:
+        raise UserError("export: the modules are chosen prompt by prompt, so no single weight equals them")
+    for part in adapter.modules.values():
+        if part.unmergeable:
+            raise UserError(f"export: {part.unmergeable}, so no single weight equals them")

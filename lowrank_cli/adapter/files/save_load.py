@@ -1,0 +1,306 @@
+"""Adapters on disk: safetensors with the tensor names of the PEFT library, and our own proof beside them.
+
+A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only where stock PEFT computes the same
+function), ``rank_pattern.json`` (only where ranks have moved), ``canary.safetensors`` (a fixed input and the logits
+it gave) and ``lrk.json`` (what it belongs to, and the SHA-256 of every other file). Loading checks all of it: an
+adapter is applied exactly, or there is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.ranks import rebuild
+from lowrank_cli.adapter.target_sites import head_names
+from lowrank_cli.errors import UserError
+from lowrank_cli.reader import Count, PlainName, Sha256, Where, check, read_json
+
+FORMAT = 1
+PATTERN = "rank_pattern.json"  #: module → rank, where ranks have moved, for another training to start from
+WEIGHTS, CANARY, CONFIG, PROOF = (
+    "adapter_model.safetensors",
+    "canary.safetensors",
+    "adapter_config.json",
+    "lrk.json",
+)
+PREFIX = "base_model.model."
+TOKENS = 16  #: of a canary
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  #: what Adam keeps of a tensor
+#: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+class Proof(TypedDict):
+    """``lrk.json``."""
+
+    format: int
+    model_type: str
+    fingerprint: str
+    dtype: Annotated[str, Where(TOLERANCE.__contains__, f"one of {', '.join(TOLERANCE)}")]
+    ranks: dict[str, Count] | None
+    about: dict[str, Any]
+    files: dict[PlainName, Sha256]
+
+
+def tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Every trained tensor, and what else modules and routers hold, by its saved name, on the CPU."""
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
+
+
+def _named(adapter: Adapter) -> dict[str, Tensor]:
+    adapter.require_declared()
+    others = {
+        f"{key}.{name}": tensor
+        for key, part in adapter.modules.items()
+        for name, tensor in {**part.tensors(), **part.constants()}.items()
+    }
+    return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **adapter.constants, **others}.items()}
+
+
+@torch.no_grad()
+def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
+    """Copy ``saved`` into the adapter. Raises UserError on missing, unexpected or differently shaped tensors."""
+    expected = _named(adapter)
+    missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
+    if missing or unexpected:
+        which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
+        raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
+    for key, part in adapter.modules.items():
+        part.fit({name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*part.tensors(), *part.constants())})
+    for name, tensor in _named(adapter).items():
+        if tensor.shape != saved[name].shape:
+            raise UserError(
+                f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(tensor.shape)}"
+            )
+        tensor.copy_(saved[name])
+    for linear in adapter.linears.values():
+        linear.settle()
+
+
+def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
+    """Write the adapter into the existing ``folder``; ``about`` (JSON) is kept and given back by :func:`load`."""
+    save_file(tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
+    config = peft_config(adapter)
+    if config is not None:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    changed = adapter.ranks() if adapter.ranks() != adapter.initial_ranks else None
+    if changed:
+        (folder / PATTERN).write_text(json.dumps(changed, indent=2) + "\n")
+    prove(adapter, folder, *canary(adapter), ranks=changed, about=about)
+
+
+def prove(
+    adapter: Adapter,
+    folder: Path,
+    ids: Tensor,
+    logits: Tensor,
+    ranks: dict[str, int] | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Write the canary, ``ids`` (1, 16) and ``logits`` (V,), and ``lrk.json`` with the hashes of all files so far."""
+    save_file({"input_ids": ids, "logits": logits}, folder / CANARY)
+    proof = {
+        "format": FORMAT,
+        "model_type": adapter.model.config.model_type,
+        "fingerprint": adapter.fingerprint,
+        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "ranks": ranks,
+        "about": about or {},
+        "files": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != PROOF},
+    }
+    (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n")
+
+
+def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """Put the adapter of ``folder`` into an adapted model and return its ``about``.
+
+    Raises UserError as :func:`fill` does, and where the canary's logits differ from those at saving time.
+    """
+    proof = fill(adapter, folder)
+    _check_canary(adapter, folder, proof["dtype"])
+    return proof["about"]
+
+
+def fill(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """Copy the tensors of ``folder`` into an adapted model, and return ``lrk.json``.
+
+    Where ranks had changed, the modules first get the ranks that the folder records.
+    Raises UserError for a file that is missing, truncated or altered, for another base model, and for tensors that do
+    not fit.
+    """
+    proof = read_proof(folder)
+    check_fingerprint(proof, adapter.fingerprint, str(folder), adapter.model.config.model_type)
+    changed = proof.get("ranks")
+    rebuild(adapter, adapter.initial_ranks if changed is None else changed, str(folder))
+    assign(adapter, read_tensors(folder / WEIGHTS), str(folder))
+    return proof
+
+
+def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, model_type: str) -> None:
+    """Raise UserError unless the adapter of ``proof`` belongs to the model that ``fingerprint`` names."""
+    if proof["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{source}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
+            f"{proof['fingerprint'][:12]}; loaded: '{model_type}' {fingerprint[:12]}); check model "
+            f"and hardware.quantization"
+        )
+
+
+def read_proof(folder: Path) -> dict[str, Any]:
+    """``lrk.json`` of an adapter folder, once every file it lists has the hash it lists."""
+    if not (folder / PROOF).exists():
+        raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)")
+    proof = read_json(folder / PROOF, dict[str, Any])
+    if (version := proof.get("format", FORMAT)) != FORMAT:
+        raise UserError(f"{folder}: adapter format {version} (this version reads {FORMAT})")
+    check(proof, Proof, str(folder / PROOF))
+    files = proof["files"]
+    check_files(folder, files)
+    for name in (WEIGHTS, CANARY):
+        if name not in files:
+            raise UserError(f"{folder}: {PROOF} does not list {name}")
+    return proof
+
+
+def check_files(folder: Path, files: dict[str, str]) -> None:
+    """Raise UserError unless ``folder`` holds each of ``files``, with the SHA-256 that was saved with it."""
+    for name, saved in files.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing")
+        if sha256(folder / name) != saved:
+            raise UserError(f"{folder}: {name} was truncated or altered (its SHA-256 is not the one saved with it)")
+
+
+@torch.no_grad()
+def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A fixed input (1, 16) and the logits it gives: (V,) of the last position, or (labels,); fp32, on the CPU."""
+    model = adapter.model
+    if ids is None:
+        ids = (torch.arange(1, TOKENS + 1) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
+    training = model.training
+    model.train(False)
+    with adapter.continuous():
+        logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
+    model.train(training)
+    return ids, logits.reshape(-1, logits.shape[-1])[-1].float().cpu().contiguous()
+
+
+def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
+    ids, saved = read_canary(folder, adapter.model.config.vocab_size)
+    _, logits = canary(adapter, ids)
+    check_logits(logits, saved, str(folder), dtype, adapter.model.dtype)
+
+
+def read_canary(folder: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The input (1, 16) and the logits (V,) or (labels,) of :func:`canary` at saving time; UserError for anything else.
+
+    ``vocabulary`` is the number of tokens that the model knows.
+    """
+    saved = read_tensors(folder / CANARY, "input_ids", "logits")
+    ids, logits = saved["input_ids"], saved["logits"]
+    if ids.dtype != torch.long or ids.shape != (1, TOKENS):
+        raise UserError(f"{folder / CANARY}: input_ids is {ids.dtype} {tuple(ids.shape)}; expected {TOKENS} token ids")
+    if not (ids.min() >= 0 and ids.max() < vocabulary):
+        raise UserError(f"{folder / CANARY}: input_ids holds tokens that the model lacks (it has {vocabulary})")
+    if logits.dtype != torch.float32 or logits.ndim != 1 or not logits.numel():
+        raise UserError(f"{folder / CANARY}: logits is {logits.dtype} {tuple(logits.shape)}; expected one row of fp32")
+    return ids, logits
+
+
+def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: torch.dtype) -> None:
+    """Raise UserError unless a canary's ``logits`` are those ``saved``, within the dtypes ``then`` and ``now``."""
+    if logits.shape != saved.shape:
+        raise UserError(f"{source}: the canary has {len(saved)} logits, and this model gives {len(logits)}")
+    error = (logits - saved).abs().max() / saved.abs().max().clamp_min(1e-6)
+    if not error <= max(TOLERANCE[then], TOLERANCE[str(now).removeprefix("torch.")]):
+        raise UserError(
+            f"{source}: the adapter does not compute what it did when it was saved "
+            f"(canary logits differ by {error:.1%}); check the model's files and hardware.precision"
+        )
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any] | None:
+    """What stock PEFT needs to load this adapter, or None where it would not be the same function.
+
+    Ranks may differ, the scale may not: servers that ignore PEFT's patterns scale every module by lora_alpha / r.
+    """
+    parts = [(part.scale, part.peft_options()) for part in adapter.modules.values()]
+    packed = any(site.span is not None for site in adapter.sites.values())
+    if adapter.routing is not None or packed or not parts or any(part != parts[0] for part in parts):
+        return None
+    scale, options = parts[0]
+    if options is None:
+        return None
+    heads, rank = head_names(adapter.model), max(adapter.ranks().values())
+    other = {re.escape(key): own for key, own in adapter.ranks().items() if own != rank}  # keys are patterns
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "base_model_name_or_path": adapter.model.config.name_or_path or None,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": other,
+        "alpha_pattern": {pattern: scale * own for pattern, own in other.items()},
+        "target_modules": sorted(adapter.linears),
+        "modules_to_save": heads or None,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "lora_dropout": next(iter(adapter.modules.values())).dropout,
+        "inference_mode": True,
+        **options,
+    }
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, ``<parameter index>.<name>``; its settings are not part of it."""
+    return {
+        f"{index}.{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], source: str) -> None:
+    """Undo :func:`moments`. Raises UserError, which names ``source``, for what is no state of this optimizer."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nested: dict[int, dict[str, Tensor]] = {}
+    for name, value in saved.items():
+        index, _, key = name.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters)
+        if not known or key not in MOMENTS or value.shape != (() if key == "step" else parameters[int(index)].shape):
+            raise UserError(f"{source}: '{name}' {tuple(value.shape)} is no moment of the {len(parameters)} tensors")
+        nested.setdefault(int(index), {})[key] = value
+    for at, state in nested.items():
+        if state.keys() != MOMENTS:
+            raise UserError(f"{source}: of tensor {at} it holds {', '.join(state)} only")
+    optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """What a safetensors file holds, by name; ``names`` are there. Raises UserError where it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+    for name in names:
+        if name not in tensors:
+            raise UserError(f"{path}: the tensor '{name}' is missing")
+    return tensors
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Many adapters on one model: the rows of a batch belong to different tenants."""

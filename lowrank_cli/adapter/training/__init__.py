@@ -1,0 +1,1 @@
+"""What makes training passes cheaper: recomputed activations, compiled layers."""

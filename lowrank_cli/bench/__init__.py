@@ -1,0 +1,1 @@
+"""Measuring speed and memory: methods on one set of frozen weights, in interleaved rounds."""

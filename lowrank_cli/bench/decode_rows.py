@@ -1,0 +1,210 @@
+"""What a benchmark makes of its samples: a row for each method, ratios, flat metrics and figures.
+
+Ratios are taken within a round, so that what slows the machine down for a while slows both sides, and the median over
+rounds is reported with its quartiles.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.methods.protocol import Observes
+from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, BenchConfig
+
+
+@dataclass
+class Sample:
+    """One generation: its times in seconds, its peak memory in bytes."""
+
+    seconds: float  #: of the whole call
+    first: float  #: until the first token
+    steps: list[float]  #: each later token
+    memory: int
+    cpu_steps: list[float] = field(default_factory=list)  #: processor time of each later token
+
+
+def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """One method in one setting, next to the others of ``cell``."""
+    samples = cell[name]
+    tokens = bench.batch_size * bench.new_tokens
+    steps = [step for sample in samples for step in sample.steps]
+    return {
+        "method": name,
+        "tokens_per_second": statistics.median(tokens / sample.seconds for sample in samples),
+        **ratio(samples, cell[BASE]),
+        "ms_per_token": 1000 * statistics.median(steps),
+        "ms_per_token_p95": 1000 * statistics.quantiles(steps, n=20, method="inclusive")[-1],
+        "cpu_ms_per_token": 1000 * statistics.median(step for sample in samples for step in sample.cpu_steps),
+        "step_ratio": step_ratio(samples, cell[BASE], "steps"),
+        "cpu_step_ratio": step_ratio(samples, cell[BASE], "cpu_steps"),
+        **_to_vllm(twin, cell, samples),
+        "first_token_seconds": statistics.median(sample.first for sample in samples),
+        "peak_memory_bytes": max(sample.memory for sample in samples),
+        "parameters": twin.parameters,
+        "activated_parameters": _activated(twin),
+        "modules": twin.modules,
+        "adapters_bytes": twin.own_bytes,
+        "adapter_bytes": twin.own_bytes // twin.adapters,
+        "seconds": [sample.seconds for sample in samples],
+    }
+
+
+def _activated(twin: Twin) -> int | None:
+    """What the method says that a prompt used, on average; None of a bank, which does not count it."""
+    if twin.adapter is None:
+        return None if twin.own_bytes else twin.parameters
+    if not isinstance(twin.method, Observes):
+        return twin.parameters
+    observed, _ = twin.method.observations(twin.adapter, lambda counts: counts)
+    return int(observed.get("activated_parameters", twin.parameters))
+
+
+def step_ratio(samples: Sequence[Sample], reference: Sequence[Sample], times: str) -> float:
+    """``times`` of a decoding step relative to ``reference`` within each round, the median: without the prompt."""
+    pairs = [[statistics.median(getattr(one, times)) for one in pair] for pair in zip(samples, reference, strict=True)]
+    return statistics.median(own / other for own, other in pairs)
+
+
+def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence[Sample]) -> dict[str, float]:
+    """A step's time relative to vLLM's with LoRAs, of the bare model to vLLM's bare one, where that is measured."""
+    counterpart = VLLM_LORA if twin.modules else VLLM
+    other = next((found for name, found in cell.items() if name.split()[0] == counterpart), None)
+    if other is None:
+        return {}
+    return {
+        "vllm_step_ratio": step_ratio(samples, other, "steps"),
+        "vllm_cpu_step_ratio": step_ratio(samples, other, "cpu_steps"),
+    }
+
+
+def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
+    """Speed relative to ``reference`` within each round: the median, and the quartiles."""
+    ratios = [other.seconds / sample.seconds for sample, other in zip(samples, reference, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower and the upper one."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return [low, high]
+
+
+def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
+    """Speed of each method relative to each other one."""
+    return [
+        {"method": name, "to": other, **ratio(cell[name], cell[other])}
+        for name in cell
+        for other in cell
+        if name != other and BASE not in (name, other)
+    ]
+
+
+def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Flat numbers, ``bench/<method>/beams_<n>[/tenants_<n>]/<what>``."""
+    plain = (
+        "tokens_per_second",
+        "ratio",
+        "ms_per_token",
+        "ms_per_token_p95",
+        "cpu_ms_per_token",
+        "step_ratio",
+        "cpu_step_ratio",
+        "vllm_step_ratio",
+        "vllm_cpu_step_ratio",
+        "first_token_seconds",
+        "peak_memory_bytes",
+        "parameters",
+    )
+
+    def setting(row: dict[str, Any]) -> str:
+        return f"beams_{row['beams']}" + (f"/tenants_{row['tenants']}" if row["tenants"] else "")
+
+    return {f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in rows for key in plain if key in row}
+
+
+def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bars of the ratios to the base; ms per token against tenants, and against the modules that a method keeps."""
+    alone = [row for row in record["rows"] if row["tenants"] is None]
+    found = [_bars(record, alone)]
+    if record["bench"]["tenants"]:
+        found.append(_over_tenants(record))
+    kept = {(row["method"].split()[0], row["modules"]) for row in alone if row["method"] != BASE}
+    swept = [name for name in dict(kept) if sum(name == method for method, _ in kept) > 1]
+    if swept:
+        found.append(_over_modules(record, swept))
+    return found
+
+
+def shown(name: str) -> str:
+    """An entry of ``bench.methods`` with its files' names alone, not their folders."""
+    return re.sub(r"=\S*/", "=", name)
+
+
+def _bars(record: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    beams, bench = record["bench"]["beams"], record["bench"]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+
+    def by_name(value: Any) -> list[list[float]]:
+        return [[value(row) for row in rows if row["method"] == name] for name in names]
+
+    return {
+        "file": "decode.png",
+        "kind": "bars",
+        "title": f"Decoding speed relative to the bare model ({record['device']}, batch {bench['batch_size']})",
+        "rows": list(map(shown, names)),
+        "columns": [f"{count} beam{'s' * (count > 1)}" for count in beams],
+        "values": by_name(lambda row: row["ratio"]),
+        "low": by_name(lambda row: row["ratio_quartiles"][0]),
+        "high": by_name(lambda row: row["ratio_quartiles"][1]),
+        "label": "tokens/s, × base (median, quartiles)",
+    }
+
+
+def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
+    beams, counts = record["bench"]["beams"][0], record["bench"]["tenants"]
+    rows = [row for row in record["rows"] if row["beams"] == beams and row["tenants"]]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    return {
+        "file": "tenants.png",
+        "kind": "lines",
+        "title": f"A decoding step of {record['bench']['batch_size']} rows that share the model ({record['device']})",
+        "rows": list(map(shown, names)),
+        "columns": counts,
+        "values": [[row["ms_per_token"] for row in rows if row["method"] == name] for name in names],
+        "label": "ms per token (median)",
+        "column_label": "adapters in the batch",
+    }
+
+
+def _over_modules(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A line for each method and number of adapters in the batch. The base stands at no modules.
+
+    Settings of as many modules make one point, their median.
+    """
+    beams, counts = record["bench"]["beams"][0], [None, *record["bench"]["tenants"]]
+    rows = [row for row in record["rows"] if row["beams"] == beams and row["method"].split()[0] in (BASE, *names)]
+    columns = sorted({row["modules"] for row in rows})
+
+    def value(name: str, count: int | None, modules: int) -> float | None:
+        of = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["tenants"] == count]
+        times = [row["ms_per_token"] for row in of if row["modules"] == modules]
+        return statistics.median(times) if times else None
+
+    lines = {
+        (name, count): name if count is None else f"{name}, {count} in a batch" for name in names for count in counts
+    }
+    return {
+        "file": "modules.png",
+        "kind": "lines",
+        "title": f"A decoding step against the modules that are kept ({record['device']})",
+        "rows": list(lines.values()),
+        "columns": [modules / record["layers"] for modules in columns],
+        "values": [[value(name, count, modules) for modules in columns] for name, count in lines],
+        "label": "ms per token (median)",
+        "column_label": "modules of a layer",
+    }

@@ -1,0 +1,1 @@
+"""In-context learning: demonstrations, queries, hidden states, and methods that calibrate answers with them."""

@@ -1,0 +1,129 @@
+"""Checkpoints that a killed run continues from, bit for bit: safetensors and JSON in one atomically placed folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_cli.adapter import ranks
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import AfterStep, Method
+from lowrank_cli.reader import Count, Finite, Sha256, Where, read_json
+from lowrank_cli.runs import Run, atomic_folder
+
+STATE = "state.json"
+GROUPS = ("trained", "optimizer", "method", "rng")  #: of tensors, each in a file of its own
+
+
+class State(TypedDict):
+    """``state.json``."""
+
+    step: Count
+    best_step: int | None
+    best_loss: float | None
+    stale: Count
+    seconds: Finite
+    tokens: Count
+    pending: list[float]
+    ranks: dict[str, Count]
+    files: Annotated[
+        dict[str, Sha256],
+        Where(
+            lambda files: files.keys() == {f"{name}.safetensors" for name in GROUPS},
+            f"the hashes of {', '.join(GROUPS)}",
+        ),
+    ]
+    sha256: NotRequired[Sha256]  #: of the rest; checkpoints written before it was added have none
+
+
+def save(
+    run: Run,
+    accelerator: Accelerator,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    progress: dict[str, Any],
+) -> None:
+    """Write ``checkpoints/step-N`` (N = ``progress["step"]``) and drop the older ones; every process calls this."""
+    rng = gather_object([_rng()])
+    if not accelerator.is_main_process:
+        return
+    final = run.file(f"checkpoints/step-{progress['step']:07d}")
+    groups = {
+        "trained": save_load.tensors(adapter),
+        "optimizer": save_load.moments(optimizer),
+        "method": method.state() if isinstance(method, AfterStep) else {},
+        "rng": {f"{rank}.{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
+    }
+    with atomic_folder(final) as folder:
+        for name, tensors in groups.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+        hashes = {f"{name}.safetensors": save_load.sha256(folder / f"{name}.safetensors") for name in groups}
+        record = {**progress, "ranks": adapter.ranks(), "files": hashes}
+        (folder / STATE).write_text(json.dumps({**record, "sha256": _sha256(record)}, indent=2) + "\n")
+    for older in final.parent.glob("step-*"):
+        if older != final:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def newest(run: Run) -> Path | None:
+    """The latest checkpoint of a run, whole or not."""
+    return max(run.path.glob("checkpoints/step-*"), default=None)
+
+
+def load(
+    folder: Path, accelerator: Accelerator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
+) -> dict[str, Any]:
+    """Put everything back as :func:`save` found it and return ``progress``.
+
+    Raises UserError for a file that is missing or altered, and for tensors that are not those of this run.
+    """
+    progress = read_json(folder / STATE, State)
+    if progress.pop("sha256", None) not in (None, _sha256(progress)):
+        raise UserError(f"{folder}: {STATE} was altered (its SHA-256 is not the one saved with it)")
+    save_load.check_files(folder, progress.pop("files"))
+    ranks.rebuild(adapter, progress.pop("ranks"), str(folder), optimizer)
+    save_load.assign(adapter, save_load.read_tensors(folder / "trained.safetensors"), str(folder))
+    moments = folder / "optimizer.safetensors"
+    save_load.load_moments(optimizer, save_load.read_tensors(moments), str(moments))
+    if isinstance(method, AfterStep):
+        kept = folder / "method.safetensors"
+        try:
+            method.load_state(adapter, save_load.read_tensors(kept))
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{kept}: not what method={method.config.name} keeps ({error})") from error
+    _restore_rng(folder / "rng.safetensors", accelerator.process_index)
+    return progress
+
+
+def _sha256(record: dict[str, Any]) -> str:
+    """Of a state as JSON has it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _rng() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_rng(file: Path, rank: int) -> None:
+    states = save_load.read_tensors(file, f"{rank}.cpu")
+    try:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{file}: '{rank}.cpu' is no state of a generator ({error})") from error
+    if f"{rank}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])

@@ -1,0 +1,34 @@
+"""Which layers a model has and which roles they have, told without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_cli.adapter.target_sites import ROLES, find_sites, structure_of
+from lowrank_cli.models.outline import outline
+from lowrank_cli.schema import ModelConfig
+
+
+def layers(model: ModelConfig, targets: Sequence[str] | None) -> str | None:
+    """``30 in model.layers, each with Q K V O G U D``; None where the model's configuration is not on this machine.
+
+    Raises UserError where ``targets``, the target modules of a method, name something that the model lacks.
+    """
+    network = outline(model)
+    if network is None:
+        return None
+    if targets:
+        find_sites(network, list(targets))
+    structure = structure_of(network)
+    if structure is None:
+        return f"not found in this '{network.config.model_type}': methods take its linears by name, not by role"
+    counts: dict[str, int] = {}
+    for roles in structure.roles:
+        named = " ".join(role for role in ROLES if role in roles) or "no roles"
+        counts[named] = counts.get(named, 0) + 1
+    if len(counts) == 1:
+        each = f"each with {next(iter(counts))}"
+    else:
+        each = "; ".join(f"{count} with {named}" for named, count in counts.items())
+    found = f"{len(structure.roles)} in {structure.layers}, {each}"
+    return f"{found} ({structure.left_out})" if structure.left_out else found

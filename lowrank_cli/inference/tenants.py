@@ -1,0 +1,90 @@
+"""Adapters that are named by folders, in a bank on one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.module_copy import copied
+from lowrank_cli.adapter.tenants import tenant
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.errors import UserError
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.session import method_of_adapter
+from lowrank_cli.methods.protocol import Adapts
+from lowrank_cli.runs import Run
+
+
+class Tenants:
+    """Fills a bank with adapters: runs, or folders with an adapter of ours or of the PEFT library."""
+
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None, grouped: str):
+        self.bank = Bank(model, max_bytes, grouped)
+        self._adapted: dict[str, Adapter] = {}  # by the method's configuration
+
+    def load(self, names: Iterable[str]) -> dict[str, UserError]:
+        """Load each adapter by its folder and let it repeat its canary. Returns the errors of those that failed."""
+        failed, loaded = {}, []
+        for name in names:
+            try:
+                self._load(name, name)
+                loaded.append(name)
+            except UserError as error:
+                failed[name] = error
+        failed |= self.bank.check(loaded)
+        if unsure := [name for name in loaded if name not in failed and not self.bank.proven(name)]:
+            adapters = f"{len(unsure)} adapter{'s have' if len(unsure) > 1 else ' has'}"
+            progress.console().print(
+                f"{adapters} no {save_load.PROOF}: that they were trained on this model was not verified ({unsure[0]}"
+                f"{', …' if len(unsure) > 1 else ''})"
+            )
+        for name in failed.keys() & set(loaded):
+            self.bank.remove(name)
+        return failed
+
+    def add(self, name: str, folder: str) -> None:
+        """Load one adapter and let it repeat its canary; the bank is as it was where that raises UserError."""
+        self._load(name, folder)
+        for error in self.bank.check([name]).values():
+            self.bank.remove(name)
+            raise error
+
+    def _load(self, name: str, path: str) -> None:
+        folder = _adapter_folder(Path(os.path.expanduser(path)))
+        if tenant.readable(folder):
+            self.bank.load(name, folder)
+        elif (folder / save_load.PROOF).is_file():
+            adapter = self._adapter(folder)
+            proof = save_load.fill(adapter, folder)
+            self.bank.add(name, adapter, tenant.saved_canary(folder, proof, self.bank.model.config.vocab_size))
+        else:
+            raise UserError(f"tenant: '{path}' is no run with an adapter, and no adapter folder")
+
+    def _adapter(self, folder: Path) -> Adapter:
+        """An adapter of the folder's method on a copy of the model's modules; it must leave the weights alone."""
+        method = method_of_adapter(folder)
+        if not isinstance(method, Adapts):
+            raise UserError(f"tenant: '{folder}' holds no adapter, its method is {method.config.name}")
+        key = repr(method.config)
+        if key not in self._adapted:
+            self._adapted[key] = method.adapt(copied(self.bank.model))
+            for linear in self._adapted[key].linears.values():
+                linear.enable(False)  # what was folded into weights is read from its factors
+        return self._adapted[key]
+
+
+def _adapter_folder(path: Path) -> Path:
+    """The folder of the adapter in ``path``: that of a finished run, or the folder itself."""
+    if not os.path.isdir(path):  # no for whatever cannot be a path
+        raise UserError(f"tenant: there is no folder '{path}'")
+    if not (path / "run.json").is_file():
+        return path
+    run = Run.open(path)
+    if not run.done:
+        raise UserError(f"tenant: '{path}' is not finished (it is {run.info.get('status')})")
+    return path / "adapter"

@@ -1,0 +1,227 @@
+"""One stage in one run folder: check, make the folder, do the work, record how it ended."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from lowrank_cli import methods, stages
+from lowrank_cli.config.composition import Composed, Source, compose
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, refusal
+from lowrank_cli.launch.distributed import spawn
+from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
+from lowrank_cli.report import bench, scores, selections, tables
+from lowrank_cli.runs import PENDING, Run, showing_life, stopping
+from lowrank_cli.runs.library_warnings import library_warnings
+from lowrank_cli.schema import BenchRun, RunConfig
+
+
+def check(
+    verb: str,
+    overrides: list[str],
+    config_dir: str | None,
+    source: Source | None = None,
+    later: tuple[str, ...] = (),
+) -> Composed:
+    """Compose, and raise :class:`UserError` for what cannot work, as far as it shows without data and weights.
+
+    Paths that begin with one of ``later`` need not exist yet.
+    """
+    composed = compose(verb, overrides, config_dir, source, later)
+    config = composed.config
+    _refuse_missing_folders(config, later)
+    _refuse_to_write_quantized(verb, config)
+    if not isinstance(config, RunConfig):
+        return composed
+    _refuse_what_the_method_cannot(composed)
+    _refuse_what_would_do_nothing(config)
+    if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
+        _refuse_what_cannot_be_calibrated(composed, method.plan())
+    if verb == "train":
+        accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
+        if processes > 1 and (reason := methods.create(config.method).alone()):
+            raise UserError(
+                f"hardware.processes: {processes}, but training with method={config.method.name} {reason}; set it to 1"
+            )
+        if config.train.batch_size % (accumulated * processes):
+            raise UserError(
+                f"train.batch_size: {config.train.batch_size} cannot be shared by hardware.processes={processes} "
+                f"times train.gradient_accumulation={accumulated}"
+            )
+    return composed
+
+
+def _refuse_what_the_method_cannot(composed: Composed) -> None:
+    """A stage that the method does not have, or says that it refuses."""
+    verb, name, choice = composed.verb, composed.config.method.name, composed.choices["method"]
+    can = methods.capabilities(name)
+    if reason := methods.refusal(name, verb):
+        able = [other for other in methods.names() if verb in methods.capabilities(other)]
+        raise UserError(
+            f"method: '{choice}' has no {verb}: {reason} (allowed: {', '.join(able)}; run=FOLDER names such a run)"
+        )
+    if verb not in can:
+        raise UserError(f"method: '{choice}' has no stage {verb} (it has: {', '.join(sorted(can)) or 'none'})")
+
+
+def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
+    folders = {"model.path": config.model.path}
+    if isinstance(config, RunConfig):
+        folders |= {"task.path": config.task.path}
+        folders |= {f"task.parts.{name}.path": part.path for name, part in config.task.parts.items()}
+    for key, path in folders.items():
+        if path is not None and not path.startswith(later) and not Path(path).is_dir():
+            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
+    if (file := config.model.gguf) is not None and not file.startswith(later) and not Path(file).exists():
+        raise UserError(f"model.gguf: there is no file or folder '{tables.shown(file)}'")
+
+
+def _refuse_what_would_do_nothing(config: Any) -> None:
+    """Values that the chosen model, task or method has no use for."""
+    if not hasattr(config, "evaluate"):
+        return
+    asked, task = config.evaluate, config.task
+    if asked.num_beams > 1 and all(part.answer != "free" for part in task.parts.values() or [task]):
+        raise UserError(
+            f"evaluate.num_beams: {asked.num_beams} beams search for generated text, but the answers of {task.name} "
+            f"are scored (task.answer={task.answer}); set evaluate.num_beams=1"
+        )
+    if config.model.kind == "encoder":
+        if asked.shots:
+            raise UserError(
+                f"evaluate.shots: {asked.shots} examples would stand in a prompt, and the encoder {config.model.name} "
+                f"has none; set evaluate.shots=0"
+            )
+        if not methods.can(config.method.name, Adapts):
+            trained = "" if "train" in methods.capabilities(config.method.name) else "train it, or "
+            raise UserError(
+                f"method: '{config.method.name}' would leave the head of the encoder {config.model.name} random; "
+                f"{trained}take a causal model (such as model=llama)"
+            )
+
+
+def _refuse_to_write_quantized(verb: str, config: Any) -> None:
+    """Methods that would change the frozen weights, and exports into them, where these are kept in 4 bits."""
+    kind = config.hardware.quantization
+    if not kind:
+        return
+    for method in filter(None, config.variants.values() if isinstance(config, BenchRun) else [config.method]):
+        if writes := methods.create(method).rewrites():
+            raise UserError(
+                f"hardware.quantization: {kind} keeps the model's weights in 4 bits, and method={method.name} "
+                f"{writes}; set hardware=gpu, or take another method"
+            )
+    if verb == "export" and config.export.format == "merged":
+        raise UserError(
+            f"export.format: merged writes updates into the weights, and hardware.quantization={kind} keeps them in 4 "
+            f"bits (allowed: lora)"
+        )
+
+
+def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
+    """A task without what a calibrating method asks of it, and options of an export that it has no use for."""
+    task = composed.config.task
+    if task.answer != "labels":
+        raise UserError(
+            f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "
+            f"(task.answer=labels)"
+        )
+    if plan.templates > 1 + len(task.templates):
+        raise UserError(
+            f"method.templates: {plan.templates}, but task={task.name} has {1 + len(task.templates)} of them "
+            f"(allowed: 1 to {1 + len(task.templates)})"
+        )
+    given = [override.partition("=")[0] for override in composed.overrides]
+    for key in ("export.format", "export.rank"):
+        if key in given:
+            name = composed.choices["method"]
+            raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")
+
+
+def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
+    """What will run, by name."""
+    return [(composed.verb, composed)]
+
+
+def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """What is left to run in the folder of ``run``, by name."""
+    return [(composed.verb, composed)]
+
+
+def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
+    """Make the run folder, where :func:`work` starts."""
+    return Run.create(
+        composed.config.outputs,
+        stage=composed.verb,
+        config=composed.resolved,
+        choices=composed.choices,
+        overrides=composed.overrides,
+        command=command,
+        name=composed.config.name,
+        status=PENDING,
+        folder=folder,
+    )
+
+
+def work(run: Run, composed: Composed) -> None:
+    """Run the stage from where its folder stands, and draw its plots. What ends it badly is recorded and raised."""
+    resume = run.info["status"] != PENDING
+    run.begin()
+    processes = composed.config.hardware.processes
+    with recorded(run):
+        if run.completed:  # all but its plots
+            pass
+        elif processes > 1:
+            spawn(run, processes, resume)
+        else:
+            perform(run, composed, resume)
+        from lowrank_cli.report import plots
+
+        with library_warnings(run):
+            plots.draw(run)
+        run.finish(run.metrics)
+
+
+def perform(run: Run, composed: Composed, resume: bool) -> None:
+    """Do the stage's work in this process."""
+    module = importlib.import_module(stages.STAGES[composed.verb])
+    with library_warnings(run):
+        metrics = module.run(composed.config, run, resume=resume)
+    run.complete(metrics)
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Show that the block goes on, write into the run folder how it failed, and name the way on after a signal."""
+    again = f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}"
+    try:
+        with showing_life(run.path / "run.json"):
+            yield
+    except (KeyboardInterrupt, Interrupted, Exception) as error:
+        # whatever a library makes of the interrupt that a signal raised in it, the run was interrupted
+        if stopping.requested() or isinstance(error, (KeyboardInterrupt, Interrupted)):
+            with suppress(OSError):
+                run.interrupt()
+            raise Interrupted(again, stopping.exit_code()) from None
+        if isinstance(error, LrkError):
+            with suppress(OSError):
+                run.fail(str(error), error.exit_code)
+            raise
+        if refused := refusal(error):
+            with suppress(OSError):  # a full disk may have no room for this either
+                run.fail(refused)
+            raise WorkFailed(f"{refused}; {again}") from error
+        run.write_text("error.txt", traceback.format_exc())
+        run.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def summary(run: Run) -> RenderableType:
+    """The end-of-run table, below the scores of ranks or the figures of a benchmark where there are any."""
+    return Group(*scores.shown(run), *bench.shown(run), *selections.shown(run), tables.end_of_run(run))

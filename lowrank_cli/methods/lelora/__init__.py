@@ -1,0 +1,224 @@
+"""LeLoRA: a policy network decides, matrix by matrix and again and again, which components are trained.
+
+Zhou et al., ACL 2026, pp. 35255–35273. Reconstruction: the abstract fixes that a policy network generates a strategy
+for each weight matrix from its characteristics "such as singular values and matrix norms", in place of components set
+by hand (PiSSA: the principal ones; others: the minor or random ones), and that reinforcement learning updates model
+and policy iteratively. The rest was chosen here. A strategy is a window of the spectrum W = U S Vᵀ, a start p and a
+width r; the components in it train as in PiSSA. Every ``phase`` steps of the first part of training:
+
+    fold every update into its weight → look at the spectra again → one network chooses all windows; the widths share
+    the rank budget exactly → dev gradients → train → reward = how far each matrix went down them, as a share → clipped
+    policy gradient over the last phases, which compares a matrix with itself
+
+Then the policy's most likely windows stay; ``policy_learning_rate: 0`` is the control that ends the same way without
+having learnt, with equal widths at the first place. p = 0 and p = k − r throughout are PiSSA and the minor components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_choice, require_range
+from lowrank_cli.methods.lora import LoRA, LoRAConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.methods.lelora.strategy import Strategies
+    from lowrank_cli.methods.protocol import Step
+
+
+@dataclass
+class LeLoRAConfig(LoRAConfig):
+    """LoRA's settings (``rank``: the mean width; the budget is rank × matrices), and how windows are chosen."""
+
+    policy: str = MISSING  #: ``learned``, ``random`` (the same switching, nothing learnt) or ``fixed`` (no switching)
+    start: float = MISSING  #: window of ``fixed``, and of the first step: 0 principal components … 1 minor ones
+    phase: int = MISSING  #: optimizer steps between choices
+    explore: float = MISSING  #: share of training after which the windows stay, rounded down to whole phases
+    places: int = MISSING  #: P, window starts to choose from, evenly spaced from principal to minor
+    width_limit: int = MISSING  #: a window is at most this many times ``rank`` wide
+    reward: str = MISSING  #: ``per_matrix`` (first-order shares of the dev loss's drop) or ``global`` (all of it)
+    probe: int = MISSING  #: dev batches, the same in all phases, for the loss and its gradients
+    refresh: float = MISSING  #: change of a large matrix, relative to its norm, after which it is decomposed again
+    policy_learning_rate: float = MISSING  #: of the policy network (Adam)
+    entropy: float = MISSING  #: weight of the entropy bonus
+
+    def validate(self) -> None:
+        super().validate()
+        require_choice("method.policy", self.policy, ("learned", "random", "fixed"))
+        require_choice("method.reward", self.reward, ("per_matrix", "global"))
+        require_range("method.start", self.start, 0, 1)
+        require_range("method.explore", self.explore, 0, 1)
+        require_range("method.places", self.places, 2)
+        for key in ("phase", "width_limit", "probe"):
+            require_range(f"method.{key}", getattr(self, key), 1)
+        for key in ("refresh", "policy_learning_rate", "entropy"):
+            require_range(f"method.{key}", getattr(self, key), 0)
+
+
+class LeLoRA(LoRA):
+    """Trains a window of each target linear's spectrum; a policy moves the windows."""
+
+    Config = LeLoRAConfig
+    config: LeLoRAConfig
+    unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
+
+    def __init__(self, config: LeLoRAConfig):
+        super().__init__(config)
+        self._strategies: Strategies | None = None  # none while windows are fixed
+
+    def rewrites(self) -> str:
+        """What a window learnt, when it moves."""
+        policy = self.config.policy
+        return "" if policy == "fixed" else f"folds updates into them with method.policy={policy} (allowed: fixed)"
+
+    def dev_use(self) -> str:
+        """Rewards, where windows move."""
+        return "" if self.config.policy == "fixed" else "rewards its choices by the loss of dev batches"
+
+    def alone(self) -> str:
+        """Data parallelism holds on to the shapes that it saw first, and dev gradients are one process's own."""
+        policy = self.config.policy
+        return "" if policy == "fixed" else f"changes shapes with method.policy={policy} (allowed: fixed)"
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """As LoRA, with every window at ``start``."""
+        from lowrank_cli.adapter.adapted_model import inject
+        from lowrank_cli.adapter.kinds.svd_window import Moving, window
+        from lowrank_cli.adapter.target_sites import find_sites
+        from lowrank_cli.methods.lelora.strategy import Strategies
+
+        config = self.config
+        sites = find_sites(model, list(config.target_modules))
+        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=Moving)
+        for site in sites:
+            part = adapter.modules[site.key]
+            assert isinstance(part, Moving)
+            part.take(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
+        if config.policy == "fixed":
+            return adapter
+        embedding = model.get_input_embeddings().weight
+        for path, linear in adapter.linears.items():
+            if linear.weight is embedding:
+                raise UserError(f"method.target_modules: '{path}' shares its weight with the input embedding")
+        self._strategies = Strategies(
+            adapter,
+            budget=config.rank * len(sites),
+            limit=config.rank * config.width_limit,
+            places=config.places,
+            refresh=config.refresh,
+            learns=config.policy == "learned",
+            per_matrix=config.reward == "per_matrix",
+            learning_rate=config.policy_learning_rate,
+            entropy=config.entropy,
+        )
+        return adapter
+
+    def _end(self, step: Step) -> int:
+        """The step at which exploration ends, with the last whole phase."""
+        return max(1, int(self.config.explore * step.total + 1e-6) // self.config.phase * self.config.phase)
+
+    def after_step(self, step: Step) -> None:
+        """Choose windows after the first step, every ``phase`` steps, and for good at the end of exploration."""
+        number, end = step.number, self._end(step)
+        if self._strategies is None or number > end:
+            return
+        if number == 1 and self.config.policy == "learned" and end < 2 * self.config.phase:
+            step.say(
+                f"lelora: no two phases of method.phase={self.config.phase} steps in the first "
+                f"{self.config.explore:.0%} (method.explore) of {step.total} steps: the policy learns nothing"
+            )
+        if number == 1 or number % self.config.phase == 0 or number == end:
+            losses = [partial(step.dev_loss, batch) for batch in range(1, self.config.probe + 1)]
+            row = self._strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)
+            step.log({f"strategy/{name}": value for name, value in row.items() if name != "step"})
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Policy, its optimizer, the last phases and the one that runs, spectra, log."""
+        return self._strategies.state() if self._strategies else {}
+
+    def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
+        """Continue where :meth:`state` left off."""
+        if self._strategies:
+            self._strategies.load_state(state)
+
+    def observations(
+        self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """After training: cost of the strategies, and how windows, rewards and the policy's preference went."""
+        strategies = self._strategies
+        if strategies is None or not strategies.log:
+            return {}, []
+        metrics = {"strategy/choices": len(strategies.log["step"]), "strategy/seconds": strategies.seconds}
+        return metrics, figures(strategies)
+
+
+def figures(strategies: Strategies) -> list[dict[str, Any]]:
+    """Windows over phases, the reward curve, and the policy's preference by depth and role."""
+    log: dict[str, Any] = {name: [value.tolist() for value in values] for name, values in strategies.log.items()}
+    names = [
+        site.path.rpartition(".")[2] if site.role is None else f"{site.layer} {site.role}" for site in strategies.sites
+    ]
+    found = [
+        {
+            "file": "windows.png",
+            "kind": "bubbles",
+            "title": "Window of each matrix: place as colour, width as size",
+            "rows": names,
+            "columns": log["step"],
+            "values": [
+                [starts[m] / max(1, size - widths[m]) for starts, widths in zip(log["starts"], log["widths"])]
+                for m, size in enumerate(strategies.sizes)
+            ],
+            "sizes": [[widths[m] for widths in log["widths"]] for m in range(len(names))],
+            "size_label": "width",
+            "scale": (0, 1),
+            "label": "place of the window (0 principal … 1 minor components)",
+            "column_label": "step of the choice (the last one stays)",
+        },
+    ]
+    phases = list(pairwise(zip(log["step"], log["dev_loss"])))
+    if phases:
+        falls = [(before - after) / (end - start) for (start, before), (end, after) in phases]
+        found.append(
+            {
+                "file": "rewards.png",
+                "kind": "lines",
+                "title": "How fast the dev loss fell in each phase",
+                "rows": ["drop"],
+                "columns": log["step"][1:],
+                "values": [falls],
+                "label": "drop of the dev loss per step",
+                "column_label": "step at which the phase ended",
+            }
+        )
+    if strategies.learns and len(phases) > 1 and all(site.role for site in strategies.sites):
+        places, widths = strategies.preference()
+        for file, what, values in (("place", "place of the window", places), ("width", "width", widths)):
+            found.append(_by_depth_and_role(strategies, f"preferred_{file}.png", what, values))
+    return found
+
+
+def _by_depth_and_role(strategies: Strategies, file: str, what: str, values: list[Any]) -> dict[str, Any]:
+    sites = strategies.sites
+    roles = list(dict.fromkeys(site.role for site in sites))
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    table = {(site.layer, site.role): value for site, value in zip(sites, values)}
+    return {
+        "file": file,
+        "kind": "heatmap",
+        "title": f"The policy at the end: {what}",
+        "rows": [f"layer {layer}" for layer in layers],
+        "columns": roles,
+        "values": [[table.get((layer, role)) for role in roles] for layer in layers],
+        "label": what,
+    }

@@ -1,0 +1,289 @@
+"""Strategies over time: credit a phase, teach the policy, fold, look at the spectrum again, choose and open."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files.save_load import load_moments, moments
+from lowrank_cli.adapter.kinds.svd_window import Moving, Spectrum, decompose, reachable, weight_gradients, window_start
+from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.ranks import carry
+from lowrank_cli.errors import WorkFailed
+from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
+
+#: Smaller side up to which a spectrum is computed again in every phase (LAPACK: about 30 ms on one core).
+SMALL = 256
+INERTIA = 0.5  #: of the smoothed gradient energies, a phase
+PHASES = 6  #: that the policy learns from at a time
+PASSES = 8  #: over them, between two phases
+
+
+class Strategies:
+    """The windows of all M matrices of an ``adapter`` whose modules are :class:`Moving`, and who chooses them.
+
+    ``budget`` ranks are shared out exactly, at most ``limit`` to a matrix; windows lie at ``places`` places evenly
+    spaced from principal to minor components. ``refresh``: change of a larger matrix since its last decomposition,
+    relative to its norm, above which it is decomposed again.
+
+    Learning is a reconstruction: a run has a dozen phases, too few for REINFORCE with one step each, so the policy
+    takes ``PASSES`` clipped steps over the last ``PHASES`` of them (Schulman et al. 2017). On simulated runs of
+    11 phases, where windows were worth 0.3 … 1, its greedy choices came from 0.65 (chance) to 0.81.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        *,
+        budget: int,
+        limit: int,
+        places: int,
+        refresh: float,
+        learns: bool,
+        per_matrix: bool,
+        learning_rate: float,
+        entropy: float,
+    ):
+        self.keys, self.sites = list(adapter.modules), list(adapter.sites.values())
+        count = len(self.keys)
+        self.parts = [part for part in adapter.modules.values() if isinstance(part, Moving)]
+        self.adapter, self.budget, self.refresh = adapter, budget, refresh
+        self.learns, self.per_matrix, self.entropy = learns, per_matrix, entropy
+        self.places = [i / (places - 1) for i in range(places)]
+        self.sizes = [min(site.in_features, site.out_features) for site in self.sites]
+        self.limits = [min(size, limit) for size in self.sizes]
+        self.reachable = [reachable(self.places, *pair) for pair in zip(self.sizes, self.limits)]
+        self.spectra: list[Spectrum] = []
+        self.generator = torch.Generator().manual_seed(torch.initial_seed())
+        self.energy = torch.full((count, places), 1 / places)
+        self.stale = torch.zeros(count)
+        self.norms = torch.stack([self._weight(m).float().norm().cpu() for m in range(count)])
+        self.policy = Policy(places)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
+        self.choice: dict[str, Tensor] = {}  #: features, places, logits, likelihood of the phase that runs
+        self.phases: list[dict[str, Tensor]] = []  #: those of the last phases, with their rewards
+        self.held = [torch.zeros(0, dtype=torch.long)] * count  #: the component that each open rank began as
+        self.slopes: dict[str, Tensor] = {}  #: dev gradients of A and B as the phase began, by "<matrix>.<factor>"
+        self.log: dict[str, list[Tensor]] = {}  #: a value for each switch, see :meth:`switch`
+        self.seconds = 0.0
+
+    def _weight(self, m: int) -> Tensor:
+        site = self.sites[m]
+        return self.adapter.linears[site.path].rows(site.span)
+
+    @torch.no_grad()
+    def credit(self) -> Tensor:
+        """−⟨∇L_dev(θ), θ_now − θ⟩ over A and B, (M,), θ being the factors as the phase began.
+
+        How far a matrix went down the dev loss's slope. The gradient is of other examples than those that train, so
+        what a step fits by chance counts nothing; and it is that of the beginning, so going to and fro counts nothing
+        either. Both would hide what a window is worth: at a peak learning rate the loss soon stands still at a level
+        that rises with the length of the steps, those of principal and of wide windows most. (Credited with each
+        step's own drop, the policy went to narrow windows of minor components, and the runs ended worse for it.)
+        """
+        found = []
+        for m, part in enumerate(self.parts):
+            along_a = (self.slopes[f"{m}.a"] * (part.lora_a - part.start_a)).sum()
+            along_b = (self.slopes[f"{m}.b"] * (part.lora_b - part.start_b)).sum()
+            found.append(-along_a - along_b)
+        return torch.stack(found).cpu()
+
+    def switch(
+        self,
+        step: int,
+        progress: float,
+        losses: Sequence[Callable[[], Tensor]],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        last: bool,
+    ) -> dict[str, Any]:
+        """End a phase and begin the next; ``last`` opens the greedy windows. Returns a line for the log.
+
+        ``losses`` give the loss of each probed dev batch, the same in every phase. ``optimizer`` (of the factors) keeps
+        what it knows of ranks that stay. Rewards are shares of the phase's credit, or the drop of the log dev loss a
+        step for all alike, which costs forward passes of its own.
+        """
+        began = time.monotonic()
+        if not self.spectra:
+            self.spectra = [decompose(self._weight(m), index) for m, index in enumerate(self.reachable)]
+        row: dict[str, Any] = {"step": step}
+        rewards = torch.full((len(self.keys),), torch.nan)
+        if rewarded := bool(self.choice):
+            credit = self.credit()
+            if not credit.isfinite().all():
+                raise WorkFailed(f"the factors are not finite at step {step}; try a smaller train.learning_rate")
+            row["credit"] = credit.sum().item()
+            if self.per_matrix:
+                rewards = credit / credit.abs().sum().clamp_min(1e-30)
+            else:
+                fall = math.log(max(self.log["dev_loss"][-1].item(), 1e-30) / max(self._dev_loss(losses), 1e-30))
+                rewards = torch.full_like(credit, fall / (step - int(self.log["step"][-1])))
+            self.phases = [*self.phases, {**self.choice, "rewards": rewards}][-PHASES:]
+            self._learn()
+        self._fold()
+        x = features(self.sites, self.spectra, self._drift(), self.energy, progress)
+        greedy = last and self.learns
+        places, logits = self.policy.greedy(x) if greedy else self.policy.sample(x, self.generator)
+        widths = share_out(logits, self.budget, self.limits)
+        starts = [window_start(self.places[p], k, w) for p, k, w in zip(places.tolist(), self.sizes, widths)]
+        self._open(starts, widths, optimizer)
+        likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
+        self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
+        if last:
+            self.spectra = []  # of the size of the weights, and nothing asks for them any more
+        row["dev_loss"] = self._dev_loss(losses) if last else self._look(losses)
+        row |= {"starts": starts, "widths": widths}
+        for name, value in {"credit": 0.0, **row, "rewards": rewards.tolist()}.items():
+            self.log.setdefault(name, []).append(torch.tensor(value))
+        self.seconds += time.monotonic() - began
+        return row | ({"rewards": rewards.tolist()} if rewarded else {})
+
+    @torch.no_grad()
+    def _dev_loss(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        with self._evaluating():
+            return statistics.mean(loss_of().item() for loss_of in losses)
+
+    def _look(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """Dev loss; its gradients in the windows that have just been opened, for :meth:`credit`, and the energies.
+
+        The latter, for the next choice, of the first batch only.
+        """
+
+        def see(key: str, gradient: Tensor) -> None:
+            m = self.keys.index(key)
+            self._note_energy(m, self.spectra[m].project(gradient).cpu())
+
+        total = 0.0
+        with self._evaluating():
+            for number, loss_of in enumerate(losses):
+                with nullcontext() if number else weight_gradients(self.adapter, see):
+                    loss = loss_of() / len(losses)
+                    torch.autograd.backward(loss)
+                total += loss.item()
+        for m, part in enumerate(self.parts):
+            for name, factor in (("a", part.lora_a), ("b", part.lora_b)):
+                self.slopes[f"{m}.{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
+        self.adapter.model.zero_grad()
+        return total
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout."""
+        training = self.adapter.model.training
+        self.adapter.model.train(False)
+        try:
+            yield
+        finally:
+            self.adapter.model.train(training)
+
+    def _note_energy(self, m: int, signal: Tensor) -> None:
+        """``signal`` (C,): uᵢᵀ G vᵢ. Smooths the share that each place's widest window has in its square."""
+        index, limit = self.reachable[m], self.limits[m]
+        starts = [window_start(place, self.sizes[m], limit) for place in self.places]
+        bands = [signal[(index >= start) & (index < start + limit)].square().sum() for start in starts]
+        energy = torch.stack(bands)
+        share = energy / energy.sum().clamp_min(1e-30)
+        self.energy[m] = INERTIA * self.energy[m] + (1 - INERTIA) * share
+
+    def _learn(self) -> None:
+        if not self.learns or len(self.phases) < (2 if self.per_matrix else 3):
+            return
+        made = {name: torch.stack([phase[name] for phase in self.phases]) for name in self.phases[0]}
+        rewards = made.pop("rewards")
+        advantage = advantages(rewards if self.per_matrix else without_trend(rewards))
+        for _ in range(PASSES):
+            self.optimizer.zero_grad()
+            torch.autograd.backward(self.policy.loss(**made, advantage=advantage, entropy=self.entropy))
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Move every update into its weight; decompose what has changed by much."""
+        for m, part in enumerate(self.parts):
+            self.stale[m] += product_norm(part.scale * part.up(), part.down()) / self.norms[m]
+            part.fold(self._weight(m))
+            if self.sizes[m] <= SMALL or self.stale[m] > self.refresh:
+                self.spectra[m] = decompose(self._weight(m), self.reachable[m])
+                self.stale[m] = 0
+
+    def _drift(self) -> Tensor:
+        """‖W − W₀‖_F / ‖W₀‖_F of the stored weights, (M,)."""
+        return torch.stack([product_norm(part.folded_b, part.folded_a) for part in self.parts]) / self.norms
+
+    def _open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
+        """Open the windows; a rank whose component lies in the new one too goes on as it is, moments included."""
+        self.slopes.clear()
+        for m, (part, start, width) in enumerate(zip(self.parts, starts, widths)):
+            held, wanted = self.held[m], torch.arange(start, start + width)
+            keep = torch.isin(held, wanted).nonzero().flatten()
+            fresh = wanted[~torch.isin(wanted, held)]
+            if optimizer is not None:
+                carry(part.tensors(), LowRank.rank_axes, keep, len(fresh), optimizer)
+            part.exchange(keep, *self.spectra[m].components(fresh))
+            self.held[m] = torch.cat((held[keep], fresh))
+
+    def preference(self) -> tuple[list[float], list[int]]:
+        """By matrix: the mean place (0 principal, 1 minor) and the width that the policy prefers now."""
+        with torch.no_grad():
+            log_places, means = self.policy(self.choice["x"])
+        return (log_places.exp() @ torch.tensor(self.places)).tolist(), share_out(means, self.budget, self.limits)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of the above as tensors by name."""
+        found = {
+            "rng": self.generator.get_state(),
+            "energy": self.energy,
+            "stale": self.stale,
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            **{f"policy.{name}": value for name, value in self.policy.state_dict().items()},
+            **{f"moments.{name}": value for name, value in moments(self.optimizer).items()},
+            **{f"choice.{name}": value for name, value in self.choice.items()},
+            **{f"log.{name}": torch.stack(values) for name, values in self.log.items()},
+            **{f"slopes.{name}": value for name, value in self.slopes.items()},
+            **{f"held.{m}": value for m, value in enumerate(self.held)},
+        }
+        for k, phase in enumerate(self.phases):
+            found |= {f"phase.{k}.{name}": value for name, value in phase.items()}
+        for m, spectrum in enumerate(self.spectra):
+            for name in ("values", "left", "right"):
+                found[f"spectrum.{m}.{name}"] = getattr(spectrum, name)
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue where :meth:`state` was taken."""
+
+        def below(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+        self.generator.set_state(state["rng"])
+        self.energy, self.stale, self.seconds = state["energy"], state["stale"], float(state["seconds"])
+        self.policy.load_state_dict(below("policy."))
+        load_moments(self.optimizer, below("moments."), "the policy's optimizer")
+        self.choice = below("choice.")
+        count = len({name.partition(".")[0] for name in below("phase.")})
+        self.phases = [below(f"phase.{k}.") for k in range(count)]
+        self.log = {name: list(values) for name, values in below("log.").items()}
+        device, saved = self.adapter.model.device, below("spectrum.")
+        self.slopes = {name: value.to(device) for name, value in below("slopes.").items()}
+        self.held = [state[f"held.{m}"] for m in range(len(self.keys))]
+        if saved:
+            self.spectra = [
+                Spectrum(
+                    index=index,
+                    **{name: saved[f"{m}.{name}"].to(device) for name in ("values", "left", "right")},
+                )
+                for m, index in enumerate(self.reachable)
+            ]
+
+
+def product_norm(b: Tensor, a: Tensor) -> Tensor:
+    """‖b a‖_F of factors b (O, R) and a (R, I) without forming the product; a number on the CPU."""
+    return ((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt().cpu()

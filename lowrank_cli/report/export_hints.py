@@ -1,0 +1,52 @@
+"""How other programs load what ``lrk export`` wrote, as lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_cli.runs import Run
+
+#: How transformers loads the base of an adapter that was trained on 4 bits (as ``models/quantize.py``).
+IN_4_BITS = (
+    ", dtype='bfloat16', quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, "
+    "bnb_4bit_quant_type={!r}, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16', "
+    "llm_int8_skip_modules=['lm_head', 'classifier', '.*pooler'])"
+)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  #: what ``vllm serve --max-lora-rank`` takes; 16 is its default
+
+
+def ways(run: Run) -> list[str]:
+    """``load: PYTHON`` and, for a causal model, ``serve: COMMAND``; none where the run exported nothing."""
+    folder = run.path.absolute() / "export"
+    if not run.done or not folder.is_dir():
+        return []
+    if (folder / "adapter_config.json").is_file():
+        config = run.config("hardware", "task.parts", "task.label_words")
+        return _lora(str(folder), run.read_json("export/adapter_config.json"), config)
+    if (folder / "config.json").is_file():
+        (kind,) = run.read_json("export/config.json")["architectures"]
+        serve = [f"serve: vllm serve {shlex.quote(str(folder))}"] if kind.endswith("CausalLM") else []
+        return [f"load: transformers.{kind}.from_pretrained({str(folder)!r})", *serve]
+    processor = "lowrank_cli.calibration.logits_processor.AnswerProcessor"
+    return [
+        f"load: processor = {processor}.from_folder({str(folder)!r}, model, tokenizer.eos_token_id)",
+        "use: model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0)",
+    ]
+
+
+def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    base, kind = adapter["base_model_name_or_path"], config["hardware"].get("quantization")
+    options = IN_4_BITS.format(kind) if kind else ""
+    if adapter["task_type"] == "SEQ_CLS":
+        task = config["task"]
+        labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task])
+        called = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
+        return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
+    load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
+    rank = next((size for size in VLLM_RANKS if size >= adapter["r"]), None)
+    if rank is None or kind:  # for a server as it stands would take the base in full precision
+        return [load]
+    serve = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
+    return [load, f"serve: {shlex.join([*serve, '--lora-modules', f'tuned={folder}'])}"]

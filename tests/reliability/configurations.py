@@ -127,7 +127,7 @@ def _held(word: str, document: Any) -> None:
     elif isinstance(at, int | float):
         right = _number(plain) == at
     elif isinstance(at, str):
-        right = at.lower() == text or key.endswith(("path", "outputs", "run")) or "(" in text
+        right = at.lower() == text or key.endswith(("path", "gguf", "outputs", "run")) or "(" in text
     else:
         right = True
     if not right:

@@ -127,7 +127,8 @@ def _held(word: str, document: Any) -> None:
     elif isinstance(at, int | float):
         right = _number(plain) == at
     elif isinstance(at, str):
-        right = at.lower() == text or key.endswith(("path", "gguf", "outputs", "run")) or "(" in text
+        same = at.lower() == text or (_number(plain) is not None and _number(plain) == _number(at))
+        right = same or key.endswith(("path", "gguf", "outputs", "run")) or "(" in text
     else:
         right = True
     if not right:

@@ -1,0 +1,60 @@
+"""Typed schemas of the config groups, a file a section. Meaning stands here, values stand in ``conf/``.
+
+Nothing heavy is imported. A method's own schema stands in its file under ``lowrank_cli/methods`` and derives from
+:class:`MethodConfig`. ``validate`` checks what a type cannot say; it raises :class:`lowrank_cli.errors.UserError`.
+"""
+
+from lowrank_cli.schema.bench import BASE, MEASURES, PEFTS, VLLM, VLLM_LORA, BenchConfig, BenchRun
+from lowrank_cli.schema.evaluate import EvaluateConfig, EvaluateRun, PredictConfig
+from lowrank_cli.schema.export import ExportConfig, ExportRun
+from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
+from lowrank_cli.schema.hardware import HardwareConfig
+from lowrank_cli.schema.method import MethodConfig
+from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
+from lowrank_cli.schema.prune import PruneConfig, PruneRun
+from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
+from lowrank_cli.schema.run import RunConfig
+from lowrank_cli.schema.score import AUTO, KINDS, MODULE_KINDS, SCORE_KINDS, ScoreConfig, ScoreRun, require_window
+from lowrank_cli.schema.task import TaskConfig, mix
+from lowrank_cli.schema.train import TrainConfig, TrainRun
+from lowrank_cli.schema.verbs import VERBS
+
+__all__ = [
+    "AUTO",
+    "BASE",
+    "KINDS",
+    "MEASURES",
+    "MODULE_KINDS",
+    "PEFTS",
+    "SCORE_KINDS",
+    "SHAPES",
+    "TRUST",
+    "VERBS",
+    "VLLM",
+    "VLLM_LORA",
+    "BenchConfig",
+    "BenchRun",
+    "EvaluateConfig",
+    "EvaluateRun",
+    "ExportConfig",
+    "ExportRun",
+    "GenerateConfig",
+    "GenerateRun",
+    "HardwareConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "PredictConfig",
+    "PruneConfig",
+    "PruneRun",
+    "RecipeConfig",
+    "RecipeRun",
+    "RunConfig",
+    "ScoreConfig",
+    "ScoreRun",
+    "StageConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "TrainRun",
+    "mix",
+    "require_window",
+]

@@ -1,0 +1,40 @@
+"""``lrk export``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_choice, require_range
+from lowrank_cli.schema.run import RunConfig
+
+
+@dataclass
+class ExportConfig:
+    """What is written for other programs."""
+
+    format: str = MISSING  #: ``lora`` (a PEFT adapter) or ``merged`` (the whole model with the updates in its weights)
+    rank: Optional[int] = MISSING  #: of a LoRA's modules at most: the rest is cut off; null keeps all of the change
+    #: largest difference of logits, relative to the largest logit, that is not refused; null is 0.001, of bf16 0.05
+    max_error: Optional[float] = MISSING
+
+    def validate(self) -> None:
+        require_choice("export.format", self.format, ("lora", "merged"))
+        if self.rank is not None:
+            require_range("export.rank", self.rank, 1)
+            if self.format == "merged":
+                raise UserError(
+                    "export.rank: merged weights hold the whole change; leave it out, or export.format=lora"
+                )
+        if self.max_error is not None:
+            require_range("export.max_error", self.max_error, 0)
+
+
+@dataclass
+class ExportRun(RunConfig):
+    """``lrk export``."""
+
+    export: ExportConfig = field(default_factory=ExportConfig)
+    run: Optional[str] = MISSING  #: as of ``lrk evaluate``

@@ -1,0 +1,69 @@
+"""Device, precision and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, require_choice, require_range
+
+
+@dataclass
+class HardwareConfig:
+    """Where and in which precision a run computes."""
+
+    name: str = MISSING
+    device: str = MISSING  #: ``cpu`` or ``cuda``
+    precision: str = (
+        MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
+    )
+    processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
+    threads: Optional[int] = (
+        MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
+    )
+    #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
+    #: Conv1D); null: ``lrk generate`` and ``bench decode`` do, where it takes at most half of the memory that is free
+    prepack: Optional[bool] = None
+    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations and norms, or whole
+    #: ``layers``; ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, else none
+    gradient_checkpointing: str = "auto"
+    compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
+    #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says
+    quantization: Optional[str] = None
+    #: how a batch of many adapters is computed: ``torch`` (batched products) or ``triton`` (own kernels, CUDA only)
+    grouped: str = "torch"
+
+    def validate(self) -> None:
+        require_choice("hardware.device", self.device, ("cpu", "cuda"))
+        require_choice("hardware.precision", self.precision, ("fp32", "bf16", "autocast"))
+        if self.prepack and (self.device, self.precision) != ("cpu", "fp32"):
+            raise UserError(
+                f"hardware.prepack: true is for hardware.device=cpu and hardware.precision=fp32, "
+                f"not {self.device} and {self.precision}"
+            )
+        ways = ("auto", "none", "feed_forward", "layers")
+        require_choice("hardware.gradient_checkpointing", self.gradient_checkpointing, ways)
+        if self.compile and self.gradient_checkpointing == "feed_forward":
+            raise UserError(
+                "hardware.gradient_checkpointing: feed_forward is for hardware.compile=false; compiled, "
+                "take auto (the compiler chooses what to compute again) or layers"
+            )
+        require_choice("hardware.quantization", self.quantization or "null", ("null", "nf4"))
+        if self.quantization and (self.device, self.precision) != ("cuda", "bf16"):
+            raise UserError(
+                f"hardware.quantization: {self.quantization} is for hardware.device=cuda and hardware.precision=bf16, "
+                f"not {self.device} and {self.precision}"
+            )
+        if self.quantization and self.compile:
+            raise UserError(
+                f"hardware.compile: true is for hardware.quantization=null, as linears in 4 bits ({self.quantization}) "
+                f"do not compile; set hardware.compile=false"
+            )
+        require_choice("hardware.grouped", self.grouped, ("torch", "triton"))
+        if self.grouped == "triton" and self.device != "cuda":
+            raise UserError(f"hardware.grouped: triton is for hardware.device=cuda, not {self.device}; set torch")
+        require_range("hardware.processes", self.processes, 1)
+        if self.threads is not None:
+            require_range("hardware.threads", self.threads, 1)

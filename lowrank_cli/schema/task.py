@@ -1,0 +1,113 @@
+"""A data set with its prompt, answers, splits and metric."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, inside, require_choice, require_range
+
+
+@dataclass
+class TaskConfig:
+    """One data set with its prompt, its answers, its splits and its metric.
+
+    ``answer`` is ``labels`` (one fixed set of ``label_words``), ``choices`` (each row lists its own, answered by
+    letter), ``free`` (generated text) or ``mix`` (several tasks trained together, each with its own answers).
+    """
+
+    name: str = MISSING
+    answer: str = MISSING  #: ``labels``, ``choices``, ``free`` or ``mix``
+    template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
+    text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
+    target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
+    label_words: list[str] = MISSING  #: one word for each label, in label order (``labels`` only)
+    label_values: list[str] = (
+        MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
+    )
+    metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu``, ``rouge_l``; ``mean`` of a mix
+    extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
+    max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
+    max_new_tokens: int = MISSING  #: longest generated answer, in tokens
+    hub: Optional[str] = MISSING  #: data set on the Hub
+    subset: Optional[str] = MISSING  #: configuration name on the Hub
+    path: Optional[str] = MISSING  #: folder of ``<split>.jsonl`` files, instead of the Hub
+    generator: Optional[str] = MISSING  #: a generator of :mod:`lowrank_cli.tasks.tiny`, instead of both
+    #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, or ``held_out`` of the train split
+    splits: str = MISSING
+    train_split: str = MISSING  #: names of the given splits
+    dev_split: str = MISSING  #: likewise
+    test_split: str = MISSING  #: likewise
+    limit: Optional[int] = MISSING  #: keep at most this many examples of each split
+    parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
+    templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
+    #: ``free`` only: rows with an empty answer are left out, and an answer too long for ``max_length`` loses its end,
+    #: instead of being refused
+    lenient: bool = False
+
+    def validate(self) -> None:
+        require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
+        if (self.answer == "mix") != bool(self.parts):
+            raise UserError("task.parts: task.answer=mix names its tasks there, another answer has none")
+        for name, part in self.parts.items():
+            if part.parts:
+                raise UserError(f"task.parts: '{part.name}' is a mix itself; name its parts instead")
+            with inside("task", f"task.parts.{name}"):
+                part.validate()
+        require_choice("task.splits", self.splits, ("paper", "given", "held_out"))
+        metrics = ("mean",) if self.answer == "mix" else ("accuracy", "exact_match", "number_match", "bleu", "rouge_l")
+        require_choice("task.metric", self.metric, metrics)
+        require_range("task.max_length", self.max_length, 2)
+        require_range("task.max_new_tokens", self.max_new_tokens, 1)
+        if self.limit is not None:
+            require_range("task.limit", self.limit, 1)
+        if self.parts:
+            self._refuse_what_parts_have()
+        if self.lenient and self.answer != "free":
+            raise UserError(f"task.lenient: true is for task.answer=free, not {self.answer}")
+        if self.answer == "labels" and len(self.label_words) < 2:
+            raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
+        for key in ("label_words", "label_values"):
+            words = [word.casefold() for word in getattr(self, key)]
+            if len(set(words)) < len(words):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
+            if not all(word.strip() for word in words):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} holds an empty word")
+        for key, template in [("template", self.template), *(("templates", other) for other in self.templates)]:
+            if self.answer != "mix" and not re.search(r"\{(?!options\})", template):
+                raise UserError(f"task.{key}: {template!r} names no {{column}}, so every prompt would be the same")
+        if self.label_values and len(self.label_values) != len(self.label_words):
+            raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+    def _refuse_what_parts_have(self) -> None:
+        """Prompts, answers and data of a mix are those of its parts; of its own it has a name, lengths and a limit."""
+        own = ("name", "max_length", "max_new_tokens", "limit", "parts")
+        for key, value in vars(mix()).items():
+            if key not in own and getattr(self, key) != value:
+                raise UserError(f"task.{key}: a mix has none of its own; set task.parts.NAME.{key} of its tasks")
+
+
+def mix() -> TaskConfig:
+    """What the YAML of a mix starts from: nothing of its own but its parts, its name and its lengths."""
+    return TaskConfig(
+        answer="mix",
+        template="",
+        text=[],
+        target="",
+        label_words=[],
+        label_values=[],
+        metric="mean",
+        extract=None,
+        hub=None,
+        subset=None,
+        path=None,
+        generator=None,
+        splits="given",
+        train_split="",
+        dev_split="",
+        test_split="",
+        limit=None,
+    )

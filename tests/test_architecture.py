@@ -117,6 +117,40 @@ def test_nothing_heavy_is_imported_early():
     assert (done.stderr, done.stdout.strip()) == ("", "")
 
 
+#: Methods whose names are also words of the field or of Python; they are looked for as ``method=NAME`` alone.
+WORDS = {"lora", "full", "none"}
+#: Modules outside of methods/ that may name methods, and why.
+NAMING = {
+    "lowrank_cli": "example of the library",
+    "lowrank_cli.api": "example of the library",
+    "lowrank_cli.api.adapted": "what a loop of one's own has to do, by method",
+    "lowrank_cli.cli": "examples of commands",
+    "lowrank_cli.adapter.kinds.dora": "a kind that the field knows by this name, as PEFT's format does (use_dora)",
+    "lowrank_cli.launch.shorthand": "what lrk bench compares where nothing is named, and the bare model's method",
+}
+
+
+def method_names_in(text: str) -> set[str]:
+    """The registered methods that ``text``, code or prose, names; not those in a longer name such as ``qalora``."""
+    registered = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    prose = "|".join(registered - WORDS)
+    chosen = "|".join(WORDS)
+    found = re.findall(rf"(?<![a-z])({prose})(?![a-z])|method=({chosen})\b", text.lower().replace("lora-fa", "lora_fa"))
+    return {name or word for name, word in found}
+
+
+def test_methods_are_named_in_their_own_folder_only():
+    named = {module_name(source): method_names_in((ROOT / source).read_text()) for source in SOURCES}
+    outside = {module: found for module, found in named.items() if found and part(module) != "methods"}
+    assert {module: found for module, found in outside.items() if module not in NAMING} == {}
+    assert set(NAMING) == set(outside), "an exception that nothing needs"
+
+
+def test_names_of_methods_are_recognised():
+    assert method_names_in("MiLoRA's routers, use_dora, DoRALinear") == {"milora", "dora"}
+    assert method_names_in("the LoRA of qalora; none, full; method=none") == {"none"}
+
+
 #: What `lrk bench` measures beside, where someone has installed it.
 MEASURED = {"liger_kernel", "trl", "vllm"}
 

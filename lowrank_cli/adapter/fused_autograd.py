@@ -1,6 +1,7 @@
 """Training passes: frozen linears that read one input, together with their low-rank updates, as one function.
 
-For linears j and updates i of them, with γ = w ⊙ g between the products and c what stretches the rows (1 but for DoRA):
+For linears j and updates i of them, with γ = w ⊙ g between the products and c the scale of the rows (1 unless
+magnitudes are trained):
 
     y_j = c_j ⊙ (W_j x + Σ_i s_i · B_i (γ_i ⊙ (A_i drop(x)))) + bias_j
 

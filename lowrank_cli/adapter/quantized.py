@@ -1,7 +1,7 @@
 """Frozen weights in 4 bits, as bitsandbytes stores them: packed bytes (N, 1), and beside them how to read these.
 
 Their linears compute y = W x + bias like any other, so an update that only reads and adds to outputs needs nothing from
-here. What reads W itself (DoRA's norms, a decomposition) gets it from :func:`dense`.
+here. What reads W itself (norms of rows, a decomposition) gets it from :func:`dense`.
 """
 
 from __future__ import annotations

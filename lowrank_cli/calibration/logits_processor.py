@@ -1,4 +1,4 @@
-"""IDAICL inside ``transformers``' ``generate``: only the answers can be said, each scored by its IDA-Softmax.
+"""Calibrated answers inside ``transformers``' ``generate``: only the answers, each scored by its IDA-Softmax.
 
     processor = AnswerProcessor.from_folder("RUN/statistics", model, tokenizer.eos_token_id)
     model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0, …)

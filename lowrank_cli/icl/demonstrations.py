@@ -76,7 +76,7 @@ def idle(plan: Plan, shots: int) -> list[str]:
 
 
 def chosen(plan: Plan, shots: int, arrangement: Arrangement, examples: Sequence[Example], seed: int) -> list[Example]:
-    """The demonstrations of every query alike, out of D: set i is that of ``lrk evaluate method=none seed=SEED+i``."""
+    """The demonstrations of every query alike, out of D: set i is that of a plain evaluation with seed SEED+i."""
     seed = seed + arrangement.draw
     if plan.share is None:
         shown = draw(examples, shots, seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
+from lowrank_cli import methods
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.errors import UserError
@@ -75,7 +76,8 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
         "kept": _rule(config.prune),
     }
     table = {place: scores.values[key][0] for key, place in places.items()}
-    run.write_text(FILE, text(Setting(config.name or f"{scores.kind} {about['kept']}", kept), table, about))
+    setting = Setting(config.name or f"{scores.kind} {about['kept']}", kept)
+    run.write_text(FILE, text(setting, table, about, methods.having("setting")[0]))
     return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
 
 

@@ -224,4 +224,5 @@ def recorded(run: Run) -> Iterator[None]:
 
 def summary(run: Run) -> RenderableType:
     """The end-of-run table, below the scores of ranks or the figures of a benchmark where there are any."""
-    return Group(*scores.shown(run), *bench.shown(run), *selections.shown(run), tables.end_of_run(run))
+    figures = [*scores.shown(run), *bench.shown(run, methods.published_speeds()), *selections.shown(run)]
+    return Group(*figures, tables.end_of_run(run, methods.having("setting")[0]))

@@ -39,6 +39,11 @@ def config_classes() -> dict[str, type[MethodConfig]]:
     return {name: method.Config for name, method in _classes().items()}
 
 
+def having(key: str) -> list[str]:
+    """The methods that have a setting ``key``."""
+    return [name for name, config in config_classes().items() if key in (item.name for item in fields(config))]
+
+
 def capabilities(name: str) -> set[str]:
     """The stages that method ``name`` can run."""
     return {stage for stage, needs in STAGE_NEEDS.items() if can(name, *needs) and not refusal(name, stage)}
@@ -54,6 +59,11 @@ def refusal(name: str, stage: str) -> str:
 def can(name: str, *capabilities: type) -> bool:
     """Whether method ``name`` has one of these capabilities of :mod:`lowrank_cli.methods.protocol`."""
     return issubclass(_class(name), capabilities)
+
+
+def published_speeds() -> dict[str, Mapping[tuple[str, int], float]]:
+    """:attr:`Method.published_speed` of every method."""
+    return {name: method.published_speed for name, method in _classes().items()}
 
 
 def create(config: MethodConfig) -> Method:

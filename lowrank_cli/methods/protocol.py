@@ -32,6 +32,8 @@ class Method:
     unmergeable: ClassVar[str] = ""
     #: Why ranks are not judged one by one, where they are not: such an adapter is neither scored nor pruned.
     unprunable: ClassVar[str] = ""
+    #: Decoding speed that the method's paper reports, relative to another method, by its name and the number of beams.
+    published_speed: ClassVar[Mapping[tuple[str, int], float]] = {}
 
     def __init__(self, config: Any):
         self.config = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import RenderableType
@@ -10,12 +11,12 @@ from rich.text import Text
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run
 
-#: Speed of MiLoRA relative to another method on LLaMA-2 7B, by beams (the decoding-speed table of Zhang et al. 2024).
-PUBLISHED = {("moelora", 1): 1.217, ("dora", 1): 1.197, ("moelora", 3): 1.18, ("dora", 3): 1.13}
+#: Method → decoding speed that its paper reports, relative to another method, by that method and the number of beams.
+Published = Mapping[str, Mapping[tuple[str, int], float]]
 
 
-def shown(run: Run) -> list[RenderableType]:
-    """Tables of a finished benchmark; none for another run."""
+def shown(run: Run, published: Published) -> list[RenderableType]:
+    """Tables of a finished benchmark, next to ``published`` speeds; none for another run."""
     if not run.done or not (run.path / "bench.json").is_file():
         return []
     record = run.read_json("bench.json")
@@ -23,16 +24,15 @@ def shown(run: Run) -> list[RenderableType]:
     if record["bench"]["measure"] == "train":
         return [_steps(record), memory]
     settings = dict.fromkeys((row["beams"], row["tenants"]) for row in record["rows"])
-    return [*(_table(record, *setting) for setting in settings), *_pairs(record), memory]
+    return [*(_table(record, *setting) for setting in settings), *_pairs(record, published), memory]
 
 
-def _pairs(record: dict[str, Any]) -> list[RenderableType]:
-    """MiLoRA against the methods that its paper compares it with, alone in the batch."""
-    columns = ["speed of", "beams", "here", "published (7B, k=3)"]
-    table = tables.Fitted("MiLoRA against its baselines", columns, leave_out=[])
+def _pairs(record: dict[str, Any], published: Published) -> list[RenderableType]:
+    """Methods against those that their papers compare them with, alone in the batch."""
+    table = tables.Fitted("against the paper's baselines", ["speed of", "beams", "here", "published"], leave_out=[])
     for pair in record["pairs"]:
-        reference = PUBLISHED.get((pair["to"], pair["beams"]))
-        if pair["method"].startswith("milora") and reference and not pair["tenants"]:
+        reference = published.get(pair["method"].split()[0], {}).get((pair["to"], pair["beams"]))
+        if reference and not pair["tenants"]:
             name = f"{pair['method']} / {pair['to']}"
             table.rows.append([name, str(pair["beams"]), f"{pair['ratio']:.3f}", f"{reference:.3f}"])
     return [table] if table.rows else []

@@ -107,8 +107,11 @@ def typed(path: str | os.PathLike[str]) -> str:
     return shlex.quote(shown(path))
 
 
-def end_of_run(run: Run) -> RenderableType:
-    """What a run learned, what it cost, where it lies and what to do next."""
+def end_of_run(run: Run, selective: str = "") -> RenderableType:
+    """What a run learned, what it cost, where its folder is and what to do next.
+
+    ``selective`` is the method that trains the modules of a ``setting.yaml``.
+    """
     info = run.info
     metrics = run.metrics if run.done else {}
     grid = Table.grid(padding=(0, 3))
@@ -136,7 +139,9 @@ def end_of_run(run: Run) -> RenderableType:
     ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
     folder = _whole(f"  folder: {shown(run.path)}")
     table = [spread_table(ways)] if len(ways) > 1 else []
-    return Group(panel, *table, folder, *(_whole(f"  {way}") for way in export_hints.ways(run)), *next_steps(run))
+    return Group(
+        panel, *table, folder, *(_whole(f"  {way}") for way in export_hints.ways(run)), *next_steps(run, selective)
+    )
 
 
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
@@ -155,9 +160,9 @@ def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
     return table
 
 
-def next_steps(run: Run) -> list[Text]:
-    """What to type after a run or a recipe."""
-    return [_whole(f"  next: {command}") for command in _next(run)]
+def next_steps(run: Run, selective: str = "") -> list[Text]:
+    """What to type after a run or a recipe; ``selective`` as in :func:`end_of_run`."""
+    return [_whole(f"  next: {command}") for command in _next(run, selective)]
 
 
 def end_of_sweep(folder: Path, jobs: Sequence[Run]) -> RenderableType:
@@ -171,7 +176,7 @@ def _whole(line: str) -> Text:
 
 
 def run_title(info: dict[str, Any]) -> str:
-    """``train · milora · llama · tiny_yesno · seed 1``."""
+    """``train · lora · llama · tiny_yesno · seed 1``."""
     choices = info.get("choices", {})
     model = info.get("model") or choices.get("model")
     parts = [info.get("stage"), choices.get("method"), model, choices.get("task")]
@@ -227,17 +232,17 @@ def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str
     return [(shown, number(metrics[name])) for shown, name in zip(names, rest, strict=True)]
 
 
-def _next(run: Run) -> Iterable[str]:
+def _next(run: Run, selective: str) -> Iterable[str]:
     stage, status, where = run.info.get("stage"), run.info.get("status"), typed(run.path)
     if status in ("failed", "interrupted"):
         return [f"lrk {stage} --resume {where}"]
-    if status == "done" and (run.path / SETTING).is_file():
+    if status == "done" and selective and (run.path / SETTING).is_file():
         used, model = run.config("model")["model"], run.info["choices"]["model"]
         given = [f"model.{key}={typed(Path(used[key]))}" for key in ("path", "gguf") if used.get(key)]
         if not given and used.get("id") and used.get("name") != model:
             given = [f"model.id={used['id']}"]
         model = " ".join([f"model={model}", *given])
-        return [f"lrk train method=fanlora method.setting={typed(run.path / SETTING)} {model}"]
+        return [f"lrk train method={selective} method.setting={typed(run.path / SETTING)} {model}"]
     if status == "done" and stage in ("train", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":

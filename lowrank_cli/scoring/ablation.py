@@ -1,6 +1,6 @@
 """Exact ablation scores of many ranks or modules, many in each forward pass.
 
-AB-LoRA (ALoRA, Liu et al., NAACL 2024, arXiv 2403.16187, section 3.3): S(M) of the whole adapter, S(M∖i) without rank
+AB-LoRA (Liu et al., NAACL 2024, arXiv 2403.16187, section 3.3): S(M) of the whole adapter, S(M∖i) without rank
 i, S(M_i) with rank i as the only one in the model.
 
 Each row of a batch may have gates of its own, so V copies of n examples evaluate V ablations at once, with the same

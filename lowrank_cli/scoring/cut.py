@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lowrank_cli.adapter.adapted_model import Adapter
 
-KEPT = 2  #: modules that a layer keeps, where nothing says how many: FanLoRA's default
+KEPT = 2  #: modules that a layer keeps, where nothing says how many
 
 Values = Mapping[str, Sequence[float]]  #: of each module, its ranks' scores, or the one of the whole
 Place = tuple[str, int]  #: a module's key, and the index of one of its scores

@@ -1,7 +1,7 @@
-"""Scores of whole modules: what FanLoRA chooses by, and what its choice is judged against.
+"""Scores of whole modules: what a selection of modules is made by, and what it is judged against.
 
-FanLoRA's abstract (Tian et al., EMNLP 2024 Industry Track) names "a novel importance scoring method" without its
-formula, so the formulas are a reconstruction.
+The abstract of Tian et al. (EMNLP 2024 Industry Track) names "a novel importance scoring method" without its formula,
+so the formulas are a reconstruction.
 With M the whole adapter, M_0 none of its modules (a classification head stays as trained), M∖m all but module m, M_m
 module m alone, g_m a gate on module m, and S = −(mean cross-entropy over response tokens, of an encoder over examples):
 

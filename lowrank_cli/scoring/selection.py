@@ -27,7 +27,7 @@ EVERY = "all"  #: stands for every layer
 KEYS = ("name", "layers", "family", "source", "kind", "kept", "scores")
 HEADER = """\
 # The LoRA modules that are kept, by layer (Q K V O attention; G U D feed-forward). To train any task with them:
-#   lrk train method=fanlora method.setting=FILE
+#   lrk train method={method} method.setting=FILE
 # Only `layers` is needed. `name` is how lrk compare calls the setting: give a changed copy a name of its own.
 """
 
@@ -68,10 +68,10 @@ def read(path: str | Path) -> Setting:
     return Setting(str(name), {str(layer): list(roles) for layer, roles in listed.items()})
 
 
-def text(setting: Setting, scores: Mapping[Module, float], about: Mapping[str, Any]) -> str:
-    """The file's content; ``about`` stands between the layers and the scores."""
+def text(setting: Setting, scores: Mapping[Module, float], about: Mapping[str, Any], method: str) -> str:
+    """The file's content: its layers, ``about``, then the scores; ``method`` trains with such a file."""
     parts = [
-        HEADER,
+        HEADER.format(method=method),
         yaml.safe_dump({"name": setting.name}, allow_unicode=True),
         _table("layers", {layer: f"[{', '.join(roles)}]" for layer, roles in setting.layers.items()}),
         yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True),

@@ -1,6 +1,6 @@
 """A value for every rank, what a rank is worth, and the ranks that a budget keeps.
 
-The update of a module is s · B diag(v) A: AdaLoRA's P Λ Q (P = B, Λ = diag(v), Q = A), SoRA's gate g = v.
+The update of a module is s · B diag(v) A: a decomposition P Λ Q (P = B, Λ = diag(v), Q = A), or gates g = v.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def keep_largest(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 
 
 class Importance:
-    """What each rank is worth by the smoothed sensitivity of its parameters (AdaLoRA, equations 8 to 11).
+    """What each rank is worth by the smoothed sensitivity of its parameters.
+
+    Source: Zhang et al., ICLR 2023, arXiv 2303.10512, equations 8 to 11.
 
     For every trained number w of a module: I = |w · ∂L/∂w|, Ī ← β₁ Ī + (1 − β₁) I, Ū ← β₂ Ū + (1 − β₂) |I − Ī|,
     and s(w) = Ī · Ū. The score of a rank is the mean of s over its row of A, plus that over its column of B, plus s of

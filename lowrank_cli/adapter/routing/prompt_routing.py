@@ -1,6 +1,6 @@
 """Prompt-aware routing: per layer, choose the low-rank modules of a sequence once, from its prompt.
 
-Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035). Routers themselves are in ``router.py``.
+Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035. Routers themselves are in ``router.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What one layer's router computes: pooler, activation, probabilities, gates and the load-balance loss.
 
-Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035), section 3.
+Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035, section 3.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     with bank.batch(["ann", "ben", None, "ann"]):  # one name a prompt; None is the bare model
         model.generate(...)
 
-Adapters may differ in ranks, modules and method: LoRA and its kin, and MiLoRA with its routers. Each row computes what
-its adapter computes alone. Outside a batch the model is the bare one.
+Adapters may differ in ranks, modules and method: LoRA and its kin, with or without routers. Each row computes what its
+adapter computes alone. Outside a batch the model is the bare one.
 """
 
 from __future__ import annotations

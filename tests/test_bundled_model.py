@@ -13,7 +13,7 @@ from lowrank_cli.tasks.tiny.lexicon import EPISODE_LABELS, HELD_LABELS, SPARE_LA
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "lowrank_cli" / "assets" / "tiny_llama"
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "bundled_model"))
 
 
 @pytest.fixture(scope="module")

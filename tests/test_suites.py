@@ -1,4 +1,4 @@
-"""The suites of experiments in scripts/suites name methods, tasks and settings that exist."""
+"""The suites of experiments in scripts/research/suites name methods, tasks and settings that exist."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import yaml
 
 from lowrank_cli.config.composition import compose
 
-SUITES = sorted((Path(__file__).parents[1] / "scripts" / "suites").glob("*.yaml"))
+SUITES = sorted((Path(__file__).parents[1] / "scripts" / "research" / "suites").glob("*.yaml"))
 CELLS = {
     f"{file.stem}-{group}-{method}": (suite, group, method)
     for file in SUITES

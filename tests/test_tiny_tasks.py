@@ -16,7 +16,7 @@ from lowrank_cli.tasks import tiny
 from lowrank_cli.tasks.tiny import answers, lexicon
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "bundled_model"))
 
 import pretrain_text  # noqa: E402
 

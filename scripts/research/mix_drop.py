@@ -1,10 +1,10 @@
 """What training on a mix of tasks costs each method, against training on each task alone (MiLoRA, multi-task table).
 
-    python scripts/mix_drop.py scripts/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix]
+    python scripts/research/mix_drop.py scripts/research/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix]
 
-Reads the runs of scripts/evidence.py. A drop is test metric alone minus test metric in the mix, averaged over the mix's
-parts for each seed; its sign-flip test, and that of its difference from the baseline's drop, are over the seeds.
-Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, the values by method, part and seed.
+Reads the runs of scripts/research/evidence.py. A drop is test metric alone minus test metric in the mix, averaged over
+the mix's parts for each seed; its sign-flip test, and that of its difference from the baseline's drop, are over
+the seeds. Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, the values by method, part and seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowrank_cli.report.statistics import sign_flip_test
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import git_state
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
@@ -62,7 +62,11 @@ def main() -> None:
         pairs = zip(result["seeds"], result["drop"], strict=True)
         differences = [drop - reference[seed] for seed, drop in pairs if seed in reference]
         result["against_baseline"] = {"differences": differences, "p_value": sign_flip_test(differences)}
-    record = {"command": f"python scripts/mix_drop.py {args.suite}", "baseline": suite["baseline"], "methods": found}
+    record = {
+        "command": f"python scripts/research/mix_drop.py {args.suite}",
+        "baseline": suite["baseline"],
+        "methods": found,
+    }
     target = ROOT / "docs" / "results" / args.suite.stem / args.group / "mix_drop.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record | {"git": git_state()}, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """How far cheap scores of an adapter agree with exact ones, where exact ones of all ranks would take hours.
 
-    python scripts/score_agreement.py RUN --sample 70 --output FILE.json
-    python scripts/score_agreement.py RUN --level module --sample 6 --output FILE.json
+    python scripts/research/score_agreement.py RUN --sample 70 --output FILE.json
+    python scripts/research/score_agreement.py RUN --level module --sample 6 --output FILE.json
 
 ``taylor`` and ``magnitude`` score everything; the exact kind scores a sample drawn by the seed: 70 ranks of the model,
 or all modules of 6 layers. The sample is ordered and cut off as if it were all there is: an eighth of the ranks goes
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_score import spearman
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.config.composition import compose
@@ -38,6 +37,12 @@ CHUNK = 20  #: units between two savings
 WINDOWS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 Rows = dict[str, list[float]]
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Rank correlation."""
+    ranks = torch.tensor([one, other]).argsort(dim=1).argsort(dim=1).double()
+    return torch.corrcoef(ranks)[0, 1].item()
 
 
 def exact_scores(adapter: Adapter, probe: Probe, units: Sequence[Unit], part: Path) -> tuple[Rows, float]:
@@ -123,7 +128,7 @@ def main() -> None:
     share = cost.costs(adapter, args.level, probe, usual(adapter, args.level, 0.1))
     budget = (1 + cost.BACKWARD) * trained_tokens(session)
     record: dict[str, Any] = {
-        "command": "python scripts/score_agreement.py",
+        "command": "python scripts/research/score_agreement.py",
         "settings": {key: value for key, value in vars(args).items() if key not in ("run", "output")},
         "commit": git_state(),
         "machine": cpu_name(),

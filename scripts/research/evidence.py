@@ -1,6 +1,7 @@
 """Run a suite of experiments: every method on every task over the same seeds, and compare them.
 
-    python scripts/evidence.py scripts/suites/milora.yaml --outputs DIR [--groups bundled] [--set data=DIR encoder=DIR]
+    python scripts/research/evidence.py scripts/research/suites/milora.yaml --outputs DIR [--groups bundled] \
+        [--set data=DIR encoder=DIR]
 
 A suite is a YAML file: ``methods`` (name: overrides), ``baseline``, ``seeds``, and ``groups`` of tasks that share
 ``overrides``; ``row`` names the baseline's row in ``lrk compare`` where that is another. A group adds to a method's
@@ -29,7 +30,7 @@ import yaml
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import cpu_name, package_versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TUNING_SEED = 100
 
 

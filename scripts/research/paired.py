@@ -1,7 +1,7 @@
-"""One method of a suite against each of the others: paired by task and seed, over the runs of scripts/evidence.py.
+"""One method of a suite against each of the others: paired by task and seed, over the runs of evidence.py.
 
-    python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR [--metric accuracy]
-    python scripts/paired.py scripts/suites/lelora.yaml lelora --outputs DIR --metric dev/loss
+    python scripts/research/paired.py scripts/research/suites/lelora.yaml lelora --outputs DIR [--metric accuracy]
+    python scripts/research/paired.py scripts/research/suites/lelora.yaml lelora --outputs DIR --metric dev/loss
 
 A metric is one of the test split, or named with its split; of losses the logarithms are compared, so that a difference
 of −0.1 is about 10 % less, whatever the task. Where the suite has ``pools`` (name: methods), the mean of these methods
@@ -28,7 +28,7 @@ from lowrank_cli.report.statistics import median_interval, sign_flip_test
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import git_state
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def values(folder: Path, metric: str) -> dict[int, float]:
@@ -100,7 +100,7 @@ def main() -> None:
         others = {name: [name] for name in suite["methods"] if name != args.method} | suite.get("pools", {})
         found = {name: against(tasks, args.method, other, args.metric) for name, other in others.items()}
         record = {
-            "command": f"python scripts/paired.py {args.suite.name} {args.method} --metric {args.metric}",
+            "command": f"python scripts/research/paired.py {args.suite.name} {args.method} --metric {args.metric}",
             "git": made,
             "against": found,
         }

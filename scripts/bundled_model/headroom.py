@@ -1,6 +1,6 @@
 """Measure the room between the bundled model as it is and as it can become, on every ``tiny_*`` task.
 
-    python scripts/headroom.py --outputs DIR [--tasks tiny_sentiment …] [--parts zero shots full]
+    python scripts/bundled_model/headroom.py --outputs DIR [--tasks tiny_sentiment …] [--parts zero shots full]
 
 Each number is a run of the command line (zero-shot, ``--draws`` draws of 8 demonstrations, full fine-tuning)
 on the test split. Run folders go to ``--outputs``; the numbers are merged into docs/results/headroom.json, and
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lowrank_cli.tasks import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "headroom.json"
 
 #: accuracy of guessing; free answers cannot be guessed

@@ -1,6 +1,6 @@
 """Our LoRA and the PEFT library's in the same setting: same model, data order, schedule, seeds and training loop.
 
-    python scripts/compare_peft.py model=minilm model.path=FOLDER task=sst2 task.path=FOLDER \
+    python scripts/research/compare_peft.py model=minilm model.path=FOLDER task=sst2 task.path=FOLDER \
         method.rank=8 train.learning_rate=1e-3 train.max_steps=150 train.batch_size=16 --seeds 0 1 2 --out FILE
 
 Every override of ``lrk train`` is understood. Prints dev accuracy by seed and writes it as JSON.
@@ -78,7 +78,7 @@ def main() -> None:
     if args.out:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         record = {
-            "command": f"python scripts/compare_peft.py {' '.join(args.overrides)}",
+            "command": f"python scripts/research/compare_peft.py {' '.join(args.overrides)}",
             "seeds": args.seeds,
             "commit": commit,
             "machine": cpu_name(),

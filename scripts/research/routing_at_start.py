@@ -1,7 +1,7 @@
 """How fresh MiLoRA routers treat the prompts of a task, layer by layer: by states as they are, and standardised.
 
-    python scripts/routing_at_start.py model=llama model.path=FOLDER task=sst2 task.path=DATA/sst2
-    python scripts/routing_at_start.py task=tiny_mix method.k=1
+    python scripts/research/routing_at_start.py model=llama model.path=FOLDER task=sst2 task.path=DATA/sst2
+    python scripts/research/routing_at_start.py task=tiny_mix method.k=1
 
 Takes the overrides of ``lrk train``. Statistics come from 48 training prompts, as in training; what is shown is of 24
 others, the mean over 8 seeds of the routers: the largest gate, the sets of modules that occur, and the entropy of these

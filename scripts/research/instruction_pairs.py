@@ -1,6 +1,6 @@
 """Instruction data for an encoder, from sets of tasks that it is not tested on: is this the answer to that?
 
-    python scripts/instruction_pairs.py --data DIR --output DIR
+    python scripts/research/instruction_pairs.py --data DIR --output DIR
 
 Reads ``arc_easy``, ``openbookqa``, ``gsm8k`` (train.jsonl) and ``e2e_nlg`` (validation.jsonl) below ``data`` and writes
 train.jsonl and validation.jsonl with the columns of RTE: sentence1 a question, sentence2 an answer, label 0 where it is

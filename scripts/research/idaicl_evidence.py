@@ -1,6 +1,6 @@
 """IDAICL against plain in-context learning and three calibrations on the bundled model, over many demonstration sets.
 
-    python scripts/idaicl_evidence.py --outputs DIR [--tasks tiny_sentiment …] [--draws 10] [--set KEY=VALUE …]
+    python scripts/research/idaicl_evidence.py --outputs DIR [--tasks tiny_sentiment …] [--draws 10] [--set KEY=VALUE …]
 
 For each task ``lrk train method=idaicl`` fits once with all training examples and once for each share of the first
 label; ``lrk evaluate run=…`` then answers the test split behind the same ``--draws`` sets of demonstrations with every
@@ -30,7 +30,7 @@ from lowrank_cli.report.statistics import sign_flip_test
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 TASKS = ("tiny_sentiment", "tiny_yesno", "tiny_topic", "tiny_entailment")
 CALIBRATIONS = ("none", "conca", "dconca", "proca", "ida")
 SHOTS, MIDDLE = (4, 8, 12), 8  #: with every calibration; of the parts that vary something else
@@ -265,7 +265,7 @@ def main() -> None:
     for task in args.tasks:
         margins += measure(suite, task, args.draws)
     record = {
-        "command": "python scripts/idaicl_evidence.py --outputs DIR",
+        "command": "python scripts/research/idaicl_evidence.py --outputs DIR",
         "tasks": args.tasks,
         "draws": args.draws,
         "set": args.set,

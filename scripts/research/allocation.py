@@ -1,7 +1,7 @@
 """What a suite's runs end with, by role and by layer: a figure of roles and layers that each of them drew.
 
-    python scripts/allocation.py scripts/suites/alora.yaml --outputs DIR
-    python scripts/allocation.py scripts/suites/lelora.yaml --outputs DIR --figure preferred_width
+    python scripts/research/allocation.py scripts/research/suites/alora.yaml --outputs DIR
+    python scripts/research/allocation.py scripts/research/suites/lelora.yaml --outputs DIR --figure preferred_width
 
 Prints for each group and each method whose runs have the figure, by task and over all tasks, the mean over seeds and
 modules (a module without ranks counts 0). Writes it to docs/results/<suite>/<group>/allocation.json, or <figure>.json.
@@ -18,7 +18,7 @@ import yaml
 
 from lowrank_cli.runs import all_runs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROLES = list("QKVOGUD")
 
 

@@ -1,6 +1,7 @@
 """Pretrain the bundled model: its tokenizer and a small Llama, on text that this repository generates.
 
-    python scripts/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR --stage main --steps 3600
+    python scripts/bundled_model/pretrain_tiny.py --out lowrank_cli/assets/tiny_llama --work DIR --stage main \
+        --steps 3600
 
 The stage ``main`` starts anew, ``bridge`` starts from the weights that ``main`` left in ``--work``. The documents of a
 block of steps are a function of the seed and the block alone, so a run continued with ``--resume`` sees the same
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pretrain_text import bridge, document

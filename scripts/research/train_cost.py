@@ -1,6 +1,6 @@
 """What whole trainings of methods cost beside one another: processor time, steps a second, peak memory.
 
-    python scripts/train_cost.py lora alora adalora sora [--rounds 3] [--set task=tiny_entailment train.max_steps=200]
+    python scripts/research/train_cost.py lora alora adalora sora [--rounds 3] [--set task=tiny_entailment …]
 
 Every round trains each method once, in a process of its own; figures are medians over the rounds, and ratios to the
 first method medians of those within a round. ``command`` is the processor time of the whole command, start-up, scores
@@ -25,7 +25,7 @@ from rich.table import Table
 from lowrank_cli.runs import all_runs
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(method: str, overrides: list[str]) -> dict[str, float]:

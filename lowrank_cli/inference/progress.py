@@ -87,4 +87,4 @@ class Bar:
     def say(self, text: str) -> None:
         """Print a line above the bar; it also appears where there is no terminal."""
         if self._shown:
-            self._progress.console.print(text)
+            self._progress.console.print(text, soft_wrap=True)

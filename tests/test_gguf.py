@@ -173,7 +173,9 @@ def test_a_package_holds_the_model_where_the_hub_is_not_there(tmp_path, monkeypa
     (folder / "__init__.py").touch()
     write(folder / "held.Q4_0.gguf")
     monkeypatch.syspath_prepend(str(folder.parent))
+    assert outline(chosen) is None
     header = load(chosen, hardware(), None).header
+    assert outline(chosen).config.num_hidden_layers == LAYERS
     assert header == ("held.Q4_0.gguf of the package held_model, dequantised from 4 bits (Q4_0): 0.1M-parameter Llama")
     assert "held_model" not in sys.modules, "looked at, never imported"
 

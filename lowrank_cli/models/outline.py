@@ -31,4 +31,7 @@ def _folder(model: ModelConfig) -> Path | None:
         return gguf.converted(gguf.find(Path(model.gguf), f"model.gguf: {model.gguf}"))
     if model.path:
         return Path(model.path) if (Path(model.path) / "config.json").is_file() else None
-    return cached(model.id, model.revision) if model.id else None
+    if model.id and (snapshot := cached(model.id, model.revision)):
+        return snapshot
+    file = gguf.in_package(model.package) if model.package else None
+    return gguf.converted(file) if file else None

@@ -76,14 +76,18 @@ def main() -> int:
 
 def show(line: str) -> None:
     """What uv or pip is at, in one line that the next one replaces; the number of packages in a line that stays."""
-    if resolved := re.match(r"Resolved (\d+) packages", line):
+    if resolved := re.match(r"Resolved (\d+) packages?\b", line):
         replace("")
-        print(f"lrk: installing {resolved[1]} packages", flush=True)
+        print(f"lrk: installing {_packages(int(resolved[1]))}", flush=True)
     elif line.startswith("Installing collected packages:"):
         replace("")
-        print(f"lrk: installing {line.count(',') + 1} packages", flush=True)
+        print(f"lrk: installing {_packages(line.count(',') + 1)}", flush=True)
     else:
         replace(line)
+
+
+def _packages(count: int) -> str:
+    return f"{count} package{'s' * (count != 1)}"
 
 
 def replace(line: str) -> None:

@@ -169,7 +169,9 @@ def test_folding_for_ever_keeps_no_more_than_the_matrix():
         part.fold(weight)
     assert len(part.folded_a) <= min(weight.shape)
     torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(weight - part._pretrained, part.change()[0] @ part.change()[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        weight - part._pretrained, part.delta_factors()[0] @ part.delta_factors()[1], atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,7 +219,7 @@ def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_fol
                 part.lora_b.add_(size * noise)
             part.fold(linear.weight)
     for path, linear in adapter.linears.items():
-        b, a = adapter.modules[path].change()
+        b, a = adapter.modules[path].delta_factors()
         delta, seen = b @ a, linear.weight.float() - before[path]
         assert ((seen * delta).sum() / (delta * delta).sum()).item() == pytest.approx(1, abs=0.25)
         assert ((seen - delta).abs() <= 2**-7 * (before[path] + delta).abs() + 1e-12).all()

@@ -123,10 +123,10 @@ class AdaLoRA(LoRA):
         """P and Q Gaussian with the deviation of the authors' code, Λ = 0: the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.kinds.rank_values import valued
+        from lowrank_cli.adapter.kinds.rank_values import value_modules
 
         adapter = inject_values(model, self.config)
-        for part in valued(adapter).values():
+        for part in value_modules(adapter).values():
             nn.init.normal_(part.lora_a, std=0.02)
             nn.init.normal_(part.lora_b, std=0.02)
             nn.init.zeros_(part.values)
@@ -155,7 +155,7 @@ class AdaLoRA(LoRA):
 
     def after_step(self, step: Step) -> None:
         """Allocate the budget of this step; the final one for good."""
-        from lowrank_cli.adapter.kinds.rank_values import cubic_budget, keep_largest, remove, silence
+        from lowrank_cli.adapter.kinds.rank_values import cubic_budget, keep_largest, remove_ranks, zero_values
 
         if self.importance is None:
             return
@@ -164,10 +164,10 @@ class AdaLoRA(LoRA):
         first = min(round(config.initial_share * step.total), last - 1)
         budget = cubic_budget(step.number, first, last, modules * config.start_rank, modules * config.rank)
         if step.number >= last:
-            remove(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
+            remove_ranks(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
             self.importance, self._settled = None, True
         elif step.number > first and step.number % config.interval == 0:
-            silence(adapter, keep_largest(self.importance.scores(), budget))
+            zero_values(adapter, keep_largest(self.importance.scores(), budget))
 
     def unsettled(self) -> str | None:
         """Until the final budget holds."""

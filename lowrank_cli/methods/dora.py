@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass

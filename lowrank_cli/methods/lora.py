@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass
@@ -118,6 +118,6 @@ class LoRA(Method):
 
     def kind(self) -> Callable[..., LowRank]:
         """What makes a low-rank module."""
-        from lowrank_cli.adapter.linear import LowRank
+        from lowrank_cli.adapter.low_rank import LowRank
 
         return LowRank

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
     from lowrank_cli.adapter.routing.choice_stats import Choices
     from lowrank_cli.adapter.routing.router import Router
     from lowrank_cli.methods.protocol import Start, Step
@@ -296,7 +296,7 @@ class MiLoRA(LoRA):
         choices.clear()
         idle = sum(
             (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.trained().values())
-            for layer, parts in enumerate(routing.parts)
+            for layer, parts in enumerate(routing.modules)
             for column, part in enumerate(parts)
         )
         activated = {

@@ -58,20 +58,20 @@ class SoRA(LoRA):
         """LoRA's modules with Gaussian gates; B = 0, so the bare model, exactly."""
         from torch import nn
 
-        from lowrank_cli.adapter.kinds.rank_values import valued
+        from lowrank_cli.adapter.kinds.rank_values import value_modules
 
         adapter = inject_values(model, self.config)
-        for part in valued(adapter).values():
+        for part in value_modules(adapter).values():
             nn.init.normal_(part.values)
         return adapter
 
     def after_step(self, step: Step) -> None:
         """The proximal step of all gates; the budget's choice once its time has come."""
-        from lowrank_cli.adapter.kinds.rank_values import keep_largest, remove, soft_threshold, valued
+        from lowrank_cli.adapter.kinds.rank_values import keep_largest, remove_ranks, soft_threshold, value_modules
 
         if self._settled:
             return
-        parts = valued(step.adapter)
+        parts = value_modules(step.adapter)
         for part in parts.values():
             part.values.data = soft_threshold(part.values.data, step.learning_rate * self.config.sparsity)
         if step.number < self.config.budget_step(step.total):
@@ -83,7 +83,7 @@ class SoRA(LoRA):
             raise WorkFailed(
                 f"every gate is 0 after step {step.number}: method.sparsity {self.config.sparsity} is too large"
             )
-        remove(step.adapter, masks, step.optimizer)
+        remove_ranks(step.adapter, masks, step.optimizer)
         self._settled = True
 
     def unsettled(self) -> str | None:

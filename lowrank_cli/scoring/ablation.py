@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.lm_head import answering
+from lowrank_cli.adapter.lm_head import replaced_forwards
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_losses
 from lowrank_cli.scoring.reuse import STAGES, Reuse
@@ -109,7 +109,7 @@ def ablate_place(
         paths = {adapter.sites[key].path for key, _ in ablated}
         known, batch = reuse.known(layer, stage, paths, len(chosen)), repeated(reuse.batch, len(chosen))
         narrow = layer == len(reuse.blocks) - 1 and stage > STAGES["O"]
-        with _gated(adapter, ablated, rows, alone, answered_rows(batch) if narrow else None), answering(known):
+        with _gated(adapter, ablated, rows, alone, answered_rows(batch) if narrow else None), replaced_forwards(known):
             found = measure(adapter.model, batch)  # (V * n,)
         sums[chosen] += found.view(len(chosen), rows).sum(dim=1, dtype=torch.float64)
         probe.tick(len(found))

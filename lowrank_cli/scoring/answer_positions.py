@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.lm_head import answering
+from lowrank_cli.adapter.lm_head import replaced_forwards
 from lowrank_cli.adapter.target_sites import layers, layers_path, structure_of
 
 
@@ -26,7 +26,7 @@ def answers_only(model: PreTrainedModel, answered: Tensor) -> Iterator[None]:
         yield
         return
     last, attention = layers(model)[-1], attention_of(model, len(layers(model)) - 1)
-    with answering({last: _narrowed(last, attention, answered)}):
+    with replaced_forwards({last: _narrowed(last, attention, answered)}):
         yield
 
 
@@ -52,7 +52,7 @@ def _narrowed(layer: nn.Module, attention: nn.Module, answered: Tensor) -> Calla
         mixed = found[0] if isinstance(found[0], Tensor) else found[0][0]  # (B, T, D)
         picked = mixed[answered].unsqueeze(1)  # (B, T, D) -> (N, 1, D)
         given = picked if isinstance(found[0], Tensor) else (picked, *[None] * (len(found[0]) - 1))
-        with answering({attention: lambda *args, **kwargs: given}):
+        with replaced_forwards({attention: lambda *args, **kwargs: given}):
             output = original(hidden[answered].unsqueeze(1), *args[1:], **kwargs)
         result = output if isinstance(output, Tensor) else output[0]  # (N, 1, D)
         full = torch.zeros_like(hidden)
@@ -70,7 +70,7 @@ def role_paths(model: PreTrainedModel, index: int) -> dict[str, str]:
     """Dotted path of the linear of each role in a layer."""
     structure = structure_of(model)
     assert structure is not None
-    return {role: f"{structure.layers}.{index}.{place.name}" for role, place in structure.roles[index].items()}
+    return {role: f"{structure.layers}.{index}.{linear.path}" for role, linear in structure.roles[index].items()}
 
 
 def attention_of(model: PreTrainedModel, index: int) -> nn.Module:

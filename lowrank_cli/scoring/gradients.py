@@ -66,7 +66,7 @@ def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
 def magnitude(adapter: Adapter) -> dict[str, Tensor]:
     """s · ‖B_i‖ · ‖A_i‖, (R,) for each module: the Frobenius norm of what a rank adds to the weight. Needs no data."""
     return {
-        key: (part.scale * part.lora_a.norm(dim=1) * part.columns().norm(dim=0)).detach()
+        key: (part.scale * part.lora_a.norm(dim=1) * part.gated_b().norm(dim=0)).detach()
         for key, part in adapter.modules.items()
     }
 

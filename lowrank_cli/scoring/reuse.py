@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.adapter.lm_head import answering
+from lowrank_cli.adapter.lm_head import replaced_forwards
 from lowrank_cli.adapter.target_sites import layers, structure_of
 from lowrank_cli.scoring.answer_positions import Done, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
@@ -61,7 +61,7 @@ class Reuse:
         hooks = [module.register_forward_hook(self._note_output) for module in (*modules, self.attention)]
         hooks.append(self.blocks[index].register_forward_hook(_stop))
         try:
-            with answering(self._in_front(index, 1)), suppress(Done):
+            with replaced_forwards(self._in_front(index, 1)), suppress(Done):
                 row_losses(self.model, self.batch)
         finally:
             for hook in hooks:

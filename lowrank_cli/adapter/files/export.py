@@ -44,7 +44,7 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
     """The adapter as one LoRA, B (O, R) and A (R, I) with scale 1, for each adapted linear that changes.
 
     ``rank`` bounds the rank of each module (a packed linear has several). Also returns the largest error of
-    truncation, relative to its module's change. Raises UserError where modules are switched prompt by prompt, and
+    truncation, relative to its module's change. Raises UserError where modules are skip_changed prompt by prompt, and
     where nothing has changed.
     """
     _refuse(adapter)
@@ -56,7 +56,7 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
         outputs = linear.rows(None).shape[0]
         columns, rows = [], []
         for part, span in linear.updates:
-            b, a, error = truncate(*part.change(), rank)
+            b, a, error = truncate(*part.delta_factors(), rank)
             whole = b.new_zeros(outputs, b.shape[1])
             whole[index(span, outputs, whole.device)] = b
             columns.append(whole)

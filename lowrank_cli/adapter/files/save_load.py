@@ -76,7 +76,7 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
         which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
         raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
     for key, part in adapter.modules.items():
-        part.fit({name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*part.tensors(), *part.constants())})
+        part.match_shapes({name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*part.tensors(), *part.constants())})
     for name, tensor in _named(adapter).items():
         if tensor.shape != saved[name].shape:
             raise UserError(
@@ -84,7 +84,7 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
             )
         tensor.copy_(saved[name])
     for linear in adapter.linears.values():
-        linear.settle()
+        linear.sync_weight()
 
 
 def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:

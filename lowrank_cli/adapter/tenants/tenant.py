@@ -141,7 +141,7 @@ def of_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
     places = {key: Place(site.path, site.span) for key, site in adapter.sites.items()}
     updates = {}
     for key, part in adapter.modules.items():
-        b, a = (None, None) if part.unmergeable else part.change()  # (O, R), (R, I)
+        b, a = (None, None) if part.unmergeable else part.delta_factors()  # (O, R), (R, I)
         if b is None or a is None or len(a) >= min(len(b), a.shape[1]):
             why = (
                 part.unmergeable
@@ -152,7 +152,7 @@ def of_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
     routes = None
     if routing is not None:
         keys = {id(part): key for key, part in adapter.modules.items()}
-        columns = [[places[keys[id(part)]] for part in layer] for layer in routing.parts]
+        columns = [[places[keys[id(part)]] for part in layer] for layer in routing.modules]
         routes = Routes(copy.deepcopy(routing.routers), columns, routing.k, routing.choose)
     return Tenant(updates, routes)
 

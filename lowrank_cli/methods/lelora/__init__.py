@@ -93,17 +93,17 @@ class LeLoRA(LoRA):
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """As LoRA, with every window at ``start``."""
         from lowrank_cli.adapter.adapted_model import inject
-        from lowrank_cli.adapter.kinds.svd_window import Moving, window
+        from lowrank_cli.adapter.kinds.svd_window import MovingWindow, window
         from lowrank_cli.adapter.target_sites import find_sites
         from lowrank_cli.methods.lelora.strategy import Strategies
 
         config = self.config
         sites = find_sites(model, list(config.target_modules))
-        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=Moving)
+        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=MovingWindow)
         for site in sites:
             part = adapter.modules[site.key]
-            assert isinstance(part, Moving)
-            part.take(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
+            assert isinstance(part, MovingWindow)
+            part.set_components(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
         if config.policy == "fixed":
             return adapter
         embedding = model.get_input_embeddings().weight

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files.save_load import load_moments, moments
-from lowrank_cli.adapter.kinds.svd_window import Moving, Spectrum, decompose, reachable, weight_gradients, window_start
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.kinds.svd_window import (
+    MovingWindow,
+    Spectrum,
+    decompose,
+    reachable,
+    weight_gradients,
+    window_start,
+)
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.ranks import carry
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
@@ -28,7 +35,7 @@ PASSES = 8  #: over them, between two phases
 
 
 class Strategies:
-    """The windows of all M matrices of an ``adapter`` whose modules are :class:`Moving`, and who chooses them.
+    """The windows of all M matrices of an ``adapter`` whose modules are :class:`MovingWindow`, and who chooses them.
 
     ``budget`` ranks are shared out exactly, at most ``limit`` to a matrix; windows lie at ``places`` places evenly
     spaced from principal to minor components. ``refresh``: change of a larger matrix since its last decomposition,
@@ -54,7 +61,7 @@ class Strategies:
     ):
         self.keys, self.sites = list(adapter.modules), list(adapter.sites.values())
         count = len(self.keys)
-        self.parts = [part for part in adapter.modules.values() if isinstance(part, Moving)]
+        self.parts = [part for part in adapter.modules.values() if isinstance(part, MovingWindow)]
         self.adapter, self.budget, self.refresh = adapter, budget, refresh
         self.learns, self.per_matrix, self.entropy = learns, per_matrix, entropy
         self.places = [i / (places - 1) for i in range(places)]
@@ -227,7 +234,7 @@ class Strategies:
             fresh = wanted[~torch.isin(wanted, held)]
             if optimizer is not None:
                 carry(part.tensors(), LowRank.rank_axes, keep, len(fresh), optimizer)
-            part.exchange(keep, *self.spectra[m].components(fresh))
+            part.replace_components(keep, *self.spectra[m].components(fresh))
             self.held[m] = torch.cat((held[keep], fresh))
 
     def preference(self) -> tuple[list[float], list[int]]:

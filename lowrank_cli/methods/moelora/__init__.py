@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.low_rank import LowRank
 
 
 class Experts(LowRank):

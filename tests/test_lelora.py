@@ -9,7 +9,7 @@ import small
 import torch
 from torch.nn import functional as F
 
-from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files import optimizer_state, save_load
 from lowrank_cli.adapter.kinds.svd_window import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError, WorkFailed
@@ -606,13 +606,13 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
     _, optimizer = train(method, adapter, 7, 20)
     saved, tensors, moments = (
         {name: tensor.clone() for name, tensor in part.items()}
-        for part in (method.state(), save_load.tensors(adapter), save_load.moments(optimizer))
+        for part in (method.state(), save_load.tensors(adapter), optimizer_state.moments(optimizer))
     )
     assert "phase.2.rewards" in saved and saved["policy.heads.weight"].any()
     again, twin = lelora()
     save_load.assign(twin, tensors, "checkpoint")
     other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
-    save_load.load_moments(other, moments, "moments")
+    optimizer_state.load_moments(other, moments, "moments")
     again.load_state(twin, saved)
     rows = [
         train(*pair, 6, 20, first=8, optimizer=own)[0]

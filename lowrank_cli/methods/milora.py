@@ -260,14 +260,14 @@ class MiLoRA(LoRA):
         """The second optimizer's moments, and whether the soft start goes on."""
         import torch
 
-        from lowrank_cli.adapter.files.save_load import moments
+        from lowrank_cli.adapter.files.optimizer_state import moments
 
         held = moments(self._optimizer) if self._optimizer else {}
         return held | ({"warming": torch.tensor(self._warming)} if self.config.soft_start else {})
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Continue where :meth:`state` left off."""
-        from lowrank_cli.adapter.files.save_load import load_moments
+        from lowrank_cli.adapter.files.optimizer_state import load_moments
 
         assert adapter.routing is not None
         if "warming" in state:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.files.save_load import load_moments, moments
+from lowrank_cli.adapter.files.optimizer_state import load_moments, moments
 from lowrank_cli.adapter.kinds.svd_window import (
     MovingWindow,
     Spectrum,

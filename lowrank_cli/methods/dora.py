@@ -20,7 +20,7 @@ class DoRAConfig(LoRAConfig):
 
 
 class DoRA(LoRA):
-    """LoRA whose modules learn the length of each row of the updated weight apart from its direction."""
+    """LoRA that learns the length of each row of the updated weight separately from its direction."""
 
     Config = DoRAConfig
 

@@ -22,7 +22,7 @@ class PiSSAConfig(LoRAConfig):
 
 
 class PiSSA(LoRA):
-    """Trains the principal components of each target linear, and freezes the rest of it."""
+    """Trains the principal components of each target linear and freezes the rest."""
 
     Config = PiSSAConfig
     unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"

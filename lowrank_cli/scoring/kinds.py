@@ -34,10 +34,10 @@ class Scores:
     @property
     def worth(self) -> dict[str, list[float]]:
         """The values from what one scores that does nothing: these are shown and saved."""
-        return {key: [value - self.nothing for value in row] for key, row in self.values.items()}
+        return {key: [value - self.baseline for value in row] for key, row in self.values.items()}
 
     @property
-    def nothing(self) -> float:
+    def baseline(self) -> float:
         """What a rank that does nothing scores: S(M_0) where that is part of every score, otherwise 0."""
         return self.bare if self.kind == "ab" and self.bare is not None else 0.0
 

@@ -89,7 +89,7 @@ def offsets(head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens:
     chosen = head[tokens] @ factor.t()  # (Y, D) @ (D, R) -> (Y, R)
     parts = [
         torch.cdist(chosen, rows @ factor.t(), compute_mode="donot_use_mm_for_euclid_dist")  # (Y, R), (c, R) -> (Y, c)
-        for rows in head.split(CHUNK)
+        for rows in torch.split(head, CHUNK)
     ]
     quadratic = torch.cat(parts, dim=1).square()  # (Y, V)
     return strength * (shift - shift[tokens, None]) + 0.5 * strength * quadratic

@@ -33,7 +33,8 @@ class Mixture:
     def log_joint(self, points: Tensor) -> Tensor:
         """log p(point, cluster): points (N, C) -> (N, K)."""
         normal = torch.distributions.MultivariateNormal(self.means, self.covariances)
-        return normal.log_prob(points.unsqueeze(1)) + self.weights.log()  # (N, 1, C) -> (N, K)
+        log_probability: Tensor = normal.log_prob(points.unsqueeze(1))  # type: ignore[no-untyped-call]  # (N, K)
+        return log_probability + self.weights.log()
 
     def posterior(self, scores: Tensor) -> Tensor:
         """log p(answer | scores) of answer scores (N, C): (N, C)."""

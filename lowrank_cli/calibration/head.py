@@ -1,4 +1,4 @@
-"""The language model's head as the matrix that the closed form works with."""
+"""The weight of the language model's head, for the closed form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_cli.adapter.spans import index
 
 @torch.no_grad()
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """The head's weight (V, D) in fp32, an adapter's update of it included."""
+    """The head's weight (V, D) in fp32, with an adapter's update of it."""
     head = output_layer(model)
     assert head is not None and isinstance(head.weight, Tensor)
     weight = head.weight.detach().float()

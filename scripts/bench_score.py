@@ -158,7 +158,7 @@ def main() -> None:
             seconds["naive"].append(took / len(sampled) * len(units))
             seconds["engine"].append(spent)
     difference = max(
-        abs(value - exact.parts[part][key][rank])
+        abs(value - exact.components[part][key][rank])
         for part, values in zip(("without", "alone"), plain, strict=True)
         for (key, rank), value in zip(sampled, values, strict=True)
     )

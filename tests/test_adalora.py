@@ -13,8 +13,8 @@ from lowrank_cli.adapter.kinds.rank_values import (
     cubic_budget,
     keep_largest,
     orthogonality,
-    remove,
-    silence,
+    remove_ranks,
+    zero_values,
 )
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
@@ -126,14 +126,14 @@ def test_pruned_ranks_may_come_back_until_then():
 def test_a_silenced_rank_contributes_exactly_nothing_and_can_be_removed():
     _, adapter = randomised()
     kept = {key: torch.rand(8) < 0.5 for key in adapter.modules}
-    silence(adapter, kept)
+    zero_values(adapter, kept)
     before = adapter.model(input_ids=small.ids()).logits
     with torch.no_grad():
         for part in adapter.modules.values():
             part.lora_a[part.values == 0] = 1e3
             part.lora_b[:, part.values == 0] = -1e3
     assert torch.equal(adapter.model(input_ids=small.ids()).logits, before)
-    remove(adapter, kept, None)
+    remove_ranks(adapter, kept, None)
     assert adapter.ranks() == {key: int(mask.sum()) for key, mask in kept.items() if mask.any()}
     torch.testing.assert_close(adapter.model(input_ids=small.ids()).logits, before, atol=1e-5, rtol=1e-4)
 

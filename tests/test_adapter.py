@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.adapted_model import inject
 from lowrank_cli.adapter.files import save_load
-from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.spans import index
 from lowrank_cli.adapter.target_sites import ROLES, find_sites
 from lowrank_cli.errors import UserError
@@ -328,7 +329,9 @@ def test_what_is_left_out_of_training_by_another_way_is_an_error_that_says_how()
         save_load.tensors(adapter)
     for key in undeclared.modules:
         del undeclared.trained[f"{key}.shift"]
-    with pytest.raises(AssertionError, match=r"Shifted\.shift takes a gradient and is not to be trained; .*``fixed``"):
+    with pytest.raises(
+        AssertionError, match=r"Shifted\.shift takes a gradient but is not declared as trained; .*``fixed``"
+    ):
         save_load.assign(undeclared, {}, "here")
     with pytest.raises(AssertionError, match=r"Shifted declares no setting 'wide'"):
         injected(wide=3)

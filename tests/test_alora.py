@@ -15,7 +15,7 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
-from lowrank_cli.methods.alora import lost, reallocated, told
+from lowrank_cli.methods.alora import count_pruned, describe_round, reallocated
 from lowrank_cli.runs import Run
 from lowrank_cli.scoring.kinds import Scores, score
 from lowrank_cli.scoring.probe import Probe
@@ -140,11 +140,11 @@ def test_it_settles_where_the_lowest_ranks_are_those_of_the_round_before():
 def test_a_round_says_what_it_did():
     plan = {"a": ([0], 0), "b": ([0, 1], 1)}
     scores = Scores("ab", {"a": [-1.0, -2.001], "b": [-1.5, -1.75]}, bare=-2.0)
-    assert told(plan, scores, {"a": "Q", "b": "V"}) == (
+    assert describe_round(plan, scores, {"a": "Q", "b": "V"}) == (
         "1 of 4 ranks pruned, 1 added\n  scores: pruned -0.001 to -0.001, kept up to 1\n  pruned: Q 1\n  added: V 1"
     )
-    assert lost(plan, {"a": 2, "b": 2}, {"a": 1}) == (1, 1)
-    assert lost(plan, {"a": 2, "b": 2}, {"b": 2}) == (1, 0)
+    assert count_pruned(plan, {"a": 2, "b": 2}, {"a": 1}) == (1, 1)
+    assert count_pruned(plan, {"a": 2, "b": 2}, {"b": 2}) == (1, 0)
 
 
 def test_training_that_ends_before_any_round_is_refused():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowrank_cli as api
 from lowrank_cli import methods
-from lowrank_cli.api.training import prompt_mask
+from lowrank_cli.api.batches import prompt_mask
 from lowrank_cli.methods.protocol import AddsLoss, BeforeStep, Step
 from lowrank_cli.tasks.encode import Encoded, collate_causal
 

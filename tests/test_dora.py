@@ -161,7 +161,11 @@ def test_it_moves_with_its_model(base):
     torch.testing.assert_close(linear(x.double()).float(), expected)
     assert torch.equal(copy(x), expected)
     copy.to("meta")
-    reads = [*copy.parts["whole"].frozen(), copy.parts["whole"].squares, *copy.parts["whole"].tensors().values()]
+    reads = [
+        *copy.low_rank["whole"].frozen(),
+        copy.low_rank["whole"].squares,
+        *copy.low_rank["whole"].tensors().values(),
+    ]
     assert all(tensor.is_meta for tensor in reads if tensor is not None)
 
 

@@ -28,7 +28,7 @@ from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.modules import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
-from lowrank_cli.scoring.selection import Setting, choose, read, text
+from lowrank_cli.scoring.selection import Selection, choose, read, text
 from lowrank_cli.stages.score import measure
 
 FAMILIES = ("llama", "gpt2", "opt", "bert", "llama_classifier")
@@ -201,7 +201,7 @@ def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
     exact, cheap = scored("ablation", adapter, batch), scored("taylor", adapter, batch)
     for layer in range(2):
         order = sorted((key for key in cheap if adapter.sites[key].layer == layer), key=cheap.__getitem__)
-        near = [key for key in order if found.parts["exact"][key] != [None]]
+        near = [key for key in order if found.components["exact"][key] != [None]]
         assert near == order[3:5]  # of seven the fourth is the last that goes
         assert [found.values[key][0] for key in near] == pytest.approx([exact[key] for key in near], abs=1e-6)
         assert max(found.values[key][0] for key in order[:3]) <= min(found.values[key][0] for key in near)
@@ -349,8 +349,8 @@ def test_a_file_that_is_no_setting_is_refused(text, message):
 
 
 def test_what_is_written_is_read_again():
-    selection = Setting("mine", {"0": ["Q", "V"], "1": []})
-    found = text(selection, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"}, "fanlora")
+    selection = Selection("mine", {"0": ["Q", "V"], "1": []})
+    found = text(selection, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"})
     assert read(write(found)) == selection
     assert "  0: [Q, V]\n  1: []\n" in found and "  0: {Q: 0.25, V: -1e-09}\n" in found
 

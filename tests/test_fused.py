@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from lowrank_cli.adapter import fused_autograd
-from lowrank_cli.adapter.fused_autograd import STEPS, FusedLinears, kept_by_dropout
-from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.fused_autograd import STEPS, FusedLinears, dropout_mask
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.spans import Span
 
 
@@ -84,18 +85,18 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
 def test_dropout_keeps_as_many_as_it_says(p):
     x = torch.randn(333, 301)
-    mask, kept = kept_by_dropout(x, p)
+    mask, kept = dropout_mask(x, p)
     assert mask.shape == x.shape and abs(kept - (1 - p)) <= 0.5 / STEPS
     assert abs(mask.float().mean() - kept) < 5 * (p * (1 - p) / x.numel()) ** 0.5
     torch.manual_seed(4)
-    first = kept_by_dropout(x, p)[0]
+    first = dropout_mask(x, p)[0]
     torch.manual_seed(4)
-    assert torch.equal(first, kept_by_dropout(x, p)[0])
+    assert torch.equal(first, dropout_mask(x, p)[0])
 
 
 def test_the_mask_of_a_transposed_input_lies_row_by_row_on_every_device():
     for device in ("cpu", "meta"):
-        mask, _ = kept_by_dropout(torch.empty(2, 5, 3, device=device).transpose(1, 2), 0.5)
+        mask, _ = dropout_mask(torch.empty(2, 5, 3, device=device).transpose(1, 2), 0.5)
         assert mask.view(-1, 5).shape == (6, 5)
 
 
@@ -128,7 +129,9 @@ def test_every_method_trains_through_it_and_gets_the_same_gradients(name, family
     adapter = small.adapted(name, family)
     whole = gradients(adapter, True, monkeypatch)
     steps = gradients(adapter, False, monkeypatch)
-    groups = {linear.siblings for linear in adapter.linears.values() if has_terms(linear)}  # QKV, O, (G)U, D of a layer
+    groups = {
+        linear.input_group for linear in adapter.linears.values() if has_terms(linear)
+    }  # QKV, O, (G)U, D of a layer
     assert whole[2] == len(groups) and steps[2] == 0
     torch.testing.assert_close(whole[0], steps[0])
     assert whole[1].keys() == steps[1].keys()
@@ -162,7 +165,7 @@ def test_an_output_is_its_own_linear_s_whoever_is_called_first_with_whatever_inp
 def test_a_sibling_that_is_switched_meanwhile_is_the_bare_linear():
     (query, key, value), x = siblings()
     query(x)
-    next(iter(key.parts.values())).skip = True
+    next(iter(key.low_rank.values())).skip = True
     torch.testing.assert_close(key(x), key.base(x))
     value.enable(False)
     torch.testing.assert_close(value(x), value.base(x))
@@ -186,12 +189,12 @@ def test_a_frozen_bias_whose_gradient_is_asked_for_gets_it():
 def test_siblings_share_one_dropout_mask_and_keep_no_dropped_input(monkeypatch):
     (query, key, value), x = siblings(dropout=0.5)
     masks = []
-    draw = fused_autograd.kept_by_dropout
-    monkeypatch.setattr(fused_autograd, "kept_by_dropout", lambda *args: masks.append(draw(*args)) or masks[-1])
+    draw = fused_autograd.dropout_mask
+    monkeypatch.setattr(fused_autograd, "dropout_mask", lambda *args: masks.append(draw(*args)) or masks[-1])
     found = [linear.train()(x) for linear in (query, key, value)]
     ((mask, kept),) = masks
     for linear, y in zip((query, key, value), found, strict=True):
-        (part,) = linear.parts.values()
+        (part,) = linear.low_rank.values()
         expected = linear.base(x) + part.scale / kept * (x * mask) @ part.lora_a.t() @ part.lora_b.t()
         torch.testing.assert_close(y, expected)
     saved = {id(tensor): tensor for tensor in found[0].grad_fn.saved_tensors if tensor is not None}.values()
@@ -203,7 +206,7 @@ def test_a_sibling_that_leaves_the_model_is_computed_no_more():
     site = adapter.sites["model.layers.0.self_attn.k_proj"]
     query, key = (adapter.linears[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
     adapter.detach(site)
-    assert key.siblings is not query.siblings and len(query.siblings.linears) == 2
+    assert key.input_group is not query.input_group and len(query.input_group.linears) == 2
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "adalora"])
@@ -228,7 +231,7 @@ def test_a_kind_with_an_update_of_its_own_is_computed_as_it_says():
 
     linear = AdaptedLinear(torch.nn.Linear(6, 5))
     linear.add("whole", Doubled(6, 5, 2, 4.0, 0.0), None)
-    (part,) = linear.parts.values()
+    (part,) = linear.low_rank.values()
     torch.nn.init.normal_(part.lora_b)
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(linear(x), linear.base(x) + 2 * part.scale * x @ part.lora_a.t() @ part.lora_b.t())

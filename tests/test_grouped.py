@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lowrank_cli.adapter.spans import Span
-from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group, stacked, update_kind
+from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group, stacked
+from lowrank_cli.adapter.tenants.update_class import update_class
 
 INPUTS, OUTPUTS = 150, 140  # no multiples of a tile
 RANKS = 64  # of one product of the kernels
@@ -36,10 +37,10 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         y = torch.randn(len(owners) * tokens, OUTPUTS + (40 if span else 0), device=device).to(dtype)
         plain, found = y.clone(), y.clone()
         GroupedUpdate(a, b, grouping, gates, span, len(owners)).add_to(plain, x)
-        update_kind("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x)
+        update_class("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x)
         assert not torch.equal(found, y), "something was added"
         with pytest.raises(AssertionError, match="autograd does not see"):
-            update_kind("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x.clone().requires_grad_())
+            update_class("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x.clone().requires_grad_())
         torch.testing.assert_close(found, plain, atol=tolerance, rtol=tolerance)
 
 

@@ -49,13 +49,13 @@ def test_a_cache_of_an_unknown_kind_is_an_error(name):
 
 
 def test_a_mask_over_more_than_the_new_tokens_needs_a_cache():
-    with pytest.raises(AssertionError, match="covers 6 tokens, the forward pass has 1"):
+    with pytest.raises(AssertionError, match="covers 6 tokens, but the forward pass has 1"):
         continued_cache((), {"attention_mask": torch.ones(2, 6), "state": object()}, 1)
 
 
 def test_a_routed_model_refuses_a_pass_that_hides_its_cache():
     adapter = small.adapted("milora")
-    with torch.no_grad(), pytest.raises(AssertionError, match="no KV cache that is known here"):
+    with torch.no_grad(), pytest.raises(AssertionError, match="no known KV cache"):
         adapter.model(input_ids=small.ids(2, 1), attention_mask=torch.ones(2, 6))
 
 

@@ -9,7 +9,7 @@ import small
 import torch
 from torch.nn import functional as F
 
-from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files import optimizer_state, save_load
 from lowrank_cli.adapter.kinds.svd_window import decompose, dithered, reachable, weight_gradients, window_start
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError, WorkFailed
@@ -169,7 +169,9 @@ def test_folding_for_ever_keeps_no_more_than_the_matrix():
         part.fold(weight)
     assert len(part.folded_a) <= min(weight.shape)
     torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(weight - part._pretrained, part.change()[0] @ part.change()[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        weight - part._pretrained, part.delta_factors()[0] @ part.delta_factors()[1], atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -217,7 +219,7 @@ def test_a_bf16_weight_keeps_changes_below_its_precision_however_often_it_is_fol
                 part.lora_b.add_(size * noise)
             part.fold(linear.weight)
     for path, linear in adapter.linears.items():
-        b, a = adapter.modules[path].change()
+        b, a = adapter.modules[path].delta_factors()
         delta, seen = b @ a, linear.weight.float() - before[path]
         assert ((seen * delta).sum() / (delta * delta).sum()).item() == pytest.approx(1, abs=0.25)
         assert ((seen - delta).abs() <= 2**-7 * (before[path] + delta).abs() + 1e-12).all()
@@ -604,13 +606,13 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
     _, optimizer = train(method, adapter, 7, 20)
     saved, tensors, moments = (
         {name: tensor.clone() for name, tensor in part.items()}
-        for part in (method.state(), save_load.tensors(adapter), save_load.moments(optimizer))
+        for part in (method.state(), save_load.tensors(adapter), optimizer_state.moments(optimizer))
     )
     assert "phase.2.rewards" in saved and saved["policy.heads.weight"].any()
     again, twin = lelora()
     save_load.assign(twin, tensors, "checkpoint")
     other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
-    save_load.load_moments(other, moments, "moments")
+    optimizer_state.load_moments(other, moments, "moments")
     again.load_state(twin, saved)
     rows = [
         train(*pair, 6, 20, first=8, optimizer=own)[0]

@@ -17,7 +17,7 @@ from lowrank_cli.adapter.files.save_load import CANARY
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.quantized import dense, quantized
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.adapter.tenants.grouped_update import require_grouped
+from lowrank_cli.adapter.tenants.update_class import require_grouped
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import quantize
 from lowrank_cli.runs import Run

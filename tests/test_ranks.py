@@ -122,7 +122,7 @@ def test_a_packed_linear_keeps_its_other_roles():
     path = "transformer.h.0.attn.c_attn"
     resize(adapter, {f"{path}.K": ([], 0)})
     linear = adapter.model.get_submodule(path)
-    assert isinstance(linear, AdaptedLinear) and list(linear.parts) == ["Q", "V"]
+    assert isinstance(linear, AdaptedLinear) and list(linear.low_rank) == ["Q", "V"]
     resize(adapter, {f"{path}.Q": ([], 0), f"{path}.V": ([], 0)})
     assert not isinstance(adapter.model.get_submodule(path), AdaptedLinear)
 

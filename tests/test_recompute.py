@@ -7,7 +7,7 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.adapter.fused_autograd import Remake, remake_of
+from lowrank_cli.adapter.fused_autograd import Recompute, recompute_of
 from lowrank_cli.adapter.training.recompute import GatedProduct, recompute
 from lowrank_cli.bench.shared_weights import Twin
 from lowrank_cli.bench.train_step import saved_bytes
@@ -78,10 +78,10 @@ def test_less_is_saved():
 def test_an_input_that_was_changed_in_place_is_not_computed_again():
     x = torch.randn(2, 5, 8)
     y = x * 2
-    Remake(lambda x: x * 2, (x,)).remember(y)
-    assert remake_of(y) is not None
+    Recompute(lambda x: x * 2, (x,)).attach_to(y)
+    assert recompute_of(y) is not None
     y.add_(1)
-    assert remake_of(y) is None
+    assert recompute_of(y) is None
 
 
 def test_nothing_of_a_pass_is_held_after_its_backward():

@@ -274,7 +274,7 @@ def test_rows_of_a_batch_are_routed_differently():
     adapter = small.adapted("milora")
     with torch.no_grad():
         adapter.model(input_ids=small.ids(8))
-    gates = gates_of(adapter.routing.parts[1], 8)
+    gates = gates_of(adapter.routing.modules[1], 8)
     assert ((gates > 0).sum(dim=1) == 3).all()
     assert len({tuple(row) for row in (gates > 0).tolist()}) > 1
 
@@ -345,7 +345,7 @@ def test_rows_that_are_routed_differently_generate_what_each_does_alone(family, 
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **search}
     together = adapter.model.generate(prompts, attention_mask=mask, **settings)
     copies = search.get("num_return_sequences", 1)
-    chosen = gates_of(adapter.routing.parts[1], len(together) * search["num_beams"] // copies) > 0
+    chosen = gates_of(adapter.routing.modules[1], len(together) * search["num_beams"] // copies) > 0
     assert len({tuple(row) for row in chosen.tolist()}) > 1, "all rows are routed alike: the test would show nothing"
     for row, start in enumerate(9 - mask.sum(dim=1)):
         alone = adapter.model.generate(prompts[row : row + 1, start:], **settings)
@@ -398,7 +398,7 @@ def test_the_response_does_not_reach_the_router(pooler):
     gates = []
     for tokens in (ids, other):
         adapter.model(input_ids=tokens, prompt_mask=prompt)
-        gates.append(torch.stack([gates_of(layer, len(tokens)) for layer in adapter.routing.parts]))
+        gates.append(torch.stack([gates_of(layer, len(tokens)) for layer in adapter.routing.modules]))
     torch.testing.assert_close(gates[0], gates[1], atol=1e-6, rtol=0)
 
 
@@ -406,10 +406,10 @@ def test_modules_that_no_row_uses_are_skipped():
     adapter = small.adapted("milora", k=1)
     with torch.no_grad():
         adapter.model(input_ids=small.ids(1))
-    for layer in adapter.routing.parts:
+    for layer in adapter.routing.modules:
         assert sorted(part.skip for part in layer) == [False] + [True] * 6
     adapter.model(input_ids=small.ids(1))
-    assert not any(part.skip for layer in adapter.routing.parts for part in layer), "training needs their gradients"
+    assert not any(part.skip for layer in adapter.routing.modules for part in layer), "training needs their gradients"
 
 
 def test_skipped_modules_are_not_computed():
@@ -426,7 +426,7 @@ def test_skipped_modules_are_not_computed():
 def test_modules_stand_in_the_order_of_their_roles_however_targets_are_written():
     adapter = small.adapted("milora", target_modules=["model.layers.0.self_attn.v_proj", "Q", "V"], k=1)
     roles = {id(adapter.modules[site.key]): site.role for site in adapter.sites.values()}
-    first, second = ([roles[id(part)] for part in layer] for layer in adapter.routing.parts)
+    first, second = ([roles[id(part)] for part in layer] for layer in adapter.routing.modules)
     assert first == second
 
 
@@ -581,7 +581,7 @@ def test_the_soft_start_trains_every_module_and_evaluates_with_k():
     def active(grad):
         with torch.set_grad_enabled(grad):
             adapter.model(input_ids=small.ids(4))
-        return {int(count) for layer in adapter.routing.parts for count in (gates_of(layer, 4) > 0).sum(dim=1)}
+        return {int(count) for layer in adapter.routing.modules for count in (gates_of(layer, 4) > 0).sum(dim=1)}
 
     for number in range(1, 5):
         assert active(grad=True) == {7} and active(grad=False) == {3}
@@ -725,12 +725,12 @@ def test_observations_count_the_modules_that_prompts_activate(modules):
     with torch.no_grad():
         adapter.model(input_ids=small.ids(5))
     metrics, (figure, sets) = method.observations(adapter, lambda counts: counts)
-    gates = [gates_of(layer, 5) > 0 for layer in adapter.routing.parts]
+    gates = [gates_of(layer, 5) > 0 for layer in adapter.routing.modules]
     assert sets["values"][0] == [len(set(map(tuple, layer.tolist()))) for layer in gates]
     assert metrics["routing/distinct_sets"] == sum(sets["values"][0]) / LAYERS
     shares = torch.tensor(figure["values"])
     assert shares.sum(dim=1).tolist() == pytest.approx([2.0] * LAYERS)
-    sizes = torch.tensor([[sum(t.numel() for t in p.tensors().values()) for p in la] for la in adapter.routing.parts])
+    sizes = torch.tensor([[sum(t.numel() for t in p.tensors().values()) for p in la] for la in adapter.routing.modules])
     routers = LAYERS * (32 + 12 + 32 * 7)
     assert metrics["activated_parameters"] == pytest.approx((shares * sizes).sum().item() + routers, abs=1)
     assert figure["columns"] == list("QKVOGUD")

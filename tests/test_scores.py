@@ -67,7 +67,7 @@ def test_relaxed_gates_follow_the_dev_loss():
     """A gate opens where opening lowers the loss: its sign is mostly that of the slope at 1."""
     adapter = random_adapter()
     gates, slopes = (score(kind, adapter, Probe(dev_batch("llama"), 300)) for kind in ("dnas", "taylor"))
-    slope = torch.tensor([value for row in slopes.parts["slope_at_1"].values() for value in row])
+    slope = torch.tensor([value for row in slopes.components["slope_at_1"].values() for value in row])
     used = slope.abs() > slope.abs().median()
     assert (flat(gates)[used].sign() == slope[used].sign()).double().mean() > 0.9
 
@@ -94,7 +94,7 @@ def test_mixed_is_exact_near_the_cut_and_taylor_beyond():
     torch.testing.assert_close(flat(everything), flat(exact) - exact.bare, atol=1e-6, rtol=1e-5)
     assert everything.worth == everything.values and everything.whole == pytest.approx(exact.whole)
     found = score("mixed", adapter, probe, Cut(0.2, [(list(adapter.modules), 14)]))
-    near = torch.tensor([value is not None for row in found.parts["exact"].values() for value in row])
+    near = torch.tensor([value is not None for row in found.components["exact"].values() for value in row])
     assert near.nonzero().flatten().tolist() == sorted(flat(cheap).argsort(stable=True)[8:20].tolist())
     torch.testing.assert_close(flat(found)[near], (flat(exact) - exact.bare)[near], atol=1e-6, rtol=1e-5)
     assert flat(found)[~near].argsort(stable=True).tolist() == flat(cheap)[~near].argsort(stable=True).tolist()

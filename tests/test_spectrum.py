@@ -6,7 +6,7 @@ import torch
 
 from lowrank_cli.adapter.adapted_model import inject
 from lowrank_cli.adapter.kinds import svd_window
-from lowrank_cli.adapter.kinds.svd_window import Principal, principal
+from lowrank_cli.adapter.kinds.svd_window import PrincipalWindow, principal
 from lowrank_cli.adapter.target_sites import find_sites
 
 
@@ -103,7 +103,7 @@ def test_start_and_training_equal_the_peft_library(family, alpha):
     config = peft.LoraConfig(r=4, lora_alpha=alpha, init_lora_weights="pissa", target_modules=sorted(ours.linears))
     theirs = peft.get_peft_model(small.model(family), config)
     for path, linear in ours.linears.items():
-        part, other = linear.parts["whole"], theirs.base_model.model.get_submodule(path)
+        part, other = linear.low_rank["whole"], theirs.base_model.model.get_submodule(path)
         torch.testing.assert_close(
             part.scale * part.start_b @ part.start_a, other.get_delta_weight("default"), atol=1e-5, rtol=1e-4
         )
@@ -123,7 +123,7 @@ def test_start_and_training_equal_the_peft_library(family, alpha):
 
 def test_the_scale_divides_the_start():
     model = small.model()
-    halves = inject(model, find_sites(model, ["Q"]), rank=4, alpha=2, dropout=0.0, kind=Principal)
+    halves = inject(model, find_sites(model, ["Q"]), rank=4, alpha=2, dropout=0.0, kind=PrincipalWindow)
     part = halves.modules["model.layers.0.self_attn.q_proj"]
     u, s, v = principal(model.get_submodule("model.layers.0.self_attn.q_proj").weight, 4)
     torch.testing.assert_close(0.5 * part.start_b @ part.start_a, (u * s) @ v)

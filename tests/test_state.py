@@ -7,7 +7,7 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files import optimizer_state, save_load
 from lowrank_cli.errors import UserError
 
 ABOUT = {"task": "t", "template_hash": "h"}
@@ -134,12 +134,12 @@ def test_moments_survive_the_round_trip(tmp_path):
 
     parameters, one = optimizer()
     step(parameters, one)
-    save_file(save_load.moments(one), tmp_path / "moments.safetensors")
+    save_file(optimizer_state.moments(one), tmp_path / "moments.safetensors")
     others, two = optimizer()
     with torch.no_grad():
         for mine, theirs in zip(others, parameters, strict=True):
             mine.copy_(theirs)
-    save_load.load_moments(two, load_file(tmp_path / "moments.safetensors"), "moments")
+    optimizer_state.load_moments(two, load_file(tmp_path / "moments.safetensors"), "moments")
     step(parameters, one)
     step(others, two)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(others, parameters, strict=True))

@@ -250,7 +250,7 @@ def test_an_evaluation_sees_what_the_last_step_wrote(monkeypatch):
         update(trainer, step)
         seen.append(trainer.dev_loss())
         for part in trainer.adapter.modules.values():
-            part._results.clear()
+            part._cache.clear()
         assert seen[-1] == trainer.dev_loss()
 
     monkeypatch.setattr(Trainer, "_update", watched)

@@ -1,4 +1,4 @@
-"""The handle of an adapted model: what was added, what trains, and how to switch it off, merge it or undo that."""
+"""The handle of an adapted model: its low-rank modules, what trains, switching off, merging and unmerging."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.quantized import quantized
 from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
-from lowrank_cli.adapter.shared_input import Siblings
-from lowrank_cli.adapter.target_sites import SIBLINGS, Site, head_names
+from lowrank_cli.adapter.shared_input import InputGroup
+from lowrank_cli.adapter.target_sites import SHARED_INPUTS, Site, head_names
 from lowrank_cli.errors import UserError
 
 
 class Adapter:
     """A model adapted in place.
 
-    ``modules`` maps a site's key to its low-rank module; ``trained`` maps the name under which a tensor is saved to
-    the parameter, and holds every parameter that may change; ``deferred`` are those of ``trained`` that the method
-    steps itself (the main optimizer leaves them alone). ``initial_ranks`` are those of the injected modules;
-    ``emptied`` are modules that have lost all ranks since and left the model (:mod:`lowrank_cli.adapter.ranks`).
+    Attributes:
+        modules: low-rank modules by the key of their site.
+        emptied: modules that lost all their ranks and left the model (:mod:`lowrank_cli.adapter.ranks`).
+        initial_ranks: ranks of the modules when they were injected.
+        trained: every parameter that trains, by the name it is saved under.
+        deferred: names in ``trained`` that the method steps itself, not the main optimizer.
     """
 
     def __init__(self, model: PreTrainedModel, sites: dict[str, Site]):
@@ -36,14 +39,14 @@ class Adapter:
         self.initial_ranks: dict[str, int] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.deferred: set[str] = set()
-        self._buffered: dict[str, nn.Module] = {}  # by the name that their buffers are saved under
-        self._groups: dict[tuple[int | None, str], Siblings] = {}  # by layer and roles
+        self._buffered: dict[str, nn.Module] = {}  # by the prefix that their buffers are saved under
+        self._groups: dict[tuple[int | None, str], InputGroup] = {}  # by layer and roles
         self.routing: PromptRouting | None = None
         self.fingerprint = fingerprint(model)
         model.requires_grad_(False)
 
     def train_also(self, module: nn.Module, name: str) -> None:
-        """Declare all parameters of ``module`` trained, in fp32, saved as ``name.<parameter>``."""
+        """Train all parameters of ``module``, in fp32, saved as ``name.<parameter>``."""
         module.float()
         for key, parameter in module.named_parameters(prefix=name):
             parameter.requires_grad_(True)
@@ -55,69 +58,69 @@ class Adapter:
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """Buffers by the names that they are saved under, as they are now: moving a model makes new ones."""
+        """Buffers saved with the adapter, by name. Read anew each time, because moving a model replaces them."""
         return {key: tensor for name, module in self._buffered.items() for key, tensor in module.named_buffers(name)}
 
     def count(self) -> int:
-        """How many trained numbers there are."""
+        """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def require_declared(self) -> None:
-        """Assert that the modules' tensors that take a gradient are those in ``trained``: no other would be saved."""
+        """Assert that exactly the tensors in ``trained`` take gradients, because only those are saved."""
         for name, parameter in self.trained.items():
             assert parameter.requires_grad, (
-                f"'{name}' is to be trained and takes no gradient; to leave a tensor of a module out of training, name "
-                f"it in the kind's setting ``fixed`` (such as partial(LowRank, fixed=['lora_A.weight']))"
+                f"'{name}' should train but takes no gradient; to exclude a module's tensor from training, name it in "
+                f"the kind's setting ``fixed`` (such as partial(LowRank, fixed=['lora_A.weight']))"
             )
         declared = {id(parameter) for parameter in self.trained.values()}
-        for key, part in self.modules.items():
-            for name, parameter in part.named_parameters():
+        for key, module in self.modules.items():
+            for name, parameter in module.named_parameters():
                 assert id(parameter) in declared or not parameter.requires_grad, (
-                    f"'{key}': {type(part).__name__}.{name} takes a gradient and is not to be trained; name it in "
-                    f"tensors(), and in the kind's setting ``fixed`` too if it keeps its first value"
+                    f"'{key}': {type(module).__name__}.{name} takes a gradient but is not declared as trained; name it "
+                    f"in tensors(), and in the kind's setting ``fixed`` if it should not train"
                 )
 
     def ranks(self) -> dict[str, int]:
-        """The rank of every module in the model that may be resized, by its key."""
-        return {key: part.rank for key, part in self.modules.items() if part.rank_axes}
+        """The rank of every resizable module, by key."""
+        return {key: module.rank for key, module in self.modules.items() if module.rank_axes}
 
-    def attach(self, site: Site, part: LowRank) -> None:
-        """Put ``part`` at ``site``, to be trained, but for its fixed tensors."""
-        tensors = part.tensors()
-        unknown = sorted(set(part.fixed) - tensors.keys())
-        assert not unknown, f"{type(part).__name__}: fixed names {unknown}, not in tensors() ({', '.join(tensors)})"
-        for name in part.fixed:
+    def attach(self, site: Site, module: LowRank) -> None:
+        """Put ``module`` at ``site`` and train its tensors, except the fixed ones."""
+        tensors = module.tensors()
+        unknown = sorted(set(module.fixed) - tensors.keys())
+        assert not unknown, f"{type(module).__name__}: fixed names {unknown}, not in tensors() ({', '.join(tensors)})"
+        for name in module.fixed:
             tensors[name].requires_grad_(False)
         linear = self.linears.get(site.path)
         if linear is None:
             linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
             replace_module(self.model, site.path, linear)
-            self._siblings(site).add(linear)
-        linear.add(site.label, part, site.span)
-        self.modules[site.key] = part
-        self.trained |= {f"{site.key}.{name}": parameter for name, parameter in part.trained().items()}
+            self._input_group(site).add(linear)
+        linear.add(site.label, module, site.span)
+        self.modules[site.key] = module
+        self.trained |= {f"{site.key}.{name}": parameter for name, parameter in module.trained().items()}
 
     def detach(self, site: Site) -> LowRank:
-        """Take the module at ``site`` out of the model; a linear without any is the bare one again."""
-        part, linear = self.modules.pop(site.key), self.linears[site.path]
-        for name in part.trained():
+        """Remove the module at ``site``; a linear without modules becomes the original one again."""
+        module, linear = self.modules.pop(site.key), self.linears[site.path]
+        for name in module.trained():
             del self.trained[f"{site.key}.{name}"]
         linear.remove(site.label)
-        if not linear.parts:
-            linear.siblings.remove(linear)
+        if not linear.low_rank:
+            linear.input_group.remove(linear)
             replace_module(self.model, site.path, self.linears.pop(site.path).base)
-        return part
+        return module
 
-    def _siblings(self, site: Site) -> Siblings:
-        """Those of the linear at ``site``, who read the same input."""
-        roles = next((roles for roles in SIBLINGS if site.role is not None and site.role in roles), None)
+    def _input_group(self, site: Site) -> InputGroup:
+        """The group of linears that read the same input as the one at ``site``."""
+        roles = next((roles for roles in SHARED_INPUTS if site.role is not None and site.role in roles), None)
         if roles is None:
-            return Siblings()
-        return self._groups.setdefault((site.layer, roles), Siblings())
+            return InputGroup()
+        return self._groups.setdefault((site.layer, roles), InputGroup())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The bare model inside; the previous state afterwards, whatever it was."""
+        """Run the bare model inside, and restore the previous state afterwards."""
         before = {path: linear.enabled for path, linear in self.linears.items()}
         routing = self.routing.enabled if self.routing else False
         try:
@@ -134,7 +137,7 @@ class Adapter:
 
     @contextmanager
     def continuous(self) -> Iterator[None]:
-        """Every module and expert on, weighted by its router: no hard choice that rounding could turn over."""
+        """Inside, every module and expert is on, weighted by its router: no hard choice that rounding could flip."""
         try:
             self._soften(True)
             yield
@@ -142,18 +145,18 @@ class Adapter:
             self._soften(False)
 
     def _soften(self, soft: bool) -> None:
-        for part in self.modules.values():
-            part.soft = soft
+        for module in self.modules.values():
+            module.soft = soft
         if self.routing:
             self.routing.soft = soft
 
     def merge(self) -> None:
-        """Fold all updates into the base weights. Raises UserError where that would not be the same function."""
+        """Add all updates to the base weights. Raises UserError if that would not be the same function."""
         if self.routing:
             raise UserError("merge: the modules are chosen prompt by prompt, so no single weight equals them")
-        for part in self.modules.values():
-            if part.unmergeable:
-                raise UserError(f"merge: {part.unmergeable}, so no single weight equals them")
+        for module in self.modules.values():
+            if module.unmergeable:
+                raise UserError(f"merge: {module.unmergeable}, so no single weight equals them")
         if any(quantized(linear.weight) for linear in self.linears.values()):
             raise UserError("merge: the weights are quantised, and an update put into them would be rounded away")
         embedding = self.model.get_input_embeddings().weight
@@ -179,10 +182,18 @@ def inject(
     kind: Callable[..., LowRank] = LowRank,
     rank_key: str = "rank",
 ) -> Adapter:
-    """Freeze a loaded ``model`` and put a fresh module of ``kind`` at each site; a classification head trains in full.
+    """Freeze ``model`` and put a fresh module at each site; a classification head trains in full.
 
-    Exactly the same function as before, until it is trained. Raises UserError where ``rank``, which the method's key
-    ``rank_key`` set, exceeds a matrix.
+    A fresh adapter computes exactly the same function as the bare model.
+
+    Args:
+        alpha: updates are scaled by alpha / rank.
+        dropout: probability of zeroing an input of A.
+        kind: makes a module from (in features, out features, rank, alpha, dropout, device).
+        rank_key: the method's key that set ``rank``, for the error message.
+
+    Raises:
+        UserError: ``rank`` exceeds the smaller side of a matrix.
     """
     for site in sites:
         if rank > min(site.in_features, site.out_features):
@@ -203,7 +214,7 @@ def inject(
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` at ``path`` of ``model``."""
+    """Set the submodule at ``path`` of ``model``."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -214,9 +225,9 @@ def _inputs_in_fp32(module: nn.Module, args: tuple) -> tuple:
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Names the pretrained weights: a hash over each tensor's name, shape and first 64 values, in bf16.
+    """Identifies the pretrained weights: a hash of each tensor's name, shape and first 64 values in bf16.
 
-    Independent of dtype and device of loading, of sharding, and of a freshly initialised classification head.
+    Independent of dtype, device and sharding, and of a freshly initialised classification head.
     """
     digest = hashlib.sha256()
     heads = tuple(f"{name}." for name in head_names(model))

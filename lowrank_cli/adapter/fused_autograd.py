@@ -1,14 +1,13 @@
-"""Training passes: frozen linears that read one input, together with their low-rank updates, as one function.
+"""Training passes: frozen linears that read one input, with their low-rank updates, as one autograd function.
 
-For linears j and updates i of them, with γ = w ⊙ g between the products and c the scale of the rows (1 unless
-magnitudes are trained):
+For linears j with updates i, where γ = w ⊙ g and c scales the rows (1 except for DoRA):
 
     y_j = c_j ⊙ (W_j x + Σ_i s_i · B_i (γ_i ⊙ (A_i drop(x)))) + bias_j
 
-What this saves against one autograd graph for each operation: one product for the A of all updates and one for their
-gradients, one dropout mask, gradients of the input added up inside matrix products, and no dropped copy of the input
-is kept, only the mask (a byte for each number). Where no A trains, the input itself is not kept either: the gradient of
-B needs A_i drop(x) alone, R numbers for each token instead of I.
+Saved against one graph node for each operation: all A are multiplied at once, and so are their gradients; one dropout
+mask serves all; gradients of the input accumulate inside matrix products; no dropped-out copy of the input is kept,
+only the mask (one byte for each number). If no A trains, the input is not kept either: the gradient of B needs only
+A_i drop(x), R numbers for each token instead of I.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from torch.nn import functional as F
 
 from lowrank_cli.adapter.spans import Span, take
 
-LANES = 4  #: draws of 16 bits in one number of 64
-STEPS = 1 << 16  #: of a draw: the probability of dropout is rounded to multiples of 1 / STEPS
+LANES = 4  #: 16-bit draws in one 64-bit number
+STEPS = 1 << 16  #: values of a draw: the dropout probability is rounded to multiples of 1 / STEPS
 
 
-def kept_by_dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """What dropout keeps of ``x``, as a mask of its shape, and the probability to be kept.
+def dropout_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
+    """A mask in the shape of ``x``, True for what dropout keeps, and the probability to be kept.
 
     On a CPU ``bernoulli_`` would take several times as long as the products of a low-rank update.
     """
@@ -44,18 +43,18 @@ def kept_by_dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 @dataclass(frozen=True)
 class Terms:
-    """One update: A (R, I), B (O, R), the gate γ, which broadcasts to (B, T, R), the row factors c (O,), s and p."""
+    """The terms of one update."""
 
-    a: Tensor
-    b: Tensor
-    gate: Tensor | None
-    stretch: Tensor | None
-    strength: float
-    dropout: float
+    a: Tensor  #: A, (R, I)
+    b: Tensor  #: B, (O, R)
+    gate: Tensor | None  #: γ, broadcasts to (B, T, R); None: 1
+    row_scale: Tensor | None  #: c, (O,); None: 1
+    scale: float  #: s
+    dropout: float  #: probability p
 
 
-class Frozen(NamedTuple):
-    """A frozen linear, W (O, I) and bias (O,), and its updates with the spans that they cover."""
+class FrozenLinear(NamedTuple):
+    """A frozen linear, W (O, I) and bias (O,), and its updates, each with the span that it covers."""
 
     weight: Tensor
     bias: Tensor | None
@@ -63,51 +62,51 @@ class Frozen(NamedTuple):
 
     @property
     def dropout(self) -> float:
-        """The probability of dropout, which all updates share."""
+        """The dropout probability, the same for all updates."""
         return self.updates[0][0].dropout
 
 
-class Remake(NamedTuple):
-    """How an input is computed again: ``function(*sources)``."""
+class Recompute(NamedTuple):
+    """How the backward pass computes an input again: ``function(*sources)``."""
 
     function: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
 
-    def remember(self, x: Tensor) -> None:
-        """Let ``x`` say how it was computed, until it is changed in place."""
-        x._remake = self, x._version  # type: ignore[attr-defined]
+    def attach_to(self, x: Tensor) -> None:
+        """Make :func:`recompute_of` return this for ``x``, until ``x`` is changed in place."""
+        x._recompute = self, x._version  # type: ignore[attr-defined]
 
 
-def remake_of(x: Tensor) -> Remake | None:
-    """How ``x`` is computed again, if it says so."""
-    remake, version = getattr(x, "_remake", (None, 0))
-    return remake if version == x._version else None
+def recompute_of(x: Tensor) -> Recompute | None:
+    """How to compute ``x`` again, if that was attached to it."""
+    recompute, version = getattr(x, "_recompute", (None, 0))
+    return recompute if version == x._version else None
 
 
-def outputs(x: Tensor, linears: Sequence[Frozen], remake: Remake | None = None) -> tuple[Tensor, ...]:
-    """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights; dropout is the same for all.
+def fused_outputs(x: Tensor, linears: Sequence[FrozenLinear], recompute: Recompute | None = None) -> tuple[Tensor, ...]:
+    """y (B, T, O) of every linear for ``x`` (B, T, I), in the dtype of the weights, with one dropout mask for all.
 
-    With ``remake``, which computes ``x`` again, or where no A takes a gradient, nothing of its size is saved for the
-    backward pass, but the mask.
+    With ``recompute``, or if no A takes a gradient, the backward pass keeps the mask but not ``x``.
     """
     p, x = linears[0].dropout, x.to(linears[0].weight.dtype)
-    mask, kept = kept_by_dropout(x, p) if p else (None, 1.0)
-    plan = tuple(tuple((span, terms.strength / kept) for terms, span in linear.updates) for linear in linears)
+    mask, kept = dropout_mask(x, p) if p else (None, 1.0)
+    plan = tuple(tuple((span, terms.scale / kept) for terms, span in linear.updates) for linear in linears)
     tensors: list[Tensor | None] = []
     for linear in linears:
         tensors += [linear.weight, linear.bias]
         for terms, _ in linear.updates:
-            tensors += [terms.a, terms.b, terms.gate, terms.stretch]
-    found: tuple[Tensor, ...] = FusedLinears.apply(x, mask, plan, remake, *tensors)  # type: ignore[no-untyped-call]
-    return found
+            tensors += [terms.a, terms.b, terms.gate, terms.row_scale]
+    result: tuple[Tensor, ...] = FusedLinears.apply(x, mask, plan, recompute, *tensors)  # type: ignore[no-untyped-call]
+    return result
 
 
 class FusedLinears(torch.autograd.Function):
-    """The function, of x (…, I), the dropout mask (…, I), spans and strengths of updates, what remakes x, and tensors.
+    """The function of the module's docstring.
 
-    These are W and bias of each linear, each followed by A, B, γ and c of its updates. There are gradients for x, A, B,
-    γ and c, in the dtype of x, and no second ones; of A only where one is asked for, which alone needs x. That of c is
-    taken from y, which others save too, and 0 where c is.
+    Inputs: x (…, I), the dropout mask (…, I), the plan, ``recompute``, then for each linear W and bias, followed by
+    A, B, γ and c of each of its updates. Gradients, in the dtype of x: of x, B, γ and c, and of A where needed, which
+    alone uses x. The gradient of c is computed from y, which is saved anyway, and is 0 where c is. Not twice
+    differentiable.
     """
 
     @staticmethod
@@ -116,100 +115,100 @@ class FusedLinears(torch.autograd.Function):
         x: Tensor,
         mask: Tensor | None,
         plan: Plan,
-        remake: Remake | None,
+        recompute: Recompute | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         linears, rows = _grouped(plan, tensors), x.shape[:-1]
         flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
-        hidden = _dropped(flat, mask) @ _stacked(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
-        ys, stretched, start = [], [], 0
+        hidden = _masked(flat, mask) @ _stacked_a(linears).t()  # (N, I) @ (I, ΣR) -> (N, ΣR)
+        ys, scaled, start = [], [], 0
         for weight, bias, updates in linears:
-            factor = _factor(weight, updates)
-            y = F.linear(flat, weight, bias if factor is None else None)  # (N, I) @ (I, O) -> (N, O)
-            for span, strength, a, b, gate, _ in updates:
+            row_scale = _row_scale(weight, updates)
+            y = F.linear(flat, weight, bias if row_scale is None else None)  # (N, I) @ (I, O) -> (N, O)
+            for span, scale, a, b, gate, _ in updates:
                 h = _gated(hidden[:, start : start + len(a)], gate, rows)
-                take(y, span).addmm_(h, b.t(), alpha=strength)  # += (N, R) @ (R, O)
+                take(y, span).addmm_(h, b.t(), alpha=scale)  # += (N, R) @ (R, O)
                 start += len(a)
-            # No view for autograd: some models (Falcon) go on to change an output in place.
+            # No view for autograd: some models (Falcon) change an output in place.
             ys.append(torch.ops.aten._unsafe_view(y, (*rows, len(weight))))  # (N, O) -> (…, O)
-            if factor is not None:
-                y.mul_(factor)
-                stretched.append(ys[-1] if bias is None else ys[-1].add_(bias))
-        asked = ctx.needs_input_grad[-len(tensors) :]
-        ctx.trains_a = any(asked[index] for index in _indices_of_a(plan))
-        sources = () if not ctx.trains_a else (x,) if remake is None else remake.sources
-        ctx.plan, ctx.remake, ctx.sources = plan, remake and remake.function, len(sources)
-        ctx.save_for_backward(mask, hidden, *sources, *tensors, *stretched)
+            if row_scale is not None:
+                y.mul_(row_scale)
+                scaled.append(ys[-1] if bias is None else ys[-1].add_(bias))
+        needs_grad = ctx.needs_input_grad[-len(tensors) :]
+        ctx.trains_a = any(needs_grad[index] for index in _indices_of_a(plan))
+        sources = () if not ctx.trains_a else (x,) if recompute is None else recompute.sources
+        ctx.plan, ctx.recompute, ctx.sources = plan, recompute and recompute.function, len(sources)
+        ctx.save_for_backward(mask, hidden, *sources, *tensors, *scaled)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         mask, hidden, *tensors = ctx.saved_tensors
         sources, tensors = tensors[: ctx.sources], tensors[ctx.sources :]
-        linears, rows = _grouped(ctx.plan, tensors), gradients[0].shape[:-1]
-        stretched = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
-        to_hidden, start = torch.empty_like(hidden), 0  # (N, ΣR)
-        found: list[Tensor | None] = []  # for ``tensors``
-        towards = []  # what reaches each W x, (N, O)
-        for (weight, bias, updates), gradient in zip(linears, gradients, strict=True):
-            g = gradient.reshape(len(hidden), -1)  # (…, O) -> (N, O)
-            factor, to_factor = _factor(weight, updates), None
-            if factor is not None:
-                y = next(stretched).view(g.shape)
+        linears, rows = _grouped(ctx.plan, tensors), grad_ys[0].shape[:-1]
+        scaled = iter(tensors[sum(2 + 4 * len(updates) for updates in ctx.plan) :])
+        grad_hidden, start = torch.empty_like(hidden), 0  # (N, ΣR)
+        grads: list[Tensor | None] = []  # of ``tensors``
+        grad_products = []  # of each W x, (N, O)
+        for (weight, bias, updates), grad_y in zip(linears, grad_ys, strict=True):
+            g = grad_y.reshape(len(hidden), -1)  # (…, O) -> (N, O)
+            row_scale, grad_rows = _row_scale(weight, updates), None
+            if row_scale is not None:
+                y = next(scaled).view(g.shape)
                 product = g * (y if bias is None else y - bias)
-                to_factor = (product.sum(dim=0) / factor).masked_fill_(factor == 0, 0)  # (N, O) -> (O,)
-                g = torch.mul(g, factor, out=product)
-            towards.append(g)
-            found += [None, None]
-            for span, strength, a, b, gate, stretch in updates:
-                ranks, own = slice(start, start + len(a)), take(g, span)
-                h, to_h = hidden[:, ranks], (own @ b).mul_(strength)  # (N, O) @ (O, R) -> (N, R)
-                to_b = ((_gated(h, gate, rows) * strength).t() @ own).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
-                to_gate = None if gate is None else (to_h * h).view(*rows, -1).sum_to_size(gate.shape)
-                to_hidden[:, ranks] = _gated(to_h, gate, rows)
-                to_stretch = None if stretch is None or to_factor is None else take(to_factor, span)
-                found += [None, to_b, to_gate, to_stretch]
+                grad_rows = (product.sum(dim=0) / row_scale).masked_fill_(row_scale == 0, 0)  # (N, O) -> (O,)
+                g = torch.mul(g, row_scale, out=product)
+            grad_products.append(g)
+            grads += [None, None]
+            for span, scale, a, b, gate, c in updates:
+                ranks, g_span = slice(start, start + len(a)), take(g, span)
+                h, grad_h = hidden[:, ranks], (g_span @ b).mul_(scale)  # (N, O) @ (O, R) -> (N, R)
+                grad_b = ((_gated(h, gate, rows) * scale).t() @ g_span).t()  # ((R, N) @ (N, O))ᵀ -> (O, R)
+                grad_gate = None if gate is None else (grad_h * h).view(*rows, -1).sum_to_size(gate.shape)
+                grad_hidden[:, ranks] = _gated(grad_h, gate, rows)
+                grad_c = None if c is None or grad_rows is None else take(grad_rows, span)
+                grads += [None, grad_b, grad_gate, grad_c]
                 start += len(a)
         if ctx.trains_a:
-            x = sources[0] if ctx.remake is None else ctx.remake(*sources).to(hidden.dtype)
+            x = sources[0] if ctx.recompute is None else ctx.recompute(*sources).to(hidden.dtype)
             flat = x.reshape(-1, x.shape[-1])  # (…, I) -> (N, I)
-            to_down, indices = to_hidden.t() @ _dropped(flat, mask), _indices_of_a(ctx.plan)  # -> (ΣR, I)
-            for index, to_a in zip(indices, torch.split(to_down, [len(tensors[i]) for i in indices]), strict=True):
-                found[index] = to_a
+            grad_down, indices = grad_hidden.t() @ _masked(flat, mask), _indices_of_a(ctx.plan)  # -> (ΣR, I)
+            for index, grad_a in zip(indices, torch.split(grad_down, [len(tensors[i]) for i in indices]), strict=True):
+                grads[index] = grad_a
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, *found
-        to_x = _dropped(to_hidden @ _stacked(linears), mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
-        for g, (weight, _, _) in zip(towards, linears, strict=True):
-            to_x.addmm_(g, weight)  # += (N, O) @ (O, I): adding costs no time of its own in a product this large
-        return to_x.view(*rows, to_x.shape[-1]), None, None, None, *found
+            return None, None, None, None, *grads
+        grad_x = _masked(grad_hidden @ _stacked_a(linears), mask)  # (N, ΣR) @ (ΣR, I) -> (N, I)
+        for g, (weight, _, _) in zip(grad_products, linears, strict=True):
+            grad_x.addmm_(g, weight)  # += (N, O) @ (O, I): in a product this large the addition is free
+        return grad_x.view(*rows, grad_x.shape[-1]), None, None, None, *grads
 
 
-#: For each linear, the span and the strength of each of its updates.
+#: For each linear, span and scale of each of its updates.
 Plan = tuple[tuple[tuple[Span | None, float], ...], ...]
 
 
 class _Update(NamedTuple):
     span: Span | None
-    strength: float
+    scale: float
     a: Tensor
     b: Tensor
     gate: Tensor | None
-    stretch: Tensor | None
+    row_scale: Tensor | None
 
 
 def _grouped(plan: Plan, tensors: Sequence[Any]) -> list[tuple[Tensor, Tensor | None, list[_Update]]]:
     """W, bias and updates of each linear."""
-    rest, found = iter(tensors), []
-    for updates in plan:
+    rest, linears = iter(tensors), []
+    for entry in plan:
         weight, bias = next(rest), next(rest)
-        made = [_Update(*update, next(rest), next(rest), next(rest), next(rest)) for update in updates]
-        found.append((weight, bias, made))
-    return found
+        updates = [_Update(*update, next(rest), next(rest), next(rest), next(rest)) for update in entry]
+        linears.append((weight, bias, updates))
+    return linears
 
 
 def _indices_of_a(plan: Plan) -> list[int]:
-    """Where the A of each update is among the tensors."""
+    """The index of each update's A among the tensors."""
     indices, start = [], 0
     for updates in plan:
         indices += [start + 2 + 4 * number for number in range(len(updates))]
@@ -217,13 +216,13 @@ def _indices_of_a(plan: Plan) -> list[int]:
     return indices
 
 
-def _stacked(linears: Sequence[tuple[Tensor, Tensor | None, list[_Update]]]) -> Tensor:
+def _stacked_a(linears: Sequence[tuple[Tensor, Tensor | None, list[_Update]]]) -> Tensor:
     """A of all updates, (ΣR, I)."""
     downs = [update.a for _, _, updates in linears for update in updates]
     return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
-def _dropped(flat: Tensor, mask: Tensor | None) -> Tensor:
+def _masked(flat: Tensor, mask: Tensor | None) -> Tensor:
     return flat if mask is None else flat * mask.view_as(flat)
 
 
@@ -232,14 +231,14 @@ def _gated(h: Tensor, gate: Tensor | None, rows: Sequence[int]) -> Tensor:
     return h if gate is None else (h.view(*rows, -1) * gate).view(h.shape)
 
 
-def _factor(weight: Tensor, updates: Sequence[_Update]) -> Tensor | None:
-    """c of a linear, (O,); None where nothing stretches it."""
-    if all(update.stretch is None for update in updates):
+def _row_scale(weight: Tensor, updates: Sequence[_Update]) -> Tensor | None:
+    """c of a whole linear, (O,); None if no update scales rows."""
+    if all(update.row_scale is None for update in updates):
         return None
     if len(updates) == 1 and updates[0].span is None:
-        return updates[0].stretch
-    factor = weight.new_ones(len(weight))
+        return updates[0].row_scale
+    whole = weight.new_ones(len(weight))
     for update in updates:
-        if update.stretch is not None:
-            take(factor, update.span).copy_(update.stretch)
-    return factor
+        if update.row_scale is not None:
+            take(whole, update.span).copy_(update.row_scale)
+    return whole

@@ -1,8 +1,8 @@
-"""Where a model keeps its layers, and which linear of a layer plays which role, read from its modules and their shapes.
+"""A model's layers and the role of each linear in them, inferred from module names and shapes.
 
-The layers are the longest list of modules in the decoder. The linear of a role is known by its name, one of the few
-that decoders in transformers use. A packed linear is divided by its shape: with H query heads, K key-value heads and
-head width d it has (H + 2K) d outputs; which features are whose, its name says (:mod:`lowrank_cli.adapter.spans`).
+The layers are the longest list of modules in the decoder. The linear of a role is recognised by the few names that
+decoders in transformers use. A packed linear is divided by its shape: with H query heads, K key-value heads and head
+width d it has (H + 2K) d outputs, whose order follows from its name (:mod:`lowrank_cli.adapter.spans`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.linear import LINEARS, bare, linear_shape
+from lowrank_cli.adapter.linear import LINEARS, linear_shape, unwrapped
 from lowrank_cli.adapter.spans import Span
 
-#: Names of the linear of each role, at the end of its path. Output projections are looked for within attention only,
-#: feed-forward roles only outside of it.
+#: Last name in the path of each role's linear. O is searched for inside attention only, feed-forward roles outside it.
 ATTENTION = {
     "Q": ("q_proj", "q_lin", "query"),
     "K": ("k_proj", "k_lin", "key"),
@@ -32,51 +31,49 @@ FEED_FORWARD = {
 }
 QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")  #: queries, keys and values in one linear
 GATE_UP = ("gate_up_proj",)  #: gate, then up
-#: Packed linears whose features go head by head (or group by group), by name; elsewhere all queries come first.
+#: Packed linears that store features head by head (or group by group); all others store all queries first.
 BY_HEAD = ("query_key_value",)
-#: Models whose packed linears keep to neither order unless they have one key-value head, by ``config.model_type``.
+#: Model types that, with more than one key-value head, use neither order.
 OTHER_ORDER = ("codegen", "gpt_bigcode")
 
 
 @dataclass(frozen=True)
-class Place:
-    """The linear of a role by its path below the layer, and the part of its output where it holds several roles."""
+class RoleLinear:
+    """The linear of a role: its path below the layer, and the role's span of output features if it is packed."""
 
-    name: str
+    path: str
     span: Span | None = None
 
 
-Roles = dict[str, Place]
+Roles = dict[str, RoleLinear]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A model's layers and the roles of each. Layers may differ: some have attention of another kind, or experts."""
+    """A model's layers and the roles of each. Layers may differ, for example in their kind of attention."""
 
     layers: str  #: dotted path of the list of layers
     roles: tuple[Roles, ...]  #: by layer
-    left_out: str = ""  #: which linears have no role, and why, in one line
-    #: feed-forward parts compute down(act(gate(x)) ⊙ up(x)) with modules of Llama's names, and nothing else
-    plain_gated: bool = False
-    #: outside attention each position of a layer is computed from that position alone
-    position_wise: bool = False
-    first_answers: bool = False  #: a classifier reads the first position of the last layer alone
+    left_out: str = ""  #: one line on the linears without a role, and why
+    plain_gated: bool = False  #: the feed-forward computes just down(act(gate(x)) ⊙ up(x)), under Llama's names
+    position_wise: bool = False  #: layers mix positions in attention only
+    first_answers: bool = False  #: a classifier reads only the first position of the last layer
 
 
 def discover(model: PreTrainedModel) -> Structure | None:
-    """The structure of ``model``, read from its modules; None where no layers, or no roles in them, are found."""
+    """The structure of ``model``, inferred from its modules; None if it has no layers, or no roles in them."""
     root = _layers_path(model)
     if root is None:
         return None
     blocks = list(model.get_submodule(root).children())
-    found = [_roles(model.config, block) for block in blocks]
-    if not any(found):
+    roles = [_roles(model.config, block) for block in blocks]
+    if not any(roles):
         return None
-    return Structure(root, tuple(found), left_out=_left_out(blocks, found))
+    return Structure(root, tuple(roles), left_out=_left_out(blocks, roles))
 
 
 def _layers_path(model: PreTrainedModel) -> str | None:
-    """Dotted path of the longest list of modules with linears in the decoder that is not inside another list."""
+    """Dotted path of the longest outermost list of modules with linears in the decoder."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     lists: dict[str, int] = {}
@@ -86,26 +83,26 @@ def _layers_path(model: PreTrainedModel) -> str | None:
             lists[name] = len(module)
     if not any(lists.values()):
         return None
-    longest = max(lists, key=lambda name: lists[name])  # the first of those
+    longest = max(lists, key=lambda name: lists[name])  # ties: the first
     return ".".join(filter(None, (prefix, longest)))
 
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Paths and linears below ``module``, wrapped or not."""
+    """Path and linear for each linear below ``module``, without its wrapper."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if isinstance(linear := bare(child), LINEARS):
+        if isinstance(linear := unwrapped(child), LINEARS):
             yield path, linear
         else:
             yield from _linears(child, f"{path}.")
 
 
 def _roles(config: Any, layer: nn.Module) -> Roles:
-    """The roles of one layer that exactly one of its linears has by name."""
+    """The roles of one layer; a role whose names match several linears is left out."""
     linears = dict(_linears(layer))
 
     def only(names: tuple[str, ...], inside: str | None = None, outside: str | None = None) -> str | None:
-        """The path of the one linear with one of ``names``, below the child ``inside``, or not below ``outside``."""
+        """The path of the only linear named one of ``names`` inside (or outside) a child of the layer."""
         paths = [path for path in linears if path.rpartition(".")[2] in names]
         paths = [path for path in paths if inside is None or path.startswith(f"{inside}.")]
         paths = [path for path in paths if outside is None or not path.startswith(f"{outside}.")]
@@ -120,23 +117,23 @@ def _roles(config: Any, layer: nn.Module) -> Roles:
             roles |= _packed_attention(config, packed, linear_shape(linears[packed])[1])
         else:
             named = {role: only(names, inside=attention) for role, names in ATTENTION.items()}
-            roles |= {role: Place(path) for role, path in named.items() if path}
+            roles |= {role: RoleLinear(path) for role, path in named.items() if path}
         output = only(OUTPUT, inside=attention)
         if output:
-            roles["O"] = Place(output)
+            roles["O"] = RoleLinear(output)
     gate_up = only(GATE_UP, outside=attention)
     if gate_up:
         half = linear_shape(linears[gate_up])[1] // 2
-        roles |= {"G": Place(gate_up, Span(0, half)), "U": Place(gate_up, Span(half, 2 * half))}
+        roles |= {"G": RoleLinear(gate_up, Span(0, half)), "U": RoleLinear(gate_up, Span(half, 2 * half))}
     for role, names in FEED_FORWARD.items():
         path = only(names, outside=attention)
         if path and role not in roles:
-            roles[role] = Place(path)
+            roles[role] = RoleLinear(path)
     return roles
 
 
 def _packed_attention(config: Any, path: str, outputs: int) -> Roles:
-    """Q, K and V in a linear of (H + 2K) d outputs; none where that does not come out even."""
+    """Q, K and V in a linear of (H + 2K) d outputs; none if the shape does not match."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -148,22 +145,22 @@ def _packed_attention(config: Any, path: str, outputs: int) -> Roles:
     edges = [0, heads * width // groups]  # queries of one group; keys; values
     edges += [edges[1] + key_value * width // groups, edges[1] + 2 * key_value * width // groups]
     period = edges[3] if by_head else None
-    return {role: Place(path, Span(edges[at], edges[at + 1], period)) for at, role in enumerate("QKV")}
+    return {role: RoleLinear(path, Span(edges[at], edges[at + 1], period)) for at, role in enumerate("QKV")}
 
 
-def _left_out(blocks: list[nn.Module], found: list[Roles]) -> str:
-    """One line on what has no role although it multiplies: experts, or attention of another kind."""
+def _left_out(blocks: list[nn.Module], roles_of: list[Roles]) -> str:
+    """One line on weights without a role: experts, or another kind of attention."""
     reasons = []
     fused = [any(p.dim() == 3 and "expert" in name for name, p in block.named_parameters()) for block in blocks]
     several = [
         "D" not in roles and sum(path.endswith(FEED_FORWARD["D"]) for path, _ in _linears(block)) > 1
-        for block, roles in zip(blocks, found)
+        for block, roles in zip(blocks, roles_of)
     ]
     if any(fused):
         reasons.append("experts fused into 3-D parameters take no low-rank module")
     elif any(several):
         reasons.append("a layer has several feed-forward parts (experts), which take no low-rank module by role")
-    without = sum(not {"Q", "K", "V", "O"} <= roles.keys() for roles in found)
+    without = sum(not {"Q", "K", "V", "O"} <= roles.keys() for roles in roles_of)
     if without:
-        reasons.append(f"{without} of {len(found)} layers lack some of Q, K, V and O")
+        reasons.append(f"{without} of {len(roles_of)} layers lack some of Q, K, V and O")
     return "; ".join(reasons)

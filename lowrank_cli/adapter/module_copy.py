@@ -1,4 +1,4 @@
-"""A copy of a model's modules over the same weights."""
+"""Copies of a model that share its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_cli.adapter.quantized import quant_state
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:
-    """``model`` with modules of its own, which can be adapted alone; its weights and buffers are those of ``model``."""
+    """A copy of ``model`` that can be adapted independently; weights and buffers are shared."""
     states = filter(None, map(quant_state, model.parameters()))
-    shared = {id(one): one for one in chain(model.parameters(), model.buffers(), states)}
-    return copy.deepcopy(model, shared)  # deepcopy takes what its memo holds for copied already
+    memo = {id(shared): shared for shared in chain(model.parameters(), model.buffers(), states)}
+    return copy.deepcopy(model, memo)  # deepcopy reuses what is in the memo

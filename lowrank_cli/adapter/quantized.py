@@ -1,7 +1,7 @@
-"""Frozen weights in 4 bits, as bitsandbytes stores them: packed bytes (N, 1), and beside them how to read these.
+"""Frozen weights in 4 bits, as bitsandbytes stores them: packed bytes (N, 1) with a quantisation state.
 
-Their linears compute y = W x + bias like any other, so an update that only reads and adds to outputs needs nothing from
-here. What reads W itself (norms of rows, a decomposition) gets it from :func:`dense`.
+Their linears compute y = W x + bias like any other, so updates that only add to outputs need nothing from here. Code
+that reads W itself (DoRA's norms, a decomposition) calls :func:`dense`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def quant_state(weight: Tensor) -> Any:
-    """The library's object that says how to read ``weight``; None where that is not quantised."""
+    """bitsandbytes' quantisation state of ``weight``; None if it is not quantised."""
     return getattr(weight, "quant_state", None)
 
 
@@ -22,7 +22,7 @@ def quantized(weight: Tensor) -> bool:
 
 
 def dense(weight: Tensor) -> Tensor:
-    """``weight`` itself; of one in 4 bits a new (O, I), the values that its linear computes with, in their dtype."""
+    """``weight`` itself, or, if it is in 4 bits, its dequantised values as a new tensor (O, I)."""
     state = quant_state(weight)
     if state is None:
         return weight

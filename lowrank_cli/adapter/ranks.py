@@ -1,4 +1,4 @@
-"""Ranks that change while a model trains: pruned, added, and rebuilt before an adapter is loaded."""
+"""Changing the ranks of an adapter: pruned and added in training, rebuilt before loading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.linear import LowRank, resized
+from lowrank_cli.adapter.low_rank import LowRank, resized
 from lowrank_cli.errors import UserError, nearest
 
 
@@ -16,28 +16,31 @@ def resize(
     plan: Mapping[str, tuple[list[int], int]],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Give each module of ``plan`` the ranks (indices to keep, how many fresh ones); the others stay as they are.
+    """Resize the modules in ``plan``; a module without ranks leaves the model, ``adapter.trained`` and the optimizer.
 
-    A module without ranks leaves the model, ``adapter.trained`` and the optimizer. Where ``optimizer`` is given, its
-    state stays with the ranks that stay. A fresh rank has no first moment, and as second moment the mean square of the
-    first moments of its module's kept ranks: a reconstruction, because Adam counts its steps for a whole tensor. Zeros
-    beside a large count would make the first updates several times the learning rate; the kept second moments remember
-    the large gradients of the first steps for long (β2 = 0.999), and with them a fresh rank would hardly move.
+    A fresh rank gets a zero first moment, and as second moment the mean square of the first moments of its module's
+    kept ranks. This is a reconstruction, because Adam counts steps by tensor: with zeros and a large step count
+    the first updates would be several times the learning rate; the kept second moments still remember the large
+    gradients of the first steps (β2 = 0.999), and a fresh rank would hardly move.
+
+    Args:
+        plan: for each module's key, the indices of the ranks to keep and the number of fresh ones.
+        optimizer: its moments follow the kept ranks.
     """
     for key, (keep, fresh) in plan.items():
-        part = adapter.modules[key]
+        module = adapter.modules[key]
         chosen = torch.tensor(keep, dtype=torch.long)
         if optimizer is not None:
-            carry(part.tensors(), part.rank_axes, chosen, fresh, optimizer)
-        part.resize(chosen, fresh)
-        if part.rank == 0:
+            carry(module.tensors(), module.rank_axes, chosen, fresh, optimizer)
+        module.resize(chosen, fresh)
+        if module.rank == 0:
             adapter.emptied[key] = adapter.detach(adapter.sites[key])
             if optimizer is not None:
-                _forget(part, optimizer)
+                _forget(module, optimizer)
 
 
 def all_but_lowest(scores: Mapping[str, Sequence[float]], count: int) -> dict[str, list[int]]:
-    """The ranks of each module that stay where the ``count`` lowest of all go; of equal ones the first go."""
+    """The ranks that each module keeps when the ``count`` lowest of all are pruned; ties prune the first."""
     order = sorted((score, at, rank) for at, row in enumerate(scores.values()) for rank, score in enumerate(row))
     gone = {(at, rank) for _, at, rank in order[:count]}
     return {
@@ -49,9 +52,14 @@ def all_but_lowest(scores: Mapping[str, Sequence[float]], count: int) -> dict[st
 def rebuild(
     adapter: Adapter, wanted: Mapping[str, int], source: str, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Give every module the rank that ``wanted`` names, and none to the rest, so that saved tensors fit.
+    """Resize every module to its rank in ``wanted``, and remove the others, so that saved tensors fit.
 
-    What the tensors hold is left to loading. Raises UserError for a module or a rank that the model cannot have.
+    Args:
+        wanted: ranks by module key.
+        source: where they come from, for error messages.
+
+    Raises:
+        UserError: a module or a rank that the model cannot have.
     """
     if wanted == adapter.ranks():
         return
@@ -66,17 +74,17 @@ def rebuild(
     plan = {}
     for key, rank in adapter.ranks().items():
         new = wanted.get(key, 0)
-        if adapter.modules[key].rank_axes:  # other kinds take the shapes of saved tensors themselves
+        if adapter.modules[key].rank_axes:  # other kinds adopt the shapes of saved tensors themselves
             plan[key] = (list(range(min(rank, new))), max(0, new - rank))
     resize(adapter, plan, optimizer)
     _in_order(adapter)
 
 
 def _in_order(adapter: Adapter) -> None:
-    """Modules and trained tensors in the order of the sites, which optimizers count them by."""
+    """Put modules and trained tensors in the order of the sites, by which optimizers index them."""
     adapter.modules = {key: adapter.modules[key] for key in adapter.sites if key in adapter.modules}
-    own = {f"{key}.{name}": p for key, part in adapter.modules.items() for name, p in part.trained().items()}
-    adapter.trained = own | {name: p for name, p in adapter.trained.items() if name not in own}
+    low_rank = {f"{key}.{name}": p for key, module in adapter.modules.items() for name, p in module.trained().items()}
+    adapter.trained = low_rank | {name: p for name, p in adapter.trained.items() if name not in low_rank}
 
 
 def carry(
@@ -86,7 +94,13 @@ def carry(
     fresh: int,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Resize the moments of ``tensors`` as they are about to be; ``axes``: which one counts the ranks."""
+    """Resize the optimizer's moments of ``tensors``, as the tensors are about to be.
+
+    Args:
+        axes: by tensor name, the axis that counts ranks.
+        keep: indices of the ranks to keep.
+        fresh: number of ranks appended.
+    """
     beta2 = optimizer.param_groups[0]["betas"][1]
     for name, axis in axes.items():
         state = optimizer.state.get(tensors[name], {})
@@ -96,15 +110,15 @@ def carry(
         if state and fresh and len(keep):
             recent = state["exp_avg"].narrow(axis, 0, len(keep)).square().mean(dim=axis, keepdim=True)
             new = state["exp_avg_sq"].narrow(axis, len(keep), fresh)
-            new.copy_((recent * (1 - beta2 ** float(state["step"]))).expand_as(new))  # as Adam divides it again
+            new.copy_((recent * (1 - beta2 ** float(state["step"]))).expand_as(new))  # undoes Adam's bias correction
         elif state and not len(keep):
-            optimizer.state.pop(tensors[name])  # counts from 0 again
+            optimizer.state.pop(tensors[name])  # its step count restarts
 
 
-def _forget(part: LowRank, optimizer: torch.optim.Optimizer) -> None:
-    """Drop the parameters of ``part`` from the optimizer."""
-    gone = {id(parameter) for parameter in part.tensors().values()}
+def _forget(module: LowRank, optimizer: torch.optim.Optimizer) -> None:
+    """Remove the parameters of ``module`` from the optimizer."""
+    gone = {id(parameter) for parameter in module.tensors().values()}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    for parameter in part.tensors().values():
+    for parameter in module.tensors().values():
         optimizer.state.pop(parameter, None)

@@ -1,63 +1,70 @@
-"""Adapted linears that read one input (query, key and value; gate and up): in training, one computes for all."""
+"""Adapted linears that read the same input (Q, K and V; G and U): in training, one call computes all of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
-from lowrank_cli.adapter.fused_autograd import Frozen, Remake, outputs
-
-if TYPE_CHECKING:
-    from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.fused_autograd import FrozenLinear, Recompute, fused_outputs
 
 
-class Siblings:
-    """The first linear to be called with an input computes the outputs of all; the others take theirs when called.
+class Fusible(Protocol):
+    """A linear of an :class:`InputGroup`."""
 
-    An output waits for its own linear and the same tensor, unchanged; anything else is computed anew. So a sibling that
-    is never called, or with another input, costs time, and memory until the next input comes. Weights and gates are
-    taken not to change between the calls with one input, which a model makes within one forward pass.
+    input_group: InputGroup
+
+    def fusible(self, x: Tensor) -> FrozenLinear | None:
+        """The linear and its updates for ``x``; None if they cannot be fused."""
+        ...
+
+
+class InputGroup:
+    """The first linear called with an input computes the outputs of the whole group; the others pick theirs up.
+
+    An output is picked up only by its own linear and with the same unchanged tensor; anything else is computed anew.
+    A linear that is never called, or with another input, costs time, and memory until the next input. Weights and
+    gates must not change between the calls with one input.
     """
 
-    def __init__(self, *linears: AdaptedLinear):
+    def __init__(self, *linears: Fusible):
         self.linears = list(linears)
         self._x: Tensor | None = None
         self._version = 0
-        self._waiting: dict[AdaptedLinear, Tensor] = {}
+        self._outputs: dict[Fusible, Tensor] = {}  # those not picked up yet
 
-    def add(self, linear: AdaptedLinear) -> None:
-        """Take in a ``linear`` that was alone."""
-        linear.siblings = self
+    def add(self, linear: Fusible) -> None:
+        """Add ``linear``, which was alone in its group."""
+        linear.input_group = self
         self.linears.append(linear)
 
-    def remove(self, linear: AdaptedLinear) -> None:
-        """Let go of ``linear``, which is alone then."""
+    def remove(self, linear: Fusible) -> None:
+        """Remove ``linear``, which gets a group of its own."""
         self.linears = [other for other in self.linears if other is not linear]
-        self._waiting = {}
-        linear.siblings = Siblings(linear)
+        self._outputs = {}
+        linear.input_group = InputGroup(linear)
 
-    def output(self, linear: AdaptedLinear, x: Tensor, remake: Remake | None) -> Tensor | None:
-        """y (B, T, O) of ``linear`` for ``x`` (B, T, I), with what its updates add; None where it cannot be fused.
+    def output(self, linear: Fusible, x: Tensor, recompute: Recompute | None) -> Tensor | None:
+        """y (B, T, O) of ``linear`` for ``x`` (B, T, I), updates included; None if it cannot be fused.
 
-        ``remake`` computes ``x`` again, so that it need not be saved.
+        ``recompute`` computes ``x`` again in the backward pass, so that it is not saved.
         """
-        if x is not self._x or x._version != self._version or linear not in self._waiting:
-            self._compute(linear, x, remake)
-        found = self._waiting.pop(linear, None)
-        if not self._waiting:
+        if x is not self._x or x._version != self._version or linear not in self._outputs:
+            self._compute(linear, x, recompute)
+        result = self._outputs.pop(linear, None)
+        if not self._outputs:
             self._x = None
-        return found
+        return result
 
-    def _compute(self, linear: AdaptedLinear, x: Tensor, remake: Remake | None) -> None:
-        self._x, self._waiting = None, {}
-        own = linear.fusible(x)
-        if own is None:
+    def _compute(self, linear: Fusible, x: Tensor, recompute: Recompute | None) -> None:
+        self._x, self._outputs = None, {}
+        first = linear.fusible(x)
+        if first is None:
             return
-        found: dict[AdaptedLinear, Frozen] = {linear: own}
+        group: dict[Fusible, FrozenLinear] = {linear: first}
         for other in self.linears:
             frozen = None if other is linear else other.fusible(x)
-            if frozen is not None and frozen.dropout == own.dropout:
-                found[other] = frozen
-        self._waiting = dict(zip(found, outputs(x, list(found.values()), remake), strict=True))
+            if frozen is not None and frozen.dropout == first.dropout:
+                group[other] = frozen
+        self._outputs = dict(zip(group, fused_outputs(x, list(group.values()), recompute), strict=True))
         self._x, self._version = x, x._version

@@ -1,8 +1,8 @@
-"""Which linear plays which role in a model, and the sites for low-rank modules that follow from it.
+"""The sites of a model: where low-rank modules go, and the role of each linear.
 
 Roles: Q K V O (attention: query, key, value, output) and G U D (feed-forward: gate, up, down). A family without a
-gated feed-forward has no G. A packed linear holds several roles in spans of its output features. Of decoders all this
-is read from the modules (:mod:`lowrank_cli.adapter.model_structure`); the table says what they do not show.
+gated feed-forward has no G. A packed linear holds several roles in spans of its output features. Families in the table
+below are known; the structure of other decoders is inferred (:mod:`lowrank_cli.adapter.model_structure`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.linear import LINEARS, bare, linear_shape
-from lowrank_cli.adapter.model_structure import Place, Structure, discover
+from lowrank_cli.adapter.linear import LINEARS, linear_shape, unwrapped
+from lowrank_cli.adapter.model_structure import RoleLinear, Structure, discover
 from lowrank_cli.adapter.spans import Span, width
 from lowrank_cli.errors import UserError, nearest
 
 ROLES = ("Q", "K", "V", "O", "G", "U", "D")
-#: Roles of a layer that read the same input.
-SIBLINGS = ("QKV", "GU")
+#: Groups of roles that read the same input.
+SHARED_INPUTS = ("QKV", "GU")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its layers (below the base model) and its roles (below a layer).
+    """The structure of a model family."""
 
-    A role's place is the name of a linear, or (name, index, count) for one of ``count`` equal spans of its output.
-    """
-
-    layers: str
+    layers: str  #: path of the list of layers below the base model
+    #: by role, the path of its linear below a layer, or (path, index, count) for one of ``count`` equal output spans
     roles: dict[str, str | tuple[str, int, int]]
     first_answers: bool = False  #: see :class:`Structure`
-    plain_gated: bool = False  #: likewise
+    plain_gated: bool = False  #: see :class:`Structure`
 
 
 def _gated(attention: str = "self_attn", mlp: str = "mlp") -> Family:
@@ -96,20 +94,19 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-#: Model types outside the table whose layers compute each position by itself outside attention, as that shows in their
-#: code and in the tests, not in their modules.
+#: Further model types whose layers mix positions in attention only: read from their code and tested, not inferable.
 POSITION_WISE = frozenset(
     "phi phi3 falcon gpt_neox olmo olmo2 olmoe mixtral stablelm starcoder2 cohere granite gptj bloom mpt".split()
 )
-#: Those of them whose feed-forward is Llama's.
+#: Of these, those with Llama's feed-forward.
 PLAIN_GATED = frozenset("olmo olmo2 stablelm cohere granite".split())
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place for a low-rank module: a linear, or a span of a packed one.
+    """Where a low-rank module goes: a linear, or a span of a packed one.
 
-    ``layer`` and ``role`` are None for a linear that has no role.
+    ``layer`` and ``role`` are None for a linear without a role.
     """
 
     path: str
@@ -121,12 +118,12 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Unique in the model; what saved tensors are named by."""
+        """Unique name in the model; prefix of the names of saved tensors."""
         return self.path if self.span is None else f"{self.path}.{self.role}"
 
     @property
     def label(self) -> str:
-        """Name below the adapted linear."""
+        """Unique name within its linear."""
         return "whole" if self.span is None else str(self.role)
 
 
@@ -134,30 +131,31 @@ _structures: WeakKeyDictionary[PreTrainedModel, Structure | None] = WeakKeyDicti
 
 
 def structure_of(model: PreTrainedModel) -> Structure | None:
-    """The model's layers and roles, from the table or else from its modules; None where neither shows them."""
+    """The model's layers and roles, from the table or inferred; None if neither gives them."""
     if model not in _structures:
         kind = model.config.model_type
         if kind in FAMILIES:
-            _structures[model] = _tabled(model, FAMILIES[kind])
+            _structures[model] = _from_table(model, FAMILIES[kind])
         else:
-            found = discover(model)
-            _structures[model] = found and replace(
-                found, position_wise=kind in POSITION_WISE, plain_gated=kind in PLAIN_GATED
+            inferred = discover(model)
+            _structures[model] = inferred and replace(
+                inferred, position_wise=kind in POSITION_WISE, plain_gated=kind in PLAIN_GATED
             )
     return _structures[model]
 
 
-def _tabled(model: PreTrainedModel, family: Family) -> Structure:
+def _from_table(model: PreTrainedModel, family: Family) -> Structure:
     prefix = model.base_model_prefix if model.base_model is not model else ""
     root = f"{prefix}.{family.layers}" if prefix else family.layers
     roles = []
     for layer in model.get_submodule(root).children():
-        own = {}
-        for role, place in family.roles.items():
-            name, part, count = place if isinstance(place, tuple) else (place, 0, 1)
-            features = linear_shape(bare(layer.get_submodule(name)))[1] // count
-            own[role] = Place(name, None if count == 1 else Span(part * features, (part + 1) * features))
-        roles.append(own)
+        layer_roles = {}
+        for role, entry in family.roles.items():
+            path, index, count = entry if isinstance(entry, tuple) else (entry, 0, 1)
+            features = linear_shape(unwrapped(layer.get_submodule(path)))[1] // count
+            span = None if count == 1 else Span(index * features, (index + 1) * features)
+            layer_roles[role] = RoleLinear(path, span)
+        roles.append(layer_roles)
     return Structure(
         root,
         tuple(roles),
@@ -168,19 +166,19 @@ def _tabled(model: PreTrainedModel, family: Family) -> Structure:
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Dotted path of the list of layers; the model's structure must be known."""
+    """Dotted path of the list of layers of a model with known structure."""
     structure = structure_of(model)
     assert structure is not None
     return structure.layers
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a model of known structure, from the input to the output."""
+    """The layers of a model with known structure, from input to output."""
     return list(model.get_submodule(layers_path(model)).children())
 
 
 def known_sites(model: PreTrainedModel) -> list[Site]:
-    """Every site that has a role, layer by layer in the order of :data:`ROLES`; empty where no structure is known."""
+    """Every site with a role, by layer and in the order of :data:`ROLES`; empty if the structure is unknown."""
     structure = structure_of(model)
     if structure is None:
         return []
@@ -189,21 +187,26 @@ def known_sites(model: PreTrainedModel) -> list[Site]:
         for role in ROLES:
             if role not in roles:
                 continue
-            place = roles[role]
-            inputs, outputs = linear_shape(bare(layer.get_submodule(place.name)))
-            outputs = outputs if place.span is None else width(place.span, outputs)
-            sites.append(Site(f"{structure.layers}.{index}.{place.name}", role, index, inputs, outputs, place.span))
+            path, span = roles[role].path, roles[role].span
+            inputs, outputs = linear_shape(unwrapped(layer.get_submodule(path)))
+            outputs = outputs if span is None else width(span, outputs)
+            sites.append(Site(f"{structure.layers}.{index}.{path}", role, index, inputs, outputs, span))
     return sites
 
 
 def find_sites(model: PreTrainedModel, targets: list[str]) -> list[Site]:
-    """The sites that ``targets`` name: ``all`` roles, single roles, or linears by the end of their path.
+    """The sites that ``targets`` name.
 
-    A packed linear given by name is one site over its whole output. Raises UserError for a target that names nothing.
+    Args:
+        targets: ``all``, roles, or linears by the last names of their path. A packed linear given by name is one site
+            over its whole output.
+
+    Raises:
+        UserError: a target that matches nothing, or a packed linear given both as a whole and by role.
     """
     known = known_sites(model)
     roles = [role for role in ROLES if any(site.role == role for site in known)]
-    heads = tuple(f"{name}." for name in head_names(model))  # trained in full, so never a site
+    heads = tuple(f"{name}." for name in head_names(model))  # these train in full
     linears = {
         path: module
         for path, module in model.named_modules()
@@ -213,20 +216,20 @@ def find_sites(model: PreTrainedModel, targets: list[str]) -> list[Site]:
     chosen: dict[str, Site] = {}
     for target in targets:
         if target == "all" or target in ROLES:
-            found = [site for site in known if target in ("all", site.role)]
-            if not found:
+            matches = [site for site in known if target in ("all", site.role)]
+            if not matches:
                 raise _unknown_role(model, target, roles)
         else:
             paths = [path for path in linears if path == target or path.endswith(f".{target}")]
-            found = [whole.get(path) or Site(path, None, None, *linear_shape(linears[path])) for path in paths]
-            if not found:
+            matches = [whole.get(path) or Site(path, None, None, *linear_shape(linears[path])) for path in paths]
+            if not matches:
                 names = sorted({path.rsplit(".", 1)[-1] for path in linears})
                 hint = nearest(target, [*names, *roles])
                 raise UserError(
                     f"method.target_modules: no linear of this model is called '{target}'{hint} "
                     f"(roles: {' '.join(roles) or 'none known'}; linears: {', '.join(names)})"
                 )
-        chosen.update({site.key: site for site in found})
+        chosen.update({site.key: site for site in matches})
     packed = {site.path for site in chosen.values() if site.span is not None}
     both = packed & {site.path for site in chosen.values() if site.span is None}
     if both:
@@ -247,9 +250,9 @@ def _unknown_role(model: PreTrainedModel, target: str, roles: list[str]) -> User
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that train in full beside an adapter: a classification head, and what is new otherwise.
+    """Names of the modules that train in full: a classification head, and modules without pretrained weights.
 
-    ``model.fresh_modules``, where the loader set it, names modules that the checkpoint had no weights for.
+    The loader lists the latter in ``model.fresh_modules``.
     """
     names = [name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)]
     fresh = getattr(model, "fresh_modules", ())

@@ -1,4 +1,4 @@
-"""An adapted model in the user's hands: made, trained, saved, loaded, merged, switched off."""
+"""The public handle of an adapted model: create, train, save, load, merge and switch off."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lowrank_cli.adapter import adapted_model
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.quantized import quantized
-from lowrank_cli.api.training import Batch, Training, trainer_callback
+from lowrank_cli.api.batches import Batch
+from lowrank_cli.api.training import Training, trainer_callback
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import UserError, nearest, unknown
 from lowrank_cli.inference.session import method_of_adapter
@@ -30,55 +31,55 @@ from lowrank_cli.schema import MethodConfig
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-#: What :meth:`Adapter.save` writes, and may replace.
+#: Files that :meth:`Adapter.save` writes, and may replace.
 SAVED = {save_load.WEIGHTS, save_load.CANARY, save_load.CONFIG, save_load.PATTERN, save_load.PROOF}
 
 
 def adapt(model: PreTrainedModel, method: str, **settings: Any) -> Adapter:
-    """Adapt ``model`` in place; until it is trained, it computes exactly what it did before.
+    """Adapt ``model`` in place. Until it is trained, it computes exactly what it did before.
 
-    The model's own weights are frozen; a classification head trains along. Initial values are drawn from torch's
-    global generator: call ``torch.manual_seed`` first.
+    The model's own weights are frozen, except for a classification head. Initial values come from torch's global
+    generator: call ``torch.manual_seed`` first.
 
     Args:
         model: a causal language model or a classifier of transformers, in fp32, bf16 or 4 bits.
         method: ``lora``, ``dora``, ``milora``, ``alora``, … (``lrk list methods``).
-        settings: the method's keys (``lrk list methods milora`` explains them), such as ``rank=8``. Those left out
-            have the values of ``conf/method``, as on the command line.
+        settings: the method's keys (``lrk list methods milora`` explains them), such as ``rank=8``. Others have the
+            values of ``conf/method``, as on the command line.
 
     Returns:
-        The handle that trains, saves, merges and switches off what was added.
+        The handle that trains, saves, merges and switches off the adapter.
 
     Raises:
-        UserError: an unknown method or key, a value out of range, or a model that the method does not fit, in one
-            line. The model is then as it was.
+        UserError: an unknown method or key, a value out of range, or a model that does not fit the method. The model
+            is unchanged then.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
         >>> adapter = lrk.adapt(model, "lora", rank=16, alpha=32, target_modules=["Q", "V"])
     """
     _require_adaptable(model)
-    made = _configured(method, settings)
-    return Adapter(_injected(model, made), made, fresh=True)
+    configured = _configured(method, settings)
+    return Adapter(_adapted(model, configured), configured, fresh=True)
 
 
 def load(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Adapter:
-    """Put a saved adapter on ``model``, which must have the weights that it was trained on.
+    """Load a saved adapter into ``model``, which must have the weights that it was trained on.
 
-    Checked are the SHA-256 of every file, the model's fingerprint, the tensors' names and shapes, and the logits that
-    a fixed input gave when the adapter was saved.
+    Checks the SHA-256 of every file, the model's fingerprint, the tensors' names and shapes, and the logits of a fixed
+    input, saved with the adapter.
 
     Args:
         model: as for :func:`adapt`, not adapted yet.
-        folder: what :meth:`Adapter.save` wrote; or a run of ``lrk train`` or ``lrk prune``, or its ``adapter/``. (What
-            ``lrk export`` or the PEFT library wrote is for :class:`lowrank_cli.Bank` and for that library.)
+        folder: a folder of :meth:`Adapter.save`, or a run of ``lrk train`` or ``lrk prune``, or its ``adapter/``. (For
+            folders of ``lrk export`` or the PEFT library, use :class:`lowrank_cli.Bank` or that library.)
 
     Returns:
-        The handle, as :func:`adapt` gives it; training goes on from the saved values.
+        The handle, as from :func:`adapt`; training continues from the saved values.
 
     Raises:
-        UserError: one of the checks failed, or nothing says which method made the adapter. Where the logits differ,
-            the model holds the adapter all the same; load the model anew.
+        UserError: one of the checks failed, or the adapter's method is unknown. If only the logits differ, the model
+            has the adapter nonetheless; load the model again.
 
     Example:
         >>> adapter = lrk.load(model, "outputs/latest")
@@ -88,19 +89,19 @@ def load(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Adapter:
     path = path / "adapter" if (path / "run.json").is_file() else path
     proof = save_load.read_proof(path)
     save_load.check_fingerprint(proof, adapted_model.fingerprint(model), str(path), model.config.model_type)
-    made = method_of_adapter(path)
-    adapter = _injected(model, made)
+    method = method_of_adapter(path)
+    adapter = _adapted(model, method)
     save_load.load(adapter, path)
-    return Adapter(adapter, made, fresh=False)
+    return Adapter(adapter, method, fresh=False)
 
 
 class Adapter:
-    """The adapter on one model. Made by :func:`adapt` and :func:`load`.
+    """The adapter of one model, from :func:`adapt` or :func:`load`.
 
     Attributes:
-        model: the adapted model: the object that was given.
-        config: the method's settings, all of them; not to be changed.
-        history: what the method reported while it trained, a row for each report: ``{"step": …, …}``.
+        model: the adapted model, the same object as was given.
+        config: all settings of the method; read-only.
+        history: reports of the method in training, a row for each: ``{"step": …, …}``.
     """
 
     model: PreTrainedModel
@@ -117,22 +118,23 @@ class Adapter:
         return f"<lrk.Adapter {self.config.name}: {count} modules, {self._adapter.count():,} trained parameters>"
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each low-rank module by its path, as it is now (ALoRA, AdaLoRA and SoRA change it)."""
+        """The current rank of each low-rank module, by path (ALoRA, AdaLoRA and SoRA change ranks)."""
         return self._adapter.ranks()
 
     def count(self) -> int:
-        """How many numbers train."""
+        """The number of trained parameters."""
         return self._adapter.count()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer is to step: all that trains, but for what the method steps itself."""
+        """The parameters for an optimizer: all trained ones, except those that the method steps itself."""
         return list(self._training.stepped().values())
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """:meth:`parameters` for an optimizer, in groups where the method has learning rates of its own.
+        """:meth:`parameters` in groups by learning rate.
 
         Args:
-            learning_rate: of all tensors that have none of their own (``router_learning_rate`` of MiLoRA is one).
+            learning_rate: of all parameters without a rate set by the method (such as MiLoRA's
+                ``router_learning_rate``).
 
         Example:
             >>> optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-3), weight_decay=0.0)
@@ -153,30 +155,31 @@ class Adapter:
         dev: Iterable[Batch] = (),
         steps_per_epoch: int | None = None,
     ) -> Iterator[None]:
-        """Inside, the method takes part in a training loop of your own, whatever the method is.
+        """Inside, the method takes part in your own training loop.
 
-        Each ``optimizer.step()`` is one step: the method acts before it (AdaLoRA) and after it (ALoRA, SoRA, LeLoRA,
-        MiLoRA), and gradients are cleared. The loss that the model returns includes the method's own term, if it has
-        one (MiLoRA, MOELoRA, AdaLoRA); a loop that computes its loss from logits adds :meth:`extra_loss`. A backward
-        pass outside of this block is an error where the method would miss it.
+        Each ``optimizer.step()`` is one step: the method acts before it (AdaLoRA) or after it (ALoRA, SoRA, LeLoRA,
+        MiLoRA), and gradients are cleared. The loss that the model returns includes the method's own term, if any
+        (MiLoRA, MOELoRA, AdaLoRA); a loop that computes its loss from logits adds :meth:`extra_loss`. If the method
+        acts in training, a backward pass outside of this block is an error.
 
-        MiLoRA routes by the prompt: the tokens before the first label that is not -100, or ``prompt_mask`` (B, T) as
-        one more argument of the model.
+        MiLoRA routes by the prompt: the tokens before the first label that is not -100, or ``prompt_mask`` (B, T),
+        an additional argument of the model.
 
         Args:
-            optimizer: of :meth:`parameter_groups`. ``torch.optim.Adam`` or ``AdamW`` where the method acts after
-                steps, since the moments of ranks move with them.
-            steps: how many there will be: schedules of the method are shares of it.
-            train: training batches (dicts of tensors with ``labels``), which MiLoRA reads a few of beforehand.
-            dev: dev batches, right-padded, for methods that look at held-out examples (ALoRA, LeLoRA, MiLoRA).
-            steps_per_epoch: of one pass over the training set, for schedules in epochs (ALoRA); the length of
-                ``train`` where it has one, else ``steps``.
+            optimizer: of :meth:`parameter_groups`. Must be ``torch.optim.Adam`` or ``AdamW`` if the method acts after
+                steps, since moments move with ranks.
+            steps: total number of steps, for the method's schedules.
+            train: training batches (dicts of tensors with ``labels``), of which MiLoRA reads a few in advance.
+            dev: right-padded dev batches, for methods that use held-out examples (ALoRA, LeLoRA, MiLoRA).
+            steps_per_epoch: for schedules in epochs (ALoRA). Defaults to the length of ``train`` if it has one, else
+                to ``steps``.
 
         Raises:
-            UserError: the optimizer does not step what it should, or the method needs batches that are missing.
+            UserError: the optimizer does not match the trained parameters, or batches that the method needs are
+                missing.
 
         Warns:
-            UserWarning: at the end, where other than ``steps`` steps were taken or the method has not finished.
+            UserWarning: at the end, if the number of steps was not ``steps`` or the method has not finished.
 
         Example:
             >>> with adapter.training(optimizer, steps=len(batches), train=batches, dev=dev_batches):
@@ -188,14 +191,14 @@ class Adapter:
             yield
 
     def extra_loss(self) -> Tensor:
-        """The method's own term of the loss of the pass that just ran; 0 for most methods.
+        """The method's own loss term of the last forward pass; 0 for most methods.
 
-        Only for a loop that gives the model no ``labels``: the model's own loss holds it already.
+        Only for loops that give the model no ``labels``: the loss of the model already includes it.
         """
         return self._training.extra_loss()
 
     def callback(self, *, dev: Iterable[Batch] = ()) -> TrainerCallback:
-        """:meth:`training` for ``transformers.Trainer``, with its optimizer, its number of steps and its batches.
+        """:meth:`training` for ``transformers.Trainer``, with its optimizer, number of steps and batches.
 
         Args:
             dev: as for :meth:`training`.
@@ -207,9 +210,12 @@ class Adapter:
         return trainer_callback(self._training, dev)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter, and what :func:`load` checks it by, into ``folder``, which is new or holds an adapter.
+        """Save the adapter, and the files that :func:`load` checks it with.
 
-        A LoRA (or DoRA, LoRA-FA, ALoRA, …) is in the format of the PEFT library, which reads it too.
+        LoRA, DoRA, LoRA-FA, ALoRA, … use the format of the PEFT library, which can load them too.
+
+        Args:
+            folder: a new folder, or one with an adapter, which is replaced.
 
         Raises:
             UserError: the folder holds other files, or the adapter is switched off.
@@ -224,9 +230,9 @@ class Adapter:
             save_load.save(self._adapter, temporary, about)
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Inside, the model is the bare one; afterwards the adapter is as it was before, on or off.
+        """Inside, the model is the bare one; afterwards the adapter is on or off as before.
 
-        A classification head that trained along stays as trained.
+        A trained classification head stays as trained.
 
         Raises:
             UserError: the method trains the model's own weights.
@@ -240,11 +246,11 @@ class Adapter:
         return self._adapter.disabled()
 
     def merge(self) -> None:
-        """Fold all updates into the weights, for the speed of the bare model; a copy of these stays on the CPU.
+        """Add all updates to the weights, for the speed of the bare model; a copy of the weights stays on the CPU.
 
         Raises:
-            UserError: no single weight equals an adapted one (MiLoRA, MOELoRA), or the weights are in 4 bits, or one
-                is shared with the input embedding.
+            UserError: the method cannot be merged (MiLoRA, MOELoRA), the weights are in 4 bits, or one is shared with
+                the input embedding.
         """
         self._adapter.merge()
 
@@ -254,7 +260,7 @@ class Adapter:
 
 
 def _configured(name: str, settings: dict[str, Any]) -> Method:
-    """The method with its YAML's values and ``settings``."""
+    """The method with the values of its YAML, overridden by ``settings``."""
     choices = [choice for choice in methods.names() if methods.can(choice, Adapts)]
     if name not in choices:
         raise unknown("method", name, choices)
@@ -269,7 +275,7 @@ def _configured(name: str, settings: dict[str, Any]) -> Method:
 
 
 def _require_adaptable(model: PreTrainedModel) -> None:
-    """Raise UserError for a model that no method can adapt."""
+    """Raise UserError if no method can adapt the model."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: {kind} is no PreTrainedModel of transformers; load one with from_pretrained")
@@ -287,8 +293,8 @@ def _require_adaptable(model: PreTrainedModel) -> None:
         )
 
 
-def _injected(model: PreTrainedModel, method: Method) -> adapted_model.Adapter:
-    """``model`` adapted by ``method``; as it was before where that raises UserError."""
+def _adapted(model: PreTrainedModel, method: Method) -> adapted_model.Adapter:
+    """Adapt ``model``; if that raises UserError, restore it."""
     assert isinstance(method, Adapts)
     if (writes := method.rewrites()) and any(map(quantized, model.parameters())):
         raise UserError(f"method: {method.config.name} {writes}, and the model's weights are quantised")

@@ -1,4 +1,4 @@
-"""Many adapters on one model: the rows of a batch use different ones."""
+"""Many adapters on one model, each with rows of the same batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lowrank_cli.inference.tenants import Tenants
 
 
 class Bank:
-    """Adapters by name on one bare model, which computes batches of all of them together.
+    """Adapters by name on one bare model, which computes batches with rows of different adapters.
 
     Args:
         model: a causal language model without an adapter; it is put into evaluation mode.
-        max_bytes: memory that the adapters may take on the model's device. Those that no batch needs move to host
-            memory, the least recently used first, and come back when asked for. None: no bound.
+        max_bytes: bound on the adapters' memory on the model's device. Unused adapters move to host memory, least
+            recently used first, and come back when needed. None: no bound.
 
     Raises:
         UserError: the model is adapted already.
@@ -41,22 +41,22 @@ class Bank:
 
     @property
     def names(self) -> list[str]:
-        """Of all adapters, in the order in which they were added."""
+        """Names of all adapters, in the order they were added."""
         return self._tenants.bank.names
 
     def add(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> None:
         """Add an adapter.
 
         Args:
-            name: what :meth:`rows` calls it.
-            adapter: a folder of :meth:`lowrank_cli.Adapter.save`, a run of ``lrk``, or a folder of the PEFT library
-                (a LoRA); or an adapter on another copy of the model, whose present values are copied.
+            name: its name for :meth:`rows`.
+            adapter: a folder of :meth:`lowrank_cli.Adapter.save`, a run of ``lrk``, or a LoRA of the PEFT library,
+                which does not record its model, so only shapes are checked; or an adapter on another copy of the model,
+                whose current values are copied.
 
         Raises:
-            UserError: the name is taken; the adapter belongs to another model, does not compute what it did when it
-                was saved, or is more than low-rank products (it trains a head, or all weights). The bank is then as
-                it was. A folder of the PEFT library does not tell which model it was trained on: only shapes are
-                checked.
+            UserError: the name is taken, or the adapter belongs to another model, does not compute what it did when it
+                was saved, or is more than low-rank products (it trains a head, or all weights). The bank is unchanged
+                then.
         """
         if isinstance(adapter, Adapter):
             self._tenants.bank.add(name, adapter._adapter)
@@ -64,18 +64,18 @@ class Bank:
             self._tenants.add(name, os.fspath(adapter))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Raises UserError for an unknown name."""
+        """Remove an adapter. Raises UserError for an unknown name."""
         self._tenants.bank.remove(name)
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Inside, row i of each batch is computed by the adapter ``names[i]``; None is the bare model.
+        """Inside, row i of each batch uses the adapter ``names[i]``; None is the bare model.
 
-        With several rows a prompt (beams, ``num_return_sequences``), one name a prompt.
+        If a prompt has several rows (beams, ``num_return_sequences``), give one name for each prompt.
 
         Raises:
-            UserError: an unknown name, no names at all, adapters that do not fit ``max_bytes``, or another such block
-                is active.
+            UserError: an unknown name, no names, adapters that do not fit ``max_bytes``, or another such block is
+                active.
         """
         with self._tenants.bank.batch(names):
             yield

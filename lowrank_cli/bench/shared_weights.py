@@ -45,7 +45,7 @@ class Twin:
     def held_bytes(self) -> int:
         """``own_bytes``, and what the modules keep between calls."""
         parts = self.adapter.modules.values() if self.adapter else ()
-        return self.own_bytes + sum(part.kept_bytes() for part in parts)
+        return self.own_bytes + sum(part.cached_bytes() for part in parts)
 
 
 def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], seed: int) -> dict[str, Twin]:

@@ -1,11 +1,11 @@
-"""In-context learning calibrated: answers of a model whose weights stay as they are, scored differently.
+"""Calibrated in-context learning: the answers of an unchanged model, scored differently.
 
 :mod:`~lowrank_cli.calibration.ida` (infinitely many augmented demonstrations, in closed form),
-:mod:`~lowrank_cli.calibration.contextual` (divided by what a content-free input gives),
+:mod:`~lowrank_cli.calibration.contextual` (relative to content-free inputs),
 :mod:`~lowrank_cli.calibration.prototypes` (a Gaussian mixture over the answers' probabilities),
-:mod:`~lowrank_cli.calibration.head` (what the closed form reads of a model),
+:mod:`~lowrank_cli.calibration.head` (the weight of the language model's head),
 :mod:`~lowrank_cli.calibration.statistics_files` (fitted tensors on disk) and
-:mod:`~lowrank_cli.calibration.logits_processor` (the same for ``transformers``' ``generate``).
+:mod:`~lowrank_cli.calibration.logits_processor` (IDA in ``transformers``' ``generate``).
 
 Letters: N rows, C candidate answers, V vocabulary, D width, R rows of the covariance's factor, Y answer tokens.
 """

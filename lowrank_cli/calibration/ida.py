@@ -5,8 +5,8 @@ model's head (w_k, b_k) reads, and μ, Σ mean and covariance of the demonstrati
 
     q(y) = E[1 / p(y | h̃)] = Σ_k exp( Δw_kᵀ(h + λμ) + Δb_k + (λ/2) Δw_kᵀ Σ Δw_k ),   Δw_k = w_k − w_y, Δb_k = b_k − b_y
 
-The prediction is argmin_y log q(y) + τ log π_y, where π_y is the share of answer y among the demonstrations. All but h
-is known beforehand: with Σ = FᵀF and logits z = W h + b,
+The prediction is argmin_y log q(y) + τ log π_y, where π_y is the share of answer y among the demonstrations. Everything
+but h is known in advance: with Σ = FᵀF and logits z = W h + b,
 
     −log q(y) = z_y − logsumexp_k( z_k + o_yk ),   o_yk = λ (w_k − w_y)ᵀμ + (λ/2) ‖F w_k − F w_y‖²
 
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lowrank_cli.errors import UserError
 
-#: Scores of tokens (N, C) under logits (N, V): (N, C), higher is better; (S, N, C) of S rules :func:`together`.
+#: (logits (N, V), tokens (N, C)) -> scores (N, C), higher is better; (S, N, C) for S rules :func:`together`.
 TokenRule = Callable[[Tensor, Tensor], Tensor]
 
-CHUNK = 8192  #: rows of the head that are projected at a time: bounds memory to CHUNK × R numbers
+CHUNK = 8192  #: rows of the head projected at a time; bounds memory to CHUNK × R numbers
 
 
 def log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -35,23 +35,23 @@ def log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def together(rules: Sequence[TokenRule]) -> TokenRule:
-    """Several rules applied to the same logits, one after the other."""
+    """One rule that applies several rules to the same logits."""
     return lambda logits, tokens: torch.stack([rule(logits, tokens) for rule in rules])  # S × (N, C) -> (S, N, C)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the demonstrations' features say; all fp32."""
+    """Statistics of the demonstrations' features and labels, fp32."""
 
     mean: Tensor  #: μ, (D,)
-    factor: Tensor  #: F with FᵀF = Σ, (R, D), R at most the number of demonstrations and D
-    shares: Tensor  #: π, (C,): each label's share of the demonstrations
+    factor: Tensor  #: F with FᵀF = Σ, (R, D); R is at most D and the number of demonstrations
+    shares: Tensor  #: π, (C,), each label's share of the demonstrations
 
 
 def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
-    """Mean, factor of the covariance (divided by n, as the paper's) and class shares of features (n, D).
+    """Mean, factor of the covariance (divided by n, as in the paper) and class shares of features (n, D).
 
-    With more demonstrations than D the factor is the triangular one of a QR decomposition: the same Σ in D rows.
+    With n > D the factor is triangular, from a QR decomposition: the same Σ with D rows.
     """
     features = features.double()
     mean = features.mean(dim=0)  # (n, D) -> (D,)
@@ -63,10 +63,10 @@ def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
 
 
 def prior(shares: Tensor, tau: float) -> Tensor:
-    """τ log π of shares (C,): (C,), zeros for τ = 0 whatever the shares.
+    """τ log π for shares π (C,): (C,); zeros if τ = 0.
 
     Raises:
-        UserError: a label without a share, which no finite score makes up for.
+        UserError: a share is 0, which no finite score can correct.
     """
     if tau == 0:
         return torch.zeros_like(shares)
@@ -82,32 +82,32 @@ def prior(shares: Tensor, tau: float) -> Tensor:
 def offsets(head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Tensor) -> Tensor:
     """o of each answer token: head (V, D), tokens (Y,) -> (Y, V).
 
-    Differences of projections are squared, not the projections: with real heads the terms reach thousands.
+    Squares differences of projections, not projections, which reach thousands with real heads.
     """
     head, mean, factor = head.float(), mean.to(head.device), factor.to(head.device)
     shift = head @ mean  # (V, D) @ (D,) -> (V,)
     chosen = head[tokens] @ factor.t()  # (Y, D) @ (D, R) -> (Y, R)
-    parts = [
+    distances = [
         torch.cdist(chosen, rows @ factor.t(), compute_mode="donot_use_mm_for_euclid_dist")  # (Y, R), (c, R) -> (Y, c)
-        for rows in head.split(CHUNK)
+        for rows in torch.split(head, CHUNK)
     ]
-    quadratic = torch.cat(parts, dim=1).square()  # (Y, V)
+    quadratic = torch.cat(distances, dim=1).square()  # (Y, V)
     return strength * (shift - shift[tokens, None]) + 0.5 * strength * quadratic
 
 
 class IdaSoftmax:
-    """The rule −log q(y) for the answer ``tokens``: fitted once, then applied to any logits."""
+    """The rule −log q(y) for the answer ``tokens``; offsets are computed once."""
 
     def __init__(self, head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Iterable[int]):
         self.tokens = torch.tensor(sorted(set(tokens)), device=head.device)  # (Y,)
         self.offsets = offsets(head, mean, factor, strength, self.tokens)  # (Y, V)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """−log q of tokens (N, C) that this rule was made for, under logits (N, V): (N, C)."""
-        place = torch.searchsorted(self.tokens, tokens.contiguous())  # (N, C)
+        """−log q under logits (N, V) of tokens (N, C) among the answers': (N, C)."""
+        indices = torch.searchsorted(self.tokens, tokens.contiguous())  # (N, C)
         columns = []
-        for column in place.unbind(dim=1):  # one answer at a time: (N, V) numbers, not (N, C, V)
+        for column in indices.unbind(dim=1):  # one answer at a time needs (N, V) numbers, not (N, C, V)
             same = bool((column == column[0]).all())
-            moved = logits + self.offsets[column[0] if same else column]  # (N, V)
-            columns.append(moved.logsumexp(dim=-1))
+            shifted = logits + self.offsets[column[0] if same else column]  # (N, V)
+            columns.append(shifted.logsumexp(dim=-1))
         return logits.gather(1, tokens) - torch.stack(columns, dim=1)

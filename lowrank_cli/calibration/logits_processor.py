@@ -1,11 +1,11 @@
-"""Calibrated answers inside ``transformers``' ``generate``: only the answers, each scored by its IDA-Softmax.
+"""IDAICL in ``transformers``' ``generate``: only the answers can be generated, scored by IDA-Softmax.
 
     processor = AnswerProcessor.from_folder("RUN/statistics", model, tokenizer.eos_token_id)
     model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0, …)
 
-One processor serves any number of calls. The sum of a finished answer's scores is −Σ log q of its tokens − τ log π:
-with as many beams as answers (``beams``) no answer is lost and the best one is returned. Where the answers' first
-tokens differ and are all there is, greedy decoding gives the same.
+A processor serves any number of calls. The scores of a finished answer sum to −Σ log q of its tokens − τ log π. With as
+many beams as answers (``beams``) no answer is lost and the best one is returned; if all answers are single distinct
+tokens, greedy decoding gives the same.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lowrank_cli.calibration.ida import IdaSoftmax, TokenRule, prior
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Finite, check
 
-TENSORS = ("mean", "factor", "shares")  #: of each wording
-FOLLOWED = {"calibration": "ida", "normalize_length": False}  #: settings of the method that this is
+TENSORS = ("mean", "factor", "shares")  #: names of the tensors of each wording
+SUPPORTED = {"calibration": "ida", "normalize_length": False}  #: settings of the method that ``generate`` can follow
 
 
 class Settings(TypedDict):
-    """Those of the method that decide an answer's score."""
+    """The method's settings that determine an answer's score."""
 
     calibration: str
     normalize_length: bool
@@ -39,17 +39,16 @@ class Settings(TypedDict):
 
 
 class AnswerProcessor(LogitsProcessor):
-    """Restricts ``generate`` to ``answers`` (token ids); ``bonus`` (C,) is added once for each answer.
+    """Restricts ``generate`` to ``answers`` (token ids); ``bonus`` (C,) is added once to each answer's score.
 
-    The answer begins behind the prompts, which are what the first scores of a call are asked for. Another call is told
-    from the next step of the same one by its length and its prompts; a prompt that is the last one and just the token
-    that was said to it needs :meth:`reset` before.
+    The input of the first step of a call is taken as the prompts. A new call is recognised by its length and prompts;
+    call :meth:`reset` before a prompt that equals the last one plus the token just generated for it.
     """
 
     def __init__(self, rule: TokenRule, answers: Sequence[Sequence[int]], bonus: Sequence[float], eos: int):
         self.rule, self.eos = rule, eos
         self.beams = len(answers)
-        #: what was said -> what can follow, whether it is scored, and what is added to its score
+        #: tokens so far -> by next token, whether it is scored, and what is added to its score
         self.following: dict[tuple[int, ...], dict[int, tuple[bool, float]]] = {}
         ends = [tuple(answer) if answer[-1] == eos else (*answer, eos) for answer in answers]
         for answer, end, more in zip(answers, ends, bonus, strict=True):
@@ -61,10 +60,13 @@ class AnswerProcessor(LogitsProcessor):
 
     @classmethod
     def from_folder(cls, folder: str | Path, model: PreTrainedModel, eos: int, template: int = 0) -> AnswerProcessor:
-        """From the ``statistics`` folder of a run or its ``export``, for the model that they were fitted with.
+        """Load the ``statistics`` folder of a run or its ``export``.
 
-        Where that model had an adapter, ``model`` must have it too, applied or merged: of such a model only width and
-        vocabulary are checked, since merging changes every weight.
+        Args:
+            model: the model that they were fitted with. If it had an adapter, it needs that too, applied or merged;
+                then only width and vocabulary are checked, since merging changes every weight.
+            eos: id of the end-of-sequence token.
+            template: index of the wording.
 
         Raises:
             UserError: statistics of another model, or of settings that ``generate`` cannot follow: a calibration
@@ -77,11 +79,11 @@ class AnswerProcessor(LogitsProcessor):
         if missing := [name for name in names if name not in tensors]:
             raise UserError(f"{folder}: {statistics_files.TENSORS} has no '{missing[0]}'")
         mean, factor, shares = (tensors[name] for name in names)
-        for key, followed in FOLLOWED.items():
-            if settings[key] != followed:
+        for key, supported in SUPPORTED.items():
+            if settings[key] != supported:
                 raise UserError(
                     f"{folder}: these statistics go with method.{key}={settings[key]}; "
-                    f"in generate answers are scored with method.{key}={followed}"
+                    f"in generate answers are scored with method.{key}={supported}"
                 )
         head = head_weight(model)  # (V, D)
         known = about["adapter"] is not None or fingerprint(model) == about["fingerprint"]
@@ -92,20 +94,20 @@ class AnswerProcessor(LogitsProcessor):
         return cls(rule, about["answers"], (-prior(shares, settings["tau"])).tolist(), eos)
 
     def reset(self) -> None:
-        """Forget where the last answers began."""
-        self.start, self.length = 0, -1  # tokens of the prompts; of them and what was said, in the last step
+        """Forget the prompts of the last call."""
+        self.start, self.length = 0, -1  # number of tokens in the prompts, and in the input of the last step
         self.prompts: set[tuple[int, ...]] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of the next token (N, V); log probabilities or logits, since a constant cancels."""
+        """Scores of the next token (N, V), from log probabilities or logits (a constant cancels)."""
         prompts = {tuple(row) for row in input_ids[:, : self.start].tolist()}
         if input_ids.shape[1] != self.length + 1 or not prompts <= self.prompts:
             self.start, self.prompts = input_ids.shape[1], {tuple(row) for row in input_ids.tolist()}
         self.length = input_ids.shape[1]
         out = torch.full_like(scores, -torch.inf)
-        for row, said in enumerate(input_ids[:, self.start :].tolist()):
-            follow = self.following.get(tuple(said))
-            if follow is None:  # ended before, or a beam that was never alive
+        for row, generated in enumerate(input_ids[:, self.start :].tolist()):
+            follow = self.following.get(tuple(generated))
+            if follow is None:  # finished, or an unused beam
                 out[row, self.eos] = 0.0
                 continue
             for token, (scored, added) in follow.items():

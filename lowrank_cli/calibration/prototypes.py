@@ -1,14 +1,14 @@
-"""Prototypical calibration: a Gaussian mixture over the answers' log probabilities decides, not their largest.
+"""Prototypical calibration: answers are decided by a Gaussian mixture over their log probabilities.
 
 Han et al., "Prototypical Calibration for Few-shot Learning of Language Models", ICLR 2023: as many clusters as answers,
-fitted by EM on unlabelled examples; each cluster stands for one answer, matched so that the clusters' mean log
-probabilities of their answers sum to the most; an input belongs to the cluster of the largest posterior.
+fitted by EM on unlabelled examples. Each cluster is matched to one answer so that the sum of the clusters' mean log
+probabilities of their answers is largest; an input belongs to the cluster with the largest posterior.
 
-The clusters' weights are the shares of the answers as the examples seem to have them: fitted on a skewed set, they are
-skewed as it is, and nothing takes that out again.
+The clusters' weights estimate the shares of the answers in the examples: on a skewed set they are skewed too, which is
+not corrected.
 
-Reconstruction: scores are normalised over the answers; full covariances with ``RIDGE`` on the diagonal; starts are
-k-means++ seedings, and the start of the largest likelihood wins.
+Reconstruction: scores are normalised over the answers; covariances are full, with ``RIDGE`` on the diagonal; of several
+k-means++ starts the one with the largest likelihood is used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3  #: added to each variance, in squared nats: clusters of one point stay clusters
+RIDGE = 1e-3  #: added to each variance, in squared nats, so that clusters of one point are not degenerate
 STARTS, ROUNDS, TOLERANCE = 10, 100, 1e-5  #: of EM; the tolerance is in nats per example
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Clusters in the order of the answers they stand for."""
+    """A Gaussian mixture, with clusters in the order of their answers."""
 
     weights: Tensor  #: (K,)
     means: Tensor  #: (K, C)
@@ -33,7 +33,8 @@ class Mixture:
     def log_joint(self, points: Tensor) -> Tensor:
         """log p(point, cluster): points (N, C) -> (N, K)."""
         normal = torch.distributions.MultivariateNormal(self.means, self.covariances)
-        return normal.log_prob(points.unsqueeze(1)) + self.weights.log()  # (N, 1, C) -> (N, K)
+        log_probability: Tensor = normal.log_prob(points.unsqueeze(1))  # type: ignore[no-untyped-call]  # (N, K)
+        return log_probability + self.weights.log()
 
     def posterior(self, scores: Tensor) -> Tensor:
         """log p(answer | scores) of answer scores (N, C): (N, C)."""
@@ -41,7 +42,7 @@ class Mixture:
 
 
 def fit(scores: Tensor, seed: int) -> Mixture:
-    """The mixture of the scores (N, C) of unlabelled examples, its clusters matched to the C answers."""
+    """Fit a mixture to the scores (N, C) of unlabelled examples, with clusters matched to the C answers."""
     points = scores.double().log_softmax(dim=-1)
     generator = torch.Generator().manual_seed(seed)
     best, most = None, -float("inf")
@@ -55,7 +56,7 @@ def fit(scores: Tensor, seed: int) -> Mixture:
 
 
 def match(gains: list[list[float]]) -> list[int]:
-    """For each column the row matched to it so that the matched gains sum to the most; square, exact, O(2ⁿ n)."""
+    """For each column, the row of the assignment with the largest sum of gains; square, exact, O(2ⁿ n)."""
     size = len(gains)
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # rows used, as bits -> gain, row of each column so far
     for column in range(size):
@@ -72,7 +73,7 @@ def match(gains: list[list[float]]) -> list[int]:
 
 
 def _seeds(points: Tensor, generator: torch.Generator) -> Tensor:
-    """k-means++: points far from those chosen before are likelier to be chosen. (N, C) -> (C, C)."""
+    """k-means++: points far from those already chosen are more likely. (N, C) -> (C, C)."""
     chosen = [points[int(torch.randint(len(points), (1,), generator=generator))]]
     while len(chosen) < points.shape[1]:
         far = torch.cdist(points, torch.stack(chosen)).square().min(dim=1).values + 1e-12  # (N,)
@@ -81,11 +82,11 @@ def _seeds(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _expectation_maximisation(points: Tensor, means: Tensor) -> tuple[Mixture, float]:
-    """EM from the given means (K, C); the mixture and its mean log likelihood."""
+    """EM from the given means (K, C). Returns the mixture and its mean log likelihood."""
     clusters, width = means.shape
     ridge = RIDGE * torch.eye(width, dtype=points.dtype)
-    spread = torch.cov(points.t(), correction=0).reshape(width, width) + ridge
-    mixture = Mixture(torch.full((clusters,), 1 / clusters).double(), means, spread.expand(clusters, -1, -1))
+    covariance = torch.cov(points.t(), correction=0).reshape(width, width) + ridge
+    mixture = Mixture(torch.full((clusters,), 1 / clusters).double(), means, covariance.expand(clusters, -1, -1))
     before = -float("inf")
     for _ in range(ROUNDS):
         joint = mixture.log_joint(points)  # (N, K)
@@ -93,10 +94,10 @@ def _expectation_maximisation(points: Tensor, means: Tensor) -> tuple[Mixture, f
         if likelihood - before < TOLERANCE:
             break
         before = likelihood
-        belongs = joint.softmax(dim=-1) + 1e-12  # (N, K): an empty cluster stays where it is, tiny
-        mass = belongs.sum(dim=0)  # (K,)
-        means = belongs.t() @ points / mass[:, None]
-        apart = points.unsqueeze(1) - means  # (N, K, C)
-        spreads = torch.einsum("nk,nki,nkj->kij", belongs, apart, apart) / mass[:, None, None] + ridge
-        mixture = Mixture(mass / mass.sum(), means, spreads)
+        shares = joint.softmax(dim=-1) + 1e-12  # (N, K); not 0, so empty clusters stay defined
+        mass = shares.sum(dim=0)  # (K,)
+        means = shares.t() @ points / mass[:, None]
+        centred = points.unsqueeze(1) - means  # (N, K, C)
+        covariances = torch.einsum("nk,nki,nkj->kij", shares, centred, centred) / mass[:, None, None] + ridge
+        mixture = Mixture(mass / mass.sum(), means, covariances)
     return mixture, likelihood

@@ -1,4 +1,4 @@
-"""Fitted statistics on disk: one safetensors file, and a JSON file that says what they are and holds its hash."""
+"""Fitted statistics on disk: a safetensors file, and a JSON file that describes it and holds its hash."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(folder: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Non
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and what was said about them; UserError where a file is missing, damaged or altered."""
+    """The tensors and their ``about``. Raises UserError if a file is missing, damaged or altered."""
     if not (folder / ABOUT).exists():
         raise UserError(f"{folder}: holds no statistics ({ABOUT} is missing)")
     about = read_json(folder / ABOUT, dict[str, Any])

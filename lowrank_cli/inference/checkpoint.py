@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter import ranks
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files import optimizer_state, save_load
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AfterStep, Method
 from lowrank_cli.reader import Count, Finite, Sha256, Where, read_json
@@ -62,7 +62,7 @@ def save(
     final = run.file(f"checkpoints/step-{progress['step']:07d}")
     groups = {
         "trained": save_load.tensors(adapter),
-        "optimizer": save_load.moments(optimizer),
+        "optimizer": optimizer_state.moments(optimizer),
         "method": method.state() if isinstance(method, AfterStep) else {},
         "rng": {f"{rank}.{key}": value for rank, states in enumerate(rng) for key, value in states.items()},
     }
@@ -96,7 +96,7 @@ def load(
     ranks.rebuild(adapter, progress.pop("ranks"), str(folder), optimizer)
     save_load.assign(adapter, save_load.read_tensors(folder / "trained.safetensors"), str(folder))
     moments = folder / "optimizer.safetensors"
-    save_load.load_moments(optimizer, save_load.read_tensors(moments), str(moments))
+    optimizer_state.load_moments(optimizer, save_load.read_tensors(moments), str(moments))
     if isinstance(method, AfterStep):
         kept = folder / "method.safetensors"
         try:

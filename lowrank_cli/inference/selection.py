@@ -14,7 +14,7 @@ from lowrank_cli.schema import PruneConfig, PruneRun
 from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.heatmaps import heat_map
 from lowrank_cli.scoring.kinds import Scores
-from lowrank_cli.scoring.selection import FILE, Module, Setting, choose, text
+from lowrank_cli.scoring.selection import FILE, Module, Selection, choose, text
 
 Values = dict[str, list[float]]
 
@@ -76,8 +76,7 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
         "kept": _rule(config.prune),
     }
     table = {place: scores.values[key][0] for key, place in places.items()}
-    setting = Setting(config.name or f"{scores.kind} {about['kept']}", kept)
-    run.write_text(FILE, text(setting, table, about, methods.having("setting")[0]))
+    run.write_text(FILE, text(Selection(config.name or f"{scores.kind} {about['kept']}", kept), table, about))
     return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
 
 

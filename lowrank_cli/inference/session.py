@@ -23,7 +23,7 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.target_sites import find_sites
-from lowrank_cli.adapter.tenants.grouped_update import require_grouped
+from lowrank_cli.adapter.tenants.update_class import require_grouped
 from lowrank_cli.adapter.training.compiled import require_compiler
 from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.inference import progress

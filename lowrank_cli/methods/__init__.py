@@ -1,4 +1,4 @@
-"""The registry: every file of this folder is a method, known by the file's name."""
+"""The registry: every file or folder here, except the protocol, is a method with that name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _classes() -> dict[str, type[Method]]:
         if module.name == "protocol":
             continue
         namespace = vars(importlib.import_module(f"{__name__}.{module.name}"))
-        found = [c for c in namespace.values() if isinstance(c, type) and c.__module__.endswith(f".{module.name}")]
-        (classes[module.name],) = [c for c in found if issubclass(c, Method)]
+        local = [c for c in namespace.values() if isinstance(c, type) and c.__module__.endswith(f".{module.name}")]
+        (classes[module.name],) = [c for c in local if issubclass(c, Method)]
     return classes
 
 
@@ -50,14 +50,14 @@ def capabilities(name: str) -> set[str]:
 
 
 def refusal(name: str, stage: str) -> str:
-    """Why method ``name`` refuses ``stage``, or empty where it does not or says nothing about it."""
+    """Why method ``name`` refuses ``stage``; empty if it does not."""
     method = _class(name)
     merging = method.unmergeable and f"{method.unmergeable}, so no single weight equals them"
     return {"export": merging, "score": method.unprunable, "prune": method.unprunable}.get(stage, "")
 
 
 def can(name: str, *capabilities: type) -> bool:
-    """Whether method ``name`` has one of these capabilities of :mod:`lowrank_cli.methods.protocol`."""
+    """Whether method ``name`` has one of ``capabilities`` (:mod:`lowrank_cli.methods.protocol`)."""
     return issubclass(_class(name), capabilities)
 
 
@@ -67,19 +67,20 @@ def published_speeds() -> dict[str, Mapping[tuple[str, int], float]]:
 
 
 def create(config: MethodConfig) -> Method:
-    """The method that ``config`` configures."""
+    """The method for ``config``."""
     return _class(config.name)(config)
 
 
 def configured(values: Mapping[str, Any], source: str, given: Collection[str] | None = None) -> Method:
-    """The method that plain ``values`` configure: every key of one method, and its ``name``.
+    """The method for plain ``values``.
 
     Args:
-        source: where the values are from; errors name it.
-        given: the keys that a user set just now, where values may have to be read from files that they name.
+        values: every key of the method, and its ``name``.
+        source: where the values come from, for error messages.
+        given: keys just set by the user; files that they name are then read into the config. None: values are final.
 
     Raises:
-        UserError: these are no method's settings.
+        UserError: the values are not the settings of a method.
     """
     kinds = config_classes()
     require_choice(f"{source}: method.name", values.get("name"), kinds)

@@ -1,20 +1,20 @@
-"""AdaLoRA: ranks are pruned where they matter least, by the importance of their singular triplets.
+"""AdaLoRA: the least important ranks are pruned, by the importance of their singular triplets.
 
 Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv 2303.10512, section 3:
 
     y = W x + s · P Λ Q drop(x),   s = alpha / initial rank,   P: (O, R), Λ = diag: (R,), Q: (R, I)
     loss = cross-entropy + orthogonality · Σ_modules (‖Pᵀ P − 1‖² + ‖Q Qᵀ − 1‖²)
 
-P and Q start Gaussian, Λ at 0. After a first share of the steps, every ``interval`` steps the Λ of all ranks but the
-b(t) most important of the whole model are set to 0 (they may come back); b falls by a cubic schedule from modules ×
-initial rank to modules × ``rank``. This budget holds for the last share of the steps; ranks outside it leave the
+P and Q start Gaussian, Λ at 0. After an initial share of the steps, every ``interval`` steps Λ is set to 0 for all
+ranks but the b(t) most important of the whole model (they may grow back); b falls on a cubic schedule from modules ×
+initial rank to modules × ``rank``. For the final share of the steps the budget is fixed, and other ranks leave the
 adapter.
 
 Reconstruction: the paper's schedule b(t) as printed jumps at its end; here it reaches the budget at T − t_f. The paper
-gives t_i and t_f in steps; here they are shares of all steps, so that one file fits any length. Adapters are kept as
-the best only from the step on at which the budget holds. The penalty is the paper's sum of squares; the authors' code
-weighs the mean of the norms, which is smaller by orders of magnitude, with γ = 0.1. That weight on the sum drowns the
-task's gradient in short runs, so the default is 1e-3.
+gives t_i and t_f in steps; here they are shares of all steps, so one file fits any length. Adapters can be kept as the
+best only once the budget is fixed. The penalty is the paper's sum of squares; the authors' code weights the mean of the
+norms, which is smaller by orders of magnitude, with γ = 0.1. On the sum that weight drowns the task's gradient in short
+runs, so the default is 1e-3.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class BudgetConfig(LoRAConfig):
-    """LoRA that starts with more ranks than it may keep: ``rank`` is the mean rank of a module in the end."""
+    """LoRA that starts with more ranks than its budget: ``rank`` is the final mean rank of a module."""
 
     initial_rank: Optional[int] = MISSING  #: of every module at the start; null is twice ``rank``
     final_share: float = MISSING  #: share of all steps, the last ones, at the final budget
@@ -54,13 +54,13 @@ class BudgetConfig(LoRAConfig):
         return 2 * self.rank if self.initial_rank is None else self.initial_rank
 
     def budget_step(self, total: int) -> int:
-        """The step of ``total`` from whose end on the final budget holds."""
+        """The step of ``total`` after which the final budget holds."""
         return max(1, total - round(self.final_share * total))
 
 
 @dataclass
 class AdaLoRAConfig(BudgetConfig):
-    """Triplets of singular vectors and values, and how their budget falls."""
+    """Singular triplets, and the schedule of their budget."""
 
     initial_share: float = MISSING  #: share of all steps, the first ones, before any rank is pruned
     interval: int = MISSING  #: steps from one allocation to the next
@@ -83,7 +83,7 @@ class AdaLoRAConfig(BudgetConfig):
 
 
 def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
-    """Modules of the initial rank with a value for each rank."""
+    """Inject modules with the initial rank and a value for each rank."""
     from lowrank_cli.adapter.adapted_model import inject
     from lowrank_cli.adapter.kinds.rank_values import RankValues
     from lowrank_cli.adapter.target_sites import find_sites
@@ -96,7 +96,7 @@ def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
 
 
 def observe_budget(adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Parameters at the start beside those of the ranks left, and a heat map of these."""
+    """Initial parameters, and the remaining ranks with their heat map."""
     from lowrank_cli.adapter.kinds.rank_values import initial_parameters
     from lowrank_cli.scoring.heatmaps import allocation
 
@@ -120,16 +120,16 @@ class AdaLoRA(LoRA):
         self._settled = False
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """P and Q Gaussian with the deviation of the authors' code, Λ = 0: the bare model, exactly."""
+        """P and Q Gaussian, with the deviation of the authors' code; Λ = 0, so the function does not change."""
         from torch import nn
 
-        from lowrank_cli.adapter.kinds.rank_values import valued
+        from lowrank_cli.adapter.kinds.rank_values import value_modules
 
         adapter = inject_values(model, self.config)
-        for part in valued(adapter).values():
-            nn.init.normal_(part.lora_a, std=0.02)
-            nn.init.normal_(part.lora_b, std=0.02)
-            nn.init.zeros_(part.values)
+        for module in value_modules(adapter).values():
+            nn.init.normal_(module.lora_a, std=0.02)
+            nn.init.normal_(module.lora_b, std=0.02)
+            nn.init.zeros_(module.values)
         return adapter
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
@@ -138,24 +138,24 @@ class AdaLoRA(LoRA):
 
         from lowrank_cli.adapter.kinds.rank_values import orthogonality
 
-        terms = [orthogonality(part.lora_b.t()) + orthogonality(part.lora_a) for part in adapter.modules.values()]
+        terms = [orthogonality(module.lora_b.t()) + orthogonality(module.lora_a) for module in adapter.modules.values()]
         return self.config.orthogonality * torch.stack(terms).sum()
 
     def before_step(self, step: Step) -> None:
-        """Importance of the weights by the gradients that are about to move them."""
+        """Update the importance with the current weights and gradients."""
         if not self._settled:
             self.importance = self.importance or self._importance(step.adapter)
             self.importance.update({name: weight.grad for name, weight in self.importance.weights.items()})
 
     def _importance(self, adapter: Adapter) -> Importance:
-        """Of the ranks that there are: fewer than at the start, where training goes on from another run."""
+        """A fresh importance of the current ranks, which may be fewer than the initial ones in a continued run."""
         from lowrank_cli.adapter.kinds.rank_values import Importance
 
         return Importance(adapter, self.config.beta1, self.config.beta2)
 
     def after_step(self, step: Step) -> None:
-        """Allocate the budget of this step; the final one for good."""
-        from lowrank_cli.adapter.kinds.rank_values import cubic_budget, keep_largest, remove, silence
+        """Apply this step's budget; once it is final, remove the other ranks."""
+        from lowrank_cli.adapter.kinds.rank_values import cubic_budget, keep_largest, remove_ranks, zero_values
 
         if self.importance is None:
             return
@@ -164,21 +164,21 @@ class AdaLoRA(LoRA):
         first = min(round(config.initial_share * step.total), last - 1)
         budget = cubic_budget(step.number, first, last, modules * config.start_rank, modules * config.rank)
         if step.number >= last:
-            remove(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
+            remove_ranks(adapter, keep_largest(self.importance.scores(), budget), step.optimizer)
             self.importance, self._settled = None, True
         elif step.number > first and step.number % config.interval == 0:
-            silence(adapter, keep_largest(self.importance.scores(), budget))
+            zero_values(adapter, keep_largest(self.importance.scores(), budget))
 
     def unsettled(self) -> str | None:
-        """Until the final budget holds."""
+        """Unsettled until the final budget holds."""
         return None if self._settled else "more ranks than the budget"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The moving averages, until they have served."""
+        """The moving averages, while ranks are still pruned."""
         return self.importance.state() if self.importance else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue where :meth:`state` was taken."""
+        """Restore :meth:`state`."""
         self._settled = not state
         if state:
             self.importance = self._importance(adapter)
@@ -187,5 +187,5 @@ class AdaLoRA(LoRA):
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Parameters at the start, the ranks left and where they are."""
+        """See :func:`observe_budget`."""
         return observe_budget(adapter)

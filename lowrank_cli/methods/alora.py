@@ -1,4 +1,4 @@
-"""ALoRA: the ranks that do not help are pruned, and their budget goes to the modules that lost none.
+"""ALoRA: ranks that do not help are pruned, and their budget goes to the modules that lost none.
 
 Liu et al., "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models", NAACL 2024,
 arXiv 2403.16187, section 3. Every module starts with the same rank, so the budget holds from the first step. After
@@ -10,11 +10,11 @@ K1 epochs, and then every K2 epochs, up to N_A times:
 A new rank is Gaussian in A and zero in B, so it changes nothing when it is inserted. If every module lost a rank, none
 is added, and the final budget is smaller. The scale alpha / (initial rank) of a module never changes.
 
-Reconstructions: n_A new ranks that do not divide evenly go to the modules of the highest mean importance (before the
+Reconstructions: new ranks that do not divide evenly go to the modules with the highest mean importance (before
 pruning); a module that has lost all its ranks leaves the model for good; no module grows beyond its matrix; no round
-without training behind it. The paper says "at most" N_A rounds: here they end where more than the share ``settle`` of
-the n_A lowest ranks came in the round before. These did not catch up in K2 epochs, and taking them back would hand
-their budget to the modules that the round before took it from, and so on, back and forth.
+comes before training. The paper says "at most" N_A rounds: here they end when more than the share ``settle`` of the n_A
+lowest ranks are new from the round before. Those did not catch up in K2 epochs, and pruning them would return their
+budget to the modules it was taken from, back and forth.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ALoRAConfig(LoRAConfig):
-    """LoRA modules of equal rank at the start, and when and how their ranks move."""
+    """LoRA modules that start with equal ranks, and when and how ranks move."""
 
     #: ``ab`` (the paper's, exact), ``taylor`` (its approximation), ``mixed`` (exact near the cut), ``auto`` (the best
     #: of these whose scorings cost less than a tenth of training in all), ``dnas``, ``sensitivity`` or ``magnitude``
@@ -83,18 +83,18 @@ class ALoRA(LoRA):
 
     def __init__(self, config: ALoRAConfig):
         super().__init__(config)
-        self._steps: list[int] = []  # at which a round was
-        self._allocations: list[list[int]] = []  # the rank of every site, at the start and after each round
-        self._new: dict[str, int] = {}  # how many of a module's ranks, its last ones, came in the last round
-        self._settled: int | None = None  # the step from which on ranks stay
-        self._seconds = 0.0  # spent on scoring
+        self._steps: list[int] = []  # the step of each round
+        self._allocations: list[list[int]] = []  # the rank of every site, initially and after each round
+        self._new: dict[str, int] = {}  # by module, how many of its last ranks were added in the last round
+        self._settled: int | None = None  # the step after which ranks no longer move
+        self._seconds = 0.0  # time spent on scoring
 
     def dev_use(self) -> str:
-        """Every round scores ranks."""
+        """Each round scores ranks."""
         return "scores ranks on dev batches"
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """LoRA of equal ranks. Refuses to move as many ranks as there are."""
+        """LoRA with equal ranks. Raises UserError if a round would move all of them."""
         adapter = super().adapt(model)
         self._check(adapter)
         self._keys = list(adapter.sites)
@@ -105,13 +105,13 @@ class ALoRA(LoRA):
         if moved >= total:
             raise UserError(f"method.moved: {moved} in a round leaves none of the {total} ranks that there are")
 
-    def _moved(self, adapter: Adapter) -> int:
-        """n_A: of the ranks at the first round, which may be fewer than those of :meth:`adapt`; one stays always."""
+    def _ranks_to_move(self, adapter: Adapter) -> int:
+        """n_A, from the ranks at the first round (a continued run may start with fewer); at least one rank stays."""
         ranks = [rank for rank in (self._allocations or [list(adapter.ranks().values())])[0] if rank]
         return min(self.config.moved or min(len(ranks), sum(ranks) // 2), sum(adapter.ranks().values()) - 1)
 
     def after_step(self, step: Step) -> None:
-        """A round, where one is due. Raises UserError at the first step if training will end before any."""
+        """Run a round if one is due. Raises UserError at the first step if training ends before any round."""
         if step.number == 1:
             self._check(step.adapter)
         first = max(1, math.ceil(self.config.first_epochs * step.epoch))
@@ -127,7 +127,7 @@ class ALoRA(LoRA):
             self._round(step, min(self.config.rounds, 1 + (step.total - 1 - first) // every))
 
     def _round(self, step: Step, rounds: int) -> None:
-        """Score, prune and grow; or settle. ``rounds`` is how many there are at most."""
+        """Score, prune and grow, or settle; ``rounds`` is the maximal number of rounds."""
         from lowrank_cli.adapter.ranks import resize
         from lowrank_cli.scoring import cost
         from lowrank_cli.scoring.cut import Cut
@@ -136,7 +136,7 @@ class ALoRA(LoRA):
         assert step.probe is not None
         adapter, began = step.adapter, time.monotonic()
         probe = step.probe(self.config.dev_batch, self.config.tokens)
-        cut, kind = Cut(self.config.window, [(list(adapter.modules), self._moved(adapter))]), self.config.score
+        cut, kind = Cut(self.config.window, [(list(adapter.modules), self._ranks_to_move(adapter))]), self.config.score
         choice: dict[str, str] = {}
         if kind == AUTO:
             kind, reason = cost.choose(cost.costs(adapter, "rank", probe, cut), step.tokens, rounds)
@@ -148,33 +148,34 @@ class ALoRA(LoRA):
         name = f"step {step.number}/{step.total}: round {len(self._steps) + 1} of {rounds}"
         name += f" ({time.monotonic() - began:.1f} s)"
         limits = {key: min(site.in_features, site.out_features) for key, site in adapter.sites.items()}
-        plan = reallocated(scores.values, limits, self._moved(adapter))
-        lowest, new = lost(plan, adapter.ranks(), self._new)
+        plan = reallocated(scores.values, limits, self._ranks_to_move(adapter))
+        lowest, new = count_pruned(plan, adapter.ranks(), self._new)
         if new > self.config.settle * lowest:
             self._settled = step.number
             step.log({"settled": True, "lowest": lowest, "new_among_lowest": new, **choice})
             step.say(f"{name}: settled, for {new} of the {lowest} lowest ranks are new")
             return
-        step.say(f"{name}: {told(plan, scores, {key: str(site.role or key) for key, site in adapter.sites.items()})}")
+        roles = {key: str(site.role or key) for key, site in adapter.sites.items()}
+        step.say(f"{name}: {describe_round(plan, scores, roles)}")
         if not self._allocations:
-            self._note(adapter)
+            self._record_allocation(adapter)
         resize(adapter, plan, step.optimizer)
         self._new = {key: fresh for key, (_, fresh) in plan.items()}
         self._steps.append(step.number)
-        self._note(adapter)
+        self._record_allocation(adapter)
         loss = {} if scores.whole is None else {"dev_batch_loss": -scores.whole}  # before the round
         step.log({"round": len(self._steps), "ranks": adapter.ranks(), **loss, **choice})
 
-    def _note(self, adapter: Adapter) -> None:
+    def _record_allocation(self, adapter: Adapter) -> None:
         ranks = adapter.ranks()
         self._allocations.append([ranks.get(key, 0) for key in adapter.sites])
 
     def unsettled(self) -> str | None:
-        """Until ranks have moved: no adapter of equal ranks is kept as ALoRA's."""
+        """Unsettled until ranks have moved: an adapter with equal ranks is plain LoRA."""
         return None if self._steps else "no rank has moved yet"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The rounds so far; the ranks themselves are the adapter's."""
+        """The rounds so far; the ranks themselves are saved with the adapter."""
         import torch
 
         return {
@@ -186,7 +187,7 @@ class ALoRA(LoRA):
         }
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue behind the rounds of :meth:`state`."""
+        """Restore :meth:`state`."""
         self._steps = [int(step) for step in state["steps"].tolist()]
         self._allocations = state["allocations"].tolist()
         self._new = dict(zip(adapter.sites, state["new"].tolist(), strict=True))
@@ -196,7 +197,7 @@ class ALoRA(LoRA):
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The allocation of ``adapter``, and after training every round's."""
+        """The current allocation, and after training the allocation of every round."""
         from lowrank_cli.scoring.heatmaps import allocation, trajectory
 
         metrics: dict[str, float] = {"ranks": sum(adapter.ranks().values()), "modules": len(adapter.modules)}
@@ -214,10 +215,12 @@ class ALoRA(LoRA):
 def reallocated(
     scores: Mapping[str, Sequence[float]], limits: Mapping[str, int], moved: int
 ) -> dict[str, tuple[list[int], int]]:
-    """The plan of one round, for :func:`lowrank_cli.adapter.ranks.resize`: ranks each module keeps, and new ones.
+    """The plan of one round, for :func:`lowrank_cli.adapter.ranks.resize`.
 
-    ``scores`` of every live rank; ``limits`` are the largest ranks; ``moved`` is n_A. Equal scores are pruned in the
-    order of modules and ranks.
+    Args:
+        scores: of every live rank, by module. Ties are pruned in the order of modules and ranks.
+        limits: the largest possible rank of each module.
+        moved: n_A.
     """
     from lowrank_cli.adapter.ranks import all_but_lowest
 
@@ -229,37 +232,37 @@ def reallocated(
         room = [key for key in takers if len(keep[key]) + fresh[key] < limits[key]]
         if not room:
             break
-        fresh[min(room, key=lambda key: fresh[key])] += 1  # of those that have got the fewest, the most important
+        fresh[min(room, key=lambda key: fresh[key])] += 1  # fewest new ranks first, then most important
     return {key: (keep[key], fresh[key]) for key in scores}
 
 
-def lost(
+def count_pruned(
     plan: Mapping[str, tuple[list[int], int]], ranks: Mapping[str, int], new: Mapping[str, int]
 ) -> tuple[int, int]:
-    """How many ranks ``plan`` prunes, and how many of them are among the ``new`` last ones of their module."""
-    gone = {key: set(range(ranks[key])) - set(keep) for key, (keep, _) in plan.items()}
-    fresh = sum(rank >= ranks[key] - new.get(key, 0) for key, own in gone.items() for rank in own)
-    return sum(map(len, gone.values())), fresh
+    """How many ranks ``plan`` prunes, and how many of them are among the last ``new`` ones of their module."""
+    pruned = {key: set(range(ranks[key])) - set(keep) for key, (keep, _) in plan.items()}
+    fresh = sum(rank >= ranks[key] - new.get(key, 0) for key, indices in pruned.items() for rank in indices)
+    return sum(map(len, pruned.values())), fresh
 
 
-def told(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mapping[str, str]) -> str:
-    """A round in words: how many ranks went and came, by role, and how far apart their scores are."""
-    gone: Counter[str] = Counter()
-    come: Counter[str] = Counter()
+def describe_round(plan: Mapping[str, tuple[list[int], int]], scores: Scores, roles: Mapping[str, str]) -> str:
+    """Describe a round: ranks pruned and added by role, and their ranges of scores."""
+    pruned_by_role: Counter[str] = Counter()
+    added_by_role: Counter[str] = Counter()
     pruned, kept = [], []
     for key, (keep, fresh) in plan.items():
-        row = [score - scores.nothing for score in scores.values[key]]
+        row = [score - scores.baseline for score in scores.values[key]]
         kept += [row[rank] for rank in keep]
         pruned += [score for rank, score in enumerate(row) if rank not in keep]
-        gone[roles[key]] += len(row) - len(keep)
-        come[roles[key]] += fresh
+        pruned_by_role[roles[key]] += len(row) - len(keep)
+        added_by_role[roles[key]] += fresh
 
     def by_role(counts: Counter[str]) -> str:
         return ", ".join(f"{role} {count}" for role, count in counts.items() if count)
 
     return (
-        f"{len(pruned)} of {len(pruned) + len(kept)} ranks pruned, {come.total()} added\n"
+        f"{len(pruned)} of {len(pruned) + len(kept)} ranks pruned, {added_by_role.total()} added\n"
         f"  scores: pruned {min(pruned):.2g} to {max(pruned):.2g}, kept up to {max(kept):.2g}\n"
-        f"  pruned: {by_role(gone)}\n"
-        f"  added: {by_role(come) or 'none, as every module lost a rank'}"
+        f"  pruned: {by_role(pruned_by_role)}\n"
+        f"  added: {by_role(added_by_role) or 'none, as every module lost a rank'}"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass
@@ -20,7 +20,7 @@ class DoRAConfig(LoRAConfig):
 
 
 class DoRA(LoRA):
-    """LoRA whose modules learn the length of each row of the updated weight apart from its direction."""
+    """LoRA that learns the length of each row of the updated weight separately from its direction."""
 
     Config = DoRAConfig
 

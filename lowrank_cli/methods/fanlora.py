@@ -1,17 +1,17 @@
-"""FanLoRA: the few LoRA modules that matter are found once, on instruction data, and used for every task.
+"""FanLoRA: the few LoRA modules that matter are selected once, on instruction data, and used for every task.
 
 After Tian et al., "FanLoRA: Fantastic LoRAs and Where to Find Them in Large Language Model Fine-tuning" (EMNLP 2024
 Industry Track, pages 515–528), from its abstract alone, which fixes four steps: (a) fine-tune LoRA on all linears on a
 large instruction set, (b) score the importance of every module, (c) keep the most critical ones of each layer, (d)
 fine-tune downstream tasks with those alone. Steps b and c are ``lrk score score.level=module`` and ``lrk prune
-prune.keep=N``; their outcome is a setting, and this method is step d, plain LoRA on the modules of a setting.
+prune.keep=N``, which give a selection; this method is step d, plain LoRA on the modules of a selection.
 
 Reconstructions: the importance score (:mod:`lowrank_cli.scoring.modules`); how many modules a layer keeps; the rank,
 which is raised to
 
-    r' = round(r · Σ (I + O) over all roles / Σ (I + O) over the modules kept)
+    r' = round(r · Σ (I + O) over all roles / Σ (I + O) over the selected modules)
 
-so that FanLoRA has the tunable parameters of LoRA with rank r on all roles; the scale stays alpha / r.
+so that FanLoRA trains as many parameters as LoRA with rank r on all roles; the scale stays alpha / r.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.adapter.target_sites import Site
 
-#: Found by ``lrk run recipe=fanlora`` for the bundled model.
+#: The selection that ``lrk run recipe=fanlora`` gives for the bundled model.
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama_setting.yaml"
 
 
@@ -53,22 +53,22 @@ class FanLoRAConfig(LowRankConfig):
     def absorb(self, given: Collection[str]) -> dict[str, Any]:
         if self.layers and "setting" not in given:
             return {}
-        found = read(self.setting or BUNDLED)
-        return {"layers": found.layers} | ({} if "chosen_by" in given else {"chosen_by": found.name})
+        selection = read(self.setting or BUNDLED)
+        return {"layers": selection.layers} | ({} if "chosen_by" in given else {"chosen_by": selection.name})
 
     def unfit(self, made: Mapping[str, Any]) -> list[str]:
-        """A setting of other modules too."""
+        """Also ``setting``, if it selects other modules."""
         return [*super().unfit(made), *(["setting"] if "layers" in made and made["layers"] != self.layers else [])]
 
 
 class FanLoRA(Method):
-    """LoRA on the modules of a setting, at the parameters of LoRA on all."""
+    """LoRA on the modules of a selection, with as many parameters as LoRA on all."""
 
     Config = FanLoRAConfig
     config: FanLoRAConfig
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Wrap the setting's modules. Raises UserError where the model has not these layers and roles."""
+        """Wrap the selected modules. Raises UserError if the model lacks these layers or roles."""
         from lowrank_cli.adapter.adapted_model import inject
         from lowrank_cli.adapter.target_sites import known_sites
         from lowrank_cli.scoring.selection import fitting
@@ -84,13 +84,13 @@ class FanLoRA(Method):
                 f"({str(error).removeprefix('method.setting: ')}); to find one for this model: lrk train method=lora, "
                 f"then lrk score score.level=module, then lrk prune prune.keep=2"
             ) from None
-        rank = self._raised(every, sites) if config.match_parameters else config.rank
+        rank = self._matched_rank(every, sites) if config.match_parameters else config.rank
         return inject(model, sites, rank=rank, alpha=config.alpha * rank / config.rank, dropout=config.dropout)
 
-    def _raised(self, every: list[Site], kept: list[Site]) -> int:
-        """The rank at which ``kept`` have the parameters of ``every`` with ``method.rank``."""
-        all_features, own = (sum(site.in_features + site.out_features for site in of) for of in (every, kept))
-        rank = max(1, round(self.config.rank * all_features / own))
+    def _matched_rank(self, every: list[Site], kept: list[Site]) -> int:
+        """The rank at which ``kept`` have as many parameters as ``every`` site with ``method.rank``."""
+        all_features, kept_features = (sum(s.in_features + s.out_features for s in sites) for sites in (every, kept))
+        rank = max(1, round(self.config.rank * all_features / kept_features))
         small = min(kept, key=lambda site: min(site.in_features, site.out_features))
         most = min(small.in_features, small.out_features)
         if rank > most:
@@ -103,5 +103,5 @@ class FanLoRA(Method):
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """How many modules there are, and their rank."""
+        """The number of modules, and their rank."""
         return {"modules": len(adapter.modules), "rank": max(adapter.ranks().values())}, []

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the model trains. The ceiling that adapters are measured against."""
+"""Full fine-tuning: every parameter of the model trains. A reference for adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Full(Method):
         return "trains them"
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Declare every parameter trainable (a tied one once)."""
+        """Train every parameter (tied ones once)."""
         from lowrank_cli.adapter.adapted_model import Adapter
 
         adapter = Adapter(model, {})

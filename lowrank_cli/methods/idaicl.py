@@ -1,4 +1,4 @@
-"""IDAICL: in-context learning as if the demonstrations had been augmented infinitely often; no weights change.
+"""IDAICL: in-context learning with implicit, infinite augmentation of the demonstrations; no weights change.
 
 Zhou et al., "Enhancing In-Context Learning via Implicit Demonstration Augmentation", ACL 2024. With μ and Σ of the
 demonstrations' features and the share π_y of each answer among them, the prediction for logits z = W h + b is
@@ -7,11 +7,11 @@ demonstrations' features and the share π_y of each answer among them, the predi
 
 (see ``calibration/ida.py``). ``train`` fits μ, Σ and π, once for each template; ``evaluate`` predicts with them, with
 ``evaluate.shots`` demonstrations in the prompt: 0 uses the statistics only. λ = τ = 0 is plain in-context learning.
-``calibration`` puts the methods that the paper compares with under the same demonstrations.
+``calibration`` selects a method that the paper compares with, on the same demonstrations.
 
-Reconstruction: the paper takes a demonstration's feature at its last position and leaves open whether that is behind
-its answer (``features: answer``, a demonstration is an answered example) or in front (``features: prompt``).
-An answer of several tokens adds the scores of its tokens, each by the rule above with the same μ and Σ.
+Reconstruction: the paper reads a demonstration's feature at its last position and leaves open whether that is after the
+answer (``features: answer``) or before it (``features: prompt``). The score of an answer of several tokens is the sum
+over its tokens, each by the rule above with the same μ and Σ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHOICES = ("random", "similar", "dissimilar", "imbalanced")
 
 @dataclass
 class IDAICLConfig(MethodConfig):
-    """How answers are scored, which demonstrations stand in the prompt, and over how many of them to report."""
+    """How answers are scored, which demonstrations are in the prompt, and over how many sets to report."""
 
     made_with: ClassVar[tuple[str, ...]] = ("features", "examples", "share")
     #: ``ida``; ``none`` (plain in-context learning); ``conca``, ``dconca`` (divided by what content-free inputs give);
@@ -65,7 +65,7 @@ class IDAICLConfig(MethodConfig):
     taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
 
     def unfit(self, made: Mapping[str, Any]) -> list[str]:
-        """Of templates those that were fitted, or fewer, are there."""
+        """Also ``templates``, if more are asked for than were fitted."""
         return [*super().unfit(made), *(["templates"] if self.templates > made.get("templates", 1) else [])]
 
     def validate(self) -> None:
@@ -124,7 +124,7 @@ class IDAICL(Method):
         )
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
-        """μ, the factor of Σ, and π."""
+        """Fit μ, the factor of Σ, and π."""
         from lowrank_cli.calibration.ida import statistics
 
         return vars(statistics(features, labels, classes))

@@ -2,8 +2,8 @@
 
 y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: (O, R) zero
 
-With a rank pattern each module has its own R, and s stays alpha / ``rank`` for all: an allocation that ALoRA or a
-pruning found, trained from the start.
+With a rank pattern each module has its own R, and s stays alpha / ``rank`` for all. This trains an allocation of ALoRA
+or ``lrk prune`` from the start.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass
 class LowRankConfig(MethodConfig):
-    """What every low-rank module has."""
+    """Settings of every low-rank module."""
 
     made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha")
     rank: int = MISSING  #: R, at most the smaller side of any target
@@ -56,8 +56,8 @@ class LoRAConfig(LowRankConfig):
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")
 
-    def own_ranks(self) -> dict[str, int]:
-        """The rank of each module by its key; empty where all have ``rank``."""
+    def module_ranks(self) -> dict[str, int]:
+        """The rank of each module by its key; empty if all have ``rank``."""
         return {}
 
 
@@ -74,26 +74,26 @@ class PatternConfig(LoRAConfig):
             return {}
         return {"ranks": read_pattern(self.rank_pattern)}
 
-    def own_ranks(self) -> dict[str, int]:
+    def module_ranks(self) -> dict[str, int]:
         return self.ranks
 
 
 def read_pattern(path: str) -> dict[str, int]:
-    """The ranks in a file. Raises UserError for a file that is none."""
+    """The ranks by module in a file. Raises UserError if the file is not a rank pattern."""
     if Path(path).is_dir():
-        inside = [found for name in ("", "adapter") if (found := Path(path) / name / "rank_pattern.json").is_file()]
+        inside = [file for name in ("", "adapter") if (file := Path(path) / name / "rank_pattern.json").is_file()]
         hint = f"; did you mean '{inside[0]}'?" if inside else ", and no run whose ranks have moved"
         raise UserError(f"method.rank_pattern: '{path}' is a folder, not a JSON file{hint}")
     try:
-        found = read_json(Path(path))
+        ranks = read_json(Path(path))
     except UserError as error:
         raise UserError(f"method.rank_pattern: {error}") from None
-    if not isinstance(found, dict) or not found or not all(type(rank) is int and rank > 0 for rank in found.values()):
+    if not isinstance(ranks, dict) or not ranks or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
         raise UserError(
             f"method.rank_pattern: '{path}' must hold ranks of 1 or more by module, such as {{\"model.layers.0.mlp"
             f'.up_proj": 8}}'
         )
-    return found
+    return ranks
 
 
 class LoRA(Method):
@@ -103,7 +103,7 @@ class LoRA(Method):
     config: LoRAConfig
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Wrap the target linears of ``model``; a classification head, where there is one, trains in full."""
+        """Wrap the target linears of ``model``; a classification head, if any, trains in full."""
         from lowrank_cli.adapter.adapted_model import inject
         from lowrank_cli.adapter.ranks import rebuild
         from lowrank_cli.adapter.target_sites import find_sites
@@ -111,13 +111,13 @@ class LoRA(Method):
         config = self.config
         sites = find_sites(model, list(config.target_modules))
         adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
-        if ranks := config.own_ranks():
+        if ranks := config.module_ranks():
             rebuild(adapter, ranks, "method.rank_pattern")
             adapter.initial_ranks = adapter.ranks()
         return adapter
 
     def kind(self) -> Callable[..., LowRank]:
-        """What makes a low-rank module."""
-        from lowrank_cli.adapter.linear import LowRank
+        """The class or factory of the low-rank modules, see :func:`lowrank_cli.adapter.adapted_model.inject`."""
+        from lowrank_cli.adapter.low_rank import LowRank
 
         return LowRank

@@ -3,12 +3,12 @@
 y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) random and fixed, B: (O, R) zero, trained
 
 ΔW stays in the row space of A. The gradient of B, s · gᵀ (A drop(x)), needs R numbers for each token, so the input of a
-linear (I numbers for each token) is not saved for its update: that is the method's memory claim. Where training
-computes these inputs again (hardware.gradient_checkpointing=feed_forward), LoRA does not save them either.
+linear (I numbers for each token) is not saved for its update: that is the method's memory claim. With recomputed inputs
+(hardware.gradient_checkpointing=feed_forward) LoRA does not save them either.
 
-A is Kaiming-uniform, as LoRA's here; the paper draws it from a normal distribution. It is saved with B. Left out: the
+A is Kaiming-uniform, as in our LoRA; the paper draws it from a normal distribution. It is saved with B. Omitted: the
 correction (s² A Aᵀ)⁻¹ of B's gradient in the paper's second version (2026). The rows of a random A are nearly
-orthogonal and of one length, so that it is nearly a constant factor, which Adam does not see.
+orthogonal and equally long, so the correction is nearly a constant factor, to which Adam is invariant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """MiLoRA: every LoRA module is an expert, routed once per prompt.
 
 Zhang et al., "MiLoRA: Efficient Mixture of Low-Rank Adaptation for Large Language Models Fine-tuning",
-Findings of EMNLP 2024, arXiv 2410.18035, section 3. In front of layer l a router sees the prompt's hidden states only:
+Findings of EMNLP 2024, arXiv 2410.18035, section 3. The router of layer l reads the prompt's hidden states only:
 
     p_l = softmax(Ra(z_l) W_r),   z_l = (pool(H_l) − mean) / deviation,   each token of H_l over its root mean square
     keep the k largest;   gate of a kept module = k · p / Σ_kept p
@@ -9,12 +9,12 @@ Findings of EMNLP 2024, arXiv 2410.18035, section 3. In front of layer l a route
 
 with Ra a learnable rational function that starts as GeLU. MiDoRA is the same with DoRA's modules (``modules: dora``).
 
-Reconstruction: the paper routes by pool(H_l) itself (``standardize: false``). On real decoders that chooses the same
-modules for every prompt, with gates of k and 0, so the mean and the deviation of some training prompts standardise it.
-They are taken before the first step, saved with the adapter and fixed from then on. Nor does the paper say how the kept
-probabilities enter the module's output. With ``gate: scaled`` they scale it, as above, so that gradients reach the
-router and an all-equal router with k = N is exactly LoRA. With ``straight_through`` a kept module is used as it is, and
-its probability gets the gradient of a gate.
+Reconstruction: the paper routes by pool(H_l) (``standardize: false``). On real decoders that chooses the same modules
+for every prompt, with gates of k and 0, so it is standardised with the mean and deviation of some training prompts,
+taken before the first step, saved with the adapter and then fixed. The paper does not say how the kept probabilities
+enter the module's output. With ``gate: scaled`` they scale it, as above, so gradients reach the router, and a uniform
+router with k = N is exactly LoRA. With ``straight_through`` kept modules are not scaled, and their probabilities get
+the gradients of the gates.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
     from lowrank_cli.adapter.routing.choice_stats import Choices
     from lowrank_cli.adapter.routing.router import Router
     from lowrank_cli.methods.protocol import Start, Step
 
 POOLERS = ("self_attention", "average", "max", "last_token")
 ACTIVATIONS = ("rational", "gelu", "relu")
-ROLES = "QKVOGUD"  #: each one module of a layer
-PROMPTS = 48  #: training prompts that give the routers' statistics, and are checked for how they are routed
-FEW = 8  #: prompts; fewer may well be routed alike
+ROLES = "QKVOGUD"  #: each is one module of a layer
+PROMPTS = 48  #: training prompts from which the routers' statistics are taken
+FEW = 8  #: prompts below which equal routing of all is no problem
 
 
 @dataclass
 class MiLoRAConfig(LoRAConfig):
-    """Low-rank modules, a router in front of each layer, and how the router is trained.
+    """Low-rank modules, a router for each layer, and how the routers are trained.
 
-    Keys with a value here came later than others: it is what adapters from before them were made with.
+    Keys with a default here were added later: it is the value for older adapters.
     """
 
     made_with: ClassVar[tuple[str, ...]] = (*LoRAConfig.made_with, "standardize")
@@ -98,7 +98,7 @@ class MiLoRAConfig(LoRAConfig):
         require_range("method.activation_learning_rate", self.activation_learning_rate, 0)
 
     def check_k(self, modules: int) -> None:
-        """Raise UserError unless ``k`` of so many ``modules`` of a layer can be active."""
+        """Raise UserError unless ``k`` of the ``modules`` in a layer can be active."""
         if not 1 <= self.k <= modules:
             raise UserError(
                 f"method.k: {self.k} is out of range (allowed: 1 to {modules}): it is how many modules of a layer are "
@@ -107,7 +107,7 @@ class MiLoRAConfig(LoRAConfig):
 
 
 class MiLoRA(LoRA):
-    """LoRA (or DoRA) whose modules are switched per prompt by one router a layer."""
+    """LoRA (or DoRA) whose modules are chosen for each prompt by one router per layer."""
 
     Config = MiLoRAConfig
     config: MiLoRAConfig
@@ -122,7 +122,7 @@ class MiLoRA(LoRA):
         self._warming = config.soft_start > 0  # whether the next step trains every module
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """LoRA's modules, then a router in front of each layer. Refuses linears outside the layers' roles."""
+        """Add LoRA's modules and a router for each layer. Raises UserError for linears without a role."""
         from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
         from lowrank_cli.adapter.routing.router import GATES
         from lowrank_cli.adapter.target_sites import layers, layers_path
@@ -134,11 +134,10 @@ class MiLoRA(LoRA):
         self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
         self.config.check_k(len(self.roles))
         blocks = layers(model)
-        found = {(site.layer, site.role): adapter.modules[site.key] for site in adapter.sites.values()}
-        places = [[(index, role) for role in self.roles] for index in range(len(blocks))]
-        if any(place not in found for layer in places for place in layer):
+        by_role = {(site.layer, site.role): adapter.modules[site.key] for site in adapter.sites.values()}
+        if any((index, role) not in by_role for index in range(len(blocks)) for role in self.roles):
             raise UserError("method.target_modules: milora needs the same roles in every layer")
-        parts = [[found[place] for place in layer] for layer in places]
+        modules = [[by_role[index, role] for role in self.roles] for index in range(len(blocks))]
         names = list(self.config.activation)
         if len(blocks) % len(names):
             raise UserError(
@@ -147,7 +146,7 @@ class MiLoRA(LoRA):
             )
         width = model.config.get_text_config().hidden_size
         routers = [self._router(width, names[index * len(names) // len(blocks)]) for index in range(len(blocks))]
-        adapter.routing = PromptRouting(model, blocks, parts, routers, self.config.k, GATES[self.config.gate])
+        adapter.routing = PromptRouting(model, blocks, modules, routers, self.config.k, GATES[self.config.gate])
         adapter.routing.warming = self._warming
         for index, router in enumerate(routers):
             name = f"{layers_path(model)}.{index}.prompt_router"
@@ -174,7 +173,7 @@ class MiLoRA(LoRA):
         return Router(width, len(self.roles), pooler, function, standardized=self.config.standardize)
 
     def prepare(self, start: Start) -> None:
-        """Take the routers' statistics from training prompts, and look at how these are routed then."""
+        """Take the routers' statistics from training prompts, and report how these are routed."""
         import torch
 
         from lowrank_cli.adapter.routing.choice_stats import Choices
@@ -198,18 +197,18 @@ class MiLoRA(LoRA):
         for layer, (router, rows) in enumerate(zip(routing.routers, pooled, strict=True)):
             choices.add(layer, router.choose(rows))
         start.log({f"routing/{name}": values for name, values in choices.by_layer().items()})
-        if doubt := self.doubt(_flat(choices)):
-            start.say(f"before the first step, {choices.prompts} training prompts: {doubt}")
+        if diagnosis := self.diagnosis(_metrics(choices)):
+            start.say(f"before the first step, {choices.prompts} training prompts: {diagnosis}")
 
     def learning_rates(self, adapter: Adapter) -> dict[str, float]:
-        """The routers' own, where there is one."""
+        """The routers' learning rate, if set."""
         rate = self.config.router_learning_rate
         if rate is None:
             return {}
         return {name: rate for name in adapter.trained if ".prompt_router." in name and name not in adapter.deferred}
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
-        """λ_lb · Σ_l L_lb of the forward pass that just ran."""
+        """λ_lb · Σ_l L_lb of the last forward pass."""
         import torch
 
         from lowrank_cli.adapter.routing.router import load_balance
@@ -219,7 +218,7 @@ class MiLoRA(LoRA):
         return self.config.load_balance * torch.stack(terms).sum()
 
     def after_step(self, step: Step) -> None:
-        """End the soft start when it is over, and step on dev when that is due."""
+        """End the soft start when it is over, and step on dev batches when due."""
         assert step.adapter.routing is not None
         step.adapter.routing.warming = self._warming = step.number < self.config.soft_start * step.total
         if self.dev_every and step.number % self.dev_every == 0:
@@ -227,12 +226,12 @@ class MiLoRA(LoRA):
 
     @property
     def dev_every(self) -> int:
-        """Training steps for each of :meth:`dev_step`; 0 for none, as with ``k`` = 1 and scaled gates: constants."""
+        """Training steps for each :meth:`dev_step`; 0 if not bilevel, or if gates are constant (k = 1, scaled)."""
         idle = not self.config.bilevel or (self.config.k == 1 and self.config.gate == "scaled")
         return 0 if idle else self.config.bilevel_every
 
     def dev_use(self) -> str:
-        """The steps of :meth:`dev_step`."""
+        """Used by :meth:`dev_step`."""
         return "steps its activations on dev batches (bilevel=False does without)" if self.dev_every else ""
 
     def dev_step(self, step: Step) -> None:
@@ -259,33 +258,32 @@ class MiLoRA(LoRA):
         return self._optimizer
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The second optimizer's moments, and whether the soft start goes on."""
+        """The second optimizer's state, and whether the soft start is on."""
         import torch
 
-        from lowrank_cli.adapter.files.save_load import moments
+        from lowrank_cli.adapter.files.optimizer_state import moments
 
-        held = moments(self._optimizer) if self._optimizer else {}
-        return held | ({"warming": torch.tensor(self._warming)} if self.config.soft_start else {})
+        optimizer_state = moments(self._optimizer) if self._optimizer else {}
+        return optimizer_state | ({"warming": torch.tensor(self._warming)} if self.config.soft_start else {})
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue where :meth:`state` left off."""
-        from lowrank_cli.adapter.files.save_load import load_moments
+        """Restore :meth:`state`."""
+        from lowrank_cli.adapter.files.optimizer_state import load_moments
 
         assert adapter.routing is not None
         if "warming" in state:
             adapter.routing.warming = self._warming = bool(state["warming"])
-        if held := {name: tensor for name, tensor in state.items() if name != "warming"}:
-            load_moments(self._adam(adapter), held, "the router's optimizer")
+        if optimizer_state := {name: tensor for name, tensor in state.items() if name != "warming"}:
+            load_moments(self._adam(adapter), optimizer_state, "the router's optimizer")
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Activated parameters for a prompt, on average, how alike prompts are routed, and the share of them that chose
-        each role, by layer.
+        """Mean activated parameters of a prompt, how varied routing is, and heat maps by layer.
 
         ``routing/largest_gate``, ``routing/distinct_sets`` (of modules) and ``routing/set_entropy`` (of these sets over
         the prompts, in bits) are means over layers; ``routing/same_layers``, ``routing/saturated_layers`` and
-        ``routing/tied_layers`` count the layers that :meth:`doubt` names.
+        ``routing/tied_layers`` count the layers that :meth:`diagnosis` reports.
         """
         routing = adapter.routing
         assert routing is not None
@@ -294,12 +292,12 @@ class MiLoRA(LoRA):
             counts.copy_(add_up(counts.to(adapter.model.device, copy=True)))
         if choices.prompts == 0:
             return {}, []
-        shares, by_layer, flat = choices.shares(), choices.by_layer(), _flat(choices)
+        shares, by_layer, metrics = choices.shares(), choices.by_layer(), _metrics(choices)
         choices.clear()
         idle = sum(
-            (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in part.trained().values())
-            for layer, parts in enumerate(routing.parts)
-            for column, part in enumerate(parts)
+            (1 - float(shares[layer, column])) * sum(parameter.numel() for parameter in module.trained().values())
+            for layer, modules in enumerate(routing.modules)
+            for column, module in enumerate(modules)
         )
         activated = {
             "file": "activated_modules.png",
@@ -321,28 +319,28 @@ class MiLoRA(LoRA):
             "label": "over the prompts",
             "column_label": "layer",
         }
-        return {"activated_parameters": adapter.count() - idle} | flat, [activated, sets]
+        return {"activated_parameters": adapter.count() - idle} | metrics, [activated, sets]
 
-    def doubt(self, observed: Mapping[str, float]) -> str | None:
-        """What is wrong with a routing that was observed so, in one line: too alike, too sure, or undecided."""
-        named = {
+    def diagnosis(self, observed: Mapping[str, float]) -> str | None:
+        """Layers with uniform, saturated or tied routing, in one line."""
+        problems = {
             "same_layers": "the same modules for every prompt",
             "saturated_layers": "one module takes over 90 % of the probability for most prompts",
             "tied_layers": "the last module that is kept and the first that is not are tied for most prompts",
         }
-        found = [
+        lines = [
             f"{what} in {observed[f'routing/{name}']} layer{'s' * (observed[f'routing/{name}'] > 1)}"
-            for name, what in named.items()
+            for name, what in problems.items()
             if observed.get(f"routing/{name}")
         ]
-        if not found:
+        if not lines:
             return None
         hint = "" if self.config.standardize else "; try method.standardize=true"
-        return f"routing: {'; '.join(found)}{hint}"
+        return f"routing: {'; '.join(lines)}{hint}"
 
 
-def _flat(choices: Choices) -> dict[str, float]:
-    """Numbers for the whole model, for metrics.json. Where all modules are kept, no prompt differs and nothing ties."""
+def _metrics(choices: Choices) -> dict[str, float]:
+    """Metrics of the whole model. If all modules are kept, equal routing is no problem and nothing ties."""
     by_layer, routed = choices.by_layer(), choices.k < choices.modules
     means = {name: fmean(by_layer[name]) for name in ("largest_gate", "distinct_sets", "set_entropy")}
     alike = sum(count == 1 for count in by_layer["distinct_sets"]) if routed and choices.prompts >= FEW else 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
 
 if TYPE_CHECKING:
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass
@@ -22,12 +22,12 @@ class PiSSAConfig(LoRAConfig):
 
 
 class PiSSA(LoRA):
-    """Trains the principal components of each target linear, and freezes the rest of it."""
+    """Trains the principal components of each target linear and freezes the rest."""
 
     Config = PiSSAConfig
     unprunable = "its update is the trained components minus the initial ones, so no rank can be judged alone"
 
     def kind(self) -> type[LowRank]:
-        from lowrank_cli.adapter.kinds.svd_window import Principal
+        from lowrank_cli.adapter.kinds.svd_window import PrincipalWindow
 
-        return Principal
+        return PrincipalWindow

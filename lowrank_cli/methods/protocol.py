@@ -1,8 +1,7 @@
-"""What a method is, and the small Protocols by which a stage asks what it can do (never by its name).
+"""The base class of methods, and the Protocols by which a stage asks what a method can do (never by its name).
 
-A method file stands alone: its config schema, and a class derived from :class:`Method` with the same name as the
-file. It must import in milliseconds, because the command line reads every schema: torch and the adapter core are
-imported inside functions.
+A method file holds a config schema and one class derived from :class:`Method`. It must import in milliseconds, because
+the command line reads every schema: torch and the adapter core are imported inside functions.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """Base of every method: a checked config, and whatever capabilities the subclass adds."""
+    """Base of every method: a validated config. Subclasses add capabilities."""
 
     Config: ClassVar[type[MethodConfig]]
-    #: Why no single weight equals an adapted one, where none does: such an adapter is neither merged nor exported.
+    #: Why the adapter cannot be merged into single weights; empty if it can be merged and exported.
     unmergeable: ClassVar[str] = ""
-    #: Why ranks are not judged one by one, where they are not: such an adapter is neither scored nor pruned.
+    #: Why ranks cannot be judged one by one; empty if the adapter can be scored and pruned.
     unprunable: ClassVar[str] = ""
     #: Decoding speed that the method's paper reports, relative to another method, by its name and the number of beams.
     published_speed: ClassVar[Mapping[tuple[str, int], float]] = {}
@@ -39,98 +38,97 @@ class Method:
         self.config = config
 
     def rewrites(self) -> str:
-        """What this method writes into the model's weights, where it does: then they cannot be quantised."""
+        """How this method changes the model's own weights, which then cannot be quantised; empty if it does not."""
         return ""
 
     def dev_use(self) -> str:
-        """What this method does with dev batches while it trains, where it does something."""
+        """How this method uses dev batches in training; empty if it does not."""
         return ""
 
     def alone(self) -> str:
-        """Why several processes cannot share this method's training, where they cannot."""
+        """Why this method cannot train in several processes; empty if it can."""
         return ""
 
 
 @runtime_checkable
 class Adapts(Protocol):
-    """Can be trained: turns a loaded model into an adapted one (needed by ``train``)."""
+    """Can be trained: turns a loaded model into an adapted one."""
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Wrap ``model`` in place, freeze what is not trained, and return the handle. Exact identity at the start."""
+        """Adapt ``model`` in place, freeze the rest, and return the handle. The function must not change."""
         ...
 
 
-def _unwatched(name: str, units: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Nobody looks on."""
+def _no_progress(name: str, units: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
     return nullcontext(lambda done: None)
 
 
 @dataclass
 class Step:
-    """What :class:`BeforeStep` and :class:`AfterStep` see of one optimizer step."""
+    """One optimizer step, as :class:`BeforeStep` and :class:`AfterStep` see it."""
 
-    number: int  #: of this step, from 1
+    number: int  #: from 1
     total: int  #: steps of the whole run
     adapter: Adapter
     learning_rate: float  #: of this step
-    #: this process's share of the mean loss of a dev batch, with its graph: this step's own, or that of a given number
+    #: this process's share of the mean loss of this step's dev batch, or of the one with a given number, with its graph
     dev_loss: Callable[..., torch.Tensor]
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
     epoch: int = 1  #: steps of one pass over the training set
-    tokens: float = 0.0  #: that all steps of the run read, about
-    optimizer: torch.optim.Optimizer | None = None  #: of the trained tensors that the method does not step itself
-    #: a fixed batch of so many dev examples to score ranks on, with so many tokens a pass
+    tokens: float = 0.0  #: approximate number of tokens in all steps of the run
+    optimizer: torch.optim.Optimizer | None = None  #: steps the trained tensors, except deferred ones
+    #: (examples, tokens of one pass) -> a fixed batch of dev examples to score ranks on
     probe: Callable[[int, int], Probe] | None = None
-    log: Callable[[dict[str, Any]], None] = lambda row: None  #: a line for history.jsonl
-    say: Callable[[str], None] = lambda line: None  #: a line for who watches
-    #: a bar of its own for so many units of something slow; what it gives counts units that are done
-    watch: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _unwatched
+    log: Callable[[dict[str, Any]], None] = lambda row: None  #: writes a line of history.jsonl
+    say: Callable[[str], None] = lambda line: None  #: prints a line
+    #: (title, units) -> a progress bar for slow work; call what it yields with the number of units done
+    watch: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
 
 
 @dataclass
 class Start:
-    """What :class:`Prepares` sees of a training that is about to start."""
+    """The start of a training, as :class:`Prepares` sees it."""
 
     adapter: Adapter
-    read: Callable[
-        [int], None
-    ]  #: one forward pass over so many training prompts, drawn by the seed; the same everywhere
+    #: one forward pass over a number of training prompts drawn by the seed, the same in all processes
+    read: Callable[[int], None]
     average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
-    log: Callable[[dict[str, Any]], None]  #: a line for history.jsonl
-    say: Callable[[str], None]  #: a line for who watches
+    log: Callable[[dict[str, Any]], None]  #: writes a line of history.jsonl
+    say: Callable[[str], None]  #: prints a line
 
 
 @runtime_checkable
 class Prepares(Protocol):
-    """Looks at training prompts before the first step of a fresh adapter, not of one that is trained on or resumed."""
+    """Reads training prompts before the first step of a fresh adapter (not of a continued or resumed one)."""
 
     def prepare(self, start: Start) -> None: ...
 
 
 @runtime_checkable
 class OwnRates(Protocol):
-    """Trains some tensors at another learning rate than ``train.learning_rate``."""
+    """Trains some tensors with another learning rate than ``train.learning_rate``."""
 
     def learning_rates(self, adapter: Adapter) -> dict[str, float]:
-        """Peak learning rates by the names of ``adapter.trained``; tensors that are not in it have the run's."""
+        """Peak learning rates by name in ``adapter.trained``; others use the run's."""
         ...
 
 
 @runtime_checkable
 class BeforeStep(Protocol):
-    """Sees the weights together with their gradients (averaged over processes, clipped) before the optimizer steps."""
+    """Acts before each optimizer step, with gradients averaged over processes and clipped."""
 
     def before_step(self, step: Step) -> None: ...
 
 
 @runtime_checkable
 class AfterStep(Protocol):
-    """Acts between optimizer steps, and owns state that a checkpoint must hold."""
+    """Acts after each optimizer step, and has state for checkpoints."""
 
     def after_step(self, step: Step) -> None: ...
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors that :meth:`load_state` needs to continue bit for bit."""
+        """The tensors from which :meth:`load_state` continues, bit for bit."""
         ...
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None: ...
@@ -138,11 +136,11 @@ class AfterStep(Protocol):
 
 @runtime_checkable
 class StepsOnDev(Protocol):
-    """Steps some tensors itself, on dev batches between the training steps."""
+    """Steps some tensors itself, on dev batches."""
 
     @property
     def dev_every(self) -> int:
-        """Training steps for each of :meth:`dev_step`; 0 for none."""
+        """Number of training steps for each :meth:`dev_step`; 0: no dev steps."""
         ...
 
     def dev_step(self, step: Step) -> None: ...
@@ -150,91 +148,95 @@ class StepsOnDev(Protocol):
 
 @runtime_checkable
 class Settles(Protocol):
-    """Changes what is left of the adapter while it trains, down to its budget."""
+    """Changes the adapter's ranks in training until they fit its budget."""
 
     def unsettled(self) -> str | None:
-        """Why the adapter as it is now is not kept as the best and does not count for patience; None: it does."""
+        """Why the current adapter cannot be kept as the best, nor count for patience; None if it can."""
         ...
 
 
 @runtime_checkable
 class AddsLoss(Protocol):
-    """Adds a term to the training loss of the forward pass that just ran: of one process's one accumulated batch."""
+    """Adds a term to the training loss of the last forward pass (one accumulated batch of one process)."""
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor: ...
 
 
 @runtime_checkable
 class Observes(Protocol):
-    """Reports what it did on the prompts of an evaluation: flat metrics and figures (see ``report/plots.py``)."""
+    """Reports metrics and figures (see ``report/plots.py``) of an evaluation."""
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """What happened since it was last asked, without training passes; ``add_up`` sums over processes."""
+        """Metrics and figures since the last call, training passes excluded; ``add_up`` sums over processes."""
         ...
 
 
 @runtime_checkable
-class Doubts(Protocol):
-    """Tells from the metrics that it observed whether something is wrong."""
+class Diagnoses(Protocol):
+    """Recognises problems in the metrics that it observed."""
 
-    def doubt(self, observed: Mapping[str, float]) -> str | None:
-        """One line for who reads the result, or None."""
+    def diagnosis(self, observed: Mapping[str, float]) -> str | None:
+        """The problem in one line, or None."""
         ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The demonstrations that a :class:`Calibrates` asks for. D is the set that all of them are drawn from."""
+    """The demonstrations that a :class:`Calibrates` asks for, drawn from a set D."""
 
     choice: str  #: ``random``, ``similar``, ``dissimilar`` or ``imbalanced``
-    share: float | None  #: of the first label in D and among the demonstrations, where ``imbalanced``
+    share: float | None  #: of the first label in D and among the demonstrations, if ``imbalanced``
     examples: int | None  #: size of D; None for all training examples
     draws: int  #: sets of demonstrations
     permutations: int  #: orders of each set
     templates: int  #: wordings, the task's own first
-    answered: bool  #: features are read behind a demonstration's answer, not behind its prompt
-    normalize_length: bool  #: answers are compared by their mean score over tokens, not by the sum
+    answered: bool  #: read features after a demonstration's answer instead of after its prompt
+    normalize_length: bool  #: compare answers by the mean score of their tokens instead of the sum
 
 
 @runtime_checkable
 class Calibrates(Protocol):
-    """Answers in context with a model that it leaves as it is: ``train`` fits tensors that are no weights."""
+    """Calibrates in-context answers of an unchanged model: ``train`` fits tensors, not weights."""
 
     def plan(self) -> Plan: ...
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
-        """What is to be kept of D: features (n, D) that the language model's head reads, labels (n,)."""
+        """Fit D: features (n, D), the inputs of the language model's head, and labels (n,)."""
         ...
 
     def rule(self, fitted: dict[str, torch.Tensor], head: torch.Tensor, tokens: Sequence[int]) -> TokenRule:
-        """How logits score the answers' ``tokens``, under a head (V, D)."""
+        """The rule by which logits score the answers' ``tokens``, for a head (V, D)."""
         ...
 
     def probes(
         self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
     ) -> tuple[list[dict[str, str]], list[int]]:
-        """What is asked besides the queries: texts for each column instead of an input's, and some of D's examples.
+        """Further inputs to score, besides the queries.
 
-        ``columns`` are D's texts in each column of the template; ``unseen`` are the indices of its examples that do
-        not stand in the prompt, of which the second list is a part.
+        Args:
+            columns: D's texts for each column of the template.
+            unseen: indices of the examples of D that are not in the prompt.
+
+        Returns:
+            Artificial inputs (a text for each column), and a subset of ``unseen``.
         """
         ...
 
     def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Answer scores (N, C), higher is better, given those of the probes (M, C)."""
+        """Calibrated answer scores (N, C), higher is better, given those of the probes (M, C)."""
         ...
 
     def variants(self) -> dict[str, dict[float, Calibrates]]:
-        """For each key whose curve is asked for, the method with each value of it.
+        """For each key with a curve to plot, the method at each value.
 
-        All share plan, probes and fitted tensors: one pass of the model serves them all.
+        All share plan, probes and fitted tensors, so one pass of the model serves them all.
         """
         ...
 
 
-#: What each stage of a recipe asks of a method: one of these capabilities.
+#: The capabilities that each stage of a recipe accepts; a method needs one of them.
 STAGE_NEEDS: dict[str, tuple[type, ...]] = {
     "train": (Adapts, Calibrates),
     "score": (Adapts,),

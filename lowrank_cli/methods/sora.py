@@ -1,16 +1,16 @@
-"""SoRA: a gate for each rank is driven to exactly 0 by an l1 penalty, and takes its rank with it.
+"""SoRA: an l1 penalty drives the gates of ranks to exactly 0, which removes the ranks.
 
 Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", EMNLP 2023, arXiv 2311.11696, section 3:
 
     y = W x + s · B (g ⊙ (A drop(x))),   s = alpha / initial rank,   g ∈ R^R standard normal, B = 0 at the start
     after each step: g ← sign(g) · max(|g| − η λ, 0)   (proximal gradient of the penalty λ ‖g‖₁; η the learning rate)
 
-Ranks whose gate is 0 may come back while their gradient exceeds the penalty. As in the authors' code, the step before
-the threshold is the optimizer's (AdamW), not a plain gradient step.
+Ranks with gate 0 come back if their gradient exceeds the penalty. As in the authors' code, the step before the
+threshold is the optimizer's (AdamW), not a plain gradient step.
 
-Reconstruction: λ alone decides how many ranks are left. To compare at one budget, the ranks with the largest |g| of the
-whole model, modules × ``rank`` at most, are kept when the last share of the steps begins; the others leave the adapter,
-and the gates that are left train without the penalty. Adapters are kept as the best only from then on.
+Reconstruction: λ alone decides how many ranks remain. To compare methods at the same budget, when the final share of
+steps begins, at most modules × ``rank`` ranks are kept, those with the largest |g| of the whole model; the others leave
+the adapter, and the remaining gates train without the penalty. Only from then on can an adapter be kept as the best.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SoRAConfig(BudgetConfig):
-    """Gated ranks, and how hard their gates are pushed to 0."""
+    """Gated ranks, and the penalty on their gates."""
 
     sparsity: float = MISSING  #: λ, weight of ‖g‖₁
 
@@ -55,53 +55,53 @@ class SoRA(LoRA):
         self._settled = False
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """LoRA's modules with Gaussian gates; B = 0, so the bare model, exactly."""
+        """LoRA's modules with Gaussian gates; B = 0, so the function does not change."""
         from torch import nn
 
-        from lowrank_cli.adapter.kinds.rank_values import valued
+        from lowrank_cli.adapter.kinds.rank_values import value_modules
 
         adapter = inject_values(model, self.config)
-        for part in valued(adapter).values():
-            nn.init.normal_(part.values)
+        for module in value_modules(adapter).values():
+            nn.init.normal_(module.values)
         return adapter
 
     def after_step(self, step: Step) -> None:
-        """The proximal step of all gates; the budget's choice once its time has come."""
-        from lowrank_cli.adapter.kinds.rank_values import keep_largest, remove, soft_threshold, valued
+        """The proximal step of all gates; at the start of the final share, prune to the budget."""
+        from lowrank_cli.adapter.kinds.rank_values import keep_largest, remove_ranks, soft_threshold, value_modules
 
         if self._settled:
             return
-        parts = valued(step.adapter)
-        for part in parts.values():
-            part.values.data = soft_threshold(part.values.data, step.learning_rate * self.config.sparsity)
+        modules = value_modules(step.adapter)
+        for module in modules.values():
+            module.values.data = soft_threshold(module.values.data, step.learning_rate * self.config.sparsity)
         if step.number < self.config.budget_step(step.total):
             return
-        sizes = {key: part.values.detach().abs() for key, part in parts.items()}
-        kept = keep_largest(sizes, self.config.rank * len(parts))
+        sizes = {key: module.values.detach().abs() for key, module in modules.items()}
+        kept = keep_largest(sizes, self.config.rank * len(modules))
         masks = {key: kept[key] & (size > 0) for key, size in sizes.items()}
         if not any(mask.any() for mask in masks.values()):
             raise WorkFailed(
                 f"every gate is 0 after step {step.number}: method.sparsity {self.config.sparsity} is too large"
             )
-        remove(step.adapter, masks, step.optimizer)
+        remove_ranks(step.adapter, masks, step.optimizer)
         self._settled = True
 
     def unsettled(self) -> str | None:
-        """Until the final budget holds."""
+        """Unsettled until the final budget holds."""
         return None if self._settled else "more ranks than the budget"
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Whether the final budget holds; the gates are the adapter's."""
+        """Whether the final budget holds; the gates belong to the adapter."""
         import torch
 
         return {"settled": torch.tensor(self._settled)}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue where :meth:`state` was taken."""
+        """Restore :meth:`state`."""
         self._settled = bool(state["settled"])
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Parameters at the start, the ranks left and where they are."""
+        """Initial parameters, and the remaining ranks with their heat map."""
         return observe_budget(adapter)

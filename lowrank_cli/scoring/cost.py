@@ -1,9 +1,9 @@
-"""What scores cost beside a training, and the choice of ``auto``: the best kind that costs little.
+"""The cost of scoring relative to training, and the choice of ``auto``: the best kind that costs little.
 
-The unit is a forward pass of one token through the whole model. A backward pass counts as two, in training as in
-``taylor``, so a step costs three for each of its tokens, however fast the machine is. An exact score of a rank or
-module in layer l of L (counted from 0) is two passes, without it and with it alone, through that layer and those behind
-it: 2 (L − l) / L. The rest is taken from two more passes, of the whole adapter and of the bare model.
+The unit is a forward pass of one token through the whole model. A backward pass counts as two, in training and in
+``taylor``, so a training step costs three for each token on any machine. An exact score of a rank or module in layer l
+of L (from 0) takes two passes, without it and with it alone, through that layer and the following ones: 2 (L − l) / L.
+The rest is reused from two more passes, of the whole adapter and of the bare model.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.probe import Probe
 
-BACKWARD = 2  #: forward passes that a backward pass costs
-LIMIT = 0.1  #: of what training costs, for all scorings of a training together
+BACKWARD = 2  #: cost of a backward pass in forward passes
+LIMIT = 0.1  #: share of the cost of training that all scorings together may take
 EXACT = {"rank": "ab", "module": "ablation"}  #: the exact kind of each level
 
 
 def costs(adapter: Adapter, level: str, probe: Probe, cut: Cut | None) -> dict[str, float]:
-    """Cost of one scoring by each kind that ``auto`` chooses from, in forward passes of a token; the best kind first.
+    """Cost of one scoring by each kind of ``auto``, best kind first, in forward passes of a token.
 
-    Without a ``cut`` there is no ``mixed``.
+    ``mixed`` is included only with a ``cut``.
     """
     counts = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.modules, 1)
     units = sum(counts.values())
@@ -39,10 +39,12 @@ def costs(adapter: Adapter, level: str, probe: Probe, cut: Cut | None) -> dict[s
 
 
 def choose(costs: Mapping[str, float], training_tokens: float, times: int = 1) -> tuple[str, str]:
-    """The best kind that costs less than :data:`LIMIT` of training, else the cheapest; and one line that says why.
+    """The best kind that costs less than :data:`LIMIT` of training, else the cheapest; and the reason in one line.
 
-    ``costs`` of one scoring by each kind, the best first, of which there are ``times``; training reads
-    ``training_tokens``.
+    Args:
+        costs: of one scoring by each kind, best kind first.
+        training_tokens: tokens that training reads.
+        times: number of scorings.
     """
     shares = {kind: times * cost / ((1 + BACKWARD) * training_tokens) for kind, cost in costs.items()}
     cheapest = min(shares, key=lambda kind: shares[kind])

@@ -1,4 +1,4 @@
-"""Scores of ranks from gradients: approximations of the ablation, and the alternatives that it is compared with."""
+"""Scores of ranks from gradients or norms: the first-order ablation, and the scores that ALoRA is compared with."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lowrank_cli.adapter.kinds.rank_values import Importance
 from lowrank_cli.scoring.ablation import evaluating
 from lowrank_cli.scoring.probe import Batch, Probe, row_losses
 
-PIECES = 8  #: parts of the batch that smoothing and gate training see one after the other
-SMOOTHING = 0.85  #: β1 = β2 of Zhang et al., ICLR 2023, arXiv 2303.10512, section 4 and appendix
+PIECES = 8  #: parts of the batch, for smoothing and gate training
+SMOOTHING = 0.85  #: β1 = β2 of AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512, section 4 and appendix)
 GATE_PASSES = 4  #: passes over the batch in which relaxed gates are trained
 GATE_RATE = 0.01  #: Adam's learning rate of relaxed gates
 
@@ -24,13 +24,13 @@ def taylor(adapter: Adapter, probe: Probe) -> tuple[dict[str, Tensor], dict[str,
 
     Cost: two forward and backward passes over the batch, whatever the number of ranks.
     """
-    found = []
+    slopes = []
     with evaluating(adapter):
         for value in (1.0, 0.0):
             gates = {k: torch.full_like(p.lora_a[:, 0], value, requires_grad=True) for k, p in adapter.modules.items()}
-            with _opened(adapter, gates):
-                found.append(_gradients(adapter, probe, probe.groups(), gates))
-    return found[0], found[1]
+            with _rank_gates(adapter, gates):
+                slopes.append(_gradients(adapter, probe, probe.groups(), gates))
+    return slopes[0], slopes[1]
 
 
 def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
@@ -48,14 +48,14 @@ def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
 def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
     """a_i, (R,) for each module, of gates relaxed to 2 · sigmoid(a), which start at a = 0 and follow the dev loss.
 
-    Reconstruction: Liu et al. (NAACL 2024) name bi-level optimisation. Here the levels alternate in rounds, the weights
-    on training batches between two scorings, the gates on dev batches (Adam) at a scoring, weights held.
+    Reconstruction: ALoRA's paper says bi-level optimisation. Here the levels alternate: weights train on training
+    batches between scorings; at a scoring, the gates train on dev batches (Adam) with weights fixed.
     """
     levels = {key: torch.zeros_like(p.lora_a[:, 0], requires_grad=True) for key, p in adapter.modules.items()}
     optimizer = torch.optim.Adam(levels.values(), lr=GATE_RATE)
     with evaluating(adapter):
         for piece in probe.pieces(PIECES) * GATE_PASSES:
-            with _opened(adapter, {key: 2 * level.sigmoid() for key, level in levels.items()}):
+            with _rank_gates(adapter, {key: 2 * level.sigmoid() for key, level in levels.items()}):
                 gradients = _gradients(adapter, probe, [piece], levels)
             for key, level in levels.items():
                 level.grad = -gradients[key]
@@ -64,24 +64,24 @@ def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
 
 
 def magnitude(adapter: Adapter) -> dict[str, Tensor]:
-    """s · ‖B_i‖ · ‖A_i‖, (R,) for each module: the Frobenius norm of what a rank adds to the weight. Needs no data."""
+    """s · ‖B_i‖ · ‖A_i‖, (R,) for each module: the Frobenius norm of a rank's update. Needs no data."""
     return {
-        key: (part.scale * part.lora_a.norm(dim=1) * part.columns().norm(dim=0)).detach()
-        for key, part in adapter.modules.items()
+        key: (module.scale * module.lora_a.norm(dim=1) * module.gated_b().norm(dim=0)).detach()
+        for key, module in adapter.modules.items()
     }
 
 
 def _gradients(adapter: Adapter, probe: Probe, batches: list[Batch], wanted: dict) -> dict:
-    """∂S/∂w of every tensor in ``wanted``, over ``batches`` of all processes."""
+    """∂S/∂w for every tensor in ``wanted``, over the ``batches`` of all processes."""
     total = {at: torch.zeros_like(tensor, requires_grad=False) for at, tensor in wanted.items()}
-    hooks = [tensor.register_hook(_let_signals_in) for tensor in wanted.values()]
+    hooks = [tensor.register_hook(_handle_signals) for tensor in wanted.values()]
     try:
         with torch.enable_grad():
             for batch in batches:
                 with probe.autocast():
                     loss = row_losses(adapter.model, batch).sum()
-                found = torch.autograd.grad(-loss, list(wanted.values()))
-                for at, gradient in zip(wanted, found, strict=True):
+                gradients = torch.autograd.grad(-loss, list(wanted.values()))
+                for at, gradient in zip(wanted, gradients, strict=True):
                     total[at] += gradient
                 probe.tick(len(batch["labels"]))
     finally:
@@ -91,19 +91,18 @@ def _gradients(adapter: Adapter, probe: Probe, batches: list[Batch], wanted: dic
     return {at: probe.add_up(gradient) / weight for at, gradient in total.items()}
 
 
-def _let_signals_in(gradient: Tensor) -> None:
-    """Python handles a signal when it runs its own code next: else only when a backward pass, of many seconds on a CPU,
-    is over. This runs at each gradient of it."""
+def _handle_signals(gradient: Tensor) -> None:
+    """A hook that lets Python handle signals during a backward pass, which may take many seconds on a CPU."""
 
 
 @contextmanager
-def _opened(adapter: Adapter, gates: dict[str, Tensor]) -> Iterator[None]:
-    """Rank gates of every module inside; what they were afterwards."""
-    before = {key: part.rank_gate for key, part in adapter.modules.items()}
+def _rank_gates(adapter: Adapter, gates: dict[str, Tensor]) -> Iterator[None]:
+    """Set the rank gates of every module inside, and restore them afterwards."""
+    before = {key: module.rank_gate for key, module in adapter.modules.items()}
     try:
         for key, gate in gates.items():
             adapter.modules[key].rank_gate = gate
         yield
     finally:
-        for key, gate in before.items():
-            adapter.modules[key].rank_gate = gate
+        for key, previous in before.items():
+            adapter.modules[key].rank_gate = previous

@@ -1,4 +1,4 @@
-"""Heat maps of scores and ranks, roles × layers, described for :mod:`lowrank_cli.report.plots`."""
+"""Heat maps of scores and ranks, roles × layers, as input of :mod:`lowrank_cli.report.plots`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from lowrank_cli.scoring.kinds import Scores
 
 
 def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> dict[str, Any]:
-    """Score of a module, or the mean over its ranks, from what one scores that does nothing.
-
-    The modules ``kept`` are outlined.
-    """
+    """The score of each module, or the mean over its ranks, above the baseline. Modules in ``kept`` are outlined."""
     means = {key: sum(values) / len(values) for key, values in scores.worth.items()}
     what = "Score of each module" if scores.level == "module" else "Mean score of a module's ranks"
     return by_role(
@@ -29,7 +26,7 @@ def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> di
 
 
 def allocation(adapter: Adapter) -> dict[str, Any]:
-    """The heat map of the ranks that modules have."""
+    """The current rank of each module."""
     return by_role(
         adapter,
         {key: float(adapter.ranks().get(key, 0)) for key in adapter.sites},
@@ -40,7 +37,7 @@ def allocation(adapter: Adapter) -> dict[str, Any]:
 
 
 def trajectory(adapter: Adapter, rounds: Sequence[tuple[str, Mapping[str, int]]]) -> dict[str, Any]:
-    """Small multiples: the ranks of each module at several moments, each with its name."""
+    """Small multiples: the ranks of each module at several named moments."""
     maps = [
         (name, by_role(adapter, {key: float(ranks.get(key, 0)) for key in adapter.sites})) for name, ranks in rounds
     ]
@@ -57,12 +54,12 @@ def trajectory(adapter: Adapter, rounds: Sequence[tuple[str, Mapping[str, int]]]
 def by_role(
     adapter: Adapter, values: Mapping[str, float], outlined: Collection[str] = (), **entry: Any
 ) -> dict[str, Any]:
-    """A heat map, roles × layers, of a value for each module; modules outside the layers have a row of their own."""
-    places = [(site.role or key, site.layer, key) for key, site in adapter.sites.items()]
-    columns: Sequence[int | None] = sorted({layer for _, layer, _ in places if layer is not None}) or [None]
-    names = dict.fromkeys(name for name, _, _ in places)
+    """A heat map, roles × layers, of a value for each module; modules outside the layers get rows of their own."""
+    cells = [(site.role or key, site.layer, key) for key, site in adapter.sites.items()]
+    columns: Sequence[int | None] = sorted({layer for _, layer, _ in cells if layer is not None}) or [None]
+    names = dict.fromkeys(name for name, _, _ in cells)
     rows = [*(role for role in ROLES if role in names), *(name for name in names if name not in ROLES)]
-    at = {(name, columns[0] if layer is None else layer): key for name, layer, key in places}
+    at = {(name, columns[0] if layer is None else layer): key for name, layer, key in cells}
     framed = [[at.get((row, column)) in outlined for column in columns] for row in rows]
     return {
         "kind": "heatmap",

@@ -1,4 +1,4 @@
-"""Every kind of score under one name: a number for each live rank of an adapter, the higher the more it is worth."""
+"""Scores of ranks by kind; higher is more important."""
 
 from __future__ import annotations
 
@@ -16,77 +16,74 @@ from lowrank_cli.scoring.probe import Probe
 
 @dataclass
 class Scores:
-    """``values[key][i]`` scores rank i of a module; ``parts`` are what the values were made of, where there are any.
-
-    ``level`` says whether there is a value for each rank, or one for the whole module. ``whole`` and ``bare`` are S
-    with the whole adapter and without it, for the kinds that measure them. ``reason`` is why ``auto`` took this kind,
-    where it did.
-    """
+    """Scores of one kind."""
 
     kind: str
-    values: dict[str, list[float]]
-    parts: Mapping[str, Mapping[str, Sequence[float | None]]] = field(default_factory=dict)
-    whole: float | None = None
-    bare: float | None = None
-    level: str = "rank"
-    reason: str = ""
+    values: dict[str, list[float]]  #: by module, the score of each rank, or one score of the module
+    #: what the values were computed from, by name, in the same layout
+    components: Mapping[str, Mapping[str, Sequence[float | None]]] = field(default_factory=dict)
+    whole: float | None = None  #: S with the whole adapter, if measured
+    bare: float | None = None  #: S without it, if measured
+    level: str = "rank"  #: ``rank`` or ``module``
+    reason: str = ""  #: why ``auto`` chose this kind, if it did
 
     @property
     def worth(self) -> dict[str, list[float]]:
-        """The values from what one scores that does nothing: these are shown and saved."""
-        return {key: [value - self.nothing for value in row] for key, row in self.values.items()}
+        """The values minus the baseline, as shown and saved."""
+        return {key: [value - self.baseline for value in row] for key, row in self.values.items()}
 
     @property
-    def nothing(self) -> float:
-        """What a rank that does nothing scores: S(M_0) where that is part of every score, otherwise 0."""
+    def baseline(self) -> float:
+        """The score of a rank without effect: S(M_0) for ``ab``, else 0."""
         return self.bare if self.kind == "ab" and self.bare is not None else 0.0
 
 
 def score(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = None) -> Scores:
-    """Scores of all live ranks. ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates it up to S(M_0).
+    """Scores of all ranks.
 
-    ``mixed`` is ``taylor``, but IS(i) − S(M_0) for the ranks near ``cut``, which no other kind looks at.
+    ``ab`` is IS(i) = S(M) − S(M∖i) + S(M_i); ``taylor`` approximates IS(i) − S(M_0); ``mixed`` is ``taylor``, but exact
+    for the ranks near ``cut``, which no other kind needs.
     """
     require_choice("score.kind", kind, SCORE_KINDS)
     require_ranks(adapter)
     if kind == "ab":
         return _ab(adapter, probe)
     if kind in ("taylor", "mixed"):
-        there, away = (_plain(found) for found in gradients.taylor(adapter, probe))
-        values = {key: [a + b for a, b in zip(row, away[key], strict=True)] for key, row in there.items()}
-        cheap = Scores("taylor", values, {"slope_at_1": there, "slope_at_0": away})
-        return refined(cheap, adapter, probe, cut) if kind == "mixed" else cheap
+        slope_at_1, slope_at_0 = (_plain(slopes) for slopes in gradients.taylor(adapter, probe))
+        values = {key: [a + b for a, b in zip(row, slope_at_0[key], strict=True)] for key, row in slope_at_1.items()}
+        taylor = Scores("taylor", values, {"slope_at_1": slope_at_1, "slope_at_0": slope_at_0})
+        return refined(taylor, adapter, probe, cut) if kind == "mixed" else taylor
     if kind == "magnitude":
         return Scores(kind, _plain(gradients.magnitude(adapter)))
     return Scores(kind, _plain({"sensitivity": gradients.sensitivity, "dnas": gradients.dnas}[kind](adapter, probe)))
 
 
 def require_ranks(adapter: Adapter) -> None:
-    """Raise UserError for an adapter that can be neither scored nor pruned."""
+    """Raise UserError if the adapter cannot be scored and pruned."""
     if adapter.routing is not None or not adapter.modules or not all(p.rank_axes for p in adapter.modules.values()):
         raise UserError(
             "run: its adapter has no low-rank modules whose ranks add up and serve every prompt (as LoRA's do)"
         )
 
 
-def refined(cheap: Scores, adapter: Adapter, probe: Probe, cut: Cut | None) -> Scores:
-    """``mixed``: the scores of ``taylor``, with the ablation's [S(M) − S(M∖i)] + [S(M_i) − S(M_0)] near ``cut``."""
-    assert cut is not None, "mixed needs to know where the cut is"
-    near, whole = cut.candidates(cheap.values), cheap.level == "module"
-    places = [(key, index) for key, row in cheap.values.items() for index in range(len(row)) if (key, index) in near]
-    units = [(key, None if whole else index) for key, index in places]
-    found = ablate(adapter, probe, units)
+def refined(taylor: Scores, adapter: Adapter, probe: Probe, cut: Cut | None) -> Scores:
+    """``mixed``: ``taylor`` scores, replaced by [S(M) − S(M∖i)] + [S(M_i) − S(M_0)] near ``cut``."""
+    assert cut is not None, "mixed needs a cut"
+    near, whole = cut.candidates(taylor.values), taylor.level == "module"
+    indices = [(key, i) for key, row in taylor.values.items() for i in range(len(row)) if (key, i) in near]
+    units = [(key, None if whole else i) for key, i in indices]
+    ablations = ablate(adapter, probe, units)
     exact = {
-        place: found.whole - found.without[unit] + found.alone[unit] - found.bare
-        for place, unit in zip(places, units, strict=True)
+        index: ablations.whole - ablations.without[unit] + ablations.alone[unit] - ablations.bare
+        for index, unit in zip(indices, units, strict=True)
     }
-    measured = {key: [exact.get((key, index)) for index in range(len(row))] for key, row in cheap.values.items()}
-    parts = {**cheap.parts, "exact": measured}
-    return Scores("mixed", cut.joined(cheap.values, exact), parts, found.whole, found.bare, cheap.level)
+    measured = {key: [exact.get((key, i)) for i in range(len(row))] for key, row in taylor.values.items()}
+    components = {**taylor.components, "exact": measured}
+    return Scores("mixed", cut.joined(taylor.values, exact), components, ablations.whole, ablations.bare, taylor.level)
 
 
 def rows_to_run(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = None) -> int:
-    """What ``probe.tick`` will count up to."""
+    """The number of rows that ``probe.tick`` will count."""
     passes = {
         "ab": 2 * sum(adapter.ranks().values()),
         "mixed": 2 + 2 * (cut.size(adapter.ranks()) if cut else 0),
@@ -99,13 +96,14 @@ def rows_to_run(kind: str, adapter: Adapter, probe: Probe, cut: Cut | None = Non
 
 
 def _ab(adapter: Adapter, probe: Probe) -> Scores:
-    found = ablate(adapter, probe, ranks_of(adapter))
+    ablations = ablate(adapter, probe, ranks_of(adapter))
     without, alone = (
-        {key: [of[key, rank] for rank in range(part.rank)] for key, part in adapter.modules.items()}
-        for of in (found.without, found.alone)
+        {key: [by_unit[key, rank] for rank in range(module.rank)] for key, module in adapter.modules.items()}
+        for by_unit in (ablations.without, ablations.alone)
     )
-    values = {key: [found.whole - a + b for a, b in zip(row, alone[key], strict=True)] for key, row in without.items()}
-    return Scores("ab", values, {"without": without, "alone": alone}, found.whole, found.bare)
+    whole, bare = ablations.whole, ablations.bare
+    values = {key: [whole - a + b for a, b in zip(row, alone[key], strict=True)] for key, row in without.items()}
+    return Scores("ab", values, {"without": without, "alone": alone}, whole, bare)
 
 
 def _plain(values: dict) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""What scores are measured on: a fixed batch, in groups of like length, and the loss of each of its rows."""
+"""The fixed batch that scores are measured on, in groups of similar length, and the loss of each row."""
 
 from __future__ import annotations
 
@@ -21,30 +21,26 @@ PADDING = 0.2  #: largest share of padding in a group
 
 @dataclass
 class Probe:
-    """A fixed batch of dev examples and how to run it.
+    """A fixed batch of dev examples, and how to run it. Each process holds its share."""
 
-    ``batch`` is right-padded, with ``labels`` (B, T) of a causal model or (B,) of an encoder; where several processes
-    work, each holds its share, and ``add_up`` sums over them.
-    """
-
-    batch: Batch
-    tokens: int  #: of one forward pass, at most (one row is always possible): what bounds memory
+    batch: Batch  #: right-padded, with ``labels`` (B, T) of a causal model or (B,) of an encoder
+    tokens: int  #: most tokens of one forward pass (at least one row), to bound memory
     autocast: Callable[[], AbstractContextManager] = nullcontext
-    add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
-    tick: Callable[[int], None] = field(default=lambda rows: None)  #: called with the rows that are done
+    add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)  #: sums over processes
+    tick: Callable[[int], None] = field(default=lambda rows: None)  #: called with the number of rows done
 
     @property
     def rows(self) -> int:
         return len(self.batch["input_ids"])
 
     def weight(self) -> float:
-        """What the summed loss is divided by: response tokens, or examples, of all processes."""
+        """The divisor of the summed loss: response tokens, or examples, of all processes."""
         labels = self.batch["labels"]
-        own = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
-        return self.add_up(torch.tensor(float(own), dtype=torch.float64, device=labels.device)).item()
+        count = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+        return self.add_up(torch.tensor(float(count), dtype=torch.float64, device=labels.device)).item()
 
     def groups(self) -> list[Batch]:
-        """The batch in parts of like length, each without needless padding and within ``tokens``."""
+        """The batch in groups of similar length with little padding, each within ``tokens``."""
         lengths = self.batch["attention_mask"].sum(dim=1).tolist()
         order = sorted(range(self.rows), key=lambda row: -lengths[row])
         groups: list[list[int]] = []
@@ -56,11 +52,11 @@ class Probe:
         return [self._take(rows, lengths[rows[0]]) for rows in groups]
 
     def pieces(self, count: int) -> list[Batch]:
-        """The batch in at most ``count`` parts of like size, in its own order; as many in every process."""
+        """The batch in order, in up to ``count`` pieces of similar size; the same number in every process."""
         lengths = self.batch["attention_mask"].sum(dim=1).tolist()
         rows, processes = self.add_up(torch.tensor([self.rows, 1], device=self.batch["labels"].device)).tolist()
-        rows = torch.arange(self.rows).tensor_split(min(count, rows // processes))  # shares differ by one row at most
-        return [self._take(part.tolist(), max(lengths[row] for row in part)) for part in rows]
+        pieces = torch.arange(self.rows).tensor_split(min(count, rows // processes))  # shares differ by at most 1 row
+        return [self._take(piece.tolist(), max(lengths[row] for row in piece)) for piece in pieces]
 
     def _take(self, rows: list[int], longest: int) -> Batch:
         index = torch.tensor(rows, device=self.batch["labels"].device)
@@ -69,7 +65,7 @@ class Probe:
 
 
 def repeated(batch: Batch, times: int) -> Batch:
-    """``times`` copies of the rows, one copy of all behind another."""
+    """The batch repeated ``times`` times along its rows."""
     return {key: tile(value, times) for key, value in batch.items()}
 
 
@@ -79,7 +75,7 @@ def tile(tensor: Tensor, times: int) -> Tensor:
 
 
 def answered_rows(batch: Batch) -> Tensor | None:
-    """The row of each position (N,) that :func:`row_losses` computes to the end; None for one answer a row."""
+    """The batch row of each answer position (N,); None with one answer for each row."""
     labels = batch["labels"]
     return None if labels.dim() == 1 else (labels[:, 1:] != IGNORED).nonzero()[:, 0]
 
@@ -91,10 +87,12 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def row_divergences(model: PreTrainedModel, batch: Batch, reference: Answers) -> Tensor:
-    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; q is the model's and p that of ``reference``,
-    of which ``batch`` may hold several copies, one behind the other."""
-    found, divergences = answers_of(model, batch), []
-    for span, logits in found.chunks():
+    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; p is ``reference``, q the model's.
+
+    ``batch`` may hold several copies of the rows of ``reference``, one after the other.
+    """
+    answers, divergences = answers_of(model, batch), []
+    for span, logits in answers.chunks():
         same = torch.arange(span.start, span.start + len(logits), device=logits.device) % len(reference.states)
         p, q = reference.logits(same).log_softmax(dim=-1), logits.log_softmax(dim=-1)  # (n, V)
         divergences.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1))  # (n,)
@@ -102,7 +100,7 @@ def row_divergences(model: PreTrainedModel, batch: Batch, reference: Answers) ->
 
 
 def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
-    """One pass over ``batch``, computed to the end at response tokens; of an encoder one answer a row."""
+    """One pass over ``batch``, completed only at response tokens; an encoder has one answer for each row."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if batch["labels"].dim() == 1:
         structure, first = structure_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
@@ -110,7 +108,7 @@ def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
         with answers_only(model, first) if structure and structure.first_answers else nullcontext():
             logits = model(**inputs).logits  # (B, labels)
         return Answers(logits, torch.arange(len(logits), device=logits.device), None)
-    inputs = {key: value[:, :-1] for key, value in inputs.items()}  # nothing follows the last token
+    inputs = {key: value[:, :-1] for key, value in inputs.items()}  # the last token predicts nothing
     answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):
         return answers_at(model, inputs, answered)

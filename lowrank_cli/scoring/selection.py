@@ -1,7 +1,7 @@
-"""A setting: which low-rank modules a layer keeps. A short YAML file, written by ``lrk prune`` or by hand.
+"""A selection: the low-rank modules that each layer keeps. A short YAML file, from ``lrk prune`` or written by hand.
 
-``layers`` says it all: layer → roles, one entry for every layer of the model (``3: []`` where none is kept), or
-``all: [V, D]`` for the same roles everywhere. ``name`` is what comparisons call it. The rest says where it came from:
+Only ``layers`` is required: layer → roles, with one entry for every layer of the model (``3: []`` keeps none), or
+``all: [V, D]`` for the same roles everywhere. ``name`` identifies it in comparisons. The rest says where it comes from:
 ``family`` and ``source`` of the scores, their ``kind``, the rule by which modules were ``kept``, and the ``scores`` by
 layer and role.
 """
@@ -36,27 +36,27 @@ Module = tuple[int, str]  #: layer and role
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What training needs of the file."""
+class Selection:
+    """The name and modules of a selection file."""
 
     name: str
     layers: Layers
 
 
-def read(path: str | Path) -> Setting:
-    """The setting in a file. Raises UserError for a file that is none."""
+def read(path: str | Path) -> Selection:
+    """The selection in a file. Raises UserError if the file is not a selection."""
     if not Path(path).is_file():
         folder = Path(path).parent
         beside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         raise UserError(f"method.setting: there is no file '{path}'{nearest(Path(path).name, beside)}")
     try:
-        found = read_yaml(Path(path), Any)
+        content = read_yaml(Path(path), Any)
     except UserError as error:
         raise UserError(f"method.setting: {error}") from None
-    listed = found.get("layers") if isinstance(found, dict) else None
+    listed = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"method.setting: '{path}' has no 'layers' (such as: layers: {{0: [Q, V], 1: [D]}})")
-    for key in found:
+    for key in content:
         require_choice(f"method.setting: '{path}'", key, KEYS)
     for layer, roles in listed.items():
         number = isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
@@ -64,16 +64,16 @@ def read(path: str | Path) -> Setting:
             raise UserError(f"method.setting: '{layer}' is no layer in '{path}' (allowed: 0, 1, …; or {EVERY} alone)")
         if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
             raise UserError(f"method.setting: layer {layer} in '{path}' must be a list of roles, such as [Q, V]")
-    name = found.get("name") or Path(path).stem
-    return Setting(str(name), {str(layer): list(roles) for layer, roles in listed.items()})
+    name = content.get("name") or Path(path).stem
+    return Selection(str(name), {str(layer): list(roles) for layer, roles in listed.items()})
 
 
-def text(setting: Setting, scores: Mapping[Module, float], about: Mapping[str, Any], method: str) -> str:
-    """The file's content: its layers, ``about``, then the scores; ``method`` trains with such a file."""
+def text(selection: Selection, scores: Mapping[Module, float], about: Mapping[str, Any]) -> str:
+    """The content of a selection file; ``about`` goes between the layers and the scores."""
     parts = [
-        HEADER.format(method=method),
-        yaml.safe_dump({"name": setting.name}, allow_unicode=True),
-        _table("layers", {layer: f"[{', '.join(roles)}]" for layer, roles in setting.layers.items()}),
+        HEADER,
+        yaml.safe_dump({"name": selection.name}, allow_unicode=True),
+        _table("layers", {layer: f"[{', '.join(roles)}]" for layer, roles in selection.layers.items()}),
         yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True),
         _table("scores", {str(layer): _row(scores, layer) for layer in sorted({layer for layer, _ in scores})}),
     ]
@@ -89,9 +89,9 @@ def _row(scores: Mapping[Module, float], layer: int) -> str:
 
 
 def choose(prune: PruneConfig, scores: Mapping[Module, float]) -> Layers:
-    """The modules that stay. Equal scores are kept in the order of ``scores``.
+    """The modules to keep; ties are kept in the order of ``scores``.
 
-    Raises UserError for a number of modules that cannot be kept.
+    Raises UserError for an impossible number of modules.
     """
     layers = sorted({layer for layer, _ in scores})
     per_layer = prune.per_layer is not False
@@ -130,8 +130,8 @@ def _by_layer(kept: Sequence[Module], scores: Mapping[Module, float], layers: Se
 
 
 def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: str) -> list[Site]:
-    """Those of a model's known ``sites`` that a setting keeps. Raises UserError where layers or roles do not fit."""
-    found = {(site.layer, site.role): site for site in sites}
+    """The ``sites`` of a model that a selection keeps. Raises UserError if layers or roles do not match."""
+    by_role = {(site.layer, site.role): site for site in sites}
     depth = 1 + max((site.layer for site in sites if site.layer is not None), default=-1)
     if not depth:
         raise UserError(f"method.setting: the layers and roles of the model's family '{family}' are not known")
@@ -145,10 +145,10 @@ def fitting(layers: Mapping[str, Sequence[str]], sites: Sequence[Site], family: 
         )
     kept = [(layer, role) for layer in range(depth) for role in dict.fromkeys(named[str(layer)])]
     for layer, role in kept:
-        if (layer, role) not in found:
-            roles = [own for at, own in found if at == layer and own is not None]
+        if (layer, role) not in by_role:
+            roles = [known for at, known in by_role if at == layer and known is not None]
             meant = f"{nearest(role.upper(), roles)} (it has {' '.join(roles)})"
             raise UserError(f"method.setting: layer {layer} of family '{family}' has no role '{role}'{meant}")
     if not kept:
         raise UserError("method.setting: it keeps no module")
-    return [found[place] for place in found if place in set(kept)]
+    return [site for module, site in by_role.items() if module in set(kept)]

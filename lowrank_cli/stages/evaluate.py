@@ -14,7 +14,7 @@ from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.inference import progress
 from lowrank_cli.inference.predict import predict, score, write_answers
 from lowrank_cli.inference.session import Session, foundation, start
-from lowrank_cli.methods.protocol import Calibrates, Doubts, Observes
+from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateRun, TaskConfig
@@ -116,7 +116,7 @@ def _observe(session: Session) -> Observed:
     if adapter is None or not isinstance(method, Observes):
         return Observed()
     found = Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
-    doubt = method.doubt(found.metrics) if isinstance(method, Doubts) else None
+    doubt = method.diagnosis(found.metrics) if isinstance(method, Diagnoses) else None
     return replace(found, doubts=[doubt] if doubt else [])
 
 

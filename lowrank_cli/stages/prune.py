@@ -37,7 +37,7 @@ def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]
     if scores is None:
         scores = measure(session, config.score, config.level, line)
         write(run, adapter, scores)
-    exact = scores.parts.get("exact", none)
+    exact = scores.components.get("exact", none)
     if scoring and line and session.accelerator.is_main_process and not line.measured(scores.values, exact):
         progress.console().print(
             f"'{scoring.path}' measured exactly around another cut than this; near this one its scores are taylor's "

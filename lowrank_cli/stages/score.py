@@ -107,10 +107,12 @@ def write(run: Run, adapter: Adapter, scores: Scores) -> None:
     listed = []
     for key, values in scores.worth.items():
         site = adapter.sites[key]
-        parts = {name: part[key] for name, part in scores.parts.items()}
+        parts = {name: part[key] for name, part in scores.components.items()}
         listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **parts})
     losses = {} if scores.whole is None else {"whole": scores.whole, "bare": scores.bare}
-    meaning = {"scores": KINDS[scores.level][scores.kind]} | {name: MEANINGS[name] for name in (*losses, *scores.parts)}
+    meaning = {"scores": KINDS[scores.level][scores.kind]} | {
+        name: MEANINGS[name] for name in (*losses, *scores.components)
+    }
     about = {"level": scores.level, "kind": scores.kind, "meaning": meaning}
     about |= {"reason": scores.reason} if scores.reason else {}
     run.write_json("scores.json", {**about, **losses, "modules": listed})

@@ -1,1 +1,1 @@
-"""Adapters on disk: saved and loaded exactly, or exported for other programs."""
+"""Adapters on disk: saving and loading, and export for other programs."""

@@ -1,4 +1,4 @@
-"""Adapters for other programs: merged weights, or a LoRA that the PEFT library and servers load."""
+"""Export for other programs: merged weights, or a LoRA for the PEFT library and servers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lowrank_cli.adapter.spans import index
 from lowrank_cli.adapter.target_sites import head_names
 from lowrank_cli.errors import UserError
 
-#: Singular values below this share of the largest are rounding in fp32.
+#: Singular values below this share of the largest are fp32 rounding.
 ROUNDING = 1e-6
 
 
 @torch.no_grad()
 def truncate(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
-    """Factors of the best approximation of b a by ``rank``, and its error ‖b a − b' a'‖_F / ‖b a‖_F.
+    """Factors b', a' of the best approximation of b a with ``rank``, and its error ‖b a − b' a'‖_F / ‖b a‖_F.
 
-    None keeps all ranks that are more than rounding. Costs QR of b (O, R) and a (R, I) and an SVD (R, R).
+    None keeps all ranks above rounding. Costs a QR of b (O, R) and of a (R, I), and an SVD (R, R).
     """
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.t())
     u, s, v = torch.linalg.svd(left.R @ right.R.t())
@@ -41,22 +41,27 @@ def truncate(b: Tensor, a: Tensor, rank: int | None) -> tuple[Tensor, Tensor, fl
 
 @torch.no_grad()
 def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """The adapter as one LoRA, B (O, R) and A (R, I) with scale 1, for each adapted linear that changes.
+    """The adapter as one LoRA, B (O, R) and A (R, I) with scale 1, for each linear whose weight changes.
 
-    ``rank`` bounds the rank of each module (a packed linear has several). Also returns the largest error of
-    truncation, relative to its module's change. Raises UserError where modules are switched prompt by prompt, and
-    where nothing has changed.
+    Args:
+        rank: bound on the rank of each module (a packed linear has several); None keeps all.
+
+    Returns:
+        The factors by path, and the largest truncation error, relative to its module's change.
+
+    Raises:
+        UserError: no single weight equals an adapted one, or nothing has changed.
     """
-    _refuse(adapter)
+    _require_mergeable(adapter)
     if not adapter.linears:
         raise UserError("export.format: lora holds low-rank updates, and this adapter has none (allowed: merged)")
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    loras: dict[str, tuple[Tensor, Tensor]] = {}
     worst = 0.0
     for path, linear in adapter.linears.items():
         outputs = linear.rows(None).shape[0]
         columns, rows = [], []
-        for part, span in linear.updates:
-            b, a, error = truncate(*part.change(), rank)
+        for module, span in linear.updates:
+            b, a, error = truncate(*module.delta_factors(), rank)
             whole = b.new_zeros(outputs, b.shape[1])
             whole[index(span, outputs, whole.device)] = b
             columns.append(whole)
@@ -64,17 +69,17 @@ def as_lora(adapter: Adapter, rank: int | None) -> tuple[dict[str, tuple[Tensor,
             worst = max(worst, error)
         b, a = torch.cat(columns, dim=1), torch.cat(rows)
         if len(a):
-            found[path] = (b, a)
-    if not found:
+            loras[path] = (b, a)
+    if not loras:
         raise UserError("export: this adapter changes nothing")
-    return found, worst
+    return loras, worst
 
 
 @torch.no_grad()
 def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
-    """Write a PEFT adapter, with our own proof beside it.
+    """Write ``loras`` (see :func:`as_lora`) as a PEFT adapter, with our proof.
 
-    rank = alpha = the largest rank, smaller ones by full name. No module has rank 0.
+    ``r`` and ``lora_alpha`` are the largest rank; smaller ranks are listed by full name. No module has rank 0.
     """
     tensors = {}
     for path, (b, a) in loras.items():
@@ -108,29 +113,29 @@ def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder:
 
 
 def lora_error(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> float:
-    """Largest difference of the canary's logits when ``loras`` add to the pretrained linears instead of the adapter."""
-    return relative(_lora_canary(adapter, loras)[1], canary(adapter)[1])
+    """Relative error of the canary's logits with ``loras`` in place of the adapter."""
+    return relative_error(_lora_canary(adapter, loras)[1], canary(adapter)[1])
 
 
 def _lora_canary(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The canary (1, 16), and its logits (V,) when ``loras`` add to the pretrained linears instead of the adapter."""
+    """The canary (1, 16) and its logits (V,), with ``loras`` in place of the adapter."""
     with ExitStack() as undo, adapter.disabled():
         for path, (b, a) in loras.items():
-            undo.callback(adapter.linears[path].base.register_forward_hook(_added(b, a)).remove)
+            undo.callback(adapter.linears[path].base.register_forward_hook(_update_hook(b, a)).remove)
         return canary(adapter)
 
 
-def _added(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
-    """A hook that adds b a x to what a linear computes for x (…, I), with b (O, R) and a (R, I)."""
+def _update_hook(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
+    """A forward hook that adds b a x to a linear's output for x (…, I), with b (O, R) and a (R, I)."""
     return lambda linear, args, y: y + F.linear(F.linear(args[0], a.to(args[0].dtype)), b.to(y.dtype))  # (…, O)
 
 
 def save_merged(adapter: Adapter, folder: Path, load: Callable[[Path], nn.Module]) -> float:
-    """Write the model with all updates in its weights, ``load`` it again, and compare the canary's logits.
+    """Write the model with merged weights, ``load`` it again, and return the relative error of the canary's logits.
 
-    Returns their largest difference, relative to the largest logit. The adapter is unusable afterwards.
+    The adapter is unusable afterwards.
     """
-    _refuse(adapter)
+    _require_mergeable(adapter)
     model = adapter.model
     ids, expected = canary(adapter)
     adapter.merge()
@@ -140,17 +145,17 @@ def save_merged(adapter: Adapter, folder: Path, load: Callable[[Path], nn.Module
     model.save_pretrained(folder)
     with torch.no_grad():
         logits = load(folder)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    return relative(logits.reshape(-1, logits.shape[-1])[-1].float().cpu(), expected)
+    return relative_error(logits.reshape(-1, logits.shape[-1])[-1].float().cpu(), expected)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest magnitude expected."""
-    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected magnitude."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
-def _refuse(adapter: Adapter) -> None:
+def _require_mergeable(adapter: Adapter) -> None:
     if adapter.routing:
         raise UserError("export: the modules are chosen prompt by prompt, so no single weight equals them")
-    for part in adapter.modules.values():
-        if part.unmergeable:
-            raise UserError(f"export: {part.unmergeable}, so no single weight equals them")
+    for module in adapter.modules.values():
+        if module.unmergeable:
+            raise UserError(f"export: {module.unmergeable}, so no single weight equals them")

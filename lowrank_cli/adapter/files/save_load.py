@@ -1,9 +1,9 @@
-"""Adapters on disk: safetensors with the tensor names of the PEFT library, and our own proof beside them.
+"""Adapters on disk: safetensors with PEFT's tensor names, and a proof that ties them to a base model.
 
-A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only where stock PEFT computes the same
-function), ``rank_pattern.json`` (only where ranks have moved), ``canary.safetensors`` (a fixed input and the logits
-it gave) and ``lrk.json`` (what it belongs to, and the SHA-256 of every other file). Loading checks all of it: an
-adapter is applied exactly, or there is an error.
+A folder holds ``adapter_model.safetensors``, ``adapter_config.json`` (only if stock PEFT computes the same function),
+``rank_pattern.json`` (only if ranks have changed), ``canary.safetensors`` (a fixed input and its logits) and the proof
+``lrk.json`` (base model, and the SHA-256 of every other file). Loading checks all of it, and raises an error unless the
+adapter computes exactly what it did.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Count, PlainName, Sha256, Where, check, read_json
 
 FORMAT = 1
-PATTERN = "rank_pattern.json"  #: module → rank, where ranks have moved, for another training to start from
+PATTERN = "rank_pattern.json"  #: module → rank, if ranks have changed; another training can start from it
 WEIGHTS, CANARY, CONFIG, PROOF = (
     "adapter_model.safetensors",
     "canary.safetensors",
@@ -34,9 +34,8 @@ WEIGHTS, CANARY, CONFIG, PROOF = (
     "lrk.json",
 )
 PREFIX = "base_model.model."
-TOKENS = 16  #: of a canary
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  #: what Adam keeps of a tensor
-#: Largest difference of canary logits that counts as the same function, relative to their largest magnitude.
+TOKENS = 16  #: tokens of a canary
+#: Largest difference of canary logits for the same function, relative to their largest magnitude.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
@@ -53,7 +52,7 @@ class Proof(TypedDict):
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor, and what else modules and routers hold, by its saved name, on the CPU."""
+    """Every trained tensor and constant of the adapter, by its saved name, on the CPU."""
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
 
 
@@ -61,8 +60,8 @@ def _named(adapter: Adapter) -> dict[str, Tensor]:
     adapter.require_declared()
     others = {
         f"{key}.{name}": tensor
-        for key, part in adapter.modules.items()
-        for name, tensor in {**part.tensors(), **part.constants()}.items()
+        for key, module in adapter.modules.items()
+        for name, tensor in {**module.tensors(), **module.constants()}.items()
     }
     return {PREFIX + name: tensor for name, tensor in {**adapter.trained, **adapter.constants, **others}.items()}
 
@@ -75,8 +74,10 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
     if missing or unexpected:
         which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
         raise UserError(f"{source}: {which} ({len(missing)} tensors missing, {len(unexpected)} unexpected)")
-    for key, part in adapter.modules.items():
-        part.fit({name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*part.tensors(), *part.constants())})
+    for key, module in adapter.modules.items():
+        module.match_shapes(
+            {name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*module.tensors(), *module.constants())}
+        )
     for name, tensor in _named(adapter).items():
         if tensor.shape != saved[name].shape:
             raise UserError(
@@ -84,11 +85,11 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
             )
         tensor.copy_(saved[name])
     for linear in adapter.linears.values():
-        linear.settle()
+        linear.sync_weight()
 
 
 def save(adapter: Adapter, folder: Path, about: dict[str, Any]) -> None:
-    """Write the adapter into the existing ``folder``; ``about`` (JSON) is kept and given back by :func:`load`."""
+    """Write the adapter into the existing ``folder``; :func:`load` returns ``about`` (JSON values)."""
     save_file(tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
     config = peft_config(adapter)
     if config is not None:
@@ -107,7 +108,12 @@ def prove(
     ranks: dict[str, int] | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Write the canary, ``ids`` (1, 16) and ``logits`` (V,), and ``lrk.json`` with the hashes of all files so far."""
+    """Write the canary, ``ids`` (1, 16) and ``logits`` (V,), and ``lrk.json`` with the hashes of all files.
+
+    Args:
+        ranks: the rank of each module, if ranks have changed.
+        about: JSON values that :func:`load` returns.
+    """
     save_file({"input_ids": ids, "logits": logits}, folder / CANARY)
     proof = {
         "format": FORMAT,
@@ -122,9 +128,9 @@ def prove(
 
 
 def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """Put the adapter of ``folder`` into an adapted model and return its ``about``.
+    """Load the adapter in ``folder`` into an adapted model and return its ``about``.
 
-    Raises UserError as :func:`fill` does, and where the canary's logits differ from those at saving time.
+    Raises UserError as :func:`fill` does, and if the canary's logits differ from the saved ones.
     """
     proof = fill(adapter, folder)
     _check_canary(adapter, folder, proof["dtype"])
@@ -132,11 +138,10 @@ def load(adapter: Adapter, folder: Path) -> dict[str, Any]:
 
 
 def fill(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """Copy the tensors of ``folder`` into an adapted model, and return ``lrk.json``.
+    """Copy the tensors of ``folder`` into an adapted model, without the canary's check, and return ``lrk.json``.
 
-    Where ranks had changed, the modules first get the ranks that the folder records.
-    Raises UserError for a file that is missing, truncated or altered, for another base model, and for tensors that do
-    not fit.
+    If ranks had changed, modules are resized first. Raises UserError if a file is missing, truncated or altered, the
+    base model differs, or tensors do not fit.
     """
     proof = read_proof(folder)
     check_fingerprint(proof, adapter.fingerprint, str(folder), adapter.model.config.model_type)
@@ -147,7 +152,7 @@ def fill(adapter: Adapter, folder: Path) -> dict[str, Any]:
 
 
 def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, model_type: str) -> None:
-    """Raise UserError unless the adapter of ``proof`` belongs to the model that ``fingerprint`` names."""
+    """Raise UserError unless the adapter with ``proof`` belongs to the model with ``fingerprint``."""
     if proof["fingerprint"] != fingerprint:
         raise UserError(
             f"{source}: this adapter belongs to another model (a '{proof['model_type']}' with fingerprint "
@@ -157,7 +162,7 @@ def check_fingerprint(proof: dict[str, Any], fingerprint: str, source: str, mode
 
 
 def read_proof(folder: Path) -> dict[str, Any]:
-    """``lrk.json`` of an adapter folder, once every file it lists has the hash it lists."""
+    """``lrk.json`` of an adapter folder, after checking the hashes of all files in it."""
     if not (folder / PROOF).exists():
         raise UserError(f"{folder}: not an adapter folder ({PROOF} is missing)")
     proof = read_json(folder / PROOF, dict[str, Any])
@@ -173,7 +178,7 @@ def read_proof(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, files: dict[str, str]) -> None:
-    """Raise UserError unless ``folder`` holds each of ``files``, with the SHA-256 that was saved with it."""
+    """Raise UserError unless ``folder`` holds all ``files`` (name → SHA-256) unchanged."""
     for name, saved in files.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing")
@@ -183,7 +188,7 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
 
 @torch.no_grad()
 def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A fixed input (1, 16) and the logits it gives: (V,) of the last position, or (labels,); fp32, on the CPU."""
+    """A fixed input (1, 16), and its logits: (V,) of the last position, or (labels,); fp32, on the CPU."""
     model = adapter.model
     if ids is None:
         ids = (torch.arange(1, TOKENS + 1) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
@@ -202,9 +207,9 @@ def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
 
 
 def read_canary(folder: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The input (1, 16) and the logits (V,) or (labels,) of :func:`canary` at saving time; UserError for anything else.
+    """The saved input (1, 16) and logits, (V,) or (labels,), of :func:`canary`.
 
-    ``vocabulary`` is the number of tokens that the model knows.
+    Raises UserError unless the tensors fit a model with ``vocabulary`` tokens.
     """
     saved = read_tensors(folder / CANARY, "input_ids", "logits")
     ids, logits = saved["input_ids"], saved["logits"]
@@ -218,7 +223,13 @@ def read_canary(folder: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: torch.dtype) -> None:
-    """Raise UserError unless a canary's ``logits`` are those ``saved``, within the dtypes ``then`` and ``now``."""
+    """Raise UserError unless a canary's ``logits`` equal the ``saved`` ones, within the precision of both dtypes.
+
+    Args:
+        source: for the error message.
+        then: the model's dtype when the adapter was saved.
+        now: the model's dtype.
+    """
     if logits.shape != saved.shape:
         raise UserError(f"{source}: the canary has {len(saved)} logits, and this model gives {len(logits)}")
     error = (logits - saved).abs().max() / saved.abs().max().clamp_min(1e-6)
@@ -230,27 +241,27 @@ def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: tor
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any] | None:
-    """What stock PEFT needs to load this adapter, or None where it would not be the same function.
+    """PEFT's configuration of this adapter, or None if stock PEFT would not compute the same function.
 
-    Ranks may differ, the scale may not: servers that ignore PEFT's patterns scale every module by lora_alpha / r.
+    Ranks may differ between modules, but not the scale: servers that ignore PEFT's patterns use lora_alpha / r for all.
     """
-    parts = [(part.scale, part.peft_options()) for part in adapter.modules.values()]
+    kinds = [(module.scale, module.peft_options()) for module in adapter.modules.values()]
     packed = any(site.span is not None for site in adapter.sites.values())
-    if adapter.routing is not None or packed or not parts or any(part != parts[0] for part in parts):
+    if adapter.routing is not None or packed or not kinds or any(kind != kinds[0] for kind in kinds):
         return None
-    scale, options = parts[0]
+    scale, options = kinds[0]
     if options is None:
         return None
-    heads, rank = head_names(adapter.model), max(adapter.ranks().values())
-    other = {re.escape(key): own for key, own in adapter.ranks().items() if own != rank}  # keys are patterns
+    heads, most = head_names(adapter.model), max(adapter.ranks().values())
+    smaller = {re.escape(key): rank for key, rank in adapter.ranks().items() if rank != most}  # keys are patterns
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": adapter.model.config.name_or_path or None,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "rank_pattern": other,
-        "alpha_pattern": {pattern: scale * own for pattern, own in other.items()},
+        "r": most,
+        "lora_alpha": scale * most,
+        "rank_pattern": smaller,
+        "alpha_pattern": {pattern: scale * rank for pattern, rank in smaller.items()},
         "target_modules": sorted(adapter.linears),
         "modules_to_save": heads or None,
         "fan_in_fan_out": False,
@@ -261,33 +272,8 @@ def peft_config(adapter: Adapter) -> dict[str, Any] | None:
     }
 
 
-def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state as flat tensors, ``<parameter index>.<name>``; its settings are not part of it."""
-    return {
-        f"{index}.{key}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-    }
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], source: str) -> None:
-    """Undo :func:`moments`. Raises UserError, which names ``source``, for what is no state of this optimizer."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    nested: dict[int, dict[str, Tensor]] = {}
-    for name, value in saved.items():
-        index, _, key = name.partition(".")
-        known = index.isdecimal() and int(index) < len(parameters)
-        if not known or key not in MOMENTS or value.shape != (() if key == "step" else parameters[int(index)].shape):
-            raise UserError(f"{source}: '{name}' {tuple(value.shape)} is no moment of the {len(parameters)} tensors")
-        nested.setdefault(int(index), {})[key] = value
-    for at, state in nested.items():
-        if state.keys() != MOMENTS:
-            raise UserError(f"{source}: of tensor {at} it holds {', '.join(state)} only")
-    optimizer.load_state_dict({"state": nested, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
-    """What a safetensors file holds, by name; ``names`` are there. Raises UserError where it cannot be read."""
+    """The tensors of a safetensors file. Raises UserError if it cannot be read or lacks one of ``names``."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
@@ -301,6 +287,6 @@ def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

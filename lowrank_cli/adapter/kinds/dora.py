@@ -1,4 +1,4 @@
-"""The low-rank module with magnitude and direction apart: DoRA (Liu et al., ICML 2024, arXiv 2402.09353)."""
+"""The low-rank module that separates magnitude and direction: DoRA (Liu et al., ICML 2024, arXiv 2402.09353)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.adapter.fused_autograd import Terms
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.low_rank import LowRank
 
-#: Smallest squared norm of V's rows, relative to W's: below it the Gram identity is fp32 rounding only.
+#: Lower bound of the squared norms of V's rows, relative to W's: below it the Gram identity gives only rounding.
 FLOOR = 1e-6
-#: The same for a row of zeros, whose direction is undefined.
+#: Lower bound for rows of zeros, whose direction is undefined.
 ZERO_ROW = 1e-30
 
 
@@ -20,14 +20,14 @@ class Decomposed(LowRank):
     """y = (m / n) ⊙ (V x) + bias,   V = W + s · B diag(g) A,   n = ‖V‖ row by row (equation 5 of the paper).
 
     ``magnitude`` m (O,), in fp32, starts as ‖W‖, so that m / n is exactly 1. As an update of the frozen output, with
-    the gate w of the module:
+    the module gate w:
 
         y = W x + bias + w ⊙ ((m/n − 1) ⊙ (W x) + (m/n) ⊙ s · B (g ⊙ (A drop(x))))
 
-    The gradient treats n as a constant (section 4.3). Dropout acts on the input of A only.
+    The gradient treats n as a constant (section 4.3). Dropout applies to the input of A only.
 
-    V is never formed: n² = ‖W‖² + 2 s ⟨W, B diag(g) A⟩ + s² ‖B diag(g) A‖², each term from products of the rank's
-    size; ‖W‖² is that of the weight when the module was attached.
+    V is never formed: n² = ‖W‖² + 2 s ⟨W, B diag(g) A⟩ + s² ‖B diag(g) A‖², from products with R columns. ‖W‖² is
+    computed when the module is attached.
     """
 
     squares: Tensor  #: ‖W‖², (O,)
@@ -48,58 +48,58 @@ class Decomposed(LowRank):
         self.magnitude.copy_(self.squares.sqrt())
 
     @torch.no_grad()
-    def change(self) -> tuple[Tensor, Tensor]:
-        delta = self.delta()  # a row's new length changes all of W: no factors are smaller
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        delta = self.delta()  # rescaled rows change all of W, so there are no smaller factors
         return delta, torch.eye(delta.shape[1], device=delta.device)
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """n: (O,), or (B, O) where ``rank_gate`` differs from row to row; fp32."""
+        """n: (O,), or (B, O) with a rank gate for each row; fp32."""
         (weight, _), a, gate = self.frozen(), self.lora_a, self.rank_gate
         b = self.lora_b if gate is None else self.lora_b * gate.unsqueeze(-2)  # (O, R) or, row by row, (B, O, R)
         with torch.autocast(weight.device.type, enabled=False):
             along = (weight @ a.to(weight.dtype).t()).float()  # (O, I) @ (I, R) -> (O, R)
             cross = (along * b).sum(dim=-1)  # ⟨W, BA⟩: (..., O, R) -> (..., O)
-            own = ((b @ (a @ a.t())) * b).sum(dim=-1)  # ‖BA‖²: (..., O, R) @ (R, R) -> (..., O)
-        squares = self.squares + 2 * self.scale * cross + self.scale**2 * own
+            update = ((b @ (a @ a.t())) * b).sum(dim=-1)  # ‖BA‖²: (..., O, R) @ (R, R) -> (..., O)
+        squares = self.squares + 2 * self.scale * cross + self.scale**2 * update
         return squares.maximum(FLOOR * self.squares + ZERO_ROW).sqrt()
 
     def _rescaled(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """m / n, (O,) or (B, O); A (R, I); (m / n) ⊙ Bᵀ, (R, O) or (B, R, O). Kept while nothing trains."""
+        """m / n, (O,) or (B, O); A (R, I); (m / n) ⊙ Bᵀ, (R, O) or (B, R, O). Cached without gradients."""
 
         def compute() -> tuple[Tensor, Tensor, Tensor]:
             ratio = self.magnitude / self.norms()
             return ratio, self.lora_a.to(dtype), (ratio.unsqueeze(-1) * self.lora_b).to(dtype).mT
 
-        def laid_out() -> tuple[Tensor, Tensor, Tensor]:
+        def contiguous() -> tuple[Tensor, Tensor, Tensor]:
             ratio, a, b = compute()
             return ratio, a, b.contiguous()
 
         if torch.is_grad_enabled():
-            self._results.clear()
+            self._cache.clear()
         if torch.is_grad_enabled() or self.rank_gate is not None:
             return compute()
-        return self.kept(("rescaled", dtype), laid_out)
+        return self.cached(("rescaled", dtype), contiguous)
 
     def terms(self, x: Tensor, dtype: torch.dtype) -> Terms | None:
         if self.rank_gate is not None or self.module_gate is not None:
-            return None  # they change the factors from row to row
+            return None  # gates may give each row other factors
         return self._terms(x, dtype, self.magnitude / self.norms())
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         ratio, a, b = self._rescaled(y.dtype)
-        y = self._stretch(y, ratio)
+        y = self._scale_rows(y, ratio)
         h = self.hidden(x, a).flatten(0, -2).to(y.dtype)  # (B, T, R) -> (B * T, R)
         if b.dim() == 2:
-            y.addmm_(h, b, alpha=self.strength)
+            y.addmm_(h, b, alpha=self.effective_scale)
         else:
             rows = y.view(len(b), -1, y.shape[-1])  # (B * T, O) -> (B, T, O)
-            rows.baddbmm_(h.view(len(b), -1, self.rank), b, alpha=self.strength)
+            rows.baddbmm_(h.view(len(b), -1, self.rank), b, alpha=self.effective_scale)
 
-    def _stretch(self, y: Tensor, ratio: Tensor) -> Tensor:
-        """``y`` (B * T, O) += w ⊙ (m/n − 1) ⊙ (W x), in place, where ``y`` is W x + bias; returns it for further use.
+    def _scale_rows(self, y: Tensor, ratio: Tensor) -> Tensor:
+        """Add w ⊙ (m/n − 1) ⊙ (W x) in place to ``y`` (B * T, O), which is W x + bias, and return it.
 
-        What is done in place through a view, autograd sees in views made afterwards: there it returns a new one.
+        After in-place changes through a view it returns a new view, as autograd requires.
         """
         factor, gate, bias = ratio, self.module_gate, self.frozen_bias()
         if isinstance(gate, float):
@@ -118,7 +118,7 @@ class Decomposed(LowRank):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """ΔW = (m/n) ⊙ (W + s · B diag(g) A) − W, (O, I), fp32. Refused while a gate differs from row to row."""
+        """ΔW = (m/n) ⊙ (W + s · B diag(g) A) − W, (O, I), fp32. Gates must not differ between rows."""
         update = super().delta()
         ratio = (self.magnitude / self.norms()).unsqueeze(-1)  # (O, 1)
         return (ratio - 1) * self.frozen()[0] + ratio * update

@@ -1,12 +1,12 @@
-"""Components of the frozen weight itself, trained: singular triplets instead of random directions.
+"""Training components of the frozen weight's singular value decomposition instead of random directions.
 
 W = U S Vᵀ; a window I of its components starts as B₀ = (U S^½)_I, A₀ = (S^½ Vᵀ)_I (up to the scale s), and
 
     y = (W − s·B₀A₀) x + s·BA x  =  W x + s·(BA − B₀A₀) x  =  W x + s·[B − B₀ | B₀] [A ; A − A₀] x
 
-The last form is what is computed: the same function and the same gradients as training the components beside a frozen
-rest, but the stored W is never touched. So a fresh module changes nothing, not even by rounding; switching it off
-needs no restoring; an update far below the precision of a bf16 W is not lost; and it is a plain LoRA of rank 2R.
+The last form is computed. Function and gradients are those of training the components next to a frozen rest, but the
+stored W stays untouched. So a fresh module changes nothing, not even by rounding; switching it off restores nothing;
+updates far below the precision of a bf16 W are kept; and the result is a plain LoRA of rank 2R.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.linear import AdaptedLinear, LowRank
+from lowrank_cli.adapter.linear import AdaptedLinear
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.spans import Span
 
-#: Smaller side of a matrix up to which principal components are exact (LAPACK: about 1 s at 768 × 2048 on one core).
+#: Largest smaller side of a matrix with exact principal components (LAPACK: about 1 s at 768 × 2048 on one core).
 EXACT = 1024
 
 
 class Window(LowRank):
     """A low-rank module that replaces components of the weight (O, I): s·(BA − B₀A₀).
 
-    The factors at the start are saved with the trained ones: signs and order of singular vectors differ between
-    machines, so a decomposition done again would not be the same function.
+    The initial factors are saved with the trained ones: signs and order of singular vectors differ between machines,
+    so another decomposition would give another function.
     """
 
-    rank_axes = {}  # a rank stands twice in the update, trained and at the start
+    rank_axes = {}  # a rank appears twice in the update, with its trained and its initial factors
 
     start_a: Tensor  #: A₀ (R, I), fp32
     start_b: Tensor  #: B₀ (O, R), fp32
@@ -50,38 +51,37 @@ class Window(LowRank):
         return torch.cat((self.lora_b - self.start_b, self.start_b), dim=1)  # (O, R) -> (O, 2R)
 
     @torch.no_grad()
-    def take(self, u: Tensor, s: Tensor, v: Tensor) -> None:
-        """Start from components u (O, R), s (R,), v (R, I): B₀ = u (s / scale)^½, A₀ = (s / scale)^½ v."""
-        self._open(*self._factors(u, s, v))
+    def set_components(self, u: Tensor, s: Tensor, v: Tensor) -> None:
+        """Train the components u (O, R), s (R,), v (R, I) from B₀ = u (s / scale)^½, A₀ = (s / scale)^½ v."""
+        self._set_factors(*self._factors(u, s, v))
 
     def _factors(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         root = (s / self.scale).sqrt()
         return u * root, root.unsqueeze(1) * v  # (O, R), (R, I)
 
-    def _open(self, b: Tensor, a: Tensor) -> None:
-        self._begin(b, a)
+    def _set_factors(self, b: Tensor, a: Tensor) -> None:
+        self._set_start(b, a)
         self.lora_a.data, self.lora_b.data = self.start_a.clone(), self.start_b.clone()
 
-    def _begin(self, b: Tensor, a: Tensor) -> None:
+    def _set_start(self, b: Tensor, a: Tensor) -> None:
         for name, start in (("start_b", b), ("start_a", a)):
             self.register_buffer(name, start.detach().clone(memory_format=torch.contiguous_format), persistent=False)
 
 
-class Principal(Window):
-    """The components of the largest singular values."""
+class PrincipalWindow(Window):
+    """The window of the largest singular values."""
 
     def attach(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.take(*principal(weight, self.rank))
+        self.set_components(*principal(weight, self.rank))
 
 
-class Moving(Window):
-    """A window that may be folded into the stored weight and opened elsewhere, with another width.
+class MovingWindow(Window):
+    """A window that can be folded into the stored weight and reopened elsewhere, with another width.
 
-    What was folded is kept as factors, W = W₀ + folded_b folded_a, in fp32. So W₀ comes back bit for bit (from a copy
-    on the CPU), loading repeats the same product, a bf16 weight is rounded once, not at every fold, and the whole
-    change is a LoRA. A bf16 weight is rounded up or down (:func:`dithered`), so that a change far below its precision
-    is still there in the mean, where the nearest value would be W₀ again. Factors that would outgrow the matrix become
-    the matrix itself.
+    Folded updates are kept as fp32 factors, W = W₀ + folded_b folded_a. So W₀ is restored bit for bit (from a copy on
+    the CPU), loading repeats the same product, a bf16 weight is rounded once instead of at every fold, and the whole
+    change is a LoRA. A bf16 weight is dithered (:func:`dithered`), so that changes far below its precision survive on
+    average, where rounding to nearest would give W₀. Factors that would outgrow the matrix are replaced by the matrix.
     """
 
     folded_a: Tensor  #: (F, I)
@@ -89,44 +89,44 @@ class Moving(Window):
 
     def build(self) -> None:
         self._pretrained: Tensor | None = None
-        self.fit({"lora_A.weight": self.lora_a.shape, "folded_A": torch.Size((0, self.lora_a.shape[1]))})
+        self.match_shapes({"lora_A.weight": self.lora_a.shape, "folded_A": torch.Size((0, self.lora_a.shape[1]))})
 
     def constants(self) -> dict[str, Tensor]:
         return {**super().constants(), "folded_A": self.folded_a, "folded_B": self.folded_b}
 
-    def fit(self, shapes: dict[str, torch.Size]) -> None:
+    def match_shapes(self, shapes: dict[str, torch.Size]) -> None:
         rank, folded = shapes["lora_A.weight"][0], shapes["folded_A"][0]
         a, b = self.lora_a.detach(), self.lora_b.detach()
-        self.take(b.new_zeros(len(b), rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1]))
-        self._keep(b.new_zeros(len(b), folded), a.new_zeros(folded, a.shape[1]))
+        self.set_components(b.new_zeros(len(b), rank), b.new_zeros(rank), a.new_zeros(rank, a.shape[1]))
+        self._set_folded(b.new_zeros(len(b), folded), a.new_zeros(folded, a.shape[1]))
 
     @torch.no_grad()
-    def change(self) -> tuple[Tensor, Tensor]:
-        """b (O, F + 2R), a (F + 2R, I), fp32: what was folded, and the update."""
-        b, a = super().change()
+    def delta_factors(self) -> tuple[Tensor, Tensor]:
+        """b (O, F + 2R), a (F + 2R, I), fp32: the folded updates and the current one."""
+        b, a = super().delta_factors()
         return torch.cat((self.folded_b, b), dim=1), torch.cat((self.folded_a, a))
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
-        """Move the update into the stored ``weight`` (O, I). Same function, same gradients of A and B afterwards."""
-        b, a = self.change()
+        """Move the update into the stored ``weight`` (O, I). Function and gradients of A and B stay the same."""
+        b, a = self.delta_factors()
         if len(a) > min(weight.shape):
             delta = b @ a
             wide = len(delta) <= delta.shape[1]
             unit = torch.eye(min(weight.shape), device=delta.device)
             b, a = (unit, delta) if wide else (delta, unit)
-        self._keep(b, a)
-        self.settle(weight, True)
-        self._begin(self.lora_b, self.lora_a)
+        self._set_folded(b, a)
+        self.sync_weight(weight, True)
+        self._set_start(self.lora_b, self.lora_a)
 
     @torch.no_grad()
-    def exchange(self, keep: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
-        """After a fold: keep the ranks ``keep`` (their indices) as they are, and open components as :meth:`take`."""
+    def replace_components(self, keep: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
+        """After a fold, keep the ranks with indices ``keep`` and add components as in :meth:`set_components`."""
         b, a = self._factors(u, s, v)
-        self._open(torch.cat((self.lora_b[:, keep], b), dim=1), torch.cat((self.lora_a[keep], a)))
+        self._set_factors(torch.cat((self.lora_b[:, keep], b), dim=1), torch.cat((self.lora_a[keep], a)))
 
     @torch.no_grad()
-    def settle(self, weight: Tensor, enabled: bool) -> None:
+    def sync_weight(self, weight: Tensor, enabled: bool) -> None:
         folded = enabled and len(self.folded_a) > 0
         if self._pretrained is None:
             if not folded:
@@ -140,20 +140,20 @@ class Moving(Window):
         else:
             weight.copy_(pretrained + self.folded_b @ self.folded_a)
 
-    def _keep(self, b: Tensor, a: Tensor) -> None:
+    def _set_folded(self, b: Tensor, a: Tensor) -> None:
         self.register_buffer("folded_b", b.detach(), persistent=False)
         self.register_buffer("folded_a", a.detach(), persistent=False)
 
 
 def dithered(values: Tensor) -> Tensor:
-    """fp32 ``values`` (O, I) in bf16, each rounded to a neighbour that is the nearer the more probable.
+    """fp32 ``values`` (O, I) in bf16, rounded up or down in proportion to the distance.
 
-    The threshold of an entry is fixed by its position (multiples of the golden ratio modulo 1, which fill the unit
-    interval evenly), so the same values round alike everywhere and a value of bf16 stays what it is. The error is that
-    of a coin: up to a unit in the last place of an entry, 0 in the mean over many.
+    The threshold of an entry depends on its index only (multiples of the golden ratio modulo 1, which fill the unit
+    interval evenly), so rounding is reproducible, and bf16 values stay the same. The error of an entry is up to a unit
+    in the last place, and 0 on average.
     """
     position = torch.arange(values.numel(), device=values.device).view(values.shape)
-    threshold = (position * 2654435769 >> 16) & 0xFFFF  # 2^32 / 1.618…; the 16 bits that bf16 has not
+    threshold = (position * 2654435769 >> 16) & 0xFFFF  # 2^32 / 1.618…; the 16 bits that bf16 lacks
     bits = values.contiguous().view(torch.int32) + threshold.to(torch.int32)
     return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
 
@@ -162,8 +162,8 @@ def dithered(values: Tensor) -> Tensor:
 def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` leading components u (O, R), s (R,), v (R, I) of ``weight`` (O, I), fp32.
 
-    Exact where the smaller side is at most ``EXACT``; above it randomized, with 8 directions to spare and 16 power
-    iterations (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    Exact if the smaller side is at most ``EXACT``, else randomized, with 8 extra directions and 16 power iterations
+    (Halko, Martinsson and Tropp 2011, algorithm 4.4).
     """
     weight = weight.float()
     if min(weight.shape) <= EXACT:
@@ -176,21 +176,21 @@ def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Spectrum:
-    """The decomposition of a matrix (O, I) with k = min(O, I), as far as windows may use it."""
+    """All singular values of a matrix (O, I) with k = min(O, I), and the singular vectors of C components."""
 
-    values: Tensor  #: all singular values (k,), descending
-    index: Tensor  #: (C,) which components are kept, ascending
+    values: Tensor  #: (k,), descending
+    index: Tensor  #: (C,), indices of the components, ascending
     left: Tensor  #: (O, C)
     right: Tensor  #: (C, I)
 
     def components(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The components of the indices ``wanted`` (R,), all of them in ``index``: u (O, R), s (R,), v (R, I)."""
+        """The components with indices ``wanted`` (R,), a subset of ``index``: u (O, R), s (R,), v (R, I)."""
         at = torch.searchsorted(self.index, wanted)
         assert torch.equal(self.index[at], wanted)
         return self.left[:, at], self.values[wanted], self.right[at]
 
     def project(self, gradient: Tensor) -> Tensor:
-        """uᵢᵀ G vᵢ of the kept components for a gradient G (O, I): (C,), fp32."""
+        """uᵢᵀ G vᵢ of the C components for a gradient G (O, I): (C,), fp32."""
         return ((self.left.t() @ gradient.float()) * self.right).sum(dim=1)
 
 
@@ -198,9 +198,9 @@ class Spectrum:
 def decompose(weight: Tensor, index: Tensor) -> Spectrum:
     """The spectrum of ``weight`` (O, I) with the components ``index`` (C,).
 
-    By the eigenvectors of the smaller Gram matrix in fp64. That is as exact as an SVD in fp32, which loses components
-    below about 1e-7 of the largest too; minor components are out of a randomized one's reach. For a long weight it is
-    several times as fast (128 × 320: 1.4 against 8.4 ms on one core).
+    Uses the eigenvectors of the smaller Gram matrix in fp64. That is as exact as an fp32 SVD, which also loses
+    components below about 1e-7 of the largest, and several times as fast for an elongated matrix (128 × 320: 1.4
+    instead of 8.4 ms on one core). A randomized SVD would not give minor components.
     """
     wide = len(weight) <= weight.shape[1]
     flat = (weight if wide else weight.t()).double()  # (k, max(O, I))
@@ -212,29 +212,29 @@ def decompose(weight: Tensor, index: Tensor) -> Spectrum:
     return Spectrum(values, index, left.float().contiguous(), right.float().contiguous())
 
 
-def window(weight: Tensor, place: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The components u (O, R), s (R,), v (R, I) of ``weight`` (O, I) in the window of ``width`` at ``place``."""
-    if place == 0:
+def window(weight: Tensor, position: float, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The components u (O, R), s (R,), v (R, I) of ``weight`` (O, I) in the window of ``width`` at ``position``."""
+    if position == 0:
         return principal(weight, width)
     size = min(weight.shape)
-    start = window_start(place, size, width)
-    return decompose(weight, reachable([place], size, width)).components(torch.arange(start, start + width))
+    start = window_start(position, size, width)
+    return decompose(weight, reachable([position], size, width)).components(torch.arange(start, start + width))
 
 
-def window_start(place: float, components: int, width: int) -> int:
-    """Where a window of ``width`` starts: ``place`` from 0 (principal components) to 1 (minor ones)."""
-    return math.floor(place * (components - width) + 0.5)
+def window_start(position: float, components: int, width: int) -> int:
+    """Index of the first component of a window at ``position``, from 0 (principal components) to 1 (minor ones)."""
+    return math.floor(position * (components - width) + 0.5)
 
 
-def reachable(places: list[float], components: int, width: int) -> Tensor:
-    """Ascending indices of all components in windows at ``places`` of at most ``width``."""
-    starts = (window_start(place, components, width) for place in places)
+def reachable(positions: list[float], components: int, width: int) -> Tensor:
+    """Ascending indices of all components in windows of up to ``width`` at ``positions``."""
+    starts = (window_start(position, components, width) for position in positions)
     return torch.tensor(sorted({i for start in starts for i in range(start, start + width)}))
 
 
 @contextmanager
 def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, a backward pass hands ``see`` the key and the gradient (O, I) of each adapted weight, one at a time."""
+    """Inside, a backward pass calls ``see`` with the key and gradient (O, I) of each adapted weight, one at a time."""
 
     def watch(linear: AdaptedLinear, keys: dict[Span | None, str]) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Prompt-aware routing: which low-rank modules of a layer a prompt uses, chosen once per prompt."""
+"""Prompt-aware routing: each layer's low-rank modules are chosen once per prompt."""

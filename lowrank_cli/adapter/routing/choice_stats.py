@@ -1,4 +1,4 @@
-"""What routers chose, counted over prompts: which modules, how alike for all prompts, and how decidedly."""
+"""Statistics of the routers' choices over prompts: which modules, how varied, and how confident."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from torch import Tensor
 
 from lowrank_cli.adapter.routing.router import scaled_gates
 
-SATURATED = 0.9  #: a module with more of a prompt's probability leaves the router next to no gradient
-TIED = 1e-3  #: with less between the last module that is kept and the first that is not, rounding decides
+SATURATED = 0.9  #: probability of one module above which the router gets almost no gradient
+TIED = 1e-3  #: gap between the last module kept and the first dropped, below which rounding decides
 
 
 class Choices:
-    """Choices of k among N modules in each of L layers, added up over prompts.
+    """Choices of k among N modules in each of L layers, summed over prompts.
 
-    ``sets`` (L, 2**N) counts prompts by the set that was chosen, module i being bit i. ``sums`` (L, 3) adds up each
-    prompt's largest gate (k · p / Σ_kept p), and whether it was saturated and tied. Both add up over processes.
+    Attributes:
+        sets: (L, 2**N), prompts counted by the set chosen, with module i as bit i.
+        sums: (L, 3), sums over prompts of the largest gate (k · p / Σ_kept p), of being saturated and of being tied.
     """
 
     def __init__(self, layers: int, modules: int, k: int):
@@ -25,17 +26,17 @@ class Choices:
 
     @torch.no_grad()
     def add(self, layer: int, probabilities: Tensor) -> None:
-        """Count what probabilities (B, N) choose in ``layer``: the k largest, also where one is as small as 0."""
+        """Count the choices in ``layer`` of probabilities (B, N): the k largest, even where they are 0."""
         largest = probabilities.topk(min(self.k + 1, self.modules)).values  # (B, N) -> (B, k + 1), or (B, N)
         chosen = probabilities.topk(self.k).indices  # (B, N) -> (B, k)
         self.sets[layer] += torch.bincount((1 << chosen).sum(dim=1), minlength=2**self.modules).cpu()
         gap = largest[:, self.k - 1] - largest[:, self.k] if self.k < self.modules else torch.ones_like(largest[:, 0])
         gates = scaled_gates(probabilities, self.k).amax(dim=1)
-        seen = torch.stack([gates, largest[:, 0] > SATURATED, gap < TIED])  # (3, B)
-        self.sums[layer] += seen.double().sum(dim=1).cpu()
+        summed = torch.stack([gates, largest[:, 0] > SATURATED, gap < TIED])  # (3, B)
+        self.sums[layer] += summed.double().sum(dim=1).cpu()
 
     def clear(self) -> None:
-        """Start counting again."""
+        """Reset all counts."""
         self.sets.zero_()
         self.sums.zero_()
 
@@ -49,8 +50,11 @@ class Choices:
         return self.sets @ members.double() / self.prompts  # (L, 2**N) @ (2**N, N) -> (L, N)
 
     def by_layer(self) -> dict[str, list[float]]:
-        """For each layer: the mean largest gate, how many sets occur, their entropy over the prompts in bits (at most
-        log2 of the number of prompts), and the shares of prompts that are saturated and tied."""
+        """Statistics of each layer.
+
+        The mean largest gate, the number of distinct sets, their entropy over prompts in bits (at most log2 of the
+        number of prompts), and the shares of saturated and of tied prompts.
+        """
         shares = self.sets / self.prompts
         gate, saturated, tied = (self.sums / self.prompts).T.tolist()
         return {

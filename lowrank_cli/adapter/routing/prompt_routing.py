@@ -1,6 +1,6 @@
-"""Prompt-aware routing: per layer, choose the low-rank modules of a sequence once, from its prompt.
+"""Prompt-aware routing: each layer chooses the low-rank modules of a sequence once, from its prompt.
 
-Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035. Routers themselves are in ``router.py``.
+Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035). The routers are in ``router.py``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.routing.choice_stats import Choices
 from lowrank_cli.adapter.routing.router import Router, scaled_gates
 
 
 def prompts(args: tuple, kwargs: dict, mask: Tensor | None) -> Tensor:
-    """The prompts of new sequences as a mask (B, T): ``mask``, or every token that ``attention_mask`` shows."""
+    """Mask (B, T) of the prompts of new sequences: ``mask``, or else all tokens in ``attention_mask``."""
     rows = _inputs(args, kwargs)[1]
     mask = kwargs.get("attention_mask") if mask is None else mask
     mask = torch.ones(rows.shape[:2], device=rows.device) if mask is None else mask[:, : rows.shape[1]]
@@ -35,51 +35,60 @@ def batch_shape(args: tuple, kwargs: dict) -> tuple[int, int]:
 
 
 def _inputs(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor]:
-    """Token ids (B, T), where the model is given them, and what it is given: these, or embeddings (B, T, D)."""
+    """Token ids (B, T), if given, and the model's input: the ids or embeddings (B, T, D)."""
     ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0] if args else None
     return ids, kwargs["inputs_embeds"] if ids is None else ids
 
 
 class PromptRouting:
-    """Routes an adapted model: hooks in front of the model and of each layer.
+    """Routes an adapted model with forward pre-hooks on the model and on each layer.
 
-    A forward pass with an empty KV cache starts new sequences. Its prompt is ``prompt_mask`` (B, T), an extra keyword
-    of the model's forward, or else every token that ``attention_mask`` shows. Each layer's router then sets the gates
-    of its modules, once for each distinct prompt; passes that continue a KV cache reuse them, also when beams or
-    candidate answers have multiplied the rows since (n copies of a row must stand together). A prompt has to come in
-    one pass: the later parts of one that is prefilled in chunks would use what its first chunk chose.
+    A forward pass with an empty KV cache starts new sequences. Their prompts are ``prompt_mask`` (B, T), an extra
+    keyword of the model's forward, or else all tokens in ``attention_mask``. Each layer's router sets the gates of its
+    modules once for each distinct prompt. Passes that continue a KV cache reuse them, also after beams or candidate
+    answers have multiplied the rows (copies of a row must be adjacent). A prompt must fit in one pass: if it is
+    prefilled in chunks, the first chunk decides for all.
 
-    ``gates`` (one of :data:`~lowrank_cli.adapter.routing.router.GATES`) chooses ``k`` modules of a layer by their
-    probabilities;
-    while ``soft`` is set, every module is on in proportion to its own, and while ``warming`` is, in passes that record
-    gradients. ``routed`` counts router evaluations (prompts × layers); ``choices`` counts what prompts chose while no
-    gradient was recorded. Neither counts soft passes. Cost of a decoding step: the modules that any row of the batch
-    uses, each for all rows. Gathering the rows that use one would make its products 1.3 to 1.5 times as slow in a
-    decoding step, and a prefill about 1 % faster (4 of 8 rows, on a CPU).
+    A decoding step computes every module that any row uses, for all rows. Gathering the rows that use a module would
+    make its products 1.3 to 1.5 times as slow in a decoding step, and a prefill about 1 % faster (4 of 8 rows, CPU).
+
+    Args:
+        layers: the model's layers.
+        modules: for each layer, the N modules that its router chooses from.
+        routers: one for each layer.
+        k: modules of a layer that a prompt uses.
+        gates: turns probabilities (B, N) and k into gates (B, N): one of
+            :data:`~lowrank_cli.adapter.routing.router.GATES`.
+
+    Attributes:
+        soft: use every module, weighted by its probability.
+        warming: the same, only in passes that record gradients.
+        routed: number of router evaluations (prompts × layers), without soft passes.
+        choices: statistics of passes without gradients that are not soft.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         layers: list[nn.Module],
-        parts: list[list[LowRank]],
+        modules: list[list[LowRank]],
         routers: list[Router],
         k: int,
         gates: Callable[[Tensor, int], Tensor] = scaled_gates,
     ):
         self.k = k
-        self.parts = parts
+        self.modules = modules
         self.routers = routers
         self.choose = gates
         self.soft = self.warming = False
         self.enabled = True
         self.routed = 0
-        self.choices = Choices(len(layers), len(parts[0]), k)
+        self.choices = Choices(len(layers), len(modules[0]), k)
         self._pooled: list[list[Tensor]] | None = None
         self.probabilities: list[Tensor] = []
         self._gates: list[Tensor] = []
-        self._applied = False  # whether the modules hold ``_gates`` now
-        self._cache: weakref.ref[Any] | None = None  # the KV cache that belongs to ``_gates``
+        self._applied = False  # whether the modules currently hold ``_gates``
+        self._cache: weakref.ref[Any] | None = None  # the KV cache that ``_gates`` belong to
         self._mask: Tensor | None = None
         self._first: Tensor | None = None
         self._copy: Tensor | None = None
@@ -91,7 +100,7 @@ class PromptRouting:
 
     @contextmanager
     def pooling(self) -> Iterator[list[list[Tensor]]]:
-        """Gives what each layer's router pools from the prompts of the passes inside: (B, D) of every pass."""
+        """Yields, for each layer, the pooled prompts (B, D) of every pass inside."""
         self._pooled = [[] for _ in self.routers]
         try:
             yield self._pooled
@@ -120,13 +129,13 @@ class PromptRouting:
         return args, kwargs
 
     def _after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Remember which KV cache the prompts are in, without keeping it alive."""
+        """Remember the KV cache of these prompts, without keeping it alive."""
         cache = returned_cache(output)
         if self._mask is not None and cache is not None:
             self._cache = weakref.ref(cache)
 
     def _share_between_copies(self, prompts: Tensor) -> None:
-        """Route equal neighbouring rows (beams) once: ``_first`` of each group, ``_copy`` maps rows to groups."""
+        """Route equal adjacent rows (beams) once: ``_first`` row of each group; ``_copy`` maps rows to groups."""
         if len(prompts) > 1:
             _, copy, count = torch.unique_consecutive(prompts, dim=0, return_inverse=True, return_counts=True)
             if len(count) < len(prompts):
@@ -162,21 +171,21 @@ class PromptRouting:
         return self.choose(probabilities, self.k)
 
     def _set(self, index: int, gates: Tensor) -> None:
-        """Hand the gates (B, N) of a layer to its modules.
+        """Set the gates (B, N) of a layer's modules.
 
-        Without gradient, modules that no row uses are skipped, and a gate that all rows share is one number.
+        Without gradients, unused modules are skipped and a gate shared by all rows becomes a number.
         """
         if gates.requires_grad:
-            for column, part in enumerate(self.parts[index]):
-                part.module_gate, part.skip = gates[:, column], False
+            for column, module in enumerate(self.modules[index]):
+                module.module_gate, module.skip = gates[:, column], False
             return
         low, high = torch.stack(gates.aminmax(dim=0)).tolist()  # (B, N) -> (2, N)
-        for column, part in enumerate(self.parts[index]):
-            part.module_gate = gates[:, column] if low[column] < high[column] else high[column]
-            part.skip = high[column] == 0
+        for column, module in enumerate(self.modules[index]):
+            module.module_gate = gates[:, column] if low[column] < high[column] else high[column]
+            module.skip = high[column] == 0
 
     def _continue(self, rows: int) -> None:
-        """Reuse the gates, each row repeated where there are now more rows than prompts."""
+        """Reuse the gates, repeated if there are now several rows for each prompt."""
         assert self._gates, "the KV cache was not filled through this adapter"
         copies, left = divmod(rows, len(self._gates[0]))
         assert copies and not left, f"{rows} rows continue a cache of {len(self._gates[0])} prompts"
@@ -188,8 +197,8 @@ class PromptRouting:
             self._applied = True
 
     def open_all(self) -> None:
-        """Every module on, for every row, until the next forward pass."""
+        """Switch every module on for all rows, until the next forward pass."""
         self._applied = False
-        for layer in self.parts:
-            for part in layer:
-                part.module_gate, part.skip = None, False
+        for layer in self.modules:
+            for module in layer:
+                module.module_gate, module.skip = None, False

@@ -1,4 +1,4 @@
-"""What one layer's router computes: pooler, activation, probabilities, gates and the load-balance loss.
+"""The router of one layer: pooler, activation, probabilities, gates and load-balance loss.
 
 Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035, section 3.
 """
@@ -12,24 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EPSILON = 1e-6  #: least norm of a token, and least deviation of a feature, that something is divided by
+EPSILON = 1e-6  #: lower bound of a token's norm and of a feature's deviation, as divisors
 
 
 @cache
 def fit_gelu(numerator: int, denominator: int) -> tuple[Tensor, Tensor]:
-    """(a_0 … a_m) and (b_1 … b_n) of a rational function of these orders, fitted to GeLU, linear far outside.
+    """(a_0 … a_m) and (b_1 … b_n) of a rational function fitted to GeLU and linear far outside.
 
-    Least squares at 1201 points of [-6, 6], in fp64. Weighted by the denominator of the round before, each round is
-    linear: Σ a_j x^j − GeLU(x) · Σ b_i x^i = GeLU(x). GeLU(x) − x/2 is even, so that the best b_i of odd i are 0 and
-    the odd part is exact: a_1 = 1/2, a_{i+1} = b_i / 2. Only the even part is solved for; left to the solver, the zeros
-    would be rounding of another sign in each process. The even sum Σ b_i x^i comes out positive, so that its absolute
-    value in :class:`Rational` is itself.
+    Iterated least squares at 1201 points of [-6, 6], in fp64. Weighted by the previous round's denominator, each round
+    is linear: Σ a_j x^j − GeLU(x) · Σ b_i x^i = GeLU(x). GeLU(x) − x/2 is even, so the best b_i of odd i are 0 and the
+    odd part is exact: a_1 = 1/2, a_{i+1} = b_i / 2. Only the even part is solved for; the solver would return the zeros
+    as rounding errors whose sign differs between processes. The even sum Σ b_i x^i is positive, so its absolute value
+    in :class:`Rational` changes nothing.
 
-    A reconstruction in two points. The paper fits on [-3, 3]; some features of a real hidden state lie outside, where
-    such a fit may be anything. And the even part's numerator stops at the denominator's highest even order e (a_j = 0
-    for j > e + 1, and b_n = 0 for odd n, until training moves them): with a_6 next to b_4 Ra would grow with the
-    square. As it is, Ra(x) approaches x/2 + a_e / b_e. Largest error for orders 6 and 5: 0.004 on [-6, 6], 0.02 on
-    [-10, 10].
+    Reconstructions: the paper fits on [-3, 3], but some features of real hidden states lie outside, where such a fit is
+    unconstrained. The even part's numerator stops at the denominator's highest even order e (a_j = 0 for j > e + 1, and
+    b_n = 0 for odd n, until training moves them): with a_6 next to b_4, Ra would grow quadratically. As it is, Ra(x)
+    approaches x/2 + a_e / b_e. Largest error for orders 6 and 5: 0.004 on [-6, 6], 0.02 on [-10, 10].
     """
     x = torch.linspace(-6, 6, 1201, dtype=torch.float64, device="cpu")
     target, weights = F.gelu(x) - x / 2, torch.ones_like(x)
@@ -67,7 +66,7 @@ class Rational(nn.Module):
 
 
 def weighted_sum(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Σ_t w_t H_t, added up in fp32 without an fp32 copy of the states: (B, T, D), weights (B, T) -> (B, D)."""
+    """Σ_t w_t H_t, accumulated in fp32 without an fp32 copy of the states: (B, T, D), weights (B, T) -> (B, D)."""
     return (hidden * weights.to(hidden.dtype).unsqueeze(-1)).sum(dim=1, dtype=torch.float32)
 
 
@@ -100,36 +99,38 @@ def max_pool(hidden: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
 def last_token_pool(hidden: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
     """The prompt's last token: (B, T, D) -> (B, D)."""
     rows = torch.arange(len(hidden), device=hidden.device)
-    last = mask.long().cumsum(dim=1).argmax(dim=1)  # the first place where the count is complete: (B, T) -> (B,)
+    last = mask.long().cumsum(dim=1).argmax(dim=1)  # argmax gives the first maximum: (B, T) -> (B,)
     return hidden[rows, last] * scale[rows, last].unsqueeze(-1)
 
 
-#: What pools hidden states H (B, T, D), of which ``mask`` (B, T) shows the prompts, each token times its ``scale``
-#: (B, T) in fp32, to (B, D).
+#: Pools the prompts' hidden states to (B, D). Arguments: hidden (B, T, D), mask (B, T), scale of tokens (B, T) in fp32.
 Pooler = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: By name: what makes a pooler for hidden states of a width.
+#: Constructors of poolers, which take the width D.
 POOLERS: dict[str, Callable[[int], Pooler]] = {
     "self_attention": SelfAttentionPool,
     "average": lambda width: average_pool,
     "max": lambda width: max_pool,
     "last_token": lambda width: last_token_pool,
 }
-#: By name: elementwise activations without parameters, beside :class:`Rational`.
+#: Elementwise activations without parameters, besides :class:`Rational`.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 
 
 class Router(nn.Module):
     """p = softmax(f(z) W_r): hidden states (B, T, D) and prompt mask (B, T) -> probabilities (B, N), in fp32.
 
-    ``standardized`` (a reconstruction: the paper's router sees the states as they are): every token is divided by its
-    root mean square, the tokens are pooled, and z = (h − mean) / deviation, feature by feature, with the constants that
-    :meth:`standardize` takes from prompts. Hidden states of real decoders grow by orders of magnitude over the layers
-    and have a few huge features that are alike in all prompts; without this they alone decide, the same for every
-    prompt, with probabilities of 0 and 1. Otherwise z is the pooled states.
+    W_r starts Gaussian with standard deviation 0.02 (a reconstruction). The states stay in their own dtype, so the
+    backward pass keeps no fp32 copy of them.
 
-    ``pooler`` and ``activation`` f, which is elementwise, may be modules with parameters. They default to the paper's
-    self-attention pooler and rational function. The states stay in their own dtype: no fp32 copy of them waits for the
-    backward pass. W_r starts Gaussian with standard deviation 0.02 (a reconstruction).
+    Args:
+        width: D.
+        choices: N.
+        pooler: h, pools the tokens of a prompt; may have parameters. Defaults to the paper's self-attention pooler.
+        activation: f, elementwise; may have parameters. Defaults to the paper's rational function.
+        standardized: divide every token by its root mean square, pool, and take z = (h − mean) / deviation for each
+            feature, with the constants of :meth:`standardize`; else z = h, as published. This is a reconstruction:
+            hidden states of real decoders grow by orders of magnitude over the layers and have a few huge features
+            that are the same in all prompts, which otherwise force the same choice, with probabilities of 0 and 1.
     """
 
     mean: Tensor
@@ -158,7 +159,7 @@ class Router(nn.Module):
         return self.choose(self.pool(hidden, mask))  # (B, T, D) -> (B, D) -> (B, N)
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The prompts' states as one vector each, in fp32: (B, T, D), mask (B, T) -> (B, D)."""
+        """Pool each prompt into one vector, in fp32: (B, T, D), mask (B, T) -> (B, D)."""
         with torch.autocast(hidden.device.type, enabled=False):
             scale = torch.ones(hidden.shape[:2], device=hidden.device)  # (B, T)
             if self.standardized:
@@ -167,7 +168,7 @@ class Router(nn.Module):
             return self.pooler(hidden, mask, scale).float()
 
     def choose(self, pooled: Tensor) -> Tensor:
-        """Probabilities of the modules, from what :meth:`pool` gives: (B, D) -> (B, N)."""
+        """Probabilities of the modules from pooled prompts: (B, D) -> (B, N)."""
         with torch.autocast(pooled.device.type, enabled=False):
             if self.standardized:
                 pooled = (pooled - self.mean) / self.deviation
@@ -175,26 +176,26 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def standardize(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take ``mean`` (D,) and ``deviation`` (D,) of pooled prompts as constants.
+        """Set the constants ``mean`` (D,) and ``deviation`` (D,), taken from pooled prompts.
 
-        A feature that hardly differs between them counts as one with a hundredth of the usual deviation: rounding must
-        not become the largest feature of the next prompt.
+        Deviations are at least a hundredth of their median, so that rounding in a near-constant feature is not blown
+        up.
         """
         self.mean.copy_(mean)
         self.deviation.copy_(deviation.clamp_min(max(0.01 * float(deviation.median()), EPSILON)))
 
 
 def scaled_gates(probabilities: Tensor, k: int) -> Tensor:
-    """Keep the k largest of each row, scaled to sum to k: (B, N) -> (B, N). An all-equal row of k = N gives ones.
+    """Keep the k largest of each row, scaled to sum to k: (B, N) -> (B, N). A uniform row with k = N gives ones.
 
-    With k = 1 the gate is the constant 1, so that only the load-balance loss reaches the router.
+    With k = 1 the gate is the constant 1, and only the load-balance loss trains the router.
     """
     kept = _largest(probabilities, k) * probabilities
     return k * kept / kept.sum(dim=-1, keepdim=True)
 
 
 def straight_through_gates(probabilities: Tensor, k: int) -> Tensor:
-    """Exactly 1 for the k largest of each row, with the gradient of their probability; else 0: (B, N) -> (B, N)."""
+    """1 for the k largest of each row, with the gradient of their probability, else 0: (B, N) -> (B, N)."""
     return _largest(probabilities, k) * (1 + (probabilities - probabilities.detach()))
 
 
@@ -206,7 +207,7 @@ def _largest(probabilities: Tensor, k: int) -> Tensor:
 
 
 def load_balance(probabilities: Tensor) -> Tensor:
-    """N · Σ_i f_i p̂_i of one layer: f the share of prompts whose arg-max is i, p̂ the mean probability. 1 if even."""
+    """N · Σ_i f_i p̂_i of one layer: f is the share of prompts with arg-max i, p̂ the mean probability. 1 if even."""
     choices = probabilities.shape[1]
     shares = torch.bincount(probabilities.argmax(dim=-1), minlength=choices) / len(probabilities)  # (N,)
     return choices * (shares * probabilities.mean(dim=0)).sum()

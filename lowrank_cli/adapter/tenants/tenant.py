@@ -1,4 +1,4 @@
-"""One adapter as a bank holds it: its low-rank factors by place, and its routers where it has some."""
+"""One adapter of a bank: its low-rank factors by site, and its routers, if any."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ from lowrank_cli.adapter.spans import Span
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Finite, Where, read_json
 
-MAX_PATTERN = 256  #: characters
-MAX_PATTERNS = 4096  #: of one adapter; a model of 80 layers has 560 linears
-#: A regular expression that cannot take long: only single characters are repeated, two times at most without a bound.
+MAX_PATTERN = 256  #: characters of a pattern
+MAX_PATTERNS = 4096  #: patterns of an adapter; a model of 80 layers has 560 linears
+#: A regular expression that cannot be slow: only single characters are repeated, with at most two unbounded repeats.
 _ATOM = r"(?:\w|\\[.\-dw]|\.|-|\[[\w-]+\])"
 _PLAIN_PATTERN = re.compile(rf"\^?(?:{_ATOM}[*+?]?|[()|])*\$?")
 
-#: Options of the PEFT library that a LoRA of linears may have: those that :func:`read` or the tensors account for, and
-#: those that tell how it was trained or began.
+#: Options of the PEFT library that do not change the function of a LoRA of linears, or that :func:`read` handles.
 NEUTRAL = frozenset(
     "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha use_rslora "
     "rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
     "lora_dropout runtime_config megatron_core eva_config corda_config lora_ga_config loftq_config "
     "qalora_group_size".split()
 )
-#: Values that others may have, besides none: of ``init_lora_weights``, those that leave the frozen weights alone.
+#: Accepted values of other options; for ``init_lora_weights``, those that leave the frozen weights alone.
 PLAIN: dict[str, list[Any]] = {
     "peft_type": ["LORA"],
     "bias": ["none"],
@@ -45,7 +44,7 @@ PLAIN: dict[str, list[Any]] = {
 
 
 def _bounded(pattern: str) -> bool:
-    """Whether ``pattern`` is a regular expression of the few kinds that name modules."""
+    """Whether ``pattern`` is a plain regular expression for module names."""
     if len(pattern) > MAX_PATTERN or not _PLAIN_PATTERN.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > 2:
         return False
     try:
@@ -65,7 +64,7 @@ _FEW = Where(lambda patterns: len(patterns) <= MAX_PATTERNS, f"up to {MAX_PATTER
 
 
 class PeftConfig(TypedDict):
-    """``adapter_config.json`` of the PEFT library, as far as it decides what an adapter computes."""
+    """The keys of PEFT's ``adapter_config.json`` that determine what an adapter computes."""
 
     lora_alpha: Finite
     r: NotRequired[Rank]
@@ -74,8 +73,8 @@ class PeftConfig(TypedDict):
     alpha_pattern: NotRequired[Annotated[dict[Pattern, Finite], _FEW] | None]
 
 
-class Place(NamedTuple):
-    """A linear by its path, and the part of its output that an update covers (None for all of it)."""
+class SiteKey(NamedTuple):
+    """A site: the path of a linear, and the span of its output (None: all of it)."""
 
     path: str
     span: Span | None
@@ -83,21 +82,21 @@ class Place(NamedTuple):
 
 @dataclass
 class Routes:
-    """The routers of a prompt-routed adapter: which gates the modules of a layer get."""
+    """The routers of a prompt-routed adapter."""
 
-    routers: list[Router]  #: one a layer
-    places: list[list[Place]]  #: what each router chooses from
-    k: int
-    choose: Callable[[Tensor, int], Tensor]
+    routers: list[Router]  #: one for each layer
+    sites: list[list[SiteKey]]  #: for each layer, the N sites that its router chooses from
+    k: int  #: sites chosen
+    choose: Callable[[Tensor, int], Tensor]  #: probabilities (B, N) and k -> gates (B, N)
 
     def gates(self, layer: int, hidden: Tensor, mask: Tensor, soft: bool) -> Tensor:
-        """Hidden states (B, T, D) in front of ``layer`` and prompt mask (B, T) -> gates (B, N)."""
+        """The input (B, T, D) of ``layer`` and the prompt mask (B, T) -> gates (B, N)."""
         probabilities = self.routers[layer](hidden, mask)
         return scaled_gates(probabilities, probabilities.shape[1]) if soft else self.choose(probabilities, self.k)
 
 
 class Canary(NamedTuple):
-    """A fixed input (1, T), the logits (V,) that the adapter gave it when it was saved, and the model's dtype then."""
+    """A fixed input (1, T), its logits (V,) when the adapter was saved, and the model's dtype at that time."""
 
     ids: Tensor
     logits: Tensor
@@ -106,9 +105,9 @@ class Canary(NamedTuple):
 
 @dataclass
 class Tenant:
-    """An adapter: for each place A (R, I) and s · Bᵀ (R, O), in the dtype that the model computes in."""
+    """An adapter: A (R, I) and s · Bᵀ (R, O) of each site, in the model's dtype."""
 
-    updates: dict[Place, tuple[Tensor, Tensor]]
+    updates: dict[SiteKey, tuple[Tensor, Tensor]]
     routes: Routes | None = None
     canary: Canary | None = None
 
@@ -120,68 +119,68 @@ class Tenant:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> None:
-        """Move to ``device``, routers in place. Whoever holds the factors of before keeps them."""
-        self.updates = {place: (a.to(device), b.to(device)) for place, (a, b) in self.updates.items()}
+        """Move to ``device``. Routers move in place; factors are replaced, so others who hold them keep theirs."""
+        self.updates = {site: (a.to(device), b.to(device)) for site, (a, b) in self.updates.items()}
         if self.routes is not None:
             for router in self.routes.routers:
                 router.to(device)
 
 
 @torch.no_grad()
-def of_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
-    """A copy of what ``adapter`` holds now, for a model that computes in ``dtype``.
+def from_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
+    """A copy of the current state of ``adapter``, for a model in ``dtype``; ``name`` is for error messages.
 
-    Raises UserError for an adapter that is more than low-rank products chosen by the prompt.
+    Raises UserError for an adapter that is more than low-rank products and routers of prompts.
     """
-    if adapter.trained.keys() - _own(adapter):
+    if adapter.trained.keys() - _low_rank_names(adapter):
         raise UserError(f"bank: '{name}' trains a part of the model in full, so it cannot share it with others")
     routing = adapter.routing
     if routing is not None:
         routing.open_all()
-    places = {key: Place(site.path, site.span) for key, site in adapter.sites.items()}
+    sites = {key: SiteKey(site.path, site.span) for key, site in adapter.sites.items()}
     updates = {}
-    for key, part in adapter.modules.items():
-        b, a = (None, None) if part.unmergeable else part.change()  # (O, R), (R, I)
+    for key, module in adapter.modules.items():
+        b, a = (None, None) if module.unmergeable else module.delta_factors()  # (O, R), (R, I)
         if b is None or a is None or len(a) >= min(len(b), a.shape[1]):
             why = (
-                part.unmergeable
+                module.unmergeable
                 or "its change of a weight is no product of small factors (lrk export may cut it to a LoRA)"
             )
             raise UserError(f"bank: '{name}' cannot be one of many: {why}")
-        updates[places[key]] = _laid_out(a, b, dtype)
+        updates[sites[key]] = _operands(a, b, dtype)
     routes = None
     if routing is not None:
-        keys = {id(part): key for key, part in adapter.modules.items()}
-        columns = [[places[keys[id(part)]] for part in layer] for layer in routing.parts]
+        keys = {id(module): key for key, module in adapter.modules.items()}
+        columns = [[sites[keys[id(module)]] for module in layer] for layer in routing.modules]
         routes = Routes(copy.deepcopy(routing.routers), columns, routing.k, routing.choose)
     return Tenant(updates, routes)
 
 
-def _own(adapter: Adapter) -> set[str]:
+def _low_rank_names(adapter: Adapter) -> set[str]:
     """Names of the trained tensors that belong to modules and routers."""
-    own = {f"{key}.{name}" for key, part in adapter.modules.items() for name in part.tensors()}
+    names = {f"{key}.{name}" for key, module in adapter.modules.items() for name in module.tensors()}
     if adapter.routing is not None:
         routers = {id(parameter) for router in adapter.routing.routers for parameter in router.parameters()}
-        own |= {name for name, parameter in adapter.trained.items() if id(parameter) in routers}
-    return own
+        names |= {name for name, parameter in adapter.trained.items() if id(parameter) in routers}
+    return names
 
 
-def _laid_out(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R), its scale included, as they are multiplied: both row by row, (R, I) and (R, O)."""
+def _operands(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies of A (R, I) and of B (O, R) with its scale, as contiguous (R, I) and (R, O)."""
     return a.detach().to(dtype, copy=True), b.detach().t().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def readable(folder: Path) -> bool:
-    """Whether :func:`read` can tell the adapter in ``folder`` from its files alone."""
+    """Whether :func:`read` can load the adapter in ``folder`` from its files alone."""
     return (folder / save_load.CONFIG).is_file()
 
 
 @torch.no_grad()
 def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
-    """A LoRA in the format of the PEFT library, from one of our runs or from elsewhere.
+    """Read a LoRA in the format of the PEFT library, from a run of ours or from elsewhere.
 
-    Raises UserError for files that are missing, damaged or of another model, and for options of the library that are
-    not a plain LoRA of linears.
+    Raises UserError if files are missing, damaged or belong to another model, and for options of the library beyond a
+    plain LoRA of linears.
     """
     canary = None
     if (folder / save_load.PROOF).is_file():
@@ -208,20 +207,20 @@ def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
             raise UserError(f"{folder}: '{path}' has rank {len(a)}, and {save_load.CONFIG} says {rank}")
         alpha = _matched(alphas, path, config["lora_alpha"])
         scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-        updates[Place(path, None)] = _laid_out(a, b * scale, model.dtype)
+        updates[SiteKey(path, None)] = _operands(a, b * scale, model.dtype)
     if not updates:
         raise UserError(f"{folder}: {save_load.WEIGHTS} holds no LoRA")
     return Tenant(updates, canary=canary)
 
 
 def saved_canary(folder: Path, proof: dict[str, Any], vocabulary: int) -> Canary:
-    """The canary of an adapter that we saved for a model of so many tokens; ``proof`` is what its ``lrk.json`` says."""
+    """The canary of an adapter folder with ``proof`` (its ``lrk.json``), for a model of ``vocabulary`` tokens."""
     ids, logits = save_load.read_canary(folder, vocabulary)
     return Canary(ids, logits, proof["dtype"])
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json``, where it describes a plain LoRA."""
+    """``adapter_config.json``. Raises UserError if it does not describe a plain LoRA."""
     if not (folder / save_load.CONFIG).exists():
         raise UserError(f"{folder}: not an adapter folder ({save_load.CONFIG} is missing)")
     config = read_json(folder / save_load.CONFIG, PeftConfig)
@@ -233,13 +232,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _compiled(patterns: dict[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
-    """As the PEFT library reads them: a pattern matches the end of a path, whole names only."""
+    """Compile patterns as the PEFT library does: a pattern matches whole names at the end of a path."""
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in (patterns or {}).items()]
 
 
-def _matched(patterns: list[tuple[re.Pattern[str], Any]], path: str, usual: Any) -> Any:
-    """The value of the first pattern that matches ``path``; else the usual one."""
-    return next((value for pattern, value in patterns if pattern.match(path)), usual)
+def _matched(patterns: list[tuple[re.Pattern[str], Any]], path: str, default: Any) -> Any:
+    """The value of the first pattern that matches ``path``, or ``default``."""
+    return next((value for pattern, value in patterns if pattern.match(path)), default)
 
 
 def _shape(model: PreTrainedModel, path: str, source: str) -> tuple[int, int]:

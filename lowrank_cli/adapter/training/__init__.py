@@ -1,1 +1,1 @@
-"""What makes training passes cheaper: recomputed activations, compiled layers."""
+"""Cheaper training passes: recomputed activations and compiled layers."""

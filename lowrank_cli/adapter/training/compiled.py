@@ -1,4 +1,4 @@
-"""Training passes through ``torch.compile``: the layers as generated code instead of one kernel for each operation."""
+"""Layers compiled with ``torch.compile`` for training passes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lowrank_cli.errors import UserError
 
 KEY = "hardware.compile"
 
-#: Graphs of one layer: one for layers alike, one for the first, whose input has no gradient, and, where a method gives
-#: modules different ranks, one for each layer anew. Beyond this many a layer runs as it stands.
+#: Limit on the graphs of a layer's code. Equal layers share one; the first layer, whose input has no gradient, needs
+#: another, and so does every combination of ranks. Beyond the limit layers run uncompiled.
 GRAPHS = 256
 
 
 def require_compiler(device: str) -> None:
-    """Raises UserError where what turns graphs into code for ``device`` is missing."""
+    """Raise UserError if the compiler for ``device`` is missing."""
     if device == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise UserError(f"{KEY}: true needs the package triton on a GPU; install it, or set {KEY}=false")
@@ -33,11 +33,13 @@ def require_compiler(device: str) -> None:
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """From now on, training passes of the adapted ``model`` run each layer compiled; equal outputs and gradients.
+    """Compile the layers of the adapted ``model`` for training passes; outputs and gradients stay the same.
 
-    Layers that are alike share their code, and batches of all shapes do. The first step waits for it (a minute or more
-    on a CPU). Other passes, and the hooks of a layer, its router among them, run as they stand. Dropout draws other
-    numbers than without. Raises UserError for a model whose layers are not known.
+    Equal layers and all batch shapes share code. Compilation happens in the first step (a minute or more on a CPU).
+    Other passes, and hooks of layers such as routers, run uncompiled. Dropout draws different numbers.
+
+    Raises:
+        UserError: the layers of the model are not known.
     """
     if structure_of(model) is None:
         raise UserError(f"{KEY}: the layers of this '{model.config.model_type}' are not known; set it to false")

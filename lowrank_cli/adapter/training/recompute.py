@@ -1,4 +1,4 @@
-"""Less memory in training: what the backward pass computes again instead of finding it saved."""
+"""Less memory in training: activations that the backward pass computes again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowrank_cli.adapter.fused_autograd import Remake
+from lowrank_cli.adapter.fused_autograd import Recompute
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.target_sites import layers, structure_of
 from lowrank_cli.errors import UserError
@@ -21,16 +21,17 @@ KEY = "hardware.gradient_checkpointing"
 
 
 def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None:
-    """From now on, passes of the adapted ``model`` that record gradients save less; equal outputs and gradients.
+    """Recompute activations in backward passes of the adapted ``model``; outputs and gradients stay the same.
 
-    - ``none``: nothing is computed again;
-    - ``feed_forward``: the activated and multiplied features of a gated feed-forward, from its gate and up features
-      (the multiplied ones are saved all the same for a down projection in 4 bits), and what norms of a layer give to
-      adapted linears, from what the norms read;
-    - ``layers``: every layer, from its input (about a third more time; the least memory);
-    - ``auto``: ``feed_forward`` where the model has a gated one and is not ``compiled``, elsewhere ``none``.
+    Args:
+        what: ``none``; ``feed_forward``: the activations and products of a gated feed-forward, from its gate and up
+            features (a 4-bit down projection still saves the products), and outputs of norms that adapted linears
+            read, from the norms' inputs; ``layers``: every layer, from its input (least memory, about a third more
+            time); ``auto``: ``feed_forward`` if the model has a gated one and is not compiled, else ``none``.
+        compiled: whether the layers run compiled.
 
-    Raises UserError for a model that has no such part.
+    Raises:
+        UserError: the model's layers or its feed-forward are not known.
     """
     structure = structure_of(model)
     if what == "auto":
@@ -48,14 +49,14 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
         if what == "layers":
             layer.forward = partial(_checkpointed, layer.forward)
         else:
-            parent = layer.get_submodule(roles["G"].name.rpartition(".")[0])
+            parent = layer.get_submodule(roles["G"].path.rpartition(".")[0])
             parent.forward = partial(_gated, parent, parent.forward)
             for norm in filter(_is_norm, layer.children()):
                 norm.forward = partial(_normed, norm.forward)
 
 
 def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The hooks of a layer, its router among them, run outside, once."""
+    """The layer's hooks, such as its router, run once, outside the checkpoint."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -69,20 +70,20 @@ def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:
     product = GatedProduct.apply(gate, up, block.act_fn)  # type: ignore[no-untyped-call]
     if not isinstance(down, AdaptedLinear):
         return down(product)
-    return down(product, Remake(partial(_product, block.act_fn), (gate.detach(), up.detach())))
+    return down(product, Recompute(partial(_product, block.act_fn), (gate.detach(), up.detach())))
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a child of a layer is one of its norms: a function of one tensor, with parameters for each feature."""
+    """Whether a child of a layer is a norm: no children, and only parameters of one dimension."""
     parameters = list(module.parameters())
     return not list(module.children()) and bool(parameters) and all(parameter.dim() == 1 for parameter in parameters)
 
 
 def _normed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(B, T, D) -> (B, T, D). In fp32 its own backward pass saves ``x`` anyway; else it saves a copy in fp32."""
+    """(B, T, D) -> (B, T, D). Only for fp32, where the norm saves ``x`` anyway; else it saves an fp32 copy."""
     y = forward(x)
     if torch.is_grad_enabled() and x.dtype == torch.float32:
-        Remake(forward, (x.detach(),)).remember(y)
+        Recompute(forward, (x.detach(),)).attach_to(y)
     return y
 
 
@@ -91,7 +92,7 @@ def _product(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tenso
 
 
 class GatedProduct(torch.autograd.Function):
-    """act(gate) ⊙ up, elementwise, which saves no more than its inputs."""
+    """act(gate) ⊙ up, elementwise, saving only its inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -106,5 +107,5 @@ class GatedProduct(torch.autograd.Function):
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             activated = ctx.act(gate)
-        (to_gate,) = torch.autograd.grad(activated, gate, gradient * up)
-        return to_gate, gradient * activated.detach(), None
+        (grad_gate,) = torch.autograd.grad(activated, gate, gradient * up)
+        return grad_gate, gradient * activated.detach(), None

@@ -1,17 +1,17 @@
-"""LeLoRA: a policy network decides, matrix by matrix and again and again, which components are trained.
+"""LeLoRA: a policy network repeatedly decides which components of each matrix are trained.
 
-Zhou et al., ACL 2026, pp. 35255–35273. Reconstruction: the abstract fixes that a policy network generates a strategy
-for each weight matrix from its characteristics "such as singular values and matrix norms", in place of components set
-by hand (PiSSA: the principal ones; others: the minor or random ones), and that reinforcement learning updates model
-and policy iteratively. The rest was chosen here. A strategy is a window of the spectrum W = U S Vᵀ, a start p and a
-width r; the components in it train as in PiSSA. Every ``phase`` steps of the first part of training:
+Zhou et al., ACL 2026, pp. 35255–35273. Reconstruction: from the abstract we know that a policy network generates a
+strategy for each weight matrix from its characteristics "such as singular values and matrix norms", instead of
+components set by hand (PiSSA: the principal ones; others: minor or random ones), and that reinforcement learning
+updates model and policy iteratively. The rest was chosen here. A strategy is a window of the spectrum W = U S Vᵀ with
+start p and width r; its components train as in PiSSA. Every ``phase`` steps of the first part of training:
 
-    fold every update into its weight → look at the spectra again → one network chooses all windows; the widths share
-    the rank budget exactly → dev gradients → train → reward = how far each matrix went down them, as a share → clipped
-    policy gradient over the last phases, which compares a matrix with itself
+    fold every update into its weight → compute spectra again → one network chooses all windows; the widths share the
+    rank budget exactly → dev gradients → train → reward = progress of each matrix along them, as a share → clipped
+    policy gradient over the last phases, which compares each matrix with itself
 
-Then the policy's most likely windows stay; ``policy_learning_rate: 0`` is the control that ends the same way without
-having learnt, with equal widths at the first place. p = 0 and p = k − r throughout are PiSSA and the minor components.
+Then the policy's most likely windows stay. The control ``policy_learning_rate: 0`` ends the same way without learning,
+with equal widths at the first place. p = 0 and p = k − r throughout are PiSSA and the minor components.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LeLoRAConfig(LoRAConfig):
-    """LoRA's settings (``rank``: the mean width; the budget is rank × matrices), and how windows are chosen."""
+    """LoRA's settings (``rank`` is the mean width, and rank × matrices the budget), and how windows are chosen."""
 
     policy: str = MISSING  #: ``learned``, ``random`` (the same switching, nothing learnt) or ``fixed`` (no switching)
     start: float = MISSING  #: window of ``fixed``, and of the first step: 0 principal components … 1 minor ones
@@ -74,36 +74,36 @@ class LeLoRA(LoRA):
 
     def __init__(self, config: LeLoRAConfig):
         super().__init__(config)
-        self._strategies: Strategies | None = None  # none while windows are fixed
+        self._strategies: Strategies | None = None  # None if windows are fixed
 
     def rewrites(self) -> str:
-        """What a window learnt, when it moves."""
+        """A window's updates are folded into the weights when it moves."""
         policy = self.config.policy
         return "" if policy == "fixed" else f"folds updates into them with method.policy={policy} (allowed: fixed)"
 
     def dev_use(self) -> str:
-        """Rewards, where windows move."""
+        """Rewards, if windows move."""
         return "" if self.config.policy == "fixed" else "rewards its choices by the loss of dev batches"
 
     def alone(self) -> str:
-        """Data parallelism holds on to the shapes that it saw first, and dev gradients are one process's own."""
+        """Data parallelism needs constant shapes, and each process has its own dev gradients."""
         policy = self.config.policy
         return "" if policy == "fixed" else f"changes shapes with method.policy={policy} (allowed: fixed)"
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """As LoRA, with every window at ``start``."""
+        """As LoRA, with all windows at ``start``."""
         from lowrank_cli.adapter.adapted_model import inject
-        from lowrank_cli.adapter.kinds.svd_window import Moving, window
+        from lowrank_cli.adapter.kinds.svd_window import MovingWindow, window
         from lowrank_cli.adapter.target_sites import find_sites
         from lowrank_cli.methods.lelora.strategy import Strategies
 
         config = self.config
         sites = find_sites(model, list(config.target_modules))
-        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=Moving)
+        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=MovingWindow)
         for site in sites:
-            part = adapter.modules[site.key]
-            assert isinstance(part, Moving)
-            part.take(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
+            module = adapter.modules[site.key]
+            assert isinstance(module, MovingWindow)
+            module.set_components(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
         if config.policy == "fixed":
             return adapter
         embedding = model.get_input_embeddings().weight
@@ -124,11 +124,11 @@ class LeLoRA(LoRA):
         return adapter
 
     def _end(self, step: Step) -> int:
-        """The step at which exploration ends, with the last whole phase."""
+        """The step at which exploration ends: the end of the last whole phase."""
         return max(1, int(self.config.explore * step.total + 1e-6) // self.config.phase * self.config.phase)
 
     def after_step(self, step: Step) -> None:
-        """Choose windows after the first step, every ``phase`` steps, and for good at the end of exploration."""
+        """Choose windows after the first step, every ``phase`` steps, and finally at the end of exploration."""
         number, end = step.number, self._end(step)
         if self._strategies is None or number > end:
             return
@@ -143,18 +143,18 @@ class LeLoRA(LoRA):
             step.log({f"strategy/{name}": value for name, value in row.items() if name != "step"})
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Policy, its optimizer, the last phases and the one that runs, spectra, log."""
+        """See :meth:`Strategies.state`."""
         return self._strategies.state() if self._strategies else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
-        """Continue where :meth:`state` left off."""
+        """Restore :meth:`state`."""
         if self._strategies:
             self._strategies.load_state(state)
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """After training: cost of the strategies, and how windows, rewards and the policy's preference went."""
+        """After training: the cost of the strategies, and figures of windows, rewards and the policy."""
         strategies = self._strategies
         if strategies is None or not strategies.log:
             return {}, []
@@ -163,12 +163,12 @@ class LeLoRA(LoRA):
 
 
 def figures(strategies: Strategies) -> list[dict[str, Any]]:
-    """Windows over phases, the reward curve, and the policy's preference by depth and role."""
+    """Figures of the windows over phases, the rewards, and the policy's preference by depth and role."""
     log: dict[str, Any] = {name: [value.tolist() for value in values] for name, values in strategies.log.items()}
     names = [
         site.path.rpartition(".")[2] if site.role is None else f"{site.layer} {site.role}" for site in strategies.sites
     ]
-    found = [
+    entries = [
         {
             "file": "windows.png",
             "kind": "bubbles",
@@ -189,7 +189,7 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
     phases = list(pairwise(zip(log["step"], log["dev_loss"])))
     if phases:
         falls = [(before - after) / (end - start) for (start, before), (end, after) in phases]
-        found.append(
+        entries.append(
             {
                 "file": "rewards.png",
                 "kind": "lines",
@@ -204,8 +204,8 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
     if strategies.learns and len(phases) > 1 and all(site.role for site in strategies.sites):
         places, widths = strategies.preference()
         for file, what, values in (("place", "place of the window", places), ("width", "width", widths)):
-            found.append(_by_depth_and_role(strategies, f"preferred_{file}.png", what, values))
-    return found
+            entries.append(_by_depth_and_role(strategies, f"preferred_{file}.png", what, values))
+    return entries
 
 
 def _by_depth_and_role(strategies: Strategies, file: str, what: str, values: list[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The policy that chooses a window of the spectrum for each matrix, and how rewards teach it."""
+"""The policy that chooses a window of the spectrum for each matrix, and its loss."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 from lowrank_cli.adapter.kinds.svd_window import Spectrum
 from lowrank_cli.adapter.target_sites import ROLES, Site
 
-POINTS = 32  #: singular values a matrix is described by
-NUMBERS = POINTS + len(ROLES) + 7  #: features beside the gradient's share in each band
+POINTS = 32  #: resampled singular values that describe a matrix
+NUMBERS = POINTS + len(ROLES) + 7  #: features, without the gradient's share in each band
 HIDDEN = 64
 SPREAD = 0.5  #: standard deviation of the sampled width logits
-CLIP = 0.2  #: how far a choice's probability may move, as a share of what it was (Schulman et al. 2017, section 6.1)
+CLIP = 0.2  #: largest relative change of a choice's probability that is rewarded (Schulman et al. 2017, section 6.1)
 
 
 def features(
     sites: Sequence[Site], spectra: Sequence[Spectrum], drift: Tensor, energy: Tensor, progress: float
 ) -> Tensor:
-    """What the policy sees of each matrix: (M, F = 46 + P), free of scale, in units of the spread over matrices.
+    """The policy's input for each matrix: (M, F = 46 + P), scale-free and standardised over matrices.
 
-    Log singular values resampled to 32 points and relative to ‖W‖_F; log of Frobenius (of an entry), spectral and
-    nuclear norm (relative to Frobenius); stable rank; ``drift`` (M,) = ‖W − W₀‖_F / ‖W₀‖_F; ``energy`` (M, P), the
-    gradient's share in each band of the spectrum; depth; role; and ``progress``, the share of training that is done.
+    Log singular values relative to ‖W‖_F, resampled to 32 points; logs of the Frobenius norm (per entry) and of the
+    spectral and nuclear norms (relative to Frobenius); stable rank; ``drift`` (M,) = ‖W − W₀‖_F / ‖W₀‖_F; ``energy``
+    (M, P), the gradient's share in each band of the spectrum; depth; role; ``progress``, the share of training done.
     """
     depth = max(site.layer or 0 for site in sites) or 1
     rows = []
@@ -53,7 +53,7 @@ def features(
 def share_out(logits: Tensor, budget: int, limits: Sequence[int]) -> list[int]:
     """Widths in proportion to softmax(``logits``) (M,), each at most its limit, that sum to ``budget`` exactly.
 
-    What exceeds a limit is shared among the others; fractions are rounded by the largest remainder.
+    The excess over a limit is shared among the others; fractions are rounded by largest remainder.
     """
     assert sum(limits) >= budget
     limit = torch.tensor(limits, dtype=torch.float64)
@@ -72,10 +72,10 @@ def share_out(logits: Tensor, budget: int, limits: Sequence[int]) -> list[int]:
 
 
 class Policy(nn.Module):
-    """One network for all matrices: features to a choice among window places, and to the logit of a width share.
+    """One network for all matrices: maps features to log-probabilities of places and to the logit of a width share.
 
-    At the start it is indifferent: places are equally likely, width logits are normal with mean 0. Only differences of
-    width logits say something, so their means are centred over the matrices.
+    Initially all places are equally likely, and width logits are normal with mean 0. Only differences of width logits
+    matter, so their means are centred over the matrices.
     """
 
     def __init__(self, places: int):
@@ -86,14 +86,14 @@ class Policy(nn.Module):
         nn.init.zeros_(self.heads.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, M, F) to log-probabilities of the places (…, M, P) and means of the width logits (…, M)."""
+        """(…, M, F) -> log-probabilities of places (…, M, P) and means of width logits (…, M)."""
         out = self.heads(self.body(x))
         widths = out[..., -1]
         return torch.log_softmax(out[..., :-1], dim=-1), widths - widths.mean(dim=-1, keepdim=True)
 
     @torch.no_grad()
     def sample(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A place (M,) and a width logit (M,) for each matrix."""
+        """Sample a place (M,) and a width logit (M,) for each matrix."""
         log_places, means = self(x)
         places = torch.multinomial(log_places.exp(), 1, generator=generator).squeeze(1)
         return places, means + SPREAD * torch.randn(len(x), generator=generator)
@@ -115,8 +115,8 @@ class Policy(nn.Module):
     ) -> Tensor:
         """−mean min(ρ A, clip(ρ) A), less ``entropy`` × the mean entropy of the places (Schulman et al. 2017, eq. 7).
 
-        ρ = π(choice) / its probability when it was made, whose logarithm is ``likelihood`` (…, M). At ρ = 1 the
-        gradient is that of REINFORCE (Williams 1992); the clip allows several passes over the same choices.
+        ρ is π(choice) relative to its value when the choice was made, whose log is ``likelihood`` (…, M). At ρ = 1 the
+        gradient is that of REINFORCE (Williams 1992); clipping allows several passes over the same choices.
         """
         now, uncertain = self.log_likelihood(x, places, logits)
         ratio = (now - likelihood).exp()
@@ -125,21 +125,21 @@ class Policy(nn.Module):
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Rewards (K, M) of K phases to advantages (K, M), which compare a matrix with itself in other phases.
+    """Rewards (K, M) of K phases -> advantages (K, M), which compare each matrix with itself in other phases.
 
-    (r − mean over phases) / mean over phases of |r|, then in units of the spread over all. A reconstruction: phases
-    have to have rewards of one magnitude, so a phase's credits are divided by the sum of their sizes before. Without
-    that the first phases, where the loss falls a hundred times as fast, would decide alone; and without the division
-    here the matrices with the largest credits would. One phase has nothing to compare with: zeros.
+    (r − mean over phases) / mean over phases of |r|, divided by the standard deviation over all. A reconstruction:
+    credits are first divided by the sum of their magnitudes in a phase, because otherwise the first phases, where the
+    loss falls a hundred times as fast, would decide alone; without the division here the matrices with the largest
+    credits would. A single phase gives zeros.
     """
     above = (rewards - rewards.mean(dim=0)) / rewards.abs().mean(dim=0).clamp_min(1e-12)
     return above / above.std(correction=0).clamp_min(1e-12)
 
 
 def without_trend(rewards: Tensor) -> Tensor:
-    """Rewards (K, M) of K ≥ 3 phases less the straight line through them, for ``global`` rewards.
+    """Rewards (K, M) of K ≥ 3 phases minus their linear trend, for ``global`` rewards.
 
-    The loss falls ever more slowly, whatever the windows are. Shares of a credit have no such trend.
+    The loss falls ever more slowly, whatever the windows. Shares of a credit have no such trend.
     """
     time = torch.arange(len(rewards), dtype=rewards.dtype).unsqueeze(1)
     time = time - time.mean()

@@ -1,4 +1,4 @@
-"""Strategies over time: credit a phase, teach the policy, fold, look at the spectrum again, choose and open."""
+"""Strategies over time: reward a phase, train the policy, fold, decompose again, choose and open windows."""
 
 from __future__ import annotations
 
@@ -13,30 +13,43 @@ import torch
 from torch import Tensor
 
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.files.save_load import load_moments, moments
-from lowrank_cli.adapter.kinds.svd_window import Moving, Spectrum, decompose, reachable, weight_gradients, window_start
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.files.optimizer_state import load_moments, moments
+from lowrank_cli.adapter.kinds.svd_window import (
+    MovingWindow,
+    Spectrum,
+    decompose,
+    reachable,
+    weight_gradients,
+    window_start,
+)
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.ranks import carry
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
 
-#: Smaller side up to which a spectrum is computed again in every phase (LAPACK: about 30 ms on one core).
+#: Largest smaller side of matrices that are decomposed again in every phase (LAPACK: about 30 ms on one core).
 SMALL = 256
-INERTIA = 0.5  #: of the smoothed gradient energies, a phase
-PHASES = 6  #: that the policy learns from at a time
-PASSES = 8  #: over them, between two phases
+INERTIA = 0.5  #: weight of the old value when gradient energies are smoothed, once a phase
+PHASES = 6  #: last phases that the policy is trained on
+PASSES = 8  #: passes over them between two phases
 
 
 class Strategies:
-    """The windows of all M matrices of an ``adapter`` whose modules are :class:`Moving`, and who chooses them.
-
-    ``budget`` ranks are shared out exactly, at most ``limit`` to a matrix; windows lie at ``places`` places evenly
-    spaced from principal to minor components. ``refresh``: change of a larger matrix since its last decomposition,
-    relative to its norm, above which it is decomposed again.
+    """The windows of all M matrices of an adapter with :class:`MovingWindow` modules, and the policy that chooses them.
 
     Learning is a reconstruction: a run has a dozen phases, too few for REINFORCE with one step each, so the policy
     takes ``PASSES`` clipped steps over the last ``PHASES`` of them (Schulman et al. 2017). On simulated runs of
-    11 phases, where windows were worth 0.3 … 1, its greedy choices came from 0.65 (chance) to 0.81.
+    11 phases, with windows worth 0.3 … 1, its greedy choices improved from 0.65 (chance) to 0.81.
+
+    Args:
+        budget: sum of all widths, shared out exactly.
+        limit: largest width.
+        places: number of window positions, evenly spaced from principal to minor components.
+        refresh: relative change of a larger matrix since its last decomposition, above which it is decomposed again.
+        learns: whether the policy is trained.
+        per_matrix: reward each matrix by its own credit; else all by the drop of the dev loss.
+        learning_rate: of the policy (Adam).
+        entropy: weight of the entropy bonus.
     """
 
     def __init__(
@@ -54,7 +67,7 @@ class Strategies:
     ):
         self.keys, self.sites = list(adapter.modules), list(adapter.sites.values())
         count = len(self.keys)
-        self.parts = [part for part in adapter.modules.values() if isinstance(part, Moving)]
+        self.modules = [module for module in adapter.modules.values() if isinstance(module, MovingWindow)]
         self.adapter, self.budget, self.refresh = adapter, budget, refresh
         self.learns, self.per_matrix, self.entropy = learns, per_matrix, entropy
         self.places = [i / (places - 1) for i in range(places)]
@@ -68,10 +81,10 @@ class Strategies:
         self.norms = torch.stack([self._weight(m).float().norm().cpu() for m in range(count)])
         self.policy = Policy(places)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=learning_rate)
-        self.choice: dict[str, Tensor] = {}  #: features, places, logits, likelihood of the phase that runs
-        self.phases: list[dict[str, Tensor]] = []  #: those of the last phases, with their rewards
-        self.held = [torch.zeros(0, dtype=torch.long)] * count  #: the component that each open rank began as
-        self.slopes: dict[str, Tensor] = {}  #: dev gradients of A and B as the phase began, by "<matrix>.<factor>"
+        self.choice: dict[str, Tensor] = {}  #: features, places, logits and likelihood of the current phase
+        self.phases: list[dict[str, Tensor]] = []  #: the choices of the last phases, with their rewards
+        self.held = [torch.zeros(0, dtype=torch.long)] * count  #: initial component of each open rank
+        self.slopes: dict[str, Tensor] = {}  #: dev gradients of A and B at the start of the phase: "<matrix>.<factor>"
         self.log: dict[str, list[Tensor]] = {}  #: a value for each switch, see :meth:`switch`
         self.seconds = 0.0
 
@@ -81,20 +94,20 @@ class Strategies:
 
     @torch.no_grad()
     def credit(self) -> Tensor:
-        """−⟨∇L_dev(θ), θ_now − θ⟩ over A and B, (M,), θ being the factors as the phase began.
+        """−⟨∇L_dev(θ), θ_now − θ⟩ over A and B, (M,), where θ are the factors at the start of the phase.
 
-        How far a matrix went down the dev loss's slope. The gradient is of other examples than those that train, so
-        what a step fits by chance counts nothing; and it is that of the beginning, so going to and fro counts nothing
-        either. Both would hide what a window is worth: at a peak learning rate the loss soon stands still at a level
-        that rises with the length of the steps, those of principal and of wide windows most. (Credited with each
-        step's own drop, the policy went to narrow windows of minor components, and the runs ended worse for it.)
+        This is the progress of each matrix along the dev loss's slope. The gradient comes from dev examples, so fitting
+        noise earns nothing, and from the start of the phase, so neither does moving back and forth. Both would hide the
+        value of a window: at the peak learning rate the loss soon plateaus at a level that rises with the step length,
+        most for principal and wide windows. (Credited with the drop of each step, the policy moved to narrow windows of
+        minor components, and the runs ended worse.)
         """
-        found = []
-        for m, part in enumerate(self.parts):
-            along_a = (self.slopes[f"{m}.a"] * (part.lora_a - part.start_a)).sum()
-            along_b = (self.slopes[f"{m}.b"] * (part.lora_b - part.start_b)).sum()
-            found.append(-along_a - along_b)
-        return torch.stack(found).cpu()
+        credits = []
+        for m, module in enumerate(self.modules):
+            along_a = (self.slopes[f"{m}.a"] * (module.lora_a - module.start_a)).sum()
+            along_b = (self.slopes[f"{m}.b"] * (module.lora_b - module.start_b)).sum()
+            credits.append(-along_a - along_b)
+        return torch.stack(credits).cpu()
 
     def switch(
         self,
@@ -105,11 +118,17 @@ class Strategies:
         *,
         last: bool,
     ) -> dict[str, Any]:
-        """End a phase and begin the next; ``last`` opens the greedy windows. Returns a line for the log.
+        """End a phase and begin the next. Returns a line for the log.
 
-        ``losses`` give the loss of each probed dev batch, the same in every phase. ``optimizer`` (of the factors) keeps
-        what it knows of ranks that stay. Rewards are shares of the phase's credit, or the drop of the log dev loss a
-        step for all alike, which costs forward passes of its own.
+        Rewards are shares of the phase's credit, or for all matrices the drop of the log dev loss per step, which takes
+        further forward passes.
+
+        Args:
+            step: optimizer steps done.
+            progress: share of training done.
+            losses: give the loss of each dev batch, the same in every phase.
+            optimizer: of the factors; its moments follow the ranks that stay.
+            last: open the greedy windows, which then stay.
         """
         began = time.monotonic()
         if not self.spectra:
@@ -138,8 +157,8 @@ class Strategies:
         likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
         self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
         if last:
-            self.spectra = []  # of the size of the weights, and nothing asks for them any more
-        row["dev_loss"] = self._dev_loss(losses) if last else self._look(losses)
+            self.spectra = []  # as large as the weights, and no longer needed
+        row["dev_loss"] = self._dev_loss(losses) if last else self._measure_gradients(losses)
         row |= {"starts": starts, "widths": widths}
         for name, value in {"credit": 0.0, **row, "rewards": rewards.tolist()}.items():
             self.log.setdefault(name, []).append(torch.tensor(value))
@@ -151,10 +170,10 @@ class Strategies:
         with self._evaluating():
             return statistics.mean(loss_of().item() for loss_of in losses)
 
-    def _look(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """Dev loss; its gradients in the windows that have just been opened, for :meth:`credit`, and the energies.
+    def _measure_gradients(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """The dev loss. Keeps its gradients in the new windows, for :meth:`credit`.
 
-        The latter, for the next choice, of the first batch only.
+        Also updates the energies, features of the next choice, from the first batch.
         """
 
         def see(key: str, gradient: Tensor) -> None:
@@ -168,15 +187,15 @@ class Strategies:
                     loss = loss_of() / len(losses)
                     torch.autograd.backward(loss)
                 total += loss.item()
-        for m, part in enumerate(self.parts):
-            for name, factor in (("a", part.lora_a), ("b", part.lora_b)):
+        for m, module in enumerate(self.modules):
+            for name, factor in (("a", module.lora_a), ("b", module.lora_b)):
                 self.slopes[f"{m}.{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
         self.adapter.model.zero_grad()
         return total
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Without dropout."""
+        """Disable dropout inside."""
         training = self.adapter.model.training
         self.adapter.model.train(False)
         try:
@@ -185,7 +204,7 @@ class Strategies:
             self.adapter.model.train(training)
 
     def _note_energy(self, m: int, signal: Tensor) -> None:
-        """``signal`` (C,): uᵢᵀ G vᵢ. Smooths the share that each place's widest window has in its square."""
+        """Update the smoothed share of each place's widest window in the energy of ``signal`` (C,) = uᵢᵀ G vᵢ."""
         index, limit = self.reachable[m], self.limits[m]
         starts = [window_start(place, self.sizes[m], limit) for place in self.places]
         bands = [signal[(index >= start) & (index < start + limit)].square().sum() for start in starts]
@@ -206,39 +225,39 @@ class Strategies:
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Move every update into its weight; decompose what has changed by much."""
-        for m, part in enumerate(self.parts):
-            self.stale[m] += product_norm(part.scale * part.up(), part.down()) / self.norms[m]
-            part.fold(self._weight(m))
+        """Fold every update into its weight, and decompose matrices that have changed enough."""
+        for m, module in enumerate(self.modules):
+            self.stale[m] += product_norm(module.scale * module.up(), module.down()) / self.norms[m]
+            module.fold(self._weight(m))
             if self.sizes[m] <= SMALL or self.stale[m] > self.refresh:
                 self.spectra[m] = decompose(self._weight(m), self.reachable[m])
                 self.stale[m] = 0
 
     def _drift(self) -> Tensor:
         """‖W − W₀‖_F / ‖W₀‖_F of the stored weights, (M,)."""
-        return torch.stack([product_norm(part.folded_b, part.folded_a) for part in self.parts]) / self.norms
+        return torch.stack([product_norm(module.folded_b, module.folded_a) for module in self.modules]) / self.norms
 
     def _open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
-        """Open the windows; a rank whose component lies in the new one too goes on as it is, moments included."""
+        """Open the windows; ranks whose component is also in the new window stay, with their optimizer moments."""
         self.slopes.clear()
-        for m, (part, start, width) in enumerate(zip(self.parts, starts, widths)):
+        for m, (module, start, width) in enumerate(zip(self.modules, starts, widths)):
             held, wanted = self.held[m], torch.arange(start, start + width)
             keep = torch.isin(held, wanted).nonzero().flatten()
             fresh = wanted[~torch.isin(wanted, held)]
             if optimizer is not None:
-                carry(part.tensors(), LowRank.rank_axes, keep, len(fresh), optimizer)
-            part.exchange(keep, *self.spectra[m].components(fresh))
+                carry(module.tensors(), LowRank.rank_axes, keep, len(fresh), optimizer)
+            module.replace_components(keep, *self.spectra[m].components(fresh))
             self.held[m] = torch.cat((held[keep], fresh))
 
     def preference(self) -> tuple[list[float], list[int]]:
-        """By matrix: the mean place (0 principal, 1 minor) and the width that the policy prefers now."""
+        """By matrix, the policy's current mean place (0 principal, 1 minor) and width."""
         with torch.no_grad():
             log_places, means = self.policy(self.choice["x"])
         return (log_places.exp() @ torch.tensor(self.places)).tolist(), share_out(means, self.budget, self.limits)
 
     def state(self) -> dict[str, Tensor]:
-        """All of the above as tensors by name."""
-        found = {
+        """Policy, its optimizer, phases, current choice, spectra and log, as tensors by name."""
+        state = {
             "rng": self.generator.get_state(),
             "energy": self.energy,
             "stale": self.stale,
@@ -251,14 +270,14 @@ class Strategies:
             **{f"held.{m}": value for m, value in enumerate(self.held)},
         }
         for k, phase in enumerate(self.phases):
-            found |= {f"phase.{k}.{name}": value for name, value in phase.items()}
+            state |= {f"phase.{k}.{name}": value for name, value in phase.items()}
         for m, spectrum in enumerate(self.spectra):
             for name in ("values", "left", "right"):
-                found[f"spectrum.{m}.{name}"] = getattr(spectrum, name)
-        return found
+                state[f"spectrum.{m}.{name}"] = getattr(spectrum, name)
+        return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken."""
+        """Restore :meth:`state`."""
 
         def below(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -285,5 +304,5 @@ class Strategies:
 
 
 def product_norm(b: Tensor, a: Tensor) -> Tensor:
-    """‖b a‖_F of factors b (O, R) and a (R, I) without forming the product; a number on the CPU."""
+    """‖b a‖_F of factors b (O, R) and a (R, I) without forming the product; a scalar on the CPU."""
     return ((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt().cpu()

@@ -1,4 +1,4 @@
-"""MOELoRA: each linear has several small LoRA experts, and every token is routed to some of them.
+"""MOELoRA: each linear has several small LoRA experts, and each token is routed to a few of them.
 
 Liu et al., "When MOE Meets LLMs: Parameter Efficient Fine-tuning for Multi-task Medical Applications", SIGIR 2024,
 arXiv 2310.18339, section 3, as a baseline of MiLoRA (Zhang et al., arXiv 2410.18035): "8 experts of rank 4, a top-4
@@ -6,10 +6,10 @@ router per linear and per token", that is, the parameters of LoRA of rank 32 reg
 
     y = W x + s · Σ_e g_e B_e A_e drop(x),   g = softmax over the k largest of W_r x, 0 for the others
 
-Reconstruction: the MiLoRA paper names the sizes only. Here the router is one matrix without bias that sees the linear's
-own input; the probabilities of the kept experts are renormalised to sum to 1; s = k · alpha / rank, so that an
-all-equal router with every expert kept is exactly LoRA of the same rank; the load balance (the Switch Transformer's,
-E · Σ_e f_e p̂_e) is summed over all routers and counts every token of a batch that is no padding.
+Reconstruction: the MiLoRA paper gives the sizes only. Here the router is one matrix without bias on the linear's input;
+the probabilities of the kept experts are renormalised to sum to 1; s = k · alpha / rank, so that a uniform router with
+every expert kept is exactly LoRA of the same rank; the load balance (the Switch Transformer's, E · Σ_e f_e p̂_e) is
+summed over all routers and counts every token of a batch except padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
-    from lowrank_cli.adapter.linear import LowRank
+    from lowrank_cli.adapter.low_rank import LowRank
 
 
 @dataclass
@@ -60,15 +60,15 @@ class MoELoRA(LoRA):
     unprunable = "the ranks of an expert come and go together"
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """LoRA's modules, whose routers count no padding."""
-        from lowrank_cli.methods.moelora.experts import Experts, count_shown
+        """Experts at all target linears, whose load balance ignores padding."""
+        from lowrank_cli.methods.moelora.experts import Experts, ignore_padding
 
         adapter = super().adapt(model)
-        count_shown(model, [part for part in adapter.modules.values() if isinstance(part, Experts)])
+        ignore_padding(model, [module for module in adapter.modules.values() if isinstance(module, Experts)])
         return adapter
 
     def kind(self) -> Callable[..., LowRank]:
-        """A module of experts."""
+        """Modules of experts."""
         from lowrank_cli.methods.moelora.experts import Experts
 
         return partial(Experts, experts=self.config.experts, k=self.config.k)
@@ -80,14 +80,14 @@ class MoELoRA(LoRA):
         from lowrank_cli.adapter.routing.router import load_balance
         from lowrank_cli.methods.moelora.experts import Experts
 
-        parts = [part for part in adapter.modules.values() if isinstance(part, Experts)]
-        terms = [load_balance(part.probabilities) for part in parts if part.probabilities is not None]
+        modules = [module for module in adapter.modules.values() if isinstance(module, Experts)]
+        terms = [load_balance(module.probabilities) for module in modules if module.probabilities is not None]
         return self.config.load_balance * torch.stack(terms).sum()
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Activated parameters of a token: k of E experts, and the routers in full."""
-        experts = sum(part.lora_a.numel() + part.lora_b.numel() for part in adapter.modules.values())
+        experts = sum(module.lora_a.numel() + module.lora_b.numel() for module in adapter.modules.values())
         idle = experts * (self.config.experts - self.config.k) // self.config.experts
         return {"activated_parameters": adapter.count() - idle}, []

@@ -1,4 +1,4 @@
-"""Mixture of low-rank experts: a linear's ranks in equal groups, of which a router picks a few for every token."""
+"""Mixture of low-rank experts: a linear's ranks in equal groups, of which a router picks a few for each token."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_cli.adapter.linear import LowRank
+from lowrank_cli.adapter.low_rank import LowRank
 
 
 class Experts(LowRank):
     """E experts of rank R / E in one module: s · Σ_e g_e B_e A_e drop(x), with s = k · alpha / R.
 
-    ``router`` W_r (E, I) looks at each token: g = softmax over the k largest of W_r x, and 0 for the other experts.
-    Equal logits with k = E give g = 1 / E, which is exactly LoRA of rank R. Experts are consecutive groups of the
-    rows of ``lora_a`` and the columns of ``lora_b``. All of them are computed, and gated between the two products:
-    for ranks this small that takes less time than gathering k of them for each token.
+    With ``router`` W_r (E, I), g is the softmax over the k largest of W_r x for each token, and 0 for other experts.
+    Equal logits with k = E give g = 1 / E, which is exactly LoRA of rank R. Experts are consecutive groups of rows of
+    ``lora_a`` and columns of ``lora_b``. All are computed, and gated between the two products: for ranks this small
+    that is faster than gathering k of them for each token.
 
-    While it trains, ``probabilities`` (n, E) holds the softmax over all experts of the last forward pass, for the n
-    tokens that count: those that ``counted`` (B * T,) shows, all where it is None (see :func:`count_shown`).
+    In training, ``probabilities`` (n, E) holds the softmax over all experts in the last forward pass, for the n tokens
+    in the mask ``counted`` (B * T,), or all if it is None (see :func:`ignore_padding`).
     """
 
     unmergeable = "the experts are chosen token by token"
@@ -48,7 +48,7 @@ class Experts(LowRank):
         self.probabilities = None
         if self.training:
             probabilities = logits.softmax(dim=-1).flatten(0, -2)  # (B, T, E) -> (B * T, E)
-            whole = self.counted is None or len(self.counted) != len(probabilities)  # a linear behind a pooler
+            whole = self.counted is None or len(self.counted) != len(probabilities)  # a linear after a pooler
             self.probabilities = probabilities if whole else probabilities[self.counted]  # (B * T, E) -> (n, E)
         if self.soft:
             return logits.softmax(dim=-1)
@@ -60,14 +60,14 @@ class Experts(LowRank):
         return experts if gate is None else experts * gate  # (B, T, R)
 
 
-def count_shown(model: nn.Module, parts: Iterable[Experts]) -> None:
-    """From now on, what ``attention_mask`` (B, T) hides from a training pass of ``model`` counts in no ``parts``."""
-    held = list(parts)
+def ignore_padding(model: nn.Module, modules: Iterable[Experts]) -> None:
+    """Exclude padding, by the ``attention_mask`` (B, T) of training passes of ``model``, from ``probabilities``."""
+    experts = list(modules)
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def set_counted(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
-        counted = mask.bool().flatten() if module.training and mask is not None else None  # (B, T) -> (B * T,)
-        for part in held:
-            part.counted = counted
+        counted = mask.bool().flatten() if model.training and mask is not None else None  # (B, T) -> (B * T,)
+        for module in experts:
+            module.counted = counted
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.register_forward_pre_hook(set_counted, with_kwargs=True)

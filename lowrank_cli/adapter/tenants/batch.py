@@ -1,0 +1,140 @@
+"""One batch of a bank: rows of different tenants, with their operands and routes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowrank_cli.adapter.adapted_model import replace_module
+from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
+from lowrank_cli.adapter.routing.prompt_routing import batch_shape, prompts
+from lowrank_cli.adapter.target_sites import layers
+from lowrank_cli.adapter.tenants.grouped_update import GroupedLinear, GroupedUpdate, group, stacked
+from lowrank_cli.adapter.tenants.tenant import SiteKey, Tenant
+
+
+class Batch:
+    """The tenants of one batch: operands are gathered once, and each prompt is routed once.
+
+    A forward pass with an empty KV cache starts the prompts; with routers, a pass that continues a cache must continue
+    theirs. Only linears with updates are wrapped. Routed operands are gathered once the routers have seen the prompts,
+    for the rows that use them.
+    """
+
+    def __init__(self, model: PreTrainedModel, tenants: Sequence[Tenant | None], update: type[GroupedUpdate]):
+        self.model, self._update = model, update
+        self.soft = False  #: use every routed module, weighted by its probability
+        self.tenants = {id(tenant): tenant for tenant in tenants if tenant is not None}
+        self._prompts = [None if tenant is None else id(tenant) for tenant in tenants]  # (P,)
+        self._copies = 1  # rows of each prompt
+        self._mask: Tensor | None = None  # (B, T), prompt mask of a pass that starts new sequences
+        self._linears: dict[str, GroupedLinear] = {}
+        self._gates: dict[SiteKey, Tensor] = {}  # (P,)
+        self._cache: weakref.ref[Any] | None = None  # the KV cache of the prompts
+        self._sites = list(dict.fromkeys(site for tenant in self.tenants.values() for site in tenant.updates))
+        routes = [tenant.routes for tenant in self.tenants.values() if tenant.routes is not None]
+        self._routed = {site for route in routes for layer in route.sites for site in layer}
+        #: Groups at each site with one row for each prompt and every module on; beams and gates never use more.
+        self._most = {site: len(group(self._owners(site)).owners) for site in self._sites}
+        self.bytes = sum(self._bytes(site) for site in self._sites)  #: largest memory of the operands
+
+    def _bytes(self, site: SiteKey) -> int:
+        pairs = [tenant.updates[site] for tenant in self.tenants.values() if site in tenant.updates]
+        rank = max(len(a) for a, _ in pairs)
+        a, b = (rank * matrix.shape[1] * matrix.element_size() for matrix in pairs[0])
+        if self._most[site] > 1:
+            return self._most[site] * (a + b)
+        return b if site in self._routed else 0  # a single group is a view, except for a gate folded into B
+
+    def _owners(self, site: SiteKey) -> tuple[int | None, ...]:
+        """The owner of each row (B,), None if it has no update at ``site``."""
+        gates = self._gates[site].tolist() if site in self._gates else [1.0] * len(self._prompts)
+        owners = [
+            owner if owner is not None and gate > 0 and site in self.tenants[owner].updates else None
+            for owner, gate in zip(self._prompts, gates, strict=True)
+        ]
+        return tuple(owner for owner in owners for _ in range(self._copies))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, the model has the updates."""
+        with ExitStack() as undo:
+            for path in dict.fromkeys(site.path for site in self._sites):
+                base = self.model.get_submodule(path)
+                self._linears[path] = GroupedLinear(base)
+                replace_module(self.model, path, self._linears[path])
+                undo.callback(replace_module, self.model, path, base)
+            undo.callback(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+            undo.callback(self.model.register_forward_hook(self._after_model).remove)
+            for index, layer in enumerate(layers(self.model) if self._routed else ()):
+                hook = layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True)
+                undo.callback(hook.remove)
+            self._gather()
+            yield
+
+    def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        (rows, tokens), mask = batch_shape(args, kwargs), kwargs.pop("prompt_mask", None)
+        copies, left = divmod(rows, len(self._prompts))
+        assert copies and not left, f"{rows} rows are no copies of {len(self._prompts)} prompts"
+        if copies != self._copies:
+            self._copies = copies
+            self._gather()
+        cache = continued_cache(args, kwargs, tokens)
+        if cache is not None:
+            known = not self._routed or (self._cache is not None and cache is self._cache())
+            assert known, "the gates of this batch's prompts belong to another KV cache"
+            self._mask = None
+        else:
+            self._mask, self._cache = prompts(args, kwargs, mask), None
+        return args, kwargs
+
+    def _after_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """Remember the KV cache of the prompts, without keeping it alive."""
+        cache = returned_cache(output)
+        if self._mask is not None and cache is not None:
+            self._cache = weakref.ref(cache)
+
+    def _before_layer(self, index: int) -> Callable[[nn.Module, tuple, dict], None]:
+        def route(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._mask is None:
+                return
+            hidden = (args[0] if args else kwargs["hidden_states"])[:: self._copies]  # (B, T, D) -> (P, T, D)
+            mask, all_gates = self._mask[:: self._copies], dict[SiteKey, Tensor]()
+            for owner, tenant in self.tenants.items():
+                if tenant.routes is None:
+                    continue
+                rows = torch.tensor([row for row, at in enumerate(self._prompts) if at == owner], device=hidden.device)
+                gates = tenant.routes.gates(index, hidden[rows], mask[rows], self.soft)  # (n, N)
+                for site, column in zip(tenant.routes.sites[index], gates.t(), strict=True):
+                    ones = torch.ones(len(self._prompts), device=hidden.device)
+                    all_gates[site] = all_gates.get(site, ones).index_copy(0, rows, column.float())
+            self._gates |= all_gates
+            for site in all_gates:
+                self._set(site)
+
+        return route
+
+    def _gather(self) -> None:
+        """Gather the operands at all sites that need no routing or are routed already."""
+        for site in self._sites:
+            if site in self._gates or site not in self._routed:
+                self._set(site)
+
+    def _set(self, site: SiteKey) -> None:
+        """Gather the operands at ``site`` for the rows that use it."""
+        updates = self._linears[site.path].updates
+        updates.pop(site.span, None)
+        grouping = group(self._owners(site), self._most[site])
+        if grouping.owners:
+            a, b = zip(*(self.tenants[owner].updates[site] for owner in grouping.owners), strict=True)
+            device = self.model.device
+            gates = self._gates[site].repeat_interleave(self._copies) if site in self._gates else None
+            updates[site.span] = self._update(
+                stacked(a, device), stacked(b, device), grouping, gates, site.span, len(self._prompts) * self._copies
+            )

@@ -118,10 +118,8 @@ def _alike(word: str, name: str) -> float:
 
 def unknown(key: str, value: object, allowed: Iterable[object]) -> UserError:
     """The error for a value outside a closed set."""
-    allowed = [str(item) for item in allowed]
-    return UserError(
-        f"{key}: unknown value '{value}'{nearest(value, allowed)} (allowed: {', '.join(allowed) or 'none'})"
-    )
+    names = [str(item) for item in allowed]
+    return UserError(f"{key}: unknown value '{value}'{nearest(value, names)} (allowed: {', '.join(names) or 'none'})")
 
 
 def require_choice(key: str, value: object, allowed: Iterable[object]) -> None:

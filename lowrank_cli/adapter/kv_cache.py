@@ -76,7 +76,7 @@ def growing_cache(model: PreTrainedModel, new_tokens: int) -> dict[str, Cache]:
     return pass_cache(model, cache)
 
 
-class Growing(DynamicLayer):  # type: ignore[no-untyped-call]
+class Growing(DynamicLayer):
     """A layer of a KV cache whose storage has room for more tokens: a step writes one, ``DynamicLayer`` copies all.
 
     ``keys`` and ``values`` (B, H, T, D) are views of that storage. Whatever else is put in their place (cropped,

@@ -148,7 +148,7 @@ def answers_at(
     assert isinstance(network, PreTrainedModel)
     inputs = {"use_cache": False, **inputs}
     rows, linear = answered.nonzero()[:, 0], output_layer(network)  # (N,)
-    body: nn.Module = network.get_decoder()  # type: ignore[no-untyped-call]
+    body: nn.Module = network.get_decoder()
     if not isinstance(linear, nn.Linear | AdaptedLinear):
         return Answers(model(**inputs).logits[answered], rows, None)
     states: list[Tensor] = []
@@ -201,7 +201,7 @@ def answer_losses(
 
 def output_layer(model: PreTrainedModel) -> nn.Module | None:
     """The linear that makes logits; None of a model that makes none of tokens."""
-    found: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found: nn.Module | None = model.get_output_embeddings()
     return found
 
 

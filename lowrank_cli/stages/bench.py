@@ -28,7 +28,7 @@ from lowrank_cli.bench.decode_rows import Sample, compared, row
 from lowrank_cli.bench.rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.shared_weights import Twin, crowds, lacking, twins
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import greet, prepare
+from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run

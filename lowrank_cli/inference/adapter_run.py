@@ -25,6 +25,13 @@ def adapter_run(config: RunConfig) -> Path | None:
     return None
 
 
+def newest_run_note(config: RunConfig, run: Run) -> str:
+    """``run: PATH`` if ``config.run`` was not given on the command line but is the newest run; else empty."""
+    path = getattr(config, "run", None)
+    given = any(override.lstrip("+").startswith("run=") for override in run.info.get("overrides", ()))
+    return "" if path is None or given else f"run: {path}"
+
+
 def method_of(run: Run) -> Method:
     """The method of an earlier run, as it was configured. Raises UserError if its configuration does not fit."""
     return methods.configured(run.config("method.name")["method"], str(run.path / "config.yaml"))

@@ -50,7 +50,9 @@ def prepare(hardware: HardwareConfig) -> Accelerator:
     return accelerator
 
 
-def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, packing: str = "") -> None:
+def greet(
+    run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, *, packing: str = "", source: str = ""
+) -> None:
     """Choose the CPU threads for ``model``, record them in run.json, and print the run's first lines.
 
     A resumed run keeps the number of threads it began with, which decides how sums are rounded.
@@ -58,8 +60,11 @@ def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: st
     Args:
         header: which model this is.
         packing: whether weights are packed and why; empty to print nothing.
+        source: which earlier run is used; empty to print nothing.
     """
     lines = [Text(header)]
+    if source:
+        lines.append(Text(source))
     if hardware.device == "cpu":
         before = run.info.get("threads")
         threads = choose(hardware.threads, model.config.get_text_config().hidden_size)

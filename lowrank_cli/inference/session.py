@@ -20,7 +20,7 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.adapter_run import adapter_run, method_of
+from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
@@ -54,7 +54,8 @@ class Session:
 
     def greet(self, run: Run) -> None:
         """Choose the CPU threads and print the run's first lines: which model this is and how it computes."""
-        greet(run, self.config.hardware, self.model, self.header)
+        source = newest_run_note(self.config, run)
+        greet(run, self.config.hardware, self.model, self.header, source=source)
 
     def note_device(self, run: Run) -> None:
         """Record the GPU and its peak memory in run.json, which already describes the CPU."""

@@ -45,7 +45,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     bench, device = config.bench, prepare(config.hardware).device
     torch.manual_seed(config.seed)
     base, header, packing, tokenizer = _base(config, device)
-    greet(run, config.hardware, base, header, packing)
+    greet(run, config.hardware, base, header, packing=packing)
     variants = _obtainable(config, device)
     training = bench.measure == "train"
     batch = train_step.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}

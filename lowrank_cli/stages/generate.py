@@ -20,7 +20,7 @@ from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import adapter_run, method_of
+from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.inference.tenants import Tenants
 from lowrank_cli.methods.protocol import Adapts, Calibrates
@@ -57,7 +57,8 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     torch.manual_seed(config.seed)
     loaded = load(config.model, config.hardware, None, generates=True)
     loaded.model.to(device).eval().requires_grad_(False)
-    greet(run, config.hardware, loaded.model, loaded.header, loaded.packing)
+    source = newest_run_note(config, run)
+    greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source)
     writer = Writer(loaded, config)
     began = time.monotonic()
     if settings.tenants is None:

@@ -1,4 +1,4 @@
-"""One family of errors: each says in one line which key, which value, what is allowed and the nearest match."""
+"""Errors that users see. Each is one line: the key, its value, what is allowed and the nearest match."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-#: What a terminal would act on, or what changes the order of letters: control characters but for tab and line feed,
-#: marks of direction, and halves of characters.
+#: Characters that a terminal acts on or that reorder text: control characters except tab and line feed, direction
+#: marks, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
-    """``text`` from outside as it can be printed: a terminal shows its control characters and acts on none."""
+    """``text`` with control characters escaped, so that it is safe to print."""
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """``text``, its middle left out where it has more than ``length`` characters."""
+    """``text`` without its middle if it is longer than ``length`` characters."""
     return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 4 :]} ({len(text)} characters)"
 
 
 class LrkError(Exception):
-    """Base of every error that a person reads as one line; ``exit_code`` is the process's."""
+    """Base of the errors that are shown to users as one line; ``exit_code`` is the exit code of the process."""
 
     exit_code = 1
 
@@ -41,18 +41,18 @@ class UserError(LrkError):
 
 
 class WorkFailed(LrkError):
-    """The input was right but the work could not be finished: exit code 1."""
+    """The input was valid but the work failed: exit code 1."""
 
 
 class Interrupted(LrkError):
-    """A signal ended the work; the message says how to go on. ``exit_code`` is what shells report for the signal."""
+    """A signal stopped the work; the message says how to resume. ``exit_code`` is that of shells for the signal."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-#: What a machine refuses, whoever asks: full, read-only, broken and closed files, permissions, quotas, limits.
+#: Errors of the machine, not bugs: disk full, read-only, broken or closed files, permissions, quotas, limits.
 _REFUSALS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -71,18 +71,18 @@ _REFUSALS = {
 
 
 def refusal(error: BaseException) -> str | None:
-    """What the machine refused, such as ``No space left on device: 'FILE'``; None for any other error."""
+    """The machine's error, such as ``No space left on device: 'FILE'``; None for any other error."""
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         return os.strerror(error.errno) + (f": '{error.filename}'" if error.filename else "")
     number = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and tokenizers are written in Rust
     return os.strerror(int(number[1])) if number and int(number[1]) in _REFUSALS else None
 
 
-LONGEST = 300  #: characters of a value that a message shows whole
+LONGEST = 300  #: characters in a value that a message shows in full
 
 
 def cut(message: str) -> str:
-    """``message`` with the middle of each long value, in quotes or a single word, left out."""
+    """``message`` with long values (quoted texts or single words) shortened."""
 
     def ends(match: re.Match[str]) -> str:
         quote, value = ("'", match[1]) if match[1] else ("", match[0])
@@ -93,7 +93,7 @@ def cut(message: str) -> str:
 
 @contextmanager
 def inside(key: str, full: str) -> Iterator[None]:
-    """Errors of the block that name ``key``, or a key below it, name ``full`` in its place."""
+    """Inside, UserErrors that begin with ``key``, or a key in it, begin with ``full`` instead."""
     try:
         yield
     except UserError as error:
@@ -101,9 +101,9 @@ def inside(key: str, full: str) -> Iterator[None]:
 
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``allowed``, else the first that ``value`` is a part of; or empty.
+    """``"; did you mean 'x'?"`` for the closest of ``allowed``, else the first that contains ``value``; or empty.
 
-    Never the opposite: of ``imbalanced`` only the end is like ``ballanced``.
+    Never suggests an opposite, such as ``imbalanced`` for ``ballanced``.
     """
     word, names = str(value), [str(item) for item in allowed]
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
@@ -117,22 +117,20 @@ def _alike(word: str, name: str) -> float:
 
 
 def unknown(key: str, value: object, allowed: Iterable[object]) -> UserError:
-    """The error for a value outside a closed set."""
-    allowed = [str(item) for item in allowed]
-    return UserError(
-        f"{key}: unknown value '{value}'{nearest(value, allowed)} (allowed: {', '.join(allowed) or 'none'})"
-    )
+    """The error for a value that is not one of ``allowed``."""
+    names = [str(item) for item in allowed]
+    return UserError(f"{key}: unknown value '{value}'{nearest(value, names)} (allowed: {', '.join(names) or 'none'})")
 
 
 def require_choice(key: str, value: object, allowed: Iterable[object]) -> None:
-    """Raise unless ``value`` is one of ``allowed``."""
+    """Raise UserError unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)
     if value not in allowed:
         raise unknown(key, value, allowed)
 
 
 def require_range(key: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Raise unless ``low <= value <= high`` (either bound may be absent); NaN and infinity are outside every range."""
+    """Raise UserError unless ``value`` is finite and ``low <= value <= high`` (either bound may be None)."""
     if (low is None or value >= low) and (high is None or value <= high) and math.isfinite(value):
         return
     allowed = (

@@ -1,9 +1,9 @@
-"""Reads files that may come from anybody: bounded in size and depth, and checked against a schema.
+"""Reads untrusted files: limits their size and depth, and checks them against a schema.
 
-A schema is a type: ``int``, ``float`` (whole numbers too), ``str``, ``bool``, ``None``, ``list[…]``, ``dict[str, …]``,
-unions of them, a ``TypedDict``, a dataclass (its keys may be missing: composition says which must be there), or
-``Annotated[type, Where(…)]`` for what a type cannot say. Keys that a schema does not name may hold anything.
-Whatever does not fit is one line: ``FILE: KEY is VALUE; expected …``.
+A schema is a type: ``int``, ``float`` (accepts integers), ``str``, ``bool``, ``None``, ``list[…]``, ``dict[str, …]``,
+unions of them, a ``TypedDict``, a dataclass (whose keys may be missing: composition requires them), or
+``Annotated[type, Where(…)]`` for a further condition. Keys that are not in a schema may hold anything.
+Errors are one line: ``FILE: KEY is VALUE; expected …``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import yaml
 
 from lowrank_cli.errors import UserError, shorten
 
-MAX_BYTES = {"JSON": 2**28, "YAML": 2**22, "rows": 2**32}  #: of a file; rows are a user's own data, a line each
-MAX_DEPTH = 32  #: lists and mappings inside each other
-MAX_VALUES = 10_000_000  #: of a file, counted wherever an alias repeats them
+MAX_BYTES = {"JSON": 2**28, "YAML": 2**22, "rows": 2**32}  #: of a file; rows are data sets, one row a line
+MAX_DEPTH = 32  #: of nested lists and mappings
+MAX_VALUES = 10_000_000  #: in a file, counting every use of a YAML alias
 
 NOUNS: dict[Any, str] = {
     int: "a whole number",
@@ -39,7 +39,7 @@ NOUNS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Where:
-    """A condition on a value of the right type, and how an error names what fulfils it."""
+    """A condition on a value of the right type, and its description in errors."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -47,7 +47,7 @@ class Where:
 
 Count = Annotated[int, Where(lambda value: value >= 0, "a whole number, 0 or more")]
 Finite = Annotated[float, Where(lambda number: abs(number) <= sys.float_info.max, "a finite number")]
-#: Of a file or folder right here: no path.
+#: Name of a file or folder, without a path.
 PlainName = Annotated[
     str,
     Where(
@@ -61,12 +61,12 @@ Sha256 = Annotated[
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """A JSON file of ``kind``. Raises UserError where it cannot be read or does not fit."""
+    """A JSON file. Raises UserError if it cannot be read or is not of type ``kind``."""
     return parse_json(read_text(path, "JSON"), kind, str(path))
 
 
 def parse_json(text: str | bytes, kind: Any, source: str) -> Any:
-    """JSON of ``kind``; errors name ``source``."""
+    """Parse JSON. Raises UserError, naming ``source``, unless it is of type ``kind``."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, kind: Any, source: str) -> Any:
 
 
 def read_json_lines(path: Path, kind: Any) -> list[Any]:
-    """The lines of a JSON Lines file, each of ``kind``. A last one that was cut short, by a kill, is left out."""
+    """The lines of a JSON Lines file, each of type ``kind``, without a last one that a kill cut short."""
     lines = read_text(path, "JSON").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
@@ -83,13 +83,13 @@ def read_json_lines(path: Path, kind: Any) -> list[Any]:
             try:
                 rows.append(parse_json(line, kind, f"{path}, line {number}"))
             except UserError:
-                if number < len(lines):  # a whole line ends in a line feed
+                if number < len(lines):  # a complete line ends in a line feed
                     raise
     return rows
 
 
 def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """A YAML file of ``kind``, plain values only. Raises UserError where it cannot be read or does not fit."""
+    """A YAML file of plain values. Raises UserError if it cannot be read or is not of type ``kind``."""
     text = read_text(path, "YAML")
     try:
         value = yaml.safe_load(text)
@@ -99,11 +99,11 @@ def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a regular file that is not too large for ``what`` it is, without a byte order mark."""
+    """The text of a regular file, without a byte order mark; ``what`` is the key of its limit in :data:`MAX_BYTES`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"'{path}' cannot be read: it is no file")
+            raise UserError(f"'{path}' cannot be read: it is not a file")
         if status.st_size > MAX_BYTES[what]:
             raise UserError(f"'{path}' cannot be read: {status.st_size} bytes (at most {MAX_BYTES[what]} of {what})")
         return path.read_text(encoding="utf-8-sig")
@@ -125,10 +125,11 @@ def _checked(value: Any, kind: Any, source: str) -> Any:
 
 
 def leaves(value: Any, source: str) -> Iterator[tuple[str, Any]]:
-    """Every key and every plain value below ``value``, each with the dotted key where it stands.
+    """Every key and every plain value in ``value``, each with its dotted key.
 
-    Raises UserError for what is too deep or too much, for values that are neither plain nor lists or mappings, and for
-    text that cannot be written again, as it holds half of a character (JSON's ``"\\ud800"``).
+    Raises:
+        UserError: the nesting is too deep, there are too many values, a value is neither plain nor a list or mapping,
+            or a text has lone surrogates (JSON's ``"\\ud800"``), which cannot be written again.
     """
     stack: list[tuple[str, Any, int]] = [("", value, 0)]
     count = 0
@@ -154,7 +155,7 @@ def leaves(value: Any, source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _whole(value: Any, source: str, key: str) -> None:
-    """Raise UserError for text that holds half of a character."""
+    """Raise UserError for text with lone surrogates."""
     try:
         value.encode() if isinstance(value, str) else None
     except UnicodeEncodeError:
@@ -162,7 +163,7 @@ def _whole(value: Any, source: str, key: str) -> None:
 
 
 def check(value: Any, kind: Any, source: str, key: str = "") -> None:
-    """Raise UserError unless ``value``, which stands at ``key`` of ``source``, is of ``kind``."""
+    """Raise UserError unless ``value``, at ``key`` of ``source``, is of type ``kind``."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return
@@ -197,7 +198,7 @@ def check(value: Any, kind: Any, source: str, key: str = "") -> None:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether the outermost type fits."""
+    """Whether the outermost type of ``value`` fits."""
     if get_origin(kind) is Annotated:
         return _is(value, get_args(kind)[0])
     if is_typeddict(kind) or is_dataclass(kind):
@@ -211,7 +212,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 @cache
 def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
-    """The keys of a TypedDict or a dataclass: their types, and whether they must be there."""
+    """The keys of a TypedDict or a dataclass: their types, and whether they are required."""
     hints = get_type_hints(kind, include_extras=True)
     if is_dataclass(kind):
         return {item.name: (hints[item.name], False) for item in fields(kind)}
@@ -222,7 +223,7 @@ def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
 
 
 def expected(kind: Any) -> str:
-    """``kind`` in words."""
+    """A description of the type ``kind``."""
     if get_origin(kind) is Annotated:
         return get_args(kind)[1].expected
     if get_origin(kind) in (Union, types.UnionType):
@@ -239,7 +240,7 @@ def _wrong(value: Any, wanted: str, source: str, key: str) -> UserError:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON has it, cut where it is long."""
+    """A value as JSON, shortened if it is long."""
     if isinstance(value, dict | list):
         return f"{NOUNS[type(value)]} ({len(value)})" if value else "[]" if isinstance(value, list) else "{}"
     return shorten(json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, bool) else repr(value))

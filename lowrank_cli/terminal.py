@@ -1,4 +1,4 @@
-"""The terminal: what is printed comes from outside (names, paths, data, errors), so none of it is markup or control."""
+"""The console for untrusted text (names, paths, data, errors): no markup, no control characters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_cli.errors import escaped
 
 
 class Terminal(Console):
-    """A console that prints text as it stands: no markup, no highlighting, control characters escaped."""
+    """A console without markup, emoji codes and highlighting that escapes control characters."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})

@@ -40,7 +40,7 @@ from lowrank_cli.tasks import encode
 def whole(ready: session.Session, examples: list, prompts: list[str], shots: int) -> list[list[float]]:
     """Log probabilities of every answer by a full pass over prompt and answer, nothing shared."""
     rows = []
-    tokens = encode.encode_prompts(ready.tokenizer, prompts, [ready.room(shots)] * len(prompts))
+    tokens = encode.encode_prompts(ready.tokenizer, prompts, [ready.max_length(shots)] * len(prompts))
     for index, example in enumerate(examples):
         rows += [(index, column, tokens[index], answer) for column, answer in enumerate(answers(ready, example))]
     rows.sort(key=lambda row: len(row[2]) + len(row[3]))

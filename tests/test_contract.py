@@ -9,13 +9,14 @@ import pytest
 import small
 import torch
 import yaml
+from resuming import history, train_broken_at
 from test_ablation import dev_batch
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.config.composition import Source, compose
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
 from lowrank_cli.launch.stage import check
 from lowrank_cli.runs import Run
@@ -23,7 +24,6 @@ from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.cut import usual
 from lowrank_cli.scoring.kinds import require_ranks, score
 from lowrank_cli.scoring.probe import Probe
-from lowrank_cli.stages.train import Trainer
 
 CONF = Path(__file__).parent.parent / "conf"
 FAMILIES = ["llama", "gpt2", "bert"]
@@ -52,10 +52,6 @@ def adapted(name: str, family: str = "llama", trained: bool = False, seed: int =
             for parameter in adapter.trained.values():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return adapter
-
-
-def history(run: Run) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "train/seconds"} for row in run.history()]
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -213,7 +209,7 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small.TRAINABLE)
-def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
+def test_every_method_trains_resumes_and_evaluates(name):
     cheap = [f"method.{key}={value}" for key, value in CHEAP.items() if hasattr(small.config(name), key)]
     overrides = [*QUICK, f"method={name}", *cheap]
     single_run.start("train", overrides, None, "lrk train")
@@ -222,22 +218,9 @@ def test_every_method_trains_resumes_and_evaluates(name, monkeypatch):
     assert Run.open("outputs/latest").metrics["test/accuracy"] == whole.metrics["test/accuracy"]
     assert whole.metrics["trainable_parameters"] >= whole.metrics["activated_parameters"] > 0
     before = save_load.load_file(whole.path / "adapter" / save_load.WEIGHTS)
-
-    take_step = Trainer._step
-
-    def failing(trainer, step):
-        if step == 4:
-            raise WorkFailed("the power went out")
-        return take_step(trainer, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", failing)
-        with pytest.raises(WorkFailed, match="power"):
-            single_run.start("train", overrides, None, "lrk train")
-    broken = Run.open(Path("outputs/latest").resolve())
-    single_run.resume("train", str(broken.path))
-    assert history(Run.open(broken.path)) == history(whole)
-    after = save_load.load_file(broken.path / "adapter" / save_load.WEIGHTS)
+    resumed = train_broken_at(4, overrides)
+    assert history(resumed) == history(whole)
+    after = save_load.load_file(resumed.path / "adapter" / save_load.WEIGHTS)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 

@@ -76,7 +76,7 @@ def test_long_prompts_lose_their_beginning_but_keep_bos(tokenizer):
 def test_training_and_scoring_keep_the_same_prompt(tokenizer):
     long = "dull, " * 50 + "Sentiment:"
     choices = (" no", " maybe negative")
-    room = encode.prompt_room(encode.candidates(tokenizer, long, choices), 40)
+    room = encode.max_prompt_length(encode.candidates(tokenizer, long, choices), 40)
     scored = encode.encode_prompt(tokenizer, long, room)
     for answer in choices:
         made = encode.encode(tokenizer, example(long, answer, choices), 40)

@@ -123,7 +123,7 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     for form, file in (("lora", "adapter_model.safetensors"), ("merged", "model.safetensors")):
         ended = lrk("export", f"run={trained}", f"export.format={form}")
         assert ended.code == 0 and "  serve: vllm serve " in ended.out
-        said = "what dora changes in a weight is no LoRA of its largest rank, 8" in ended.err
+        said = "what dora changes in a weight is not a LoRA of its largest rank, 8" in ended.err
         assert said == (name == "dora" and form == "lora")
         (load,) = [line for line in ended.out.splitlines() if line.startswith("  load: ")]
         loaded = eval(load.removeprefix("  load: "), {"peft": peft, "transformers": transformers})

@@ -143,9 +143,9 @@ def test_tokens_are_counted_up_to_the_end():
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2]))
     writer = SimpleNamespace(model=model, tokenizer=SimpleNamespace(pad_token_id=0))
     made = torch.tensor([[5, 6, 2, 2, 2], [5, 2, 0, 0, 0], [5, 6, 7, 8, 9]])
-    assert Writer._written(writer, made) == 3 + 2 + 5
+    assert Writer.count_tokens(writer, made) == 3 + 2 + 5
     model.generation_config.eos_token_id = None
-    assert Writer._written(writer, made) == 5 + 2 + 5
+    assert Writer.count_tokens(writer, made) == 5 + 2 + 5
 
 
 def test_only_a_new_line_ends_a_request():

@@ -137,7 +137,7 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
 
 
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
-    monkeypatch.setattr("lowrank_cli.icl.calibrate.fit", None)
+    monkeypatch.setattr("lowrank_cli.icl.fit.fit", None)
     again = lrk("evaluate", f"run={fitted.path}")  # with its task, templates, draws and shots
     assert predictions(again) == predictions(fitted)
     assert again.metrics["test/accuracy"] == fitted.metrics["test/accuracy"]

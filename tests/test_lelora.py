@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from resuming import history, train_broken_at
 from torch.nn import functional as F
 
 from lowrank_cli.adapter.files import optimizer_state, save_load
@@ -18,7 +19,6 @@ from lowrank_cli.methods.lelora import figures
 from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
 from lowrank_cli.methods.protocol import AfterStep, BeforeStep, Step
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.train import Trainer
 
 FAMILIES = ["llama", "gpt2", "bert"]
 #: Short phases and few places, so that a few steps see several choices.
@@ -707,7 +707,7 @@ def test_a_tied_embedding_is_refused():
 
 
 @pytest.mark.slow
-def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures(monkeypatch):
+def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures():
     overrides = [
         "method=lelora",
         "task=tiny_entailment",
@@ -723,26 +723,10 @@ def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures(
     ]
     single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
-    take_step = Trainer._step
-
-    def failing(trainer, step):
-        if step == 6:
-            raise WorkFailed("the power went out")
-        return take_step(trainer, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", failing)
-        with pytest.raises(WorkFailed, match="power"):
-            single_run.start("train", overrides, None, "lrk train")
-    broken = Run.open(Path("outputs/latest").resolve())
-    single_run.resume("train", str(broken.path))
-    found = [
-        [{key: value for key, value in row.items() if key != "train/seconds"} for row in run.history()]
-        for run in (whole, Run.open(broken.path))
-    ]
-    assert found[0] == found[1]
-    assert [row["step"] for row in found[0] if "strategy/starts" in row] == [1, 3, 6]
-    first, second = (save_load.load_file(run.path / "adapter" / save_load.WEIGHTS) for run in (whole, broken))
+    resumed = train_broken_at(6, overrides)
+    assert history(resumed) == history(whole)
+    assert [row["step"] for row in whole.history() if "strategy/starts" in row] == [1, 3, 6]
+    first, second = (save_load.load_file(run.path / "adapter" / save_load.WEIGHTS) for run in (whole, resumed))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert whole.metrics["strategy/choices"] == 3
     for name in ("windows", "rewards", "preferred_place", "preferred_width"):

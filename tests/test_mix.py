@@ -35,7 +35,7 @@ def test_every_split_holds_the_parts_examples():
     mixed = load(mix("tiny_yesno", "tiny_topic"))
     alone = {name: load([f"task={name}"]) for name in ("tiny_yesno", "tiny_topic")}
     for split in ("train", "dev", "test"):
-        found = [(example.part, example.prompt) for example in getattr(mixed, split)]
+        found = [(example.task, example.prompt) for example in getattr(mixed, split)]
         assert found == [(name, e.prompt) for name, task in alone.items() for e in getattr(task, split)]
     assert mixed.label_words == alone["tiny_yesno"].label_words + alone["tiny_topic"].label_words
     assert {example.first for example in mixed.test} == {0, 2}
@@ -43,16 +43,16 @@ def test_every_split_holds_the_parts_examples():
 
 def test_limits_of_a_part_and_of_the_whole():
     task = load([*mix("tiny_yesno", "tiny_topic"), "task.parts.tiny_topic.limit=8"])
-    assert sum(example.part == "tiny_topic" for example in task.train) == 8
+    assert sum(example.task == "tiny_topic" for example in task.train) == 8
     task = load([*mix("tiny_yesno", "tiny_topic"), "task.limit=40"])
-    assert len(task.train) == 40 and {example.part for example in task.train} == {"tiny_yesno", "tiny_topic"}
+    assert len(task.train) == 40 and {example.task for example in task.train} == {"tiny_yesno", "tiny_topic"}
 
 
 def test_demonstrations_are_of_the_query_s_own_task():
     task = load(mix("tiny_yesno", "tiny_topic"))
-    shown = [next(example for example in task.train if example.part == part) for part in ("tiny_yesno", "tiny_topic")]
+    shown = [next(example for example in task.train if example.task == part) for part in ("tiny_yesno", "tiny_topic")]
     for query in (task.test[0], task.test[-1]):
-        (own,) = [example for example in shown if example.part == query.part]
+        (own,) = [example for example in shown if example.task == query.task]
         assert with_demonstrations([query], shown) == [f"{own.prompt}{own.answer}\n\n{query.prompt}"]
 
 
@@ -152,16 +152,18 @@ def test_a_part_keeps_its_own_length_within_that_of_the_mix(monkeypatch):
     asked = [*mix("tiny_yesno", "tiny_topic"), "method=none", "task.limit=8"]
     shorter = [*asked, "task.parts.tiny_topic.max_length=12", "task.parts.tiny_topic.max_new_tokens=2"]
     session = start(compose("evaluate", shorter, "groups").config)
-    rooms = {part: (session.room(part=part), session.room(2, part)) for part in ("tiny_yesno", "tiny_topic")}
+    rooms = {
+        part: (session.max_length(task=part), session.max_length(2, part)) for part in ("tiny_yesno", "tiny_topic")
+    }
     assert rooms == {"tiny_yesno": (96, 288), "tiny_topic": (12, 36)}
-    assert (session.new_tokens("tiny_yesno"), session.new_tokens("tiny_topic")) == (4, 2)
+    assert (session.max_new_tokens("tiny_yesno"), session.max_new_tokens("tiny_topic")) == (4, 2)
     longest = dict.fromkeys(rooms, 0)
     for example, encoded in zip(session.task.train, session.encode(session.task.train), strict=True):
-        longest[example.part] = max(longest[example.part], len(encoded.input_ids))
+        longest[example.task] = max(longest[example.task], len(encoded.input_ids))
         assert session.tokenizer.decode(encoded.input_ids[encoded.prompt_length : -1]) == example.answer
     assert longest["tiny_topic"] <= 12 < longest["tiny_yesno"] <= 96
     session.config.task.parts["tiny_topic"].max_length = 500
-    assert session.room(part="tiny_topic") == 96
+    assert session.max_length(task="tiny_topic") == 96
 
 
 def test_a_mix_of_mixes_is_refused():

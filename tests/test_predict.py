@@ -4,7 +4,7 @@ import pytest
 import small
 import torch
 
-from lowrank_cli.inference.choice_scores import candidate_scores, ended, with_demonstrations
+from lowrank_cli.inference.choice_scores import candidate_scores, with_demonstrations, with_eos_if_ambiguous
 from lowrank_cli.tasks.encode import collate_prompts
 from lowrank_cli.tasks.task import Example
 
@@ -58,5 +58,5 @@ def test_demonstrations_stand_in_front_with_their_answers():
 
 
 def test_an_answer_that_begins_another_one_has_to_end():
-    assert ended([[5], [5, 6]], 2) == [[5, 2], [5, 6, 2]]
-    assert ended([[5], [6, 5]], 2) == [[5], [6, 5]]
+    assert with_eos_if_ambiguous([[5], [5, 6]], 2) == [[5, 2], [5, 6, 2]]
+    assert with_eos_if_ambiguous([[5], [6, 5]], 2) == [[5], [6, 5]]

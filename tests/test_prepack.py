@@ -232,7 +232,7 @@ def test_weights_are_packed_for_generation_where_nothing_is_said(monkeypatch):
         model = small.model()
         assert prepack_for(model, settings, generates) == "", "so few bytes are not mentioned"
         assert is_packed(model) == expected
-    monkeypatch.setattr(module, "TELLING", 0)
+    monkeypatch.setattr(module, "MENTIONED", 0)
     assert prepack_for(small.model(), hardware(), True).startswith("weights packed for speed: 0.0 GB more memory")
 
 

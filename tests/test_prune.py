@@ -11,11 +11,11 @@ from command import one_line
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.errors import UserError
+from lowrank_cli.inference.pruning import keep_ranks, ranks_to_drop
 from lowrank_cli.launch import single_run
 from lowrank_cli.report.compare import collect
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig
-from lowrank_cli.stages.prune import amount, chosen
 
 QUICK = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1"]
 TRAIN = ["train.max_steps=3", "train.batch_size=8", "train.eval_every=3", "train.log_every=1"]
@@ -34,15 +34,15 @@ def ramp(adapter):
 
 def test_the_lowest_ranks_of_the_model_go():
     adapter = small.adapted()  # 2 layers × 7 modules × 4 ranks
-    keep = chosen(PruneConfig(drop=6, budget=None, per_layer=False), adapter, ramp(adapter))
+    keep = keep_ranks(PruneConfig(drop=6, budget=None, per_layer=False), adapter, ramp(adapter))
     assert list(keep.values())[:3] == [[], [2, 3], [0, 1, 2, 3]]
     assert sum(map(len, keep.values())) == 50
-    assert chosen(PruneConfig(drop=None, budget=50, per_layer=False), adapter, ramp(adapter)) == keep
+    assert keep_ranks(PruneConfig(drop=None, budget=50, per_layer=False), adapter, ramp(adapter)) == keep
 
 
 def test_each_layer_gives_the_same_number():
     adapter = small.adapted()
-    keep = chosen(PruneConfig(drop=6, budget=None, per_layer=True), adapter, ramp(adapter))
+    keep = keep_ranks(PruneConfig(drop=6, budget=None, per_layer=True), adapter, ramp(adapter))
     layers = [sum(len(ranks) for key, ranks in keep.items() if f"layers.{layer}." in key) for layer in (0, 1)]
     assert layers == [25, 25]
 
@@ -58,7 +58,7 @@ def test_each_layer_gives_the_same_number():
 )
 def test_amounts_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        amount(PruneConfig(*settings), small.adapted())
+        ranks_to_drop(PruneConfig(*settings), small.adapted())
 
 
 def test_what_is_allowed_of_unlike_layers_can_be_taken_out():
@@ -67,9 +67,9 @@ def test_what_is_allowed_of_unlike_layers_can_be_taken_out():
     resize(adapter, {key: ([0], 0) for key in list(adapter.modules)[:5]})
     resize(adapter, {key: ([], 0) for key in list(adapter.modules)[5:7]})
     with pytest.raises(UserError, match=r"prune.budget: 12 .*allowed: 23 to 31 in steps of 2, .* has only 5"):
-        amount(PruneConfig(drop=None, budget=12, per_layer=True), adapter)
+        ranks_to_drop(PruneConfig(drop=None, budget=12, per_layer=True), adapter)
     for budget in (23, 31):
-        keep = chosen(PruneConfig(drop=None, budget=budget, per_layer=True), adapter, ramp(adapter))
+        keep = keep_ranks(PruneConfig(drop=None, budget=budget, per_layer=True), adapter, ramp(adapter))
         assert sum(map(len, keep.values())) == budget
 
 

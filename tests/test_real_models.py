@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from resuming import train_broken_at
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,12 +23,11 @@ from lowrank_cli.adapter.files.export import as_lora, lora_error
 from lowrank_cli.adapter.target_sites import known_sites
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.config.composition import compose
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import UserError
 from lowrank_cli.inference.choice_scores import Prefix, candidate_scores
 from lowrank_cli.launch import single_run
 from lowrank_cli.models.prepack import prepack, same_input
 from lowrank_cli.runs import Run
-from lowrank_cli.stages.train import Trainer
 from lowrank_cli.tasks.encode import collate_prompts
 
 ROOT = os.environ.get("LRK_REAL_MODELS")
@@ -202,7 +202,7 @@ def test_a_bank_is_each_adapter_alone(bare, name, batch):
 
 
 @pytest.mark.parametrize("method", ["lora", "milora"])
-def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method, monkeypatch):
+def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method):
     chosen, _ = MODELS[name]
     overrides = [f"method={method}", f"model={chosen}", f"model.path={Path(ROOT) / name}", "task=tiny_sentiment"]
     overrides += ["task.limit=4", "method.rank=2", "train.max_steps=2", "train.batch_size=2", "train.eval_every=2"]
@@ -210,21 +210,9 @@ def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method, monkeypa
     single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
     assert f"-{method}-{chosen}-" in whole.path.name
-    take_step = Trainer._step
-
-    def failing(trainer, step):
-        if step == 2:
-            raise WorkFailed("the power went out")
-        return take_step(trainer, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", failing)
-        with pytest.raises(WorkFailed, match="power"):
-            single_run.start("train", overrides, None, "lrk train")
-    broken = Run.open(Path("outputs/latest").resolve())
-    assert broken.path != whole.path
-    single_run.resume("train", str(broken.path))
-    one, other = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, broken))
+    resumed = train_broken_at(2, overrides)
+    assert resumed.path != whole.path
+    one, other = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (whole, resumed))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     if method == "lora":
         for form in ("lora", "merged"):

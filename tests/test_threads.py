@@ -9,7 +9,7 @@ import pytest
 import torch
 from command import runs
 
-from lowrank_cli.inference.session import prepare
+from lowrank_cli.inference.device import prepare
 from lowrank_cli.runs import threads
 from lowrank_cli.runs.threads import Threads, available_cores, cgroup_cores, choose, let_waiting_threads_sleep
 from lowrank_cli.schema import HardwareConfig

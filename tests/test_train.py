@@ -220,7 +220,7 @@ def test_a_batch_of_a_mix_holds_several_of_its_tasks(monkeypatch):
     plain, parts = Trainer._step, []
 
     def step(trainer, number):
-        parts.append({trainer.session.task.train[index].part for index in trainer.batches[number - 1]})
+        parts.append({trainer.session.task.train[index].task for index in trainer.batches[number - 1]})
         return plain(trainer, number)
 
     monkeypatch.setattr(Trainer, "_step", step)

@@ -75,7 +75,7 @@ def growing_cache(model: PreTrainedModel, new_tokens: int) -> dict[str, Cache]:
     return pass_cache(model, cache)
 
 
-class Growing(DynamicLayer):  # type: ignore[no-untyped-call]
+class Growing(DynamicLayer):
     """A layer of a KV cache with spare storage: a step writes one token, where ``DynamicLayer`` copies all.
 
     ``keys`` and ``values`` (B, H, T, D) are views of the storage. If something replaces them (cropping, selecting

@@ -151,7 +151,7 @@ def answers_at(
     assert isinstance(network, PreTrainedModel)
     inputs = {"use_cache": False, **inputs}
     rows, linear = answered.nonzero()[:, 0], output_layer(network)  # (N,)
-    body: nn.Module = network.get_decoder()  # type: ignore[no-untyped-call]
+    body: nn.Module = network.get_decoder()
     if not isinstance(linear, nn.Linear | AdaptedLinear):
         return Answers(model(**inputs).logits[answered], rows, None)
     states: list[Tensor] = []
@@ -206,7 +206,7 @@ def answer_losses(
 
 def output_layer(model: PreTrainedModel) -> nn.Module | None:
     """The linear that computes token logits; None if the model has none."""
-    layer: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    layer: nn.Module | None = model.get_output_embeddings()
     return layer
 
 

@@ -74,7 +74,7 @@ def discover(model: PreTrainedModel) -> Structure | None:
 
 def _layers_path(model: PreTrainedModel) -> str | None:
     """Dotted path of the longest outermost list of modules with linears in the decoder."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder: nn.Module = model.get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     lists: dict[str, int] = {}
     for name, module in decoder.named_modules():

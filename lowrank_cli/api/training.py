@@ -52,7 +52,7 @@ class Training:
         adapter.model.register_forward_pre_hook(self._before_pass, with_kwargs=True, prepend=True)
         adapter.model.register_forward_hook(self._after_pass, with_kwargs=True)
         for parameter in adapter.trained.values() if self._acts_in_training() else ():
-            parameter.register_post_accumulate_grad_hook(self._refuse_outside)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._refuse_outside)
 
     def stepped(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimizer steps, by name."""

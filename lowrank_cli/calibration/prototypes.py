@@ -33,7 +33,7 @@ class Mixture:
     def log_joint(self, points: Tensor) -> Tensor:
         """log p(point, cluster): points (N, C) -> (N, K)."""
         normal = torch.distributions.MultivariateNormal(self.means, self.covariances)
-        log_probability: Tensor = normal.log_prob(points.unsqueeze(1))  # type: ignore[no-untyped-call]  # (N, K)
+        log_probability: Tensor = normal.log_prob(points.unsqueeze(1))
         return log_probability + self.weights.log()
 
     def posterior(self, scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far results differ between arrangements of demonstrations: numbers, and descriptions of figures to draw."""
+"""Statistics over arrangements of demonstrations: metrics, and descriptions of figures for ``figures.json``."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from lowrank_cli.icl.demonstrations import Arrangement
 
 @dataclass(frozen=True)
 class Result:
-    """Answers behind one arrangement."""
+    """The answers to all queries after one arrangement of demonstrations."""
 
-    way: Arrangement
+    arrangement: Arrangement
     metric: str
     value: float
-    demonstrations: list[int] | None  #: indices into D; None where each query has its own
+    demonstrations: list[int] | None  #: indices into the pool; None if each query has different ones
     records: list[dict[str, Any]]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """A line of ``arrangements.json``."""
-        return {**asdict(self.way), self.metric: self.value, "demonstrations": self.demonstrations}
+        """An entry of ``arrangements.json``."""
+        return {**asdict(self.arrangement), self.metric: self.value, "demonstrations": self.demonstrations}
 
 
 def metrics(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, sample standard deviation and worst case of several values; of one value only itself."""
+    """Mean, sample standard deviation and worst case of several values; a single value by itself."""
     if len(values) == 1:
         return {name: values[0]}
     return {name: mean(values), f"{name}_std": stdev(values), f"{name}_worst": min(values)}
 
 
 def confusion(results: Sequence[Result], words: Sequence[str], split: str) -> dict[str, Any]:
-    """The share of each label's queries that got each answer, over all arrangements."""
+    """A figure: the share of each label's queries that got each answer, over all arrangements."""
     counts = [[0] * len(words) for _ in words]
     for record in (record for result in results for record in result.records):
         counts[record["label"]][record["choice"]] += 1
-    behind = f", behind {len(results)} arrangements of demonstrations" if len(results) > 1 else ""
+    over = f", over {len(results)} arrangements of demonstrations" if len(results) > 1 else ""
     return {
         "file": "confusion.png",
         "kind": "heatmap",
-        "title": f"Answers to {split} queries of each label{behind}",
+        "title": f"Answers to {split} queries of each label{over}",
         "rows": list(words),
         "columns": list(words),
         "values": [[count / sum(row) if sum(row) else None for count in row] for row in counts],
@@ -53,16 +53,13 @@ def confusion(results: Sequence[Result], words: Sequence[str], split: str) -> di
 
 
 def box(results: Sequence[Result], split: str) -> dict[str, Any]:
-    """All results, and those where one of the three choices differs and the others are the first.
-
-    Where only one differs at all, that is all results.
-    """
+    """A figure: all results, and for each of set, order and template the results in which it alone varies."""
     groups = {"all": [result.value for result in results]}
     for key in ("draw", "permutation", "template"):
         others = [name for name in ("draw", "permutation", "template") if name != key]
-        same = [result.value for result in results if not any(getattr(result.way, name) for name in others)]
-        if 1 < len(same) < len(results):
-            groups[f"{key}s alone"] = same
+        alone = [result.value for result in results if not any(getattr(result.arrangement, name) for name in others)]
+        if 1 < len(alone) < len(results):
+            groups[f"{key}s alone"] = alone
     return {
         "file": "spread.png",
         "kind": "box",
@@ -74,10 +71,10 @@ def box(results: Sequence[Result], split: str) -> dict[str, Any]:
 
 
 def curve(key: str, values: Sequence[float], results: Sequence[Sequence[Result]], split: str) -> dict[str, Any]:
-    """Mean and worst case over the values of a setting."""
+    """A figure: mean and worst case of ``results[i]`` over ``values[i]`` of the setting ``key``."""
     metric = results[0][0].metric
-    found = [[result.value for result in row] for row in results]
-    rows = {"mean": [mean(row) for row in found]} | ({"worst": [min(r) for r in found]} if len(found[0]) > 1 else {})
+    scores = [[result.value for result in row] for row in results]
+    rows = {"mean": [mean(row) for row in scores]} | ({"worst": [min(r) for r in scores]} if len(scores[0]) > 1 else {})
     return {
         "file": f"{key}.png",
         "kind": "lines",

@@ -1,4 +1,4 @@
-"""Which training examples stand in a prompt as demonstrations, and in which order."""
+"""Which training examples are the demonstrations of a prompt, and in which order."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Plan
@@ -15,30 +15,28 @@ from lowrank_cli.tasks.task import Example
 
 
 def draw(examples: Sequence[Example], shots: int, seed: int, key: str = "evaluate.shots") -> list[Example]:
-    """``shots`` examples at random; the same for every query."""
+    """``shots`` random examples, the same for every query. ``key`` is the setting that an error names."""
     if shots > len(examples):
         raise UserError(f"{key}: {shots} are asked for, there are {len(examples)} demonstrations to draw from")
     return random.Random(seed).sample(list(examples), shots)
 
 
 def pool(examples: Sequence[Example], plan: Plan, seed: int) -> list[Example]:
-    """D: the training examples that statistics are fitted on and demonstrations are drawn from.
+    """The training examples that statistics are fitted on and demonstrations are drawn from (D in the paper).
 
-    With a ``share`` it is the largest part of them (at most ``plan.examples``) in which the first label has it and the
-    other labels are as they were.
+    With ``plan.share``, the largest subset (at most ``plan.examples``) in which the first label has that share.
     """
-    found = list(examples)
     if plan.share is not None:
-        first = [example for example in found if example.label == 0]
-        others = [example for example in found if example.label != 0]
-        size = min([plan.examples or len(found), *_sizes(len(first), len(others), plan.share)])
+        first = [example for example in examples if example.label == 0]
+        others = [example for example in examples if example.label != 0]
+        size = min([plan.examples or len(examples), *_sizes(len(first), len(others), plan.share)])
         count = round(size * plan.share)
         return [*draw(first, count, seed, "method.share"), *draw(others, size - count, seed, "method.share")]
-    return found if plan.examples is None else draw(found, plan.examples, seed, "method.examples")
+    return list(examples) if plan.examples is None else draw(examples, plan.examples, seed, "method.examples")
 
 
 def _sizes(first: int, others: int, share: float) -> Iterator[int]:
-    """The sizes that each part allows."""
+    """Largest sizes of a subset with ``share``, given the numbers of examples of the first label and of the others."""
     if share > 0:
         yield int(first / share)
     if share < 1:
@@ -47,7 +45,7 @@ def _sizes(first: int, others: int, share: float) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One way to demonstrate: which wording, which set, which order."""
+    """One way to arrange demonstrations: which template, which set of examples, in which order."""
 
     template: int
     draw: int
@@ -55,13 +53,13 @@ class Arrangement:
 
 
 def arrangements(plan: Plan, shots: int) -> list[Arrangement]:
-    """All that differ: without demonstrations nothing is drawn, and one has no order."""
+    """All distinct arrangements: without demonstrations there is one set, and a single one has one order."""
     draws, orders = (plan.draws if shots else 1), (plan.permutations if shots > 1 else 1)
     return [Arrangement(t, d, p) for t in range(plan.templates) for d in range(draws) for p in range(orders)]
 
 
-def idle(plan: Plan, shots: int) -> list[str]:
-    """A line for each option about demonstrations that changes nothing, there being none, or one that has no order."""
+def unused_options(plan: Plan, shots: int) -> list[str]:
+    """A line for each option about demonstrations that has no effect with so few ``shots``."""
     unused = []
     if shots < 2 and plan.permutations > 1:
         unused.append(f"method.permutations={plan.permutations}")
@@ -75,32 +73,37 @@ def idle(plan: Plan, shots: int) -> list[str]:
     return lines
 
 
-def chosen(plan: Plan, shots: int, arrangement: Arrangement, examples: Sequence[Example], seed: int) -> list[Example]:
-    """The demonstrations of every query alike, out of D: set i is that of a plain evaluation with seed SEED+i."""
+def chosen(plan: Plan, shots: int, arrangement: Arrangement, pool: Sequence[Example], seed: int) -> list[Example]:
+    """The demonstrations of every query. Set i is that of a plain evaluation with seed SEED+i."""
     seed = seed + arrangement.draw
     if plan.share is None:
-        shown = draw(examples, shots, seed)
+        examples = draw(pool, shots, seed)
     else:
+        first = [example for example in pool if example.label == 0]
+        others = [example for example in pool if example.label != 0]
         count = round(shots * plan.share)
-        parts = ([e for e in examples if (e.label == 0) == first] for first in (True, False))
-        shown = [e for part, n in zip(parts, (count, shots - count)) for e in draw(part, n, seed, "method.share")]
-        random.Random(seed).shuffle(shown)
-    return ordered(shown, arrangement, seed)
+        examples = [*draw(first, count, seed, "method.share"), *draw(others, shots - count, seed, "method.share")]
+        random.Random(seed).shuffle(examples)
+    return ordered(examples, arrangement, seed)
 
 
-def ordered(shown: list[Example], arrangement: Arrangement, seed: int) -> list[Example]:
-    """The arrangement's order of a set; order 0 is the set's own."""
+def ordered(examples: list[Example], arrangement: Arrangement, seed: int) -> list[Example]:
+    """A set of demonstrations in the arrangement's order; permutation 0 keeps the set's order."""
     if arrangement.permutation:
-        shown = list(shown)
-        random.Random(f"{seed} {arrangement.permutation}").shuffle(shown)
-    return shown
+        examples = list(examples)
+        random.Random(f"{seed} {arrangement.permutation}").shuffle(examples)
+    return examples
 
 
 def nearest(plan: Plan, shots: int, features: Tensor, queries: Tensor) -> list[list[int]]:
-    """For each query (Q, D) the indices of D's features (n, D) by cosine, the extreme one last."""
+    """Indices of the ``shots`` most (or least) similar examples for each query, the most extreme one last.
+
+    Args:
+        features: hidden states of the pool's prompts (n, D).
+        queries: hidden states of the queries' prompts (Q, D).
+    """
     if shots > len(features):
         raise UserError(f"evaluate.shots: {shots} are asked for, there are {len(features)} demonstrations to choose")
-    unit, asked = (torch.nn.functional.normalize(part, dim=-1) for part in (features, queries))
-    likeness = asked @ unit.t()  # (Q, D) @ (D, n) -> (Q, n)
-    best = likeness.topk(shots, dim=-1, largest=plan.choice == "similar").indices.flip(1)  # (Q, m)
+    similarity = F.normalize(queries, dim=-1) @ F.normalize(features, dim=-1).t()  # (Q, D) @ (D, n) -> (Q, n)
+    best = similarity.topk(shots, dim=-1, largest=plan.choice == "similar").indices.flip(1)  # (Q, m)
     return best.tolist()

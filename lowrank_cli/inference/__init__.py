@@ -1,1 +1,1 @@
-"""What several stages share: the loaded session, answers and their scores, tenants, progress and checkpoints."""
+"""Shared by the stages: the loaded session, predictions and choice scores, pruning, tenants, progress, checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run continues from, bit for bit: safetensors and JSON in one atomically placed folder."""
+"""Checkpoints from which a killed run resumes bit for bit: a folder of safetensors and JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowrank_cli.reader import Count, Finite, Sha256, Where, read_json
 from lowrank_cli.runs import Run, atomic_folder
 
 STATE = "state.json"
-GROUPS = ("trained", "optimizer", "method", "rng")  #: of tensors, each in a file of its own
+GROUPS = ("trained", "optimizer", "method", "rng")  #: one safetensors file each
 
 
 class State(TypedDict):
@@ -44,7 +44,7 @@ class State(TypedDict):
             f"the hashes of {', '.join(GROUPS)}",
         ),
     ]
-    sha256: NotRequired[Sha256]  #: of the rest; checkpoints written before it was added have none
+    sha256: NotRequired[Sha256]  #: of the other keys; older checkpoints lack it
 
 
 def save(
@@ -55,7 +55,7 @@ def save(
     method: Method,
     progress: dict[str, Any],
 ) -> None:
-    """Write ``checkpoints/step-N`` (N = ``progress["step"]``) and drop the older ones; every process calls this."""
+    """Write ``checkpoints/step-N`` (N = ``progress["step"]``) and delete older ones. Every process must call this."""
     rng = gather_object([_rng()])
     if not accelerator.is_main_process:
         return
@@ -78,16 +78,17 @@ def save(
 
 
 def newest(run: Run) -> Path | None:
-    """The latest checkpoint of a run, whole or not."""
+    """The latest checkpoint of a run, complete or not."""
     return max(run.path.glob("checkpoints/step-*"), default=None)
 
 
 def load(
     folder: Path, accelerator: Accelerator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
 ) -> dict[str, Any]:
-    """Put everything back as :func:`save` found it and return ``progress``.
+    """Restore everything that :func:`save` wrote and return ``progress``.
 
-    Raises UserError for a file that is missing or altered, and for tensors that are not those of this run.
+    Raises:
+        UserError: a file is missing or altered, or its tensors do not fit this run.
     """
     progress = read_json(folder / STATE, State)
     if progress.pop("sha256", None) not in (None, _sha256(progress)):
@@ -98,17 +99,17 @@ def load(
     moments = folder / "optimizer.safetensors"
     optimizer_state.load_moments(optimizer, save_load.read_tensors(moments), str(moments))
     if isinstance(method, AfterStep):
-        kept = folder / "method.safetensors"
+        state = folder / "method.safetensors"
         try:
-            method.load_state(adapter, save_load.read_tensors(kept))
+            method.load_state(adapter, save_load.read_tensors(state))
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{kept}: not what method={method.config.name} keeps ({error})") from error
+            raise UserError(f"{state}: not the state of method={method.config.name} ({error})") from error
     _restore_rng(folder / "rng.safetensors", accelerator.process_index)
     return progress
 
 
 def _sha256(record: dict[str, Any]) -> str:
-    """Of a state as JSON has it."""
+
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -124,6 +125,6 @@ def _restore_rng(file: Path, rank: int) -> None:
     try:
         torch.set_rng_state(states[f"{rank}.cpu"])
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"{file}: '{rank}.cpu' is no state of a generator ({error})") from error
+        raise UserError(f"{file}: '{rank}.cpu' is not the state of a random generator ({error})") from error
     if f"{rank}.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[f"{rank}.cuda"])

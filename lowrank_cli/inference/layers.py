@@ -1,4 +1,4 @@
-"""Which layers a model has and which roles they have, told without its weights."""
+"""A one-line summary of a model's layers and their roles, made without its weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from lowrank_cli.schema import ModelConfig
 
 
 def layers(model: ModelConfig, targets: Sequence[str] | None) -> str | None:
-    """``30 in model.layers, each with Q K V O G U D``; None where the model's configuration is not on this machine.
+    """``30 in model.layers, each with Q K V O G U D``; None if the model's configuration is not on this machine.
 
-    Raises UserError where ``targets``, the target modules of a method, name something that the model lacks.
+    Raises:
+        UserError: the model lacks one of ``targets``, a method's ``target_modules``.
     """
     network = outline(model)
     if network is None:
@@ -30,5 +31,5 @@ def layers(model: ModelConfig, targets: Sequence[str] | None) -> str | None:
         each = f"each with {next(iter(counts))}"
     else:
         each = "; ".join(f"{count} with {named}" for named, count in counts.items())
-    found = f"{len(structure.roles)} in {structure.layers}, {each}"
-    return f"{found} ({structure.left_out})" if structure.left_out else found
+    summary = f"{len(structure.roles)} in {structure.layers}, {each}"
+    return f"{summary} ({structure.left_out})" if structure.left_out else summary

@@ -1,9 +1,9 @@
-"""Answers of a model to examples: label words and letters are scored, free answers generated, encoders classify."""
+"""Predictions for examples: label words and letters are scored, free answers generated, encoders classify."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example
 
+Record = dict[str, Any]  #: a line of ``predictions.jsonl``
+
 
 @torch.no_grad()
 def predict(
@@ -25,36 +27,38 @@ def predict(
     *,
     demonstrations: Sequence[Example],
     tick: Tick = lambda count: None,
-) -> list[dict[str, Any]]:
-    """One record an example, in order: ``prediction``, ``references`` and what led to them. Shared by all processes."""
-    prompts, shots = with_demonstrations(examples, demonstrations), session.config.evaluate.shots
+) -> list[Record]:
+    """A record for each example, in order: ``prediction``, ``references`` and more. Every process must call this.
+
+    ``tick`` is called with the number of examples done since the last call.
+    """
+    prompts, shots = with_demonstrations(examples, demonstrations), session.evaluate.shots
     scored = [index for index, example in enumerate(examples) if example.choices and not session.encoder]
-    found: dict[int, dict[str, Any]] = {}
+    predictions: dict[int, Record] = {}
     if scored:
-        asked = [examples[index] for index in scored]
-        scores = choice_scores(session, asked, [prompts[index] for index in scored], shots, tick=tick)
-        found = {index: choice(examples[index], row) for index, row in zip(scored, scores, strict=True)}
-    others = [index for index in range(len(examples)) if index not in found]
-    found |= _in_batches(session, examples, prompts, others, shots, tick)
-    return records(examples, [found[index] for index in range(len(examples))])
+        scores = choice_scores(session, [examples[i] for i in scored], [prompts[i] for i in scored], shots, tick=tick)
+        predictions = {index: choice(examples[index], row) for index, row in zip(scored, scores, strict=True)}
+    others = [index for index in range(len(examples)) if index not in predictions]
+    predictions |= _in_batches(session, examples, prompts, others, shots, tick)
+    return records(examples, [predictions[index] for index in range(len(examples))])
 
 
-def records(examples: Sequence[Example], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What ``predictions.jsonl`` holds."""
+def records(examples: Sequence[Example], predictions: Sequence[Record]) -> list[Record]:
+    """The lines of ``predictions.jsonl``."""
     return [
         {
             "index": index,
-            **({"task": example.part} if example.part else {}),
+            **({"task": example.task} if example.task else {}),
             "prompt": example.prompt,
-            **answer,
+            **prediction,
             "references": example.references,
         }
-        for index, (example, answer) in enumerate(zip(examples, found, strict=True))
+        for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
     ]
 
 
-def choice(example: Example, scores: Sequence[float]) -> dict[str, Any]:
-    """The choice of the highest score."""
+def choice(example: Example, scores: Sequence[float]) -> Record:
+    """The choice with the highest score."""
     best = max(range(len(scores)), key=scores.__getitem__)
     return {
         "prediction": example.choices[best].strip(),
@@ -64,53 +68,53 @@ def choice(example: Example, scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def score(session: Session, records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The task's metric of :func:`predict`'s records; of a mix each part's, ``<part>/<metric>``, and their ``mean``."""
+def score(session: Session, records: Sequence[Record]) -> dict[str, float]:
+    """The task's metric over ``records``; for a mix ``<task>/<metric>`` of each task and their ``mean``."""
     from lowrank_cli.tasks import metrics  # importing evaluate takes seconds
 
-    def of(task: TaskConfig, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def compute(task: TaskConfig, records: Sequence[Record]) -> dict[str, float]:
         predictions = [record["prediction"] for record in records]
         references = [list(record["references"]) for record in records]
         return metrics.compute(task.metric, predictions, references, extract=task.extract)
 
-    task = session.config.task
-    if not task.parts:
-        return of(task, records)
-    found = {}
-    for name, part in task.parts.items():
-        own = [record for record in records if record["task"] == name]
-        found |= {f"{name}/{metric}": value for metric, value in of(part, own).items()}
-    return {"mean": sum(found.values()) / len(found), **found}
+    config = session.config.task
+    if not config.parts:
+        return compute(config, records)
+    values: dict[str, float] = {}
+    for name, task in config.parts.items():
+        of_task = compute(task, [record for record in records if record["task"] == name])
+        values |= {f"{name}/{metric}": value for metric, value in of_task.items()}
+    return {"mean": sum(values.values()) / len(values), **values}
 
 
-def write_answers(run: Run, records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
-    """``predictions.jsonl``, and ``figures.json`` where there is something to draw."""
+def write_answers(run: Run, records: list[Record], figures: list[dict[str, Any]]) -> None:
+    """Write ``predictions.jsonl``, and ``figures.json`` if there are figures."""
     run.write_text("predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     if figures:
         run.write_json("figures.json", figures)
 
 
 def _in_batches(
-    session: Session, examples: Sequence[Example], prompts: Sequence[str], wanted: list[int], shots: int, tick: Tick
-) -> dict[int, dict[str, Any]]:
-    """Answers that are generated or classified, in batches of alike lengths; for all processes."""
-    accelerator, size = session.accelerator, session.config.evaluate.batch_size
+    session: Session, examples: Sequence[Example], prompts: Sequence[str], indices: list[int], shots: int, tick: Tick
+) -> dict[int, Record]:
+    """Generated or classified answers to ``examples[i]`` for i in ``indices``, in batches of similar lengths."""
+    accelerator, size = session.accelerator, session.evaluate.batch_size
     session.model.eval()
-    mine = wanted[accelerator.process_index :: accelerator.num_processes]
-    answer = _classify if session.encoder else _generate
-    found: list[tuple[int, dict[str, Any]]] = []
+    mine = indices[accelerator.process_index :: accelerator.num_processes]
+    answer: Callable[..., Iterator[Record]] = _classify if session.encoder else _generate
+    predictions: list[tuple[int, Record]] = []
     with session.autocast():
-        for part in dict.fromkeys(examples[i].part for i in mine):  # a batch has one length of answers
-            order = sorted((i for i in mine if examples[i].part == part), key=lambda i: len(prompts[i]))
+        for task in dict.fromkeys(examples[i].task for i in mine):  # a batch has one length of answers
+            order = sorted((i for i in mine if examples[i].task == task), key=lambda i: len(prompts[i]))
             for start in range(0, len(order), size):
                 rows = order[start : start + size]
                 answers = answer(session, [examples[row] for row in rows], [prompts[row] for row in rows], shots)
-                found += zip(rows, answers, strict=True)
+                predictions += zip(rows, answers, strict=True)
                 tick(len(rows) * accelerator.num_processes)
-    return dict(gather_object(found))
+    return dict(gather_object(predictions))
 
 
-def _classify(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
+def _classify(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:
     encoded = session.batch(session.encode(batch))
     del encoded["labels"]
     logits = session.model(**encoded).logits  # (B, labels)
@@ -119,23 +123,23 @@ def _classify(session: Session, batch: Sequence[Example], prompts: list[str], sh
         yield {"prediction": example.choices[choice].strip(), "label": example.label, "choice": choice}
 
 
-def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[dict[str, Any]]:
-    tokenizer, part = session.tokenizer, batch[0].part
-    most = session.new_tokens(part)
-    room = session.room(shots, part) - most
-    ids = [encode.encode_prompt(tokenizer, prompt, room) for prompt in prompts]
+def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:
+    tokenizer, task = session.tokenizer, batch[0].task
+    new_tokens = session.max_new_tokens(task)
+    limit = session.max_length(shots, task) - new_tokens
+    ids = [encode.encode_prompt(tokenizer, prompt, limit) for prompt in prompts]
     inputs = {k: v.to(session.device) for k, v in encode.collate_prompts(ids, tokenizer.pad_token_id).items()}
-    beams = session.config.evaluate.num_beams
-    made = session.model.generate(
+    beams = session.evaluate.num_beams
+    generated = session.model.generate(  # type: ignore[operator]  # not declared by PreTrainedModel
         **inputs,
-        **(growing_cache(session.model, most) if beams == 1 else {}),
-        max_new_tokens=most,
+        **(growing_cache(session.model, new_tokens) if beams == 1 else {}),
+        max_new_tokens=new_tokens,
         num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
     )
-    texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for text in texts:
         yield {"prediction": text.split("\n\n")[0].strip() if shots else text.strip()}

@@ -1,4 +1,4 @@
-"""The progress bar: rate and time left on a terminal; elsewhere only the lines said above it."""
+"""The progress bar: rate and time left on a terminal; without one, only the lines printed above it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from lowrank_cli.terminal import Terminal
 
 
 class _Rate(ProgressColumn):
-    """Completed units a second."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "–/s", style="progress.data.speed")
 
 
 class Watched(Terminal):
-    """A run goes on when nobody watches it any more (``lrk train 2>&1 | head``)."""
+    """A console whose closed pipe does not stop the run (``lrk train 2>&1 | head``)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 def console() -> Terminal:
-    """Where people watch a run: stderr, so that stdout stays clean."""
+    """The console for progress and notes: stderr, so that stdout holds results only."""
     return Watched(stderr=True)
 
 
 @contextmanager
 def bar(description: str, total: int, *, shown: bool, start: int = 0) -> Iterator[Bar]:
-    """A bar over ``total`` units, of which ``start`` are done already."""
+    """A bar over ``total`` units, ``start`` of them already done; with ``shown=False`` it prints nothing."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -67,17 +67,17 @@ class Bar:
         self._progress, self._task, self._shown = progress, task_id, shown
 
     def advance(self, count: int = 1) -> None:
-        """Count units that are done; also where a loop stops when asked to (KeyboardInterrupt)."""
+        """Count finished units. Raises KeyboardInterrupt if a signal asked the run to stop."""
         stopping.check()
         self._progress.advance(self._task, count)
 
     def note(self, text: str) -> None:
-        """Show ``text`` behind the numbers."""
+        """Show ``text`` after the numbers."""
         self._progress.update(self._task, note=text)
 
     @contextmanager
     def watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A second bar below, for something slow in between; what it gives counts the units that are done."""
+        """A second bar below, for something slow within a step; yields a function that counts finished units."""
         task = self._progress.add_task(description, total=total, note="")
         try:
             yield lambda count: self._progress.advance(task, count)
@@ -85,6 +85,6 @@ class Bar:
             self._progress.remove_task(task)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar; it also appears where there is no terminal."""
+        """Print a line above the bar, with or without a terminal."""
         if self._shown:
             self._progress.console.print(text, soft_wrap=True)

@@ -1,49 +1,41 @@
-"""What every stage that touches a model starts from: task, model, tokenizer and method on the chosen hardware."""
+"""A session: task, model, tokenizer and method of a run, loaded on its hardware."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter
-from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.target_sites import find_sites
-from lowrank_cli.adapter.tenants.update_class import require_grouped
-from lowrank_cli.adapter.training.compiled import require_compiler
-from lowrank_cli.errors import UserError, require_choice
-from lowrank_cli.inference import progress
+from lowrank_cli.errors import UserError
+from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
+from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
-from lowrank_cli.models.quantize import require_quantization
-from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.threads import Threads, available_cores, choose
-from lowrank_cli.schema import HardwareConfig, RunConfig
+from lowrank_cli.schema import PredictConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 
-PROMPTS = 16  #: of one batch, where the configuration says nothing
+BATCH_SIZE = 16  #: prompts in a batch, for a verb without ``evaluate.batch_size``
 
 
 @dataclass
 class Session:
-    """A model ready to be trained or asked, and the data to do it with."""
+    """A model ready for training or inference, and its data."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -52,20 +44,21 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     method: Method
     adapter: Adapter | None  #: None for a method that adapts nothing
-    header: str  #: the line a run prints first
+    header: str  #: the first line a run prints
     max_positions: int | None  #: longest input in tokens, where the model has a position table
-    foundation: Path | None  #: the run that holds the adapter's weights; None where there is none yet
+    adapter_run: Path | None  #: the earlier run that holds the adapter's weights
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
     def greet(self, run: Run) -> None:
-        """Choose the CPU threads, and print the run's first lines: which model this is, and how it computes."""
-        greet(run, self.config.hardware, self.model, self.header)
+        """Choose the CPU threads and print the run's first lines: which model this is and how it computes."""
+        source = newest_run_note(self.config, run)
+        greet(run, self.config.hardware, self.model, self.header, source=source)
 
     def note_device(self, run: Run) -> None:
-        """Record the GPU and its peak memory in run.json; a CPU run has both there already."""
+        """Record the GPU and its peak memory in run.json, which already describes the CPU."""
         if self.device.type == "cuda":
             run.update(
                 device=torch.cuda.get_device_name(self.device),
@@ -73,51 +66,57 @@ class Session:
             )
 
     def autocast(self) -> torch.autocast:
-        """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""
+        """bf16 arithmetic on fp32 weights where the hardware config asks for it, else nothing."""
         enabled = self.config.hardware.precision == "autocast"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @property
+    def evaluate(self) -> PredictConfig:
+        """``evaluate`` in the config of a verb that predicts."""
+        return self.config.evaluate  # type: ignore[attr-defined]
+
+    @property
     def batch_size(self) -> int:
-        """Prompts of one batch: ``evaluate.batch_size``, or :data:`PROMPTS` for a verb without that key."""
+        """Prompts in a batch."""
         evaluate = getattr(self.config, "evaluate", None)
-        return PROMPTS if evaluate is None else evaluate.batch_size
+        return BATCH_SIZE if evaluate is None else evaluate.batch_size
 
     @property
     def encoder(self) -> bool:
         return self.config.model.kind == "encoder"
 
-    def room(self, shots: int = 0, part: str = "") -> int:
-        """Tokens that a prompt with ``shots`` demonstrations and its answer may have, in ``part`` of a mix."""
-        task = self.config.task
-        lengths = [task.max_length, *([task.parts[part].max_length] if part else [])]
+    def max_length(self, shots: int = 0, task: str = "") -> int:
+        """Largest number of tokens in a prompt with ``shots`` demonstrations and its answer. ``task``: one of a mix."""
+        config = self.config.task
+        lengths = [config.max_length, *([config.parts[task].max_length] if task else [])]
         wanted = min(lengths) * (shots + 1)
         return min(wanted, self.max_positions or wanted)
 
-    def new_tokens(self, part: str = "") -> int:
-        """Longest generated answer, in tokens, in ``part`` of a mix."""
-        task = self.config.task
-        return min([task.max_new_tokens, *([task.parts[part].max_new_tokens] if part else [])])
+    def max_new_tokens(self, task: str = "") -> int:
+        """Largest number of tokens in a generated answer. ``task``: one of a mix."""
+        config = self.config.task
+        return min([config.max_new_tokens, *([config.parts[task].max_new_tokens] if task else [])])
 
     def encode(self, examples: Sequence[Example]) -> list[Any]:
-        """Examples as tokens of the right kind for the model."""
+        """Tokenised examples: ``Encoded`` for a causal model, ``EncodedText`` for an encoder."""
         if self.encoder:
-            return [encode.encode_text(self.tokenizer, example, self.room(part=example.part)) for example in examples]
+            return [encode.encode_text(self.tokenizer, e, self.max_length(task=e.task)) for e in examples]
         encoded: list[Any] = [None] * len(examples)
-        for part in dict.fromkeys(example.part for example in examples):
-            own = [index for index, example in enumerate(examples) if example.part == part]
-            cut = self.config.task.parts.get(part, self.config.task).lenient
-            rows = encode.encode_all(self.tokenizer, [examples[index] for index in own], self.room(part=part), cut)
-            for index, row in zip(own, rows, strict=True):
+        for task in dict.fromkeys(example.task for example in examples):
+            indices = [index for index, example in enumerate(examples) if example.task == task]
+            cut = self.config.task.parts.get(task, self.config.task).lenient
+            group = [examples[index] for index in indices]
+            rows = encode.encode_all(self.tokenizer, group, self.max_length(task=task), cut)
+            for index, row in zip(indices, rows, strict=True):
                 encoded[index] = row
         return encoded
 
     def weight(self, encoded: Any) -> int:
-        """How much an example counts in a mean loss: its response tokens, or 1 for an encoder."""
+        """Weight of an example in a mean loss: the number of its response tokens, or 1 for an encoder."""
         return 1 if self.encoder else len(encoded.input_ids) - encoded.prompt_length
 
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
-        """A training batch on the device; ``prompt_mask`` only where the method routes by it."""
+        """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
         collate = encode.collate_encoder if self.encoder else encode.collate_causal
         batch = collate(encoded, self.tokenizer.pad_token_id)
         if not (self.adapter and self.adapter.routing):
@@ -125,7 +124,10 @@ class Session:
         return {key: value.to(self.device) for key, value in batch.items()}
 
     def probe(self, size: int, tokens: int) -> Probe:
-        """This process's share of a fixed batch of ``size`` dev examples (all, where there are fewer) to score on."""
+        """This process's share of a fixed batch of ``size`` dev examples to score on (all of them if there are fewer).
+
+        ``tokens`` limits the tokens in one forward pass.
+        """
         dev, world = self.task.dev, self.accelerator.num_processes
         if min(size, len(dev)) < world:
             raise UserError(
@@ -143,7 +145,7 @@ class Session:
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32.
 
-        ``model`` is the session's, or what wraps it for data parallelism.
+        ``model`` is the session's model, or its wrapper for data parallelism.
         """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.encoder:
@@ -152,14 +154,17 @@ class Session:
 
 
 def start(config: RunConfig) -> Session:
-    """Load everything that ``config`` names, seeded. Raises UserError before anything slow where it can.
+    """Load everything that ``config`` names, seeded.
 
-    The adapter is still as it was made: :func:`lowrank_cli.stages.evaluate.load_adapter` fills it from the foundation.
+    The adapter is freshly initialised; :func:`lowrank_cli.stages.evaluate.load_adapter` loads its weights.
+
+    Raises:
+        UserError: something does not fit, if possible before anything slow happens.
     """
     accelerator = prepare(config.hardware)
     method = methods.create(config.method)
-    below = foundation(config)
-    adapts = method if below is None or isinstance(method, Adapts) else method_of(Run.open(below))
+    earlier = adapter_run(config)
+    adapts = method if earlier is None or isinstance(method, Adapts) else method_of(Run.open(earlier))
     check_task(config.model, config.task)
     task = tasks.load(config.task)
     shots = getattr(getattr(config, "evaluate", None), "shots", 0)
@@ -170,9 +175,9 @@ def start(config: RunConfig) -> Session:
     torch.manual_seed(config.seed)
     labels = len(task.label_words) if config.model.kind == "encoder" else None
     targets = getattr(config.method, "target_modules", None)
-    fits = partial(find_sites, targets=list(targets)) if targets else None  # a wrong name costs no download
+    fits = partial(find_sites, targets=list(targets)) if targets else None  # fails on a wrong name before a download
     loaded = load(config.model, config.hardware, labels, fits)
-    model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares what trains
+    model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares its trainable tensors
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     return Session(
         config,
@@ -184,87 +189,5 @@ def start(config: RunConfig) -> Session:
         adapter,
         header=loaded.header,
         max_positions=loaded.max_positions,
-        foundation=below,
+        adapter_run=earlier,
     )
-
-
-def foundation(config: RunConfig) -> Path | None:
-    """The run whose adapter ``config`` works with: ``config.run``, or what that one stands on in turn."""
-    path = getattr(config, "run", None)
-    for run in () if path is None else Run.open(path).lineage():
-        name = run.config("method.name", "run")["method"]["name"]
-        require_choice(f"{run.path / 'config.yaml'}: method.name", name, methods.names())
-        if methods.can(name, Adapts) and run.info["stage"] != "score":
-            return run.path
-    return None
-
-
-def method_of(run: Run) -> Method:
-    """The method of an earlier run, as it was configured. Raises UserError where that is no method's configuration."""
-    return methods.configured(run.config("method.name")["method"], str(run.path / "config.yaml"))
-
-
-class MadeBy(TypedDict):
-    """What ``lrk.json`` says of the method that made an adapter outside of a run."""
-
-    method_config: dict[str, Any]
-
-
-def method_of_adapter(folder: Path) -> Method:
-    """The method that made the adapter in ``folder``: what is saved with it says so, or the run that it belongs to.
-
-    Raises UserError where neither does.
-    """
-    about, file = save_load.read_proof(folder)["about"], f"{folder / save_load.PROOF}: about"
-    if "method_config" in about:
-        check(about, MadeBy, file)
-        return methods.configured(about["method_config"], file)
-    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
-        return method_of(Run.open(folder.parent))
-    raise UserError(f"{folder}: {save_load.PROOF} does not say which method made the adapter; name its run")
-
-
-def greet(run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, packing: str = "") -> None:
-    """Compute with as many CPU threads as fit ``model``, note them in run.json, and say both, and of the packing.
-
-    A resumed run computes with the threads that it began with, since their number decides how sums are rounded.
-    """
-    lines = [Text(header)]
-    if hardware.device == "cpu":
-        before = run.info.get("threads")
-        threads = choose(hardware.threads, model.config.get_text_config().hidden_size)
-        threads = threads if before is None else Threads(before["count"], before["reason"])
-        torch.set_num_threads(threads.count)
-        run.update(threads=asdict(threads))
-        if threads.count != hardware.threads:
-            lines.append(Text(str(threads), style="dim"))
-    if packing:
-        lines.append(Text(packing, style="dim"))
-    if run.writes:
-        progress.console().print(*lines, sep="\n")
-
-
-def prepare(hardware: HardwareConfig) -> Accelerator:
-    """The device of this process, and its CPU threads. Raises UserError where the device, or a library, is not there.
-
-    The threads are ``hardware.threads``, or one for each core until :func:`greet` knows how wide the model is.
-    """
-    torch.set_num_threads(hardware.threads or available_cores().count)
-    if hardware.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device: cuda is asked for, but no CUDA device is visible (use hardware=cpu)")
-    if hardware.device == "cuda" and hardware.processes > torch.cuda.device_count():
-        raise UserError(
-            f"hardware.processes: {hardware.processes} are asked for, but {torch.cuda.device_count()} CUDA devices "
-            f"are visible"
-        )
-    if hardware.compile:
-        require_compiler(hardware.device)
-    require_quantization(hardware.quantization)
-    require_grouped(hardware.grouped)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may be set otherwise
-    accelerator = Accelerator(cpu=hardware.device == "cpu")
-    if hardware.device == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    assert accelerator.num_processes == world == hardware.processes, "processes must be started by torchrun"
-    return accelerator

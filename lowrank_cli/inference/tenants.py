@@ -1,4 +1,4 @@
-"""Adapters that are named by folders, in a bank on one model."""
+"""Tenants: adapters in folders, loaded into a bank on one model."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from lowrank_cli.adapter.tenants import tenant
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import method_of_adapter
+from lowrank_cli.inference.adapter_run import method_of_adapter
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.runs import Run
 
 
 class Tenants:
-    """Fills a bank with adapters: runs, or folders with an adapter of ours or of the PEFT library."""
+    """A bank of adapters loaded from runs, from our adapter folders or from those of the PEFT library."""
 
     def __init__(self, model: PreTrainedModel, max_bytes: int | None, grouped: str):
         self.bank = Bank(model, max_bytes, grouped)
-        self._adapted: dict[str, Adapter] = {}  # by the method's configuration
+        self._adapters: dict[str, Adapter] = {}  # by the method's configuration; reused to read many folders
 
     def load(self, names: Iterable[str]) -> dict[str, UserError]:
-        """Load each adapter by its folder and let it repeat its canary. Returns the errors of those that failed."""
-        failed, loaded = {}, []
+        """Load each adapter by its folder and verify its canary output. Returns the errors of those that failed."""
+        failed: dict[str, UserError] = {}
+        loaded = []
         for name in names:
             try:
                 self._load(name, name)
@@ -48,7 +49,7 @@ class Tenants:
         return failed
 
     def add(self, name: str, folder: str) -> None:
-        """Load one adapter and let it repeat its canary; the bank is as it was where that raises UserError."""
+        """Load one adapter and verify its canary output. The bank is unchanged if that raises UserError."""
         self._load(name, folder)
         for error in self.bank.check([name]).values():
             self.bank.remove(name)
@@ -66,21 +67,21 @@ class Tenants:
             raise UserError(f"tenant: '{path}' is no run with an adapter, and no adapter folder")
 
     def _adapter(self, folder: Path) -> Adapter:
-        """An adapter of the folder's method on a copy of the model's modules; it must leave the weights alone."""
+        """An adapter of the folder's method on a copy of the model's modules, which shares the model's weights."""
         method = method_of_adapter(folder)
         if not isinstance(method, Adapts):
             raise UserError(f"tenant: '{folder}' holds no adapter, its method is {method.config.name}")
         key = repr(method.config)
-        if key not in self._adapted:
-            self._adapted[key] = method.adapt(copied(self.bank.model))
-            for linear in self._adapted[key].linears.values():
-                linear.enable(False)  # what was folded into weights is read from its factors
-        return self._adapted[key]
+        if key not in self._adapters:
+            self._adapters[key] = method.adapt(copied(self.bank.model))
+            for linear in self._adapters[key].linears.values():
+                linear.enable(False)  # unfolds the update: the bank reads its factors
+        return self._adapters[key]
 
 
 def _adapter_folder(path: Path) -> Path:
-    """The folder of the adapter in ``path``: that of a finished run, or the folder itself."""
-    if not os.path.isdir(path):  # no for whatever cannot be a path
+    """The adapter folder of the run in ``path``, which must be finished, or else ``path`` itself."""
+    if not os.path.isdir(path):  # False, not an error, for an invalid path
         raise UserError(f"tenant: there is no folder '{path}'")
     if not (path / "run.json").is_file():
         return path

@@ -199,7 +199,7 @@ def _launch(folder: Path, ledger: dict[str, Any]) -> None:
                 raise
         broken, ended = True, (DONE, FAILED)
         while any(is_alive(job.info.get("process"), job.path / "run.json") for job in _jobs(folder, ledger)):
-            time.sleep(stopping.LOOK)  # a job whose parent was killed stops by itself
+            time.sleep(stopping.POLL)  # a job whose parent was killed stops by itself
         todo = [job.path.absolute() for job in _jobs(folder, ledger) if job.info["status"] not in ended]
 
 
@@ -259,7 +259,7 @@ def _in_child(folder: Path) -> None:
             child.send_signal(signal.SIGUSR1)
             handed_on = True
         with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=stopping.LOOK)
+            child.wait(timeout=stopping.POLL)
     run = Run.open(folder)
     if run.info["status"] in (PENDING, RUNNING) and not handed_on:
         killed = child.returncode < 0

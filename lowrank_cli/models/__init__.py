@@ -1,1 +1,1 @@
-"""Pretrained models: where they lie and how they are loaded."""
+"""Pretrained models: finding, loading, quantising and packing them."""

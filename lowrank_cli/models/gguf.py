@@ -1,8 +1,8 @@
-"""Models in GGUF, llama.cpp's format: dequantised once, and kept as safetensors in the user's cache.
+"""Models in GGUF, llama.cpp's format: dequantised once and cached as safetensors.
 
 transformers reads the file with the package ``gguf``. The copy is in fp32, 4 bytes a parameter, so that its values are
-those that the file stands for; it lies in ``$XDG_CACHE_HOME/lowrank-cli/gguf`` (by default below ``~/.cache``), under
-the file's name and a hash of its path, size and time of change. Deleting it costs the conversion, no more.
+exactly those of the file. It is in ``$XDG_CACHE_HOME/lowrank-cli/gguf`` (by default in ``~/.cache``), under the file's
+name and a hash of its path, size and modification time. If you delete it, it is made again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.reader import read_json
 
-ORIGIN = "origin.json"  #: in a converted folder: the file that it was made of, and its quantisation
+ORIGIN = "origin.json"  #: in a converted folder: the source file and its quantisation
 INSTALL = "pip install 'lowrank-cli[gguf]'"
 
 
@@ -37,7 +37,11 @@ class Origin(TypedDict):
 
 
 def find(path: Path, shown: str) -> Path:
-    """The GGUF file at ``path``, or the only one in that folder. Raises UserError where there is none, or a choice."""
+    """The GGUF file at ``path``, or the only one in that folder. ``shown`` names it in errors.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
@@ -52,26 +56,26 @@ def find(path: Path, shown: str) -> Path:
 
 
 def in_package(package: str) -> Path | None:
-    """The GGUF file inside a Python package, which is not imported; None where it is not installed or holds none."""
+    """The GGUF file inside a Python package, found without importing it; None if there is none."""
     spec = None
-    with suppress(ValueError):  # a module that was started as a program has no specification
+    with suppress(ValueError):  # __main__ has no spec
         spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).rglob("*.gguf"))), None)
 
 
 def converted(file: Path) -> Path | None:
-    """The folder in the cache that holds ``file`` converted, if it does."""
+    """The cached folder of the converted ``file``, if there is one."""
     folder = _folder(file)
     return folder if (folder / ORIGIN).is_file() else None
 
 
 def convert(file: Path) -> Path:
-    """The folder that holds ``file`` converted; made now if it is not there. Other processes wait for it.
+    """The cached folder of the converted ``file``, made if necessary; concurrent processes wait for it.
 
     Raises:
         UserError: the package gguf is missing, transformers does not read this architecture, the file is truncated or
-            damaged, or the disk has no room.
+            damaged, or the disk is full.
     """
     folder = _folder(file)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +86,12 @@ def convert(file: Path) -> Path:
 
 
 def quantization(folder: Path) -> str:
-    """How a converted model was stored: ``Q4_1``."""
+    """How the weights of a converted model were stored, such as ``Q4_1``."""
     return str(read_json(folder / ORIGIN, Origin)["quantization"])
 
 
 def described(folder: Path) -> str:
-    """What a run says about converted weights: ``dequantised from 4 bits (Q4_1)``."""
+    """A note for the run's header, such as ``dequantised from 4 bits (Q4_1)``."""
     stored = quantization(folder)
     bits = re.search(r"Q(\d)", stored)
     return f"dequantised from {bits[1]} bits ({stored})" if bits else f"converted from {stored}"
@@ -114,17 +118,18 @@ def _convert(file: Path, folder: Path) -> None:
     print(escaped(f"model: converting {file.name} ({stored}), once, to {folder}"), file=sys.stderr, flush=True)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        network, report = AutoModelForCausalLM.from_pretrained(**source, dtype="float32", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**source, dtype="float32", output_loading_info=True)
+        network, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
-        said = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"model.gguf: {file} cannot be converted: {said}") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"model.gguf: {file} cannot be converted: {reason}") from error
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise UserError(
             f"model.gguf: {file} lacks {len(absent)} weights of {type(network).__name__}, such as {absent[0]}"
         )
-    network.hf_quantizer, network.is_quantized = None, False  # it is not any more, and is saved as it is
+    network.hf_quantizer, network.is_quantized = None, False  # else transformers refuses to save it
     del network.config.quantization_config
     needed = sum(tensor.nbytes for tensor in network.state_dict().values())
     free = shutil.disk_usage(folder.parent).free
@@ -147,14 +152,14 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _drop_tokens(file: Path, rows: int) -> None:
-    """Take out the tokens from ``rows`` on: defaults of transformers that the model has no embeddings for."""
+    """Remove the tokens from ``rows`` on: transformers adds defaults that the model has no embeddings for."""
     saved = read_json(file)
     saved["added_tokens"] = [token for token in saved["added_tokens"] if token["id"] < rows]
     file.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
 
 
 def _checked(file: Path) -> str:
-    """How the file's weights are stored. Raises UserError unless it is whole and of a known architecture."""
+    """How the file's weights are stored. Raises UserError if it is damaged or of an unknown architecture."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"model.gguf: reading {file.name} needs the package gguf: {INSTALL}")
     from gguf import GGUFReader, LlamaFileType

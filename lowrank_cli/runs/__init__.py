@@ -1,12 +1,12 @@
-"""Run folders: what ran, with what, what came out. Every file but the history is replaced atomically.
+"""Run folders: configuration, provenance and results of a run. Every file but the history is replaced atomically.
 
 One run is ``outputs/<date>/<time>-<method>-<model>-<task>[-<name>]/`` and holds
 
-- ``config.yaml``: the composed configuration, exactly what ran
+- ``config.yaml``: the composed configuration
 - ``run.json``: status, stage, command, overrides, seed, hash, versions, device, times, memory
-- ``history.jsonl``: one line for each logged step
+- ``history.jsonl``: one line per logged step
 - ``metrics.json``: flat numbers, once the run is done
-- ``error.txt``: the traceback, where a bug ended the run
+- ``error.txt``: the traceback, if a bug ended the run
 
 and what its stage adds (``adapter/``, ``checkpoints/``, ``predictions.jsonl``, ``plots/``, …).
 """

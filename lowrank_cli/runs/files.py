@@ -1,4 +1,4 @@
-"""Files that a kill cannot leave half written."""
+"""Atomic writes: a kill never leaves a file half written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Replace a file so that a reader, or a kill, sees the old content or the new one."""
+    """Replace a file so that readers see either the old content or the new, even after a kill."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -33,13 +33,13 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, temporary):
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # the name that a person knows
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # the name that the user knows
         raise
 
 
 @contextmanager
 def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes ``final`` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that replaces ``final`` if the block succeeds, and is removed if it fails."""
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
@@ -56,10 +56,9 @@ def atomic_folder(final: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left of :func:`atomic_write` and :func:`atomic_folder` below ``folder``.
+    """Remove what killed calls of :func:`atomic_write` and :func:`atomic_folder` left in ``folder``.
 
-    A folder that was moved aside, and whose successor did not take its place, moves back. No other process may write
-    there meanwhile.
+    An old folder that was moved aside but not yet replaced is moved back. No other process may write there meanwhile.
     """
     for path in sorted(folder.rglob(".*"), reverse=True):  # .NAME-x.old before .NAME-x
         match = re.fullmatch(r"\.(.+)-[a-z0-9_]{8}(\.old)?", path.name)

@@ -1,4 +1,4 @@
-"""What libraries warn about goes into ``warnings.txt`` of the run's folder, not between its lines on the console."""
+"""Warnings of libraries go into the run's ``warnings.txt`` instead of the console."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FILE = "warnings.txt"
 
 
 class _Once(logging.Filter):
-    """Lets each message through the first time."""
+    """Passes each message once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class _Once(logging.Filter):
         return new
 
 
-def _printing() -> list[logging.Logger]:
-    """Loggers with a handler of their own that writes to the console, such as transformers' and torch's."""
+def _console_loggers() -> list[logging.Logger]:
+    """Loggers with their own console handler, such as transformers' and torch's."""
     return [
         logger
         for logger in logging.root.manager.loggerDict.values()
@@ -38,7 +38,7 @@ def _printing() -> list[logging.Logger]:
 
 
 class _File(logging.FileHandler):
-    """What cannot be written ends the work like any other file, without a traceback of logging's own on stderr."""
+    """Raises errors of writing, where logging would print a traceback and go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         raise
@@ -46,15 +46,15 @@ class _File(logging.FileHandler):
 
 @contextmanager
 def library_warnings(run: Run) -> Iterator[None]:
-    """Inside, Python's warnings and what libraries log are appended to the run's file, each message once.
+    """Inside, Python's warnings and the libraries' log messages are appended to the run's file, each message once.
 
-    Enter it after the libraries are imported: what prints for itself is looked up then.
+    Enter it after importing the libraries: their console handlers are looked up then.
     """
     file = run.file(FILE)
     handler = _File(file, delay=True, encoding="utf-8") if run.writes else logging.NullHandler()
     handler.addFilter(_Once())
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    root, before = logging.getLogger(), {logger: logger.handlers for logger in _printing()}
+    root, before = logging.getLogger(), {logger: logger.handlers for logger in _console_loggers()}
     logging.captureWarnings(True)
     root.addHandler(handler)
     for logger in before:

@@ -1,4 +1,4 @@
-"""What lies in the folder of all runs."""
+"""Finding runs in the outputs folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_cli.runs.run import Run
 
 
 def child(folder: Path, name: str) -> Path:
-    """The folder ``name`` in ``folder``; UserError for a link that leads out of it."""
+    """The folder ``name`` in ``folder``. Raises UserError for a link that leads out of it."""
     path = folder / name
     if path.resolve().parent != folder.resolve():
         raise UserError(f"'{path}' lies outside '{folder}'")
@@ -20,7 +20,7 @@ def child(folder: Path, name: str) -> Path:
 
 
 def scan(outputs: str | os.PathLike[str]) -> tuple[list[Run], dict[Path, UserError]]:
-    """Every run under ``outputs``, jobs of sweeps and stages of recipes too, oldest first; and why others are none."""
+    """Every run under ``outputs``, jobs of sweeps and stages of recipes too, oldest first; and the unreadable ones."""
     runs, broken = [], {}
     for depth in ("*/*", "*/*/*", "*/*/*/*"):  # a run; a job or a stage; a stage of a job
         for file in Path(outputs).glob(f"{depth}/run.json"):
@@ -33,7 +33,7 @@ def scan(outputs: str | os.PathLike[str]) -> tuple[list[Run], dict[Path, UserErr
 
 
 def all_runs(outputs: str | os.PathLike[str]) -> list[Run]:
-    """Every run under ``outputs`` that can be read, oldest first."""
+    """Every readable run under ``outputs``, oldest first."""
     return scan(outputs)[0]
 
 
@@ -44,9 +44,15 @@ def find(
     choices: Mapping[str, str] | None = None,
     also: Mapping[str, str] | None = None,
 ) -> Run:
-    """The finished run of one of ``stages`` at ``path``, or else the newest one whose groups were ``choices``.
+    """The finished run at ``path``; for None the newest finished one.
 
-    Where there is none, the error says how to make one: with ``choices``, and with the groups ``also``.
+    Args:
+        stages: the run must be of one of these.
+        choices: config groups that the newest run must have been made with.
+        also: further groups for the command that the error suggests.
+
+    Raises:
+        UserError: there is no such run; the message says how to make one.
     """
     if path is None:
         wanted = (choices or {}).items()
@@ -61,8 +67,8 @@ def find(
         raise UserError(f"run: '{path}' is a recipe; name one of its stages")
     stage = run.info.get("stage")
     if stage not in stages:
-        below = run.config().get("run")
-        read = f"; it read run={below}" if below else ""
+        earlier = run.config().get("run")
+        read = f"; it read run={earlier}" if earlier else ""
         raise UserError(f"run: '{path}' is a run of {stage}, not of {' or '.join(stages)}{read}")
     if not run.done:
         raise UserError(

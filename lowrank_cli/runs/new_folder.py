@@ -1,4 +1,4 @@
-"""Where a new run goes."""
+"""The folder of a new run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowrank_cli.errors import UserError
 
 
 def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
-    """Make ``outputs/<date>/<time>-<label>``, unique within a second too; ``latest`` points there."""
+    """Make ``outputs/<date>/<time>-<label>``, unique even within a second, and point ``outputs/latest`` at it."""
     outputs, now = Path(outputs), datetime.now()
     label = re.sub(r"[^\w.+-]+", "-", label).strip("-.")
     stem = outputs / now.strftime("%Y-%m-%d") / f"{now.strftime('%H%M%S')}-{label}"
@@ -34,7 +34,7 @@ def new_folder(outputs: str | os.PathLike[str], label: str) -> Path:
 
 
 def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
-    """Take back a folder that :func:`new_folder` made, where the input turned out to be wrong."""
+    """Remove a folder that :func:`new_folder` made, because the input turned out to be wrong."""
     outputs = Path(outputs)
     shutil.rmtree(path, ignore_errors=True)
     link = outputs / "latest"
@@ -43,24 +43,24 @@ def discard(path: Path, outputs: str | os.PathLike[str]) -> None:
         left = sorted(outputs.glob("*/*/"))
         if left:
             point(link, left[-1].relative_to(outputs))
-    with suppress(OSError):  # another run lives there
+    with suppress(OSError):  # not empty: another run is there
         path.parent.rmdir()
         outputs.rmdir()
 
 
 def settled(path: str | os.PathLike[str]) -> Path:
-    """``path`` with the folder that a ``latest`` in it points at: the link moves on when the next run starts."""
+    """``path`` with a ``latest`` link in it resolved, as the link changes when the next run starts."""
     path = Path(path)
     for link in (path, *path.parents):
-        if link.name == "latest" and os.path.islink(link):  # no for whatever cannot be a path
+        if link.name == "latest" and os.path.islink(link):  # False, not an error, for an invalid path
             return link.parent / link.readlink() / path.relative_to(link)
     return path
 
 
 def point(link: Path, target: Path) -> None:
-    """Make ``link`` a link to ``target``, which is relative to the folder of the link."""
+    """Point ``link`` at ``target``, a path relative to the link's folder."""
     if link.exists() and not link.is_symlink():
-        return  # a real folder of that name is the user's
+        return  # the user's own folder of that name
     temporary = link.with_name(f".latest-{os.getpid()}-{target.name}")
     temporary.symlink_to(target, target_is_directory=True)
     os.replace(temporary, link)

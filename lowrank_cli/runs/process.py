@@ -1,4 +1,4 @@
-"""The process that works on a run: whether it still lives, and how much memory it took."""
+"""The process that works on a run: whether it is alive, and how much memory it uses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-BEAT = 30  # s between the signs of life of a process that works on a run
-LAPSE = 4  # beats without one after which it counts as gone: clocks differ, and shared file systems cache
+BEAT = 30  # s between heartbeats of a process that works on a run
+LAPSE = 4  # missed heartbeats after which it counts as gone: clocks differ, and shared file systems cache
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other one, on other machines and later ones of its number too."""
+    """Identifies this process, also among other machines and later processes with the same pid."""
     return {"host": platform.node(), "pid": os.getpid(), "began": began(os.getpid()), "beat": BEAT}
 
 
 @contextmanager
 def showing_life(file: Path) -> Iterator[None]:
-    """Touch ``file`` every :data:`BEAT` seconds inside, so that other machines see that this process works."""
+    """Inside, touch ``file`` every :data:`BEAT` seconds: a heartbeat that other machines can see."""
     ended = Event()
 
     def beat() -> None:
@@ -42,10 +42,14 @@ def showing_life(file: Path) -> Iterator[None]:
 
 
 def is_alive(process: Mapping[str, Any] | None, file: Path) -> bool:
-    """Whether what :func:`this_process` once returned still runs, as ``file``, which names it, shows.
+    """Whether a process still runs.
 
-    On this machine the kernel knows. Of another one only the signs of life in ``file`` are known; without any (runs of
-    earlier versions have none) nobody can tell, and the answer is no.
+    On this machine the kernel says so; on another one, the heartbeat. Without a heartbeat (as in runs of earlier
+    versions) the answer is False.
+
+    Args:
+        process: what :func:`this_process` returned in that process.
+        file: the file that records it and carries its heartbeat.
     """
     if process is None:
         return False
@@ -55,13 +59,13 @@ def is_alive(process: Mapping[str, Any] | None, file: Path) -> bool:
 
 
 def is_gone(process: Mapping[str, Any] | None, file: Path) -> bool:
-    """Whether it is certain that what :func:`this_process` once returned runs no longer."""
+    """Whether it is certain that a process no longer runs; arguments as of :func:`is_alive`."""
     known = process is not None and (process["host"] == platform.node() or "beat" in process)
     return known and not is_alive(process, file)
 
 
 def _age(file: Path) -> float:
-    """Seconds since a file was written or touched; endless without one."""
+    """Seconds since a file was written or touched; infinite if there is none."""
     try:
         return time.time() - file.stat().st_mtime
     except OSError:
@@ -69,7 +73,7 @@ def _age(file: Path) -> float:
 
 
 def began(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks since boot (without /proc: 0); None where there is no process."""
+    """When a process started, in kernel ticks since boot (0 without /proc); None if there is no such process."""
     if Path("/proc/self/stat").exists():
         with suppress(OSError):
             state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -79,38 +83,38 @@ def began(pid: int) -> int | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:  # it is another user's
+    except PermissionError:  # another user's process
         pass
     return 0
 
 
 def reset_peak_memory() -> None:
-    """Let :func:`peak_memory_bytes` count from now on, from what is in use, where the system can (Linux)."""
+    """Restart :func:`peak_memory_bytes` from the memory in use now, where the system can (Linux)."""
     with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: what was freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)  # glibc: return freed memory to the system
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc_pid_clear_refs(5): the peak
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process since :func:`reset_peak_memory`; without Linux' /proc, since it started."""
-    found = _status("VmHWM")
-    if found is not None:
-        return found
+    """Largest resident size of this process since :func:`reset_peak_memory`; without /proc, since it started."""
+    size = _status("VmHWM")
+    if size is not None:
+        return size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def resident_bytes() -> int:
-    """Resident size of this process now; without Linux' /proc its largest so far."""
-    found = _status("VmRSS")
-    return peak_memory_bytes() if found is None else found
+    """Resident size of this process now; without /proc, its largest so far."""
+    size = _status("VmRSS")
+    return peak_memory_bytes() if size is None else size
 
 
 def _status(name: str) -> int | None:
-    """A size that the kernel tells of this process, in bytes; None where it tells none (proc_pid_status(5))."""
+    """A size in /proc/self/status, in bytes; None if it is not there (proc_pid_status(5))."""
     with suppress(OSError):
         text = Path("/proc/self/status").read_text(encoding="utf-8")
-        found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+        return int(match[1]) * 1024 if match else None
     return None

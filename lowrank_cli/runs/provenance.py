@@ -16,17 +16,17 @@ from packaging.requirements import Requirement
 
 DISTRIBUTION = "lowrank-cli"
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
-ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or what an installed package lies in
+ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or the folder of an installed package
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """sha256 of what decides the result: the configuration without where it is written."""
+    """SHA-256 of the settings that decide the result: the configuration without ``outputs`` and ``name``."""
     content = {key: value for key, value in config.items() if key not in ("outputs", "name")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout that this package lies in; None for an installed one."""
+    """Commit and dirtiness of this package's checkout; None for an installed package."""
     if not (ROOT / ".git").exists():
         return None
 
@@ -41,7 +41,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
+    """Versions of the packages that can change a result."""
     versions = {}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -50,9 +50,9 @@ def package_versions() -> dict[str, str]:
 
 
 def untested_versions() -> list[str]:
-    """Installed dependencies, optional ones too, outside the ranges that this package declares: those that were tested.
+    """Installed dependencies outside the ranges that this package declares, which are the tested ones.
 
-    Each as ``"numpy 3.0.1 (tested: <3,>=2)"``. Empty where this package is not installed.
+    Each is a text such as ``"numpy 3.0.1 (tested: <3,>=2)"``. Empty if this package is not installed.
     """
     try:
         distribution = metadata.distribution(DISTRIBUTION)
@@ -72,7 +72,7 @@ def untested_versions() -> list[str]:
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it."""
+    """The system's name of the processor."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

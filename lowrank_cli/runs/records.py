@@ -1,4 +1,4 @@
-"""What the JSON files of a run folder hold, as far as they are read again; see :mod:`lowrank_cli.reader`."""
+"""Types of the JSON files in a run folder that are read again; see :mod:`lowrank_cli.reader`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Table = list[list[float | None]]
 
 
 class Process(TypedDict):
-    """Which process works on a run."""
+    """The process that works on a run."""
 
     host: str
     pid: Count
     began: int | None
-    beat: NotRequired[Count]  # s; earlier versions had none
+    beat: NotRequired[Count]  # s between heartbeats; earlier versions had none
 
 
 class ChosenThreads(TypedDict):
-    """How many CPU threads a run began with, and why."""
+    """Number of CPU threads that a run began with, and why."""
 
     count: Annotated[int, Where(range(1, 1025).__contains__, "a whole number, 1 to 1024")]
     reason: str
@@ -56,13 +56,13 @@ class RunInfo(TypedDict):
 
 
 class MethodSection(TypedDict):
-    """``method`` in config.yaml, as far as it is the same for all methods."""
+    """``method`` in config.yaml: the keys that all methods share."""
 
     name: NotRequired[str]
 
 
 class Working(TypedDict):
-    """What run.json and sweep.json say of the process that works there."""
+    """The working process in run.json and sweep.json."""
 
     process: NotRequired[Process | None]
 
@@ -128,7 +128,7 @@ class Figure(TypedDict):
 
 
 class Arrangement(TypedDict):
-    """One entry of ``arrangements.json``; the metric has a name of its own."""
+    """One entry of ``arrangements.json``; it also holds the metric, under its name."""
 
     draw: int
     permutation: int

@@ -1,4 +1,4 @@
-"""One run folder: what ran, with what, what came out."""
+"""One run folder: configuration, provenance and results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DONE, FAILED, INTERRUPTED, RUNNING, PENDING = "done", "failed", "interrupted", "
 class Run:
     """One run folder. ``info`` is run.json as last read or written.
 
-    With ``writes=False`` (every process of a data-parallel run but the first) what would write does nothing.
+    With ``writes=False`` (in all processes of a data-parallel run but the first) writing methods do nothing.
     """
 
     def __init__(self, path: Path, info: dict[str, Any], *, writes: bool = True):
@@ -51,7 +51,12 @@ class Run:
         folder: str | os.PathLike[str] | None = None,
         status: str = RUNNING,
     ) -> Run:
-        """Make a new folder under ``outputs`` (or exactly ``folder``), with its config.yaml and run.json."""
+        """Make a folder under ``outputs`` (or ``folder`` itself) with config.yaml and run.json.
+
+        Args:
+            choices: the config groups that were chosen, such as ``{"method": "lora"}``.
+            name: a suffix for the name of the new folder.
+        """
         model = config.get("model", {}).get("name")  # a recipe names none
         if folder is None:
             groups = ("recipe", "method", "model", "task")
@@ -90,9 +95,9 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writes: bool = True, key: str = "run") -> Run:
-        """The run in an existing folder; :class:`UserError`, which names ``key``, where there is none that is whole."""
+        """The run in an existing folder. Raises UserError, naming the setting ``key``, if there is no intact one."""
         path = settled(path)
-        if not os.path.isdir(path):  # no for whatever cannot be a path
+        if not os.path.isdir(path):  # False, not an error, for an invalid path
             beside = [file.parent.name for name in ("run", "sweep") for file in path.parent.glob(f"*/{name}.json")]
             hint = nearest(path.name, beside)
             raise UserError(f"{key}: there is no folder '{path}'{hint} (lrk list runs shows what there is)")
@@ -107,7 +112,7 @@ class Run:
         return cls(path, info, writes=writes)
 
     def file(self, relative: str | os.PathLike[str]) -> Path:
-        """A path inside the folder, its parent made; :class:`UserError` for one that would leave it."""
+        """A path inside the folder; makes its parent. Raises UserError for a path that leads outside."""
         root = self.path.resolve()
         path = (root / relative).resolve()
         if root not in path.parents:
@@ -122,12 +127,12 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of history.jsonl; a last one cut short by a killed process is left out."""
+        """The lines of history.jsonl, without a last one that a kill cut short."""
         path = self.path / "history.jsonl"
         return read_json_lines(path, HistoryRow) if path.exists() else []
 
     def rewind(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop history after ``step``, and unless ``evaluated`` its dev loss: what a resumed run is about to repeat."""
+        """Drop what a resumed run will log again: the history after ``step``, and unless ``evaluated`` its dev loss."""
         rows = [row for row in self.history() if row["step"] < step + (evaluated or "dev/loss" not in row)]
         self.write_text("history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -142,14 +147,15 @@ class Run:
             write_json(self.file(relative), value)
 
     def read_json(self, relative: str, kind: Any = None) -> Any:
-        """A JSON file of the folder, of ``kind`` (else of what :data:`RECORDS` says); UserError where it is not."""
+        """A JSON file of the folder. Raises UserError unless it is of type ``kind`` (default: in :data:`RECORDS`)."""
         return read_json(self.path / relative, kind or RECORDS.get(relative, Any))
 
     def config(self, *needed: str) -> dict[str, Any]:
-        """config.yaml as plain values; the dotted keys ``needed`` are there.
+        """config.yaml as plain values, with at least the dotted keys ``needed``.
 
-        Raises UserError where it cannot be read, holds a value of the wrong kind, an interpolation, which is never
-        resolved, or a ``_target_``, which is never called, or is not the configuration that ran.
+        Raises:
+            UserError: it cannot be read, lacks a key, has a value of the wrong type, an interpolation or a
+                ``_target_``, or was altered after the run began.
         """
         path = self.path / "config.yaml"
         config = read_yaml(path)
@@ -171,9 +177,9 @@ class Run:
         return config
 
     def lineage(self) -> Iterator[Run]:
-        """This run, the one whose adapter it reads (``run=``), and so on.
+        """This run, the run that it reads (``run=``), and so on.
 
-        Raises UserError where one of them is no run or broken, and where they read each other in a circle.
+        Raises UserError if one of them is missing or broken, or if they form a circle.
         """
         run, seen = self, {self.path.resolve()}
         yield run
@@ -191,7 +197,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """metrics.json; empty while there is none."""
+        """metrics.json; empty until the run is completed."""
         return self.read_json("metrics.json") if self.completed else {}
 
     def finish(self, metrics: Mapping[str, float]) -> None:
@@ -203,9 +209,9 @@ class Run:
         return self.info.get("status") == DONE
 
     def begin(self) -> None:
-        """The work of a pending, interrupted or failed run starts (again), without what a kill left of it."""
+        """Start, or resume, a pending, interrupted or failed run, and clean up after a kill."""
         again = self.info.get("status") != PENDING
-        remove_leftovers(self.path)  # of a pending one too: a kill may come before it has begun
+        remove_leftovers(self.path)  # a pending run may have some too
         for key in ("error", "exit_code", "ended"):
             self.info.pop(key, None)
         self._began = time.monotonic()
@@ -213,7 +219,7 @@ class Run:
         self.update(status=RUNNING, process=this_process(), **{"resumed" if again else "started": _now()})
 
     def complete(self, metrics: Mapping[str, float]) -> None:
-        """The work is done and its metrics are final; what else is made of them needs no model."""
+        """Write the final metrics. What is still to be done, such as plots, needs no model."""
         self.write_json("metrics.json", dict(metrics))
         self._note_memory()
         self.update()
@@ -232,7 +238,7 @@ class Run:
     def _end(self, status: str, **fields: Any) -> None:
         took = time.monotonic() - self._began
         self.info.pop("process", None)
-        before = self.info.get("seconds", 0)  # where this resumes an earlier process
+        before = self.info.get("seconds", 0)  # of earlier processes, if resumed
         self._note_memory()
         self.update(status=status, ended=_now(), seconds=round(before + took, 3), **fields)
 

@@ -1,9 +1,8 @@
 """Ctrl-C, SIGTERM (Slurm, ``timeout``, containers) and SIGUSR1 (``sbatch --signal``): one way to stop.
 
-The first signal raises :class:`Stop` in the main thread, or calls what :func:`on_stop` names: a training loop ends
-its step and saves first. Libraries may swallow an exception that comes out of nowhere, so loops also call
-:func:`check`. A second Ctrl-C or SIGTERM raises wherever it arrives. SIGUSR1 only asks, however often it comes, which
-makes it the signal by which one process hands a stop on to another.
+The first signal raises :class:`Stop` in the main thread, or calls the handler of :func:`on_stop`: a training loop
+finishes its step and saves first. Libraries may swallow the exception, so loops also call :func:`check`. A second
+Ctrl-C or SIGTERM always raises. A repeated SIGUSR1 never does, so processes use it to pass a stop on to each other.
 """
 
 from __future__ import annotations
@@ -17,21 +16,24 @@ from threading import Thread
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-LOOK = 0.5  # s between two looks for what another process does
-ONE = 0.5  # s: signals this close are one (`timeout` sends to the process and then to its group)
+POLL = 0.5  # s between checks of another process
+DEBOUNCE = 0.5  # s: signals this close count as one (`timeout` signals the process and then its group)
 
 
 class Stop(KeyboardInterrupt):
-    """A signal came. A class of its own: CPython ends a process in which ``exec`` saw a plain KeyboardInterrupt by
-    SIGINT, whatever became of the exception."""
+    """A signal asked to stop.
+
+    A subclass, because CPython kills the process with SIGINT if ``exec`` saw a plain KeyboardInterrupt, even one that
+    was caught.
+    """
 
 
 _number: int | None = None  #: the first signal
-_since = 0.0  #: when it came, in s of the monotonic clock
+_since = 0.0  #: when it arrived, in s of the monotonic clock
 
 
 def interrupt() -> None:
-    """Stop here."""
+    """Raise :class:`Stop`."""
     raise Stop
 
 
@@ -39,27 +41,24 @@ _then: Callable[[], object] = interrupt
 
 
 def requested() -> bool:
-    """Whether a signal came."""
+    """Whether a signal asked to stop."""
     return _number is not None
 
 
 def check() -> None:
-    """A place where a loop can stop: raise :class:`Stop` if a signal came, unless :func:`on_stop` handles it."""
+    """Raise :class:`Stop` if a signal asked to stop and :func:`on_stop` does not handle it. Loops call this."""
     if requested() and _then is interrupt:
         raise Stop
 
 
 def exit_code() -> int:
-    """What shells report for the signal that came: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1."""
+    """The exit code that shells report for the signal: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + (_number or signal.SIGINT)
 
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Handle the signals inside, in the main thread; what handled them before does so again afterwards.
-
-    SIGINT is handled even where it came ignored, as in the background of a script.
-    """
+    """Inside, handle the signals (main thread only), even a SIGINT that is ignored, as in a script's background."""
     global _number
     _number = None
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
@@ -73,7 +72,7 @@ def signals() -> Iterator[None]:
 
 @contextmanager
 def on_stop(then: Callable[[], object]) -> Iterator[None]:
-    """Inside, the first signal calls ``then`` and raises nothing; at once, if it came already."""
+    """Inside, the first signal calls ``then`` instead of raising; at once if there was one already."""
     global _then
     before, _then = _then, then
     try:
@@ -85,15 +84,15 @@ def on_stop(then: Callable[[], object]) -> Iterator[None]:
 
 
 def with_parent(then: Callable[[], object], parent: int | None = None) -> None:
-    """Call ``then``, in a thread, when the process that started this one has ended.
+    """Call ``then``, in a thread, when the parent process ends.
 
-    ``parent`` is its number, as it may have ended already; None where that is not known.
+    ``parent`` is its pid, in case it has ended already; by default the current parent.
     """
     parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(LOOK)
+            time.sleep(POLL)
         then()
 
     Thread(target=watch, daemon=True).start()
@@ -104,5 +103,5 @@ def _handle(number: int, frame: Any) -> None:
     if _number is None:
         _number, _since = number, time.monotonic()
         _then()
-    elif number != signal.SIGUSR1 and time.monotonic() - _since > ONE:
+    elif number != signal.SIGUSR1 and time.monotonic() - _since > DEBOUNCE:
         raise Stop

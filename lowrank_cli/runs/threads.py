@@ -1,4 +1,4 @@
-"""CPU threads: how many a run computes with, and what they do while they wait."""
+"""CPU threads: how many a run uses, and what they do while waiting."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Hidden units of the model for each thread. Measured on two cores (LoRA step, 16 × 48 tokens): a second thread makes a
-#: model 128 wide 1.0 to 1.2 times as fast, one 192 wide 1.5 times, and wider ones 1.5 to 1.7 times.
+#: Hidden units per thread. Measured on two cores (LoRA step, 16 × 48 tokens): a second thread makes a model of width
+#: 128 faster by a factor of 1.0 to 1.2, of width 192 by 1.5, and wider ones by 1.5 to 1.7.
 WIDTH = 64
-#: Iterations that a thread of GNU OpenMP spins before it sleeps, about 10 µs (its own default: some milliseconds).
-#: Without competition this costs nothing; beside four busy processes a step on two threads is 2 to 7 times as fast.
+#: Iterations that a thread of GNU OpenMP spins before it sleeps, about 10 µs (default: some milliseconds). Free on an
+#: idle machine; next to four busy processes, a step on two threads is 2 to 7 times as fast.
 SPINS = 1000
 
 
 @dataclass(frozen=True)
 class Threads:
-    """How many threads compute, and why so many."""
+    """A number of threads, and the reason for it."""
 
     count: int
     reason: str
@@ -28,9 +28,9 @@ class Threads:
 
 
 def let_waiting_threads_sleep() -> None:
-    """Keep OpenMP's threads from spinning while others use the cores; the user's own settings stand.
+    """Keep waiting OpenMP threads from spinning, unless the user configured that.
 
-    Works in a process that has not imported torch yet, and in its children.
+    It affects this process, if it has not imported torch yet, and its children.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
@@ -38,7 +38,7 @@ def let_waiting_threads_sleep() -> None:
 
 
 def available_cores() -> Threads:
-    """As many threads as this process may use cores, and what limits them."""
+    """One thread for each core that this process may use, and what limits that."""
     limits = [Threads(os.cpu_count() or 1, "all cores")]
     if hasattr(os, "sched_getaffinity"):
         limits.append(Threads(len(os.sched_getaffinity(0)), "the cores given to this process"))
@@ -52,7 +52,7 @@ def available_cores() -> Threads:
 
 
 def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Processor time that the control groups of this process allow, in cores; None if they do not limit it."""
+    """CPU limit of this process's control groups, in cores; None if there is none."""
     quotas = []
     with suppress(OSError, ValueError):
         for line in process.read_text(encoding="utf-8").splitlines():
@@ -68,7 +68,7 @@ def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/pro
 
 
 def _quota(folder: Path) -> list[float]:
-    """The limit in one control group: cpu.max of version 2, cpu.cfs_quota_us of version 1."""
+    """The limit of one control group, if any: cpu.max (version 2) or cpu.cfs_quota_us (version 1)."""
     with suppress(OSError, ValueError):
         limit, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return [] if limit == "max" else [int(limit) / int(period)]
@@ -79,7 +79,7 @@ def _quota(folder: Path) -> list[float]:
 
 
 def choose(setting: int | None, width: int) -> Threads:
-    """The threads for a model of ``width`` hidden units; ``setting`` is ``hardware.threads``."""
+    """The threads for a model of hidden size ``width``; ``setting`` is ``hardware.threads``."""
     if setting is not None:
         return Threads(setting, "hardware.threads")
     cores, useful = available_cores(), max(1, width // WIDTH)

@@ -1,4 +1,4 @@
-"""The stages of a pipeline, by verb. Each module has ``run(config, run, *, resume=False) -> metrics``."""
+"""The stages of a pipeline, one module a verb, each with ``run(config, run, *, resume=False) -> metrics``."""
 
 STAGES = {
     "train": "lowrank_cli.stages.train",
@@ -10,5 +10,5 @@ STAGES = {
     "generate": "lowrank_cli.stages.generate",
 }
 
-#: Verbs whose output is their result: what else there is to say goes to stderr.
+#: Verbs that print their result to stdout; everything else goes to stderr.
 PRINTS = ("generate",)

@@ -28,7 +28,7 @@ from lowrank_cli.bench.decode_rows import Sample, compared, row
 from lowrank_cli.bench.rounds import in_turns, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.shared_weights import Twin, crowds, lacking, twins
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import greet, prepare
+from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
@@ -45,7 +45,7 @@ def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]
     bench, device = config.bench, prepare(config.hardware).device
     torch.manual_seed(config.seed)
     base, header, packing, tokenizer = _base(config, device)
-    greet(run, config.hardware, base, header, packing)
+    greet(run, config.hardware, base, header, packing=packing)
     variants = _obtainable(config, device)
     training = bench.measure == "train"
     batch = train_step.batch_of(config, base.config.get_text_config().vocab_size, tokenizer) if training else {}

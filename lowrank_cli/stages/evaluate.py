@@ -1,4 +1,4 @@
-"""``lrk evaluate``: answers and metrics of a trained adapter, or of the frozen model, on one split of a task."""
+"""``lrk evaluate``: predictions and metrics of a trained adapter, or of the frozen model, on one split of a task."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.errors import UserError
 from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
+from lowrank_cli.icl.fit import load_or_fit
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.predict import predict, score, write_answers
-from lowrank_cli.inference.session import Session, foundation, start
+from lowrank_cli.inference.adapter_run import adapter_run
+from lowrank_cli.inference.predict import Record, predict, score, write_answers
+from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
@@ -23,27 +25,27 @@ from lowrank_cli.tasks.task import Example, template_hashes
 
 @dataclass
 class Observed:
-    """What the method reports of itself over the prompts of one evaluation."""
+    """The method's own report on the prompts of one evaluation."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     figures: list[dict[str, Any]] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)  #: what the method finds wrong with it
+    doubts: list[str] = field(default_factory=list)  #: signs that something is wrong
 
-    def tell(self) -> None:
-        """Say in one line what is wrong, if something is."""
+    def print_doubts(self) -> None:
+        """Print the doubts, if any, on one line."""
         if self.doubts:
             progress.console().print("; ".join(self.doubts), soft_wrap=True)
 
 
 def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
-    below = foundation(config)
-    if below:
-        check_template(config.task, below / "adapter")
+    earlier = adapter_run(config)
+    if earlier:
+        check_template(config.task, earlier / "adapter")
     session = start(config)
     load_adapter(session)
     if isinstance(session.method, Calibrates):
-        fitted = calibrate.obtain(session)
+        fitted = load_or_fit(session)
         calibrate.greet(session, run)
         metrics = calibrate.evaluate(session, run, fitted, config.evaluate.split)
         session.note_device(run)
@@ -54,19 +56,19 @@ def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     write_answers(run, records, observed.figures)
     session.note_device(run)
     if session.accelerator.is_main_process:
-        observed.tell()
+        observed.print_doubts()
     return {**metrics, **observed.metrics}
 
 
 def load_adapter(session: Session) -> None:
-    """Fill the adapter from the run that holds its weights."""
+    """Load the adapter's weights from the run that holds them."""
     if session.adapter is not None:
-        assert session.foundation is not None, "composition finds a run for every method that trains"
-        save_load.load(session.adapter, session.foundation / "adapter")
+        assert session.adapter_run is not None, "composition finds a run for every method that trains"
+        save_load.load(session.adapter, session.adapter_run / "adapter")
 
 
 class About(TypedDict):
-    """What ``lrk.json`` says of the task that an adapter was trained on."""
+    """The task that an adapter was trained on, in ``lrk.json``."""
 
     task: str
     template_hash: str
@@ -74,9 +76,13 @@ class About(TypedDict):
 
 
 def check_template(task: TaskConfig, folder: Path) -> None:
-    """Refuse a task, or a part of a mix, that the adapter in ``folder`` was trained on with another prompt.
+    """Compare the prompts of a task, or of each task of a mix, with those that an adapter was trained on.
 
-    Its numbers would say nothing about the adapter.
+    Args:
+        folder: of the adapter.
+
+    Raises:
+        UserError: the same task with another template or other label words; the metrics would not be comparable.
     """
     about = save_load.read_proof(folder)["about"]
     check(about, About, str(folder / save_load.PROOF), "about")
@@ -89,60 +95,65 @@ def check_template(task: TaskConfig, folder: Path) -> None:
             )
 
 
-def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[dict[str, Any]], Observed]:
+def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[Record], Observed]:
     """Metrics named ``<split>/<metric>``, the predictions, and what the method observed on this split."""
     examples = {"dev": session.task.dev, "test": session.task.test}[split]
     shown, shots = session.accelerator.is_main_process, demonstrations(session)
-    records: list[dict[str, Any]] = [{}] * len(examples)
+    records: list[Record] = [{}] * len(examples)
     observed: dict[str, tuple[int, Observed]] = {}
-    _observe(session)  # forget what came before
+    _observe(session)  # resets what the method counted before
     with progress.bar(f"evaluating {split}", len(examples), shown=shown) as bar:
-        for part in session.config.task.parts or ("",):
-            own = [index for index, example in enumerate(examples) if example.part == part]
-            answers = predict(session, [examples[index] for index in own], demonstrations=shots, tick=bar.advance)
-            for index, record in zip(own, answers, strict=True):
+        for task in session.config.task.parts or ("",):
+            indices = [index for index, example in enumerate(examples) if example.task == task]
+            answers = predict(session, [examples[index] for index in indices], demonstrations=shots, tick=bar.advance)
+            for index, record in zip(indices, answers, strict=True):
                 records[index] = {**record, "index": index}
-            observed[part] = len(own), _observe(session)
+            observed[task] = len(indices), _observe(session)
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
     metrics["total_parameters"] = session.model.num_parameters()
     metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
     metrics["activated_parameters"] = metrics["trainable_parameters"]
-    return metrics, records, _together(observed)
+    return metrics, records, _combine(observed)
 
 
 def _observe(session: Session) -> Observed:
     method, adapter = session.method, session.adapter
     if adapter is None or not isinstance(method, Observes):
         return Observed()
-    found = Observed(*method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum")))
-    doubt = method.diagnosis(found.metrics) if isinstance(method, Diagnoses) else None
-    return replace(found, doubts=[doubt] if doubt else [])
+    observed = Observed(
+        *method.observations(adapter, lambda counts: session.accelerator.reduce(counts, reduction="sum"))
+    )
+    doubt = method.diagnosis(observed.metrics) if isinstance(method, Diagnoses) else None
+    return replace(observed, doubts=[doubt] if doubt else [])
 
 
-def _together(parts: dict[str, tuple[int, Observed]]) -> Observed:
-    """What was observed on the parts of a mix (name: examples and what they showed): means over the examples, and
-    figures that show each part by itself where they differ."""
-    counts, observed = zip(*parts.values(), strict=True)
+def _combine(by_task: dict[str, tuple[int, Observed]]) -> Observed:
+    """Observations over all tasks of a mix, given each task's number of examples and its observations.
+
+    Metrics are means over the examples; heat maps that differ get a panel for each task.
+    """
+    counts, observed = zip(*by_task.values(), strict=True)
     first = observed[0]
-    if len(parts) == 1:
+    if len(by_task) == 1:
         return first
-    metrics = {name: fmean([own.metrics[name] for own in observed], weights=counts) for name in first.metrics}
+    metrics = {name: fmean([each.metrics[name] for each in observed], weights=counts) for name in first.metrics}
     figures = []
-    for entries in zip(*(own.figures for own in observed), strict=True):
-        entry = entries[0]
-        if entry["kind"] == "heatmap" and any(other != entry for other in entries):
-            panels = [{"title": name, "values": own["values"]} for name, own in zip(parts, entries, strict=True)]
-            entry = {**entry, "kind": "heatmaps", "panels": panels}
-            del entry["values"]
-        figures.append(entry)
-    return Observed(metrics, figures, [f"{name}: {doubt}" for name, own in parts.items() for doubt in own[1].doubts])
+    for entries in zip(*(each.figures for each in observed), strict=True):
+        figure = entries[0]
+        if figure["kind"] == "heatmap" and any(other != figure for other in entries):
+            panels = [{"title": name, "values": entry["values"]} for name, entry in zip(by_task, entries, strict=True)]
+            figure = {**figure, "kind": "heatmaps", "panels": panels}
+            del figure["values"]
+        figures.append(figure)
+    doubts = [f"{name}: {doubt}" for name, (_, each) in by_task.items() for doubt in each.doubts]
+    return Observed(metrics, figures, doubts)
 
 
 def demonstrations(session: Session) -> list[Example]:
-    """``evaluate.shots`` training examples, of a mix of each part, drawn by the run's seed, for all prompts."""
-    found = []
-    for part in session.config.task.parts or ("",):
-        examples = [example for example in session.task.train if example.part == part]
-        found += draw(examples, session.config.evaluate.shots, session.config.seed)
-    return found
+    """``evaluate.shots`` training examples of each task, drawn with the run's seed, for all prompts."""
+    drawn = []
+    for task in session.config.task.parts or ("",):
+        examples = [example for example in session.task.train if example.task == task]
+        drawn += draw(examples, session.evaluate.shots, session.config.seed)
+    return drawn

@@ -1,4 +1,4 @@
-"""``lrk export``: a trained adapter for other programs, refused where it would not be the same function."""
+"""``lrk export``: a trained adapter in a format for other programs, refused if its outputs would differ."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from lowrank_cli.stages.evaluate import load_adapter
 
 
 def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float]:
-    """Write ``export/`` into ``run``'s folder. Raises UserError above ``export.max_error``."""
+    """Write ``export/`` into ``run``'s folder.
+
+    Raises:
+        UserError: the exported logits differ by more than ``export.max_error``.
+    """
     session = start(config)
     load_adapter(session)
     session.greet(run)
     session.model.eval()
-    asked = config.export
-    usual = TOLERANCE[str(session.model.dtype).removeprefix("torch.")]
-    allowed = usual if asked.max_error is None else asked.max_error
+    settings = config.export
+    tolerance = TOLERANCE[str(session.model.dtype).removeprefix("torch.")]
+    allowed = tolerance if settings.max_error is None else settings.max_error
     if isinstance(session.method, Calibrates):
         return calibrate.export(session, run, allowed)
     assert session.adapter is not None
@@ -35,17 +39,18 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
     metrics: dict[str, float] = {}
 
     def loaded(folder: Path) -> torch.nn.Module:
-        return type(session.model).from_pretrained(folder, dtype=session.model.dtype).to(session.device).eval()
+        model: torch.nn.Module = type(session.model).from_pretrained(folder, dtype=session.model.dtype)
+        return model.to(session.device).eval()
 
     with atomic_folder(run.file("export")) as folder:
-        if asked.format == "lora":
-            loras, lost = as_lora(adapter, asked.rank)
+        if settings.format == "lora":
+            loras, lost = as_lora(adapter, settings.rank)
             error = lora_error(adapter, loras)
             rank = max(len(a) for _, a in loras.values())
             metrics |= {"export/rank": rank, "export/weight_error": lost}
-            own = max(sum(part.rank for part, _ in linear.updates) for linear in adapter.linears.values())
-            if rank > own:
-                progress.console().print(_why(config, rank, own, whole=peft_config(adapter) is not None))
+            adapter_rank = max(sum(module.rank for module, _ in linear.updates) for linear in adapter.linears.values())
+            if rank > adapter_rank:
+                progress.console().print(_explain_rank(config, rank, adapter_rank, peft_config(adapter) is not None))
             save_lora(adapter, loras, folder)
         else:
             with quiet(True):
@@ -54,25 +59,25 @@ def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float
         if not error <= allowed:
             raise UserError(
                 f"export.max_error: the exported logits differ by {error:.2g} of the largest (allowed: "
-                f"{allowed:g}); set {_instead(config)}a larger export.max_error"
+                f"{allowed:g}); set {_alternatives(config)}a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
 
 
-def _instead(config: ExportRun) -> str:
-    """Settings under which an export may differ less, each with an "or" behind it."""
-    ways = ["a larger export.rank (null keeps everything)"] if config.export.rank else []
+def _alternatives(config: ExportRun) -> str:
+    """Settings with which an export may differ less, each followed by "or"."""
+    settings = ["a larger export.rank (null keeps everything)"] if config.export.rank else []
     if config.hardware.quantization is None:
-        ways.append(f"export.format={'merged' if config.export.format == 'lora' else 'lora'}")
+        settings.append(f"export.format={'merged' if config.export.format == 'lora' else 'lora'}")
         if config.hardware.precision == "bf16":
-            ways.append("hardware.precision=fp32")
-    return "".join(f"{way}, or " for way in ways)
+            settings.append("hardware.precision=fp32")
+    return "".join(f"{setting}, or " for setting in settings)
 
 
-def _why(config: ExportRun, rank: int, own: int, whole: bool) -> str:
-    """What an export of more than its adapter's ``own`` rank owes that to; ``whole``: PEFT reads the adapter itself."""
-    also = f"; PEFT loads the adapter/ of run={config.run} as it is" if whole else ""
+def _explain_rank(config: ExportRun, rank: int, adapter_rank: int, peft_loads: bool) -> str:
+    """Why an export has a higher rank than its adapter; ``peft_loads``: PEFT can load the adapter as it is."""
+    also = f"; PEFT loads the adapter/ of run={config.run} as it is" if peft_loads else ""
     return (
-        f"rank {rank}: what {config.method.name} changes in a weight is no LoRA of its largest rank, {own}; "
-        f"export.rank=N keeps the best N ranks{also}"
+        f"rank {rank}: what {config.method.name} changes in a weight is not a LoRA of its largest rank, "
+        f"{adapter_rank}; export.rank=N keeps the best N ranks{also}"
     )

@@ -1,4 +1,4 @@
-"""``lrk generate``: a prompt continued by one adapter as it is written, or a file of prompts for many at once."""
+"""``lrk generate``: answers to one prompt, streamed, or to a file of prompts for many adapters in batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.kv_cache import growing_cache
+from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import foundation, greet, method_of, prepare
+from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
+from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.inference.tenants import Tenants
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.models.load import Loaded, load
@@ -30,48 +31,48 @@ from lowrank_cli.schema import GenerateConfig, GenerateRun
 from lowrank_cli.tasks import encode
 
 ANSWERS = "answers.jsonl"
-#: What :func:`escaped` shows and JSON leaves alone; JSON reads their escapes as the same characters.
-UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+#: Control characters that :func:`escaped` escapes and :mod:`json` does not; as JSON escapes they stay the same text.
+UNESCAPED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Printer(TextStreamer):
-    """Prints an answer as it is written; a terminal acts on none of its characters."""
+    """Prints an answer while it is generated, with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(escaped(text), stream_end)
 
 
 def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
-    """Write ``answers.jsonl``, and the answers to stdout or to ``generate.output``. Resumed, it starts again.
+    """Write ``answers.jsonl``, and the answers to stdout or to ``generate.output``. A resumed run starts over.
 
-    Raises WorkFailed, when all the others are answered, where a line of the file could not be.
+    Raises:
+        WorkFailed: a line of the file has no answer; all other lines are answered first.
     """
-    asked = config.generate
-    requests = [Request({"prompt": asked.prompt})] if asked.tenants is None else read_requests(Path(asked.tenants))
-    output = None if asked.output is None else Path(asked.output)
-    if output is not None and not output.parent.is_dir():
-        raise UserError(f"generate.output: there is no folder '{output.parent}'")
-    if output is not None and output.is_dir():
-        raise UserError(f"generate.output: '{output}' is a folder; name a file")
+    settings = config.generate
+    requests = (
+        [Request({"prompt": settings.prompt})] if settings.tenants is None else read_requests(Path(settings.tenants))
+    )
+    output = _output(settings)
     device = prepare(config.hardware).device
     torch.manual_seed(config.seed)
     loaded = load(config.model, config.hardware, None, generates=True)
     loaded.model.to(device).eval().requires_grad_(False)
-    greet(run, config.hardware, loaded.model, loaded.header, loaded.packing)
+    source = newest_run_note(config, run)
+    greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source)
     writer = Writer(loaded, config)
     began = time.monotonic()
-    if asked.tenants is None:
+    if settings.tenants is None:
         _adapt(config, loaded.model)
         records = [_one(writer, requests[0], streamed=output is None)]
     else:
-        records = _many(writer, requests, asked, config.hardware.grouped)
+        records = _many(writer, requests, settings, config.hardware.grouped)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.write_text(ANSWERS, text)
     if output is not None:
         atomic_write(output, text)
-    elif asked.tenants is not None:
-        sys.stdout.write(UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
-    failed = [(asked.line, record["error"]) for asked, record in zip(requests, records) if "error" in record]
+    elif settings.tenants is not None:
+        sys.stdout.write(UNESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+    failed = [(request.line, record["error"]) for request, record in zip(requests, records) if "error" in record]
     if failed:
         line, why = failed[0]
         raise WorkFailed(f"{len(failed)} of {len(records)} lines have no answer; the first is line {line}: {why}")
@@ -84,47 +85,60 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     }
 
 
+def _output(settings: GenerateConfig) -> Path | None:
+    """``generate.output``. Raises UserError if it cannot be a file."""
+    if settings.output is None:
+        return None
+    output = Path(settings.output)
+    if not output.parent.is_dir():
+        raise UserError(f"generate.output: there is no folder '{output.parent}'")
+    if output.is_dir():
+        raise UserError(f"generate.output: '{output}' is a folder; name a file")
+    return output
+
+
 def _adapt(config: GenerateRun, model: PreTrainedModel) -> None:
-    """Put the run's adapter into the model; a method without any leaves it bare."""
-    below = foundation(config)
-    method = methods.create(config.method) if below is None else method_of(Run.open(below))
+    """Put the run's adapter, if there is one, into the model."""
+    earlier = adapter_run(config)
+    method = methods.create(config.method) if earlier is None else method_of(Run.open(earlier))
     if methods.can(config.method.name, Calibrates):
         raise UserError(f"method: {config.method.name} scores given answers and generates none (see lrk export)")
-    if below is not None and isinstance(method, Adapts):
+    if earlier is not None and isinstance(method, Adapts):
         adapter = method.adapt(model)
-        save_load.load(adapter, below / "adapter")
+        save_load.load(adapter, earlier / "adapter")
 
 
 class Writer:
-    """Continues prompts with a model, and counts the tokens."""
+    """Generates answers to prompts and counts their tokens."""
 
     def __init__(self, loaded: Loaded, config: GenerateRun):
-        asked = config.generate
+        settings = config.generate
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
-        self.room = None if loaded.max_positions is None else loaded.max_positions - asked.max_new_tokens
-        self.tokens = 0
-        sampling = {"do_sample": asked.temperature > 0}
-        if asked.temperature > 0:
-            sampling |= {"temperature": asked.temperature}
-        self.settings: dict[str, Any] = {
-            "max_new_tokens": asked.max_new_tokens,
-            "num_beams": asked.num_beams,
+        #: largest number of tokens in a prompt; None for no limit
+        self.max_prompt = None if loaded.max_positions is None else loaded.max_positions - settings.max_new_tokens
+        self.tokens = 0  #: generated so far
+        self.arguments: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "num_beams": settings.num_beams,
             "use_cache": True,
-            **sampling,
+            "do_sample": settings.temperature > 0,
         }
-        self.streams = asked.num_beams == 1
+        if settings.temperature > 0:
+            self.arguments["temperature"] = settings.temperature
+        self.streams = settings.num_beams == 1
         self.autocasts = config.hardware.precision == "autocast"
 
     def encoded(self, prompt: str) -> list[int]:
-        """The prompt's tokens, as in training. Raises UserError where it has none, or too many for the model."""
+        """The prompt's tokens, as in training. Raises UserError for an empty prompt, or one that is too long."""
         (ids,) = encode.encode_prompts(self.tokenizer, [prompt], [sys.maxsize])
         if not ids:
             raise UserError("prompt: it is empty")
-        if self.room is not None and len(ids) > self.room:
+        if self.max_prompt is not None and len(ids) > self.max_prompt:
+            new_tokens = self.arguments["max_new_tokens"]
             raise UserError(
                 f"prompt: {len(ids)} tokens leave no room for generate.max_new_tokens="
-                f"{self.settings['max_new_tokens']} in the model's {self.room + self.settings['max_new_tokens']}"
+                f"{new_tokens} in the model's {self.max_prompt + new_tokens}"
             )
         return ids
 
@@ -133,25 +147,28 @@ class Writer:
         inputs = encode.collate_prompts(prompts, self.tokenizer.pad_token_id)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocasts):
-            made = self.model.generate(**inputs, **self.settings, **self._cache(), streamer=streamer)
-        made = made[:, inputs["input_ids"].shape[1] :]  # (B, T) -> (B, new)
-        self.tokens += self._written(made)
-        return self.tokenizer.batch_decode(made, skip_special_tokens=True)
+            arguments = {**inputs, **self.arguments, **self._cache(), "streamer": streamer}
+            generated = self.model.generate(**arguments)  # type: ignore[operator]  # not declared by PreTrainedModel
+        generated = generated[:, inputs["input_ids"].shape[1] :]  # (B, T) -> (B, new)
+        self.tokens += self.count_tokens(generated)
+        return self.tokenizer.batch_decode(generated, skip_special_tokens=True)
 
     def _cache(self) -> dict[str, Any]:
-        """A cache for greedy decoding and sampling; beams, which take each other's place at every step, copy anyway."""
-        return growing_cache(self.model, self.settings["max_new_tokens"]) if self.streams else {}
+        """A preallocated cache, except for beam search, which reorders and so copies its cache at every step."""
+        return growing_cache(self.model, self.arguments["max_new_tokens"]) if self.streams else {}
 
-    def _written(self, made: Tensor) -> int:
-        """Tokens of continuations (B, new), each up to its first end; beams fill up with either end or padding."""
+    def count_tokens(self, generated: Tensor) -> int:
+        """Number of tokens in continuations (B, new), each up to and with its first EOS."""
         config = self.model.generation_config
-        ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=made.device)
-        ended = torch.isin(made, ends).cumsum(dim=1) - torch.isin(made, ends).long()  # ends before each token
-        return int(((ended == 0) & (made != self.tokenizer.pad_token_id)).sum())
+        ends = torch.tensor(config.eos_token_id if config.eos_token_id is not None else [], device=generated.device)
+        is_end = torch.isin(generated, ends)
+        ends_before = is_end.cumsum(dim=1) - is_end.long()
+        # beam search fills up shorter beams with EOS or with padding
+        return int(((ends_before == 0) & (generated != self.tokenizer.pad_token_id)).sum())
 
 
 def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
-    """Answer a prompt, to stdout as it is written (beams are known at their end only)."""
+    """Answer a prompt; if ``streamed``, print it token by token (with beam search, at the end)."""
     ids = writer.encoded(request.prompt)
     streamer = Printer(writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
     (answer,) = writer.answers([ids], streamer if streamed and writer.streams else None)
@@ -160,42 +177,47 @@ def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
     return {**request.fields, "answer": answer}
 
 
-def _many(writer: Writer, requests: Sequence[Request], asked: GenerateConfig, grouped: str) -> list[dict[str, Any]]:
-    """One record a line: its fields with ``answer`` or ``error``. A line that fails leaves the others alone."""
-    tenants = Tenants(writer.model, asked.max_bytes, grouped)
-    lost = tenants.load(dict.fromkeys(r.tenant for r in requests if r.error is None and r.tenant is not None))
-    errors = {at: request.error for at, request in enumerate(requests) if request.error is not None}
+def _many(writer: Writer, requests: Sequence[Request], settings: GenerateConfig, grouped: str) -> list[dict[str, Any]]:
+    """A record for each request: its fields with ``answer`` or ``error``. A failure does not affect other requests."""
+    tenants = Tenants(writer.model, settings.max_bytes, grouped)
+    unloaded = tenants.load(dict.fromkeys(r.tenant for r in requests if r.error is None and r.tenant is not None))
+    errors = {index: request.error for index, request in enumerate(requests) if request.error is not None}
     ids: dict[int, list[int]] = {}
-    for at, request in enumerate(requests):
+    for index, request in enumerate(requests):
         try:
-            if at not in errors:
-                if request.tenant in lost:
-                    raise lost[request.tenant]
-                ids[at] = writer.encoded(request.prompt)
+            if index not in errors:
+                if request.tenant in unloaded:
+                    raise unloaded[request.tenant]
+                ids[index] = writer.encoded(request.prompt)
         except UserError as error:
-            errors[at] = str(error)
+            errors[index] = str(error)
+    answers, failures = _in_batches(writer, tenants.bank, requests, ids, settings.batch_size)
+    errors |= failures
+    return [
+        {**request.fields, **({"answer": answers[index]} if index in answers else {"error": errors[index]})}
+        for index, request in enumerate(requests)
+    ]
 
-    def served(rows: Sequence[int]) -> AbstractContextManager[Any]:
-        return tenants.bank.batch([requests[row].tenant for row in rows])
 
-    found: dict[int, str] = {}
-    order = sorted(ids, key=lambda at: len(ids[at]))
-    batches = [order[start : start + asked.batch_size] for start in range(0, len(order), asked.batch_size)]
+def _in_batches(
+    writer: Writer, bank: Bank, requests: Sequence[Request], ids: dict[int, list[int]], size: int
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Answers and errors by request index, given the prompts' tokens. A batch that fails is repeated row by row."""
+    answers: dict[int, str] = {}
+    errors: dict[int, str] = {}
+    order = sorted(ids, key=lambda index: len(ids[index]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     with progress.bar("answering", len(order), shown=True) as bar:
         while batches:
             rows = batches.pop(0)
             try:
-                with served(rows):
-                    answers = writer.answers([ids[row] for row in rows])
-                found |= zip(rows, answers, strict=True)
+                with bank.batch([requests[row].tenant for row in rows]):
+                    answers |= zip(rows, writer.answers([ids[row] for row in rows]), strict=True)
                 bar.advance(len(rows))
-            except (UserError, RuntimeError, ValueError) as error:  # memory, or whatever the model does not take
+            except (UserError, RuntimeError, ValueError) as error:  # such as out of memory
                 if len(rows) > 1:
                     batches = [[row] for row in rows] + batches
                 else:
                     errors[rows[0]] = " ".join(str(error).split())
                     bar.advance()
-    return [
-        {**request.fields, **({"answer": found[at]} if at in found else {"error": errors[at]})}
-        for at, request in enumerate(requests)
-    ]
+    return answers, errors

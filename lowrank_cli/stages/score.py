@@ -1,4 +1,4 @@
-"""``lrk score``: what every rank of an adapter, or every module, is worth on a fixed batch of dev examples."""
+"""``lrk score``: the worth of every rank, or module, of an adapter on a fixed batch of dev examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import Session, foundation, start
+from lowrank_cli.inference.adapter_run import adapter_run
+from lowrank_cli.inference.session import Session, start
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import AUTO, KINDS, RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import cost, kinds, modules
@@ -17,7 +18,7 @@ from lowrank_cli.scoring.heatmaps import heat_map
 from lowrank_cli.scoring.kinds import Scores
 from lowrank_cli.stages.evaluate import check_template, load_adapter
 
-#: What the other numbers of ``scores.json`` are.
+#: Meanings of the other numbers in ``scores.json``.
 MEANINGS = {
     "whole": "S, that is minus the dev loss (nats), with the whole adapter",
     "bare": "S with no module of the adapter",
@@ -48,11 +49,11 @@ def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]
 
 
 def adapted(config: RunConfig) -> tuple[Session, Adapter]:
-    """The model with the adapter of the run that ``config`` reads. Raises UserError where there is none."""
-    below = foundation(config)
-    if below is None:
+    """A session with the adapter of ``config.run``, and that adapter. Raises UserError if the run has none."""
+    earlier = adapter_run(config)
+    if earlier is None:
         raise UserError("run: the run has no adapter of its own, so there are no ranks")
-    check_template(config.task, below / "adapter")
+    check_template(config.task, earlier / "adapter")
     session = start(config)
     load_adapter(session)
     assert session.adapter is not None
@@ -60,10 +61,15 @@ def adapted(config: RunConfig) -> tuple[Session, Adapter]:
 
 
 def measure(session: Session, settings: ScoreConfig, level: str, cut: Cut | None) -> Scores:
-    """Scores of every rank or module, with a progress bar. The same for the same seed and settings.
+    """Scores of every rank or module, with a progress bar; deterministic given seed and settings.
 
-    ``cut`` is where ``mixed`` is exact; None rules it out. Raises UserError where ``auto`` lacks a training to compare
-    with, WorkFailed for a score that is no number, by which nothing can be ordered.
+    Args:
+        level: ``rank`` or ``module``.
+        cut: where ``mixed`` scores are exact; None rules them out.
+
+    Raises:
+        UserError: the kind is ``auto`` and the adapter has no training to compare the cost with.
+        WorkFailed: a score is not finite.
     """
     assert session.adapter is not None
     kind, adapter = settings.kind_of(level), session.adapter
@@ -84,31 +90,31 @@ def measure(session: Session, settings: ScoreConfig, level: str, cut: Cut | None
     broken = [key for key, values in scores.values.items() if not all(map(math.isfinite, values))]
     if broken:
         raise WorkFailed(
-            f"score.kind={kind}: the score of '{broken[0]}' is no finite number ({len(broken)} such modules)"
+            f"score.kind={kind}: the score of '{broken[0]}' is not a finite number ({len(broken)} such modules)"
         )
     return scores
 
 
 def trained_tokens(session: Session) -> int:
-    """Tokens that were read by the training which made the adapter, or which last went on from it."""
-    assert session.foundation is not None
-    for run in Run.open(session.foundation).lineage():
-        counted = [row["train/tokens"] for row in run.history() if "train/tokens" in row]
-        if counted and counted[-1]:
-            return counted[-1]
+    """Tokens that the last training of the adapter read."""
+    assert session.adapter_run is not None
+    for run in Run.open(session.adapter_run).lineage():
+        tokens = [row["train/tokens"] for row in run.history() if "train/tokens" in row]
+        if tokens and tokens[-1]:
+            return tokens[-1]
     raise UserError(
-        f"score.kind: auto compares with the training of '{session.foundation}', whose history.jsonl counts no tokens "
+        f"score.kind: auto compares with the training of '{session.adapter_run}', whose history.jsonl counts no tokens "
         f"(allowed: the name of a kind; lrk list keys score)"
     )
 
 
 def write(run: Run, adapter: Adapter, scores: Scores) -> None:
-    """``scores.json`` with everything that was measured and what it means, and the heat map of each module's mean."""
+    """Write ``scores.json`` with all measurements and their meaning, and a heat map of each module's mean score."""
     listed = []
     for key, values in scores.worth.items():
         site = adapter.sites[key]
-        parts = {name: part[key] for name, part in scores.components.items()}
-        listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **parts})
+        measured = {name: by_module[key] for name, by_module in scores.components.items()}
+        listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **measured})
     losses = {} if scores.whole is None else {"whole": scores.whole, "bare": scores.bare}
     meaning = {"scores": KINDS[scores.level][scores.kind]} | {
         name: MEANINGS[name] for name in (*losses, *scores.components)

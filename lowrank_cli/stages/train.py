@@ -1,9 +1,9 @@
-"""``lrk train``: AdamW on the training set, dev evaluation, early stop; the best-dev adapter is kept and tested.
+"""``lrk train``: AdamW with dev evaluation and early stopping; the adapter with the best dev loss is kept and tested.
 
-A step is one optimizer update over ``train.batch_size`` examples, however many processes and accumulated batches
-share them: its loss is the mean over all its response tokens, so the number of processes changes rounding only.
-(A method's own loss term is a mean over prompts of what each batch of each process gives by itself.)
-What a step sees is a function of (seed, step), so a killed run continues bit for bit from its last checkpoint.
+A step is one optimizer update over ``train.batch_size`` examples, split among processes and accumulated batches. Its
+loss is the mean over all its response tokens, so the number of processes changes only rounding. (A method's extra loss
+term is computed for each micro-batch and averaged over prompts.)
+The data of a step depend on (seed, step) alone, so a killed run resumes bit for bit from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ from lowrank_cli.tasks.task import template_hash
 def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]:
     """Train, keep the best adapter in ``run``'s folder, and return its metrics on dev and test.
 
-    A method that calibrates instead of training fits in one pass: it starts again where it was interrupted.
+    A method that calibrates instead of training fits in one pass and starts over when resumed.
 
-    Raises UserError where the input does not fit, WorkFailed for a loss that is not finite, KeyboardInterrupt after
-    a signal to stop, once a checkpoint is written.
+    Raises:
+        UserError: the input does not fit.
+        WorkFailed: a loss is not finite.
+        KeyboardInterrupt: a signal asked to stop; a checkpoint is written first.
     """
     session = start(config)
-    if session.foundation is not None:
+    if session.adapter_run is not None:
         load_adapter(session)
     if isinstance(session.method, Calibrates):
         return calibrate.train(session, run)
@@ -62,7 +64,7 @@ def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]
 
 
 class Trainer:
-    """The loop and its state. ``progress`` is what a checkpoint keeps beside tensors."""
+    """The training loop and its state. ``progress`` is the state that is not tensors, as checkpoints save it."""
 
     def __init__(self, session: Session, run: Run):
         assert session.adapter is not None
@@ -73,7 +75,7 @@ class Trainer:
         self.train_data = session.encode(session.task.train)
         self.dev_data = session.encode(session.task.dev)
         lengths = [len(example.input_ids) for example in self.train_data]
-        window = 1 if self.config.task.parts else WINDOW  # lengths tell the tasks of a mix apart
+        window = 1 if self.config.task.parts else WINDOW  # sorting by length would separate the tasks of a mix
         self.batches = Batches(lengths, self.settings.batch_size, self.config.seed, window)
         self.dev_batches = Batches(
             [len(example.input_ids) for example in self.dev_data],
@@ -84,7 +86,7 @@ class Trainer:
         self.total = max(1, math.ceil(self.settings.epochs * len(self.batches)))
         if self.settings.max_steps is not None:
             self.total = min(self.total, self.settings.max_steps)
-        self.tokens = self.total * self.settings.batch_size * sum(lengths) / len(lengths)  # an early stop reads fewer
+        self.tokens = self.total * self.settings.batch_size * sum(lengths) / len(lengths)  # fewer if stopped early
         self.adapter.require_declared()
         self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
         hardware = self.config.hardware
@@ -100,72 +102,80 @@ class Trainer:
             "seconds": 0.0,
             "tokens": 0,
             "pending": [],  # losses since the last line of history.jsonl
-            "due": False,  # the evaluation of this step is still to come
+            "due": False,  # this step still has to be evaluated
         }
         self.bar: progress.Bar  # of the steps, while they run
 
     def _groups(self) -> list[dict[str, Any]]:
-        """What the optimizer steps, by the learning rate at which each tensor's schedule has its ``peak``."""
+        """Parameter groups of the optimizer, one for each ``peak`` learning rate."""
         method = self.session.method
-        own = method.learning_rates(self.adapter) if isinstance(method, OwnRates) else {}
+        rates = method.learning_rates(self.adapter) if isinstance(method, OwnRates) else {}
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.adapter.trained.items():
             if name not in self.adapter.deferred:
-                groups.setdefault(own.get(name, self.settings.learning_rate), []).append(parameter)
+                groups.setdefault(rates.get(name, self.settings.learning_rate), []).append(parameter)
         return [{"params": parameters, "peak": peak} for peak, parameters in groups.items()]
 
     def fit(self, resume: bool) -> dict[str, float]:
-        """Steps until the end or the early stop, then the best adapter's evaluation."""
+        """Train until the last step or an early stop, then evaluate the best adapter."""
         self.session.greet(self.run)
-        if resume and (folder := checkpoint.newest(self.run)):
-            self.progress |= checkpoint.load(
-                folder, self.accelerator, self.adapter, self.optimizer, self.session.method
-            )
-            self._prepare_again()
         if resume:
-            # What was logged before the first step comes again too.
-            self.run.rewind(self.progress["step"] or -1, evaluated=not self.progress["due"])
-        before, began = self.progress["seconds"], time.monotonic()
+            self._resume()
         start = self.progress["step"]
-        first = start + 1 - self.progress["due"]
+        began = time.monotonic() - self.progress["seconds"]
         with (
-            stopping.on_stop(lambda: None),  # a step ends, and its checkpoint is written, before the run stops
+            stopping.on_stop(lambda: None),  # the current step ends and is saved before the run stops
             progress.bar("training", self.total, shown=self.accelerator.is_main_process, start=start) as bar,
         ):
             self.bar = bar
-            fresh = start == 0 and self.session.foundation is None
+            fresh = start == 0 and self.session.adapter_run is None
             if fresh and isinstance(self.session.method, Prepares):
                 log = partial(self._log_at, 0)
                 self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
-            for step in range(first, self.total + 1):
-                if self._stale():
-                    break
-                last = step == self.total
-                if step > self.progress["step"]:
-                    self.progress["pending"].append(self._step(step))
-                    self.progress["step"] = step
-                    self.progress["seconds"] = before + time.monotonic() - began
-                    if step % self.settings.log_every == 0 or last:
-                        bar.note(self._log(step))
-                    bar.advance()
-                    self.progress["due"] = step % self.settings.eval_every == 0 or last
-                stop = self._stopping()
-                if self.progress["due"] and not stop:
-                    stop = not self._evaluate(step)
-                every = self.settings.checkpoint_every
-                if stop or (every and (step % every == 0 or last or self._stale())):
-                    self._checkpoint()
-                if stop:
-                    stopping.interrupt()
+            self._loop(began)
             if self._stale():
                 bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
         return self._finish()
 
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one, and drop the history after it."""
+        if folder := checkpoint.newest(self.run):
+            self.progress |= checkpoint.load(
+                folder, self.accelerator, self.adapter, self.optimizer, self.session.method
+            )
+            self._prepare_again()
+        # without a checkpoint, lines that were logged before the first step are logged again too
+        self.run.rewind(self.progress["step"] or -1, evaluated=not self.progress["due"])
+
+    def _loop(self, began: float) -> None:
+        """Run the remaining steps, evaluating and saving when due. ``began``: s, without the time between resumes."""
+        first = self.progress["step"] + 1 - self.progress["due"]
+        for step in range(first, self.total + 1):
+            if self._stale():
+                break
+            last = step == self.total
+            if step > self.progress["step"]:
+                self.progress["pending"].append(self._step(step))
+                self.progress["step"] = step
+                self.progress["seconds"] = time.monotonic() - began
+                if step % self.settings.log_every == 0 or last:
+                    self.bar.note(self._log(step))
+                self.bar.advance()
+                self.progress["due"] = step % self.settings.eval_every == 0 or last
+            stop = self._stopping()
+            if self.progress["due"] and not stop:
+                stop = not self._evaluate(step)
+            every = self.settings.checkpoint_every
+            if stop or (every and (step % every == 0 or last or self._stale())):
+                self._checkpoint()
+            if stop:
+                stopping.interrupt()
+
     @torch.no_grad()
     def _read(self, count: int) -> None:
-        """One pass over ``count`` training examples, drawn by the seed, in every process."""
+        """A forward pass over ``count`` training examples drawn with the seed, the same in every process."""
         session, size = self.session, self.config.evaluate.batch_size
         session.model.eval()
         drawn = random.Random(self.config.seed).sample(self.train_data, min(count, len(self.train_data)))
@@ -177,7 +187,7 @@ class Trainer:
                 tick(len(rows))
 
     def _step(self, step: int) -> float:
-        """One optimizer update; returns the mean loss over all its response tokens, as it was before."""
+        """One optimizer update. Returns the mean loss over all its response tokens, before the update."""
         session, accelerator = self.session, self.accelerator
         self.model.train()
         indices = self.batches[step - 1]
@@ -186,18 +196,18 @@ class Trainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         shares = share(indices, rank, world, self.settings.gradient_accumulation)
         total = torch.zeros((), device=session.device)
-        for micro, part in enumerate(shares):
-            last = micro == len(shares) - 1
+        for index, micro in enumerate(shares):
+            last = index == len(shares) - 1
             with nullcontext() if last else accelerator.no_sync(self.model), session.autocast():
-                batch = session.batch([self.train_data[i] for i in part.indices])
-                loss = session.loss_sum(self.model, batch) * part.counts / weight
+                batch = session.batch([self.train_data[i] for i in micro.indices])
+                loss = session.loss_sum(self.model, batch) * micro.counts / weight
                 objective = loss * world
                 if isinstance(session.method, AddsLoss):
-                    share_of_extra = part.counts * len(part.indices) * world / len(indices)
-                    objective = objective + session.method.extra_loss(self.adapter) * share_of_extra
+                    prompts_share = micro.counts * len(micro.indices) * world / len(indices)
+                    objective = objective + session.method.extra_loss(self.adapter) * prompts_share
             objective.backward()
             total += loss.detach()
-            del loss, objective  # their graph would hold the tensors to the shapes that they have now
+            del loss, objective  # a live graph would keep parameters from being resized
         mean = accelerator.reduce(total, reduction="sum").item()
         if not math.isfinite(mean):
             raise WorkFailed(
@@ -208,7 +218,7 @@ class Trainer:
         return mean
 
     def _update(self, step: int) -> None:
-        """Clip, step, and let the method act before and after."""
+        """Clip gradients and step the optimizer, with the method's hooks before and after."""
         if self.settings.max_grad_norm:
             stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm)
@@ -232,10 +242,10 @@ class Trainer:
             group["lr"] = self.learning_rate(step, group["peak"])
         if isinstance(method, BeforeStep):
             method.before_step(now)
-        # the fused AdamW pairs weights, gradients and moments by their places in memory
+        # the fused AdamW pairs weights, gradients and moments by their order in memory
         assert all(weight.is_contiguous() for weight in self.adapter.trained.values())
         self.optimizer.step()
-        torch.autograd.graph.increment_version(self.adapter.trained.values())  # which a fused step does not do
+        torch.autograd.graph.increment_version(self.adapter.trained.values())  # a fused step does not
         self.session.model.zero_grad()
         if isinstance(method, AfterStep):
             before = self.adapter.ranks()
@@ -244,15 +254,17 @@ class Trainer:
                 self._prepare_again()
 
     def _prepare_again(self) -> None:
-        """Data parallelism holds on to the shapes that it saw first; wrapping anew also makes fresh ranks equal."""
+        """Wrap the model again for data parallelism, which caches shapes; this also broadcasts new ranks."""
         if self.accelerator.num_processes > 1:
             self.model = self.session.model
             self.accelerator.free_memory()
             self.model = self.accelerator.prepare_model(self.session.model)
 
     def learning_rate(self, step: int, peak: float | None = None) -> float:
-        """Linear warm-up to ``peak`` (None: ``train.learning_rate``) over the first ``warmup`` share of the steps, then
-        linear decay to 0."""
+        """Linear warm-up to ``peak``, then linear decay to 0.
+
+        ``peak`` defaults to ``train.learning_rate``; ``train.warmup`` is the share of the steps that warm up.
+        """
         peak = self.settings.learning_rate if peak is None else peak
         warmup = math.ceil(self.settings.warmup * self.total)
         if step <= warmup:
@@ -260,20 +272,20 @@ class Trainer:
         return peak * (self.total + 1 - step) / (self.total + 1 - warmup)
 
     def _dev_batch_loss(self, step: int) -> Tensor:
-        """This process's share of the dev batch that belongs to ``step``: averaged over processes, its mean loss."""
+        """This process's share of the mean loss of ``step``'s dev batch: the mean over processes is that loss."""
         indices, world = self.dev_batches[step - 1], self.accelerator.num_processes
         weight = sum(self.session.weight(self.dev_data[i]) for i in indices)
-        (part,) = share(indices, self.accelerator.process_index, world, 1)
+        (mine,) = share(indices, self.accelerator.process_index, world, 1)
         with self.session.autocast():
-            batch = self.session.batch([self.dev_data[i] for i in part.indices])
-            return self.session.loss_sum(self.session.model, batch) * part.counts * world / weight
+            batch = self.session.batch([self.dev_data[i] for i in mine.indices])
+            return self.session.loss_sum(self.session.model, batch) * mine.counts * world / weight
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="mean")
 
     @torch.no_grad()
     def dev_loss(self) -> float | None:
-        """Mean loss over all response tokens (causal) or examples (encoder) of the dev set; None on a stop."""
+        """Mean loss over all response tokens (causal) or examples (encoder) of the dev set; None if asked to stop."""
         session, accelerator = self.session, self.accelerator
         session.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=session.device)  # loss, weight
@@ -293,7 +305,7 @@ class Trainer:
         return (sums[0] / sums[1]).item()
 
     def _evaluate(self, step: int) -> bool:
-        """Dev loss, and the best adapter saved. Returns whether that was done: False on a stop."""
+        """Compute the dev loss and save the adapter if it is the best. Returns False if asked to stop meanwhile."""
         loss = self.dev_loss()
         if loss is None:
             return False
@@ -317,7 +329,7 @@ class Trainer:
         return True
 
     def _stale(self) -> bool:
-        """Whether patience is over."""
+        """Whether the dev loss has not improved in ``train.patience`` evaluations."""
         return bool(self.settings.patience) and self.progress["stale"] >= self.settings.patience
 
     def _save_adapter(self) -> None:
@@ -325,7 +337,7 @@ class Trainer:
             about = {
                 "task": self.session.task.name,
                 "template_hash": self.session.task.template_hash,
-                "parts": {part.name: template_hash(part) for part in self.config.task.parts.values()},
+                "parts": {task.name: template_hash(task) for task in self.config.task.parts.values()},
                 "method": self.config.method.name,
                 "model": self.config.model.name,
                 "step": self.progress["step"],
@@ -341,7 +353,7 @@ class Trainer:
         self.run.log({"step": step, **row})
 
     def _log(self, step: int) -> str:
-        """A line of history.jsonl, and the same in short for the bar."""
+        """Write a line to history.jsonl; returns a short form of it for the bar."""
         done = self.progress
         loss = sum(done["pending"]) / len(done["pending"])
         done["pending"] = []
@@ -357,7 +369,7 @@ class Trainer:
         return f"loss {loss:.3f}" + ("" if at is None else f", best dev {best:.3f} at {at}")
 
     def _finish(self) -> dict[str, float]:
-        """Evaluate the best adapter on dev and test and collect the run's metrics."""
+        """Evaluate the best adapter on dev and test. Returns the run's metrics."""
         session, done = self.session, self.progress
         save_load.load(self.adapter, self.run.path / "adapter")
         metrics: dict[str, float] = {
@@ -368,16 +380,16 @@ class Trainer:
             "dev/loss": done["best_loss"],
         }
         metrics.update(evaluate_split(session, "dev")[0])
-        found, records, observed = evaluate_split(session, "test")
-        metrics.update(found)
+        test_metrics, records, observed = evaluate_split(session, "test")
+        metrics.update(test_metrics)
         write_answers(self.run, records, observed.figures)
         session.note_device(self.run)
         if self.accelerator.is_main_process:
-            observed.tell()
+            observed.print_doubts()
         return {**metrics, **observed.metrics}
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to stop; every process gets the same answer."""
+        """Whether any process was asked to stop; the same in every process."""
         if self.accelerator.num_processes == 1:
             return stopping.requested()
         flag = torch.tensor(float(stopping.requested()), device=self.session.device)
@@ -387,7 +399,7 @@ class Trainer:
     def _watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A second bar for something slow within a step, such as scoring.
 
-        A stop does not wait for it where the run has checkpoints of its own: it continues from the last of these.
+        If the run writes checkpoints, a stop interrupts it at once, and the run resumes from the last checkpoint.
         """
 
         def tick(count: int) -> None:

@@ -1,7 +1,7 @@
-"""Tasks: data sets turned into prompts, answers and splits. Nothing here calls a model.
+"""Tasks: data sets as prompts, answers and splits. Nothing here calls a model.
 
-:mod:`~lowrank_cli.tasks.encode` (tokens), :mod:`~lowrank_cli.tasks.batches` (order) and
-:mod:`~lowrank_cli.tasks.metrics` (slow to import) are imported where they are used.
+Import :mod:`~lowrank_cli.tasks.encode` (tokens), :mod:`~lowrank_cli.tasks.batches` (order) and
+:mod:`~lowrank_cli.tasks.metrics` (slow to import) where you use them.
 """
 
 from lowrank_cli.tasks.task import Example, Task, examples, load

@@ -1,8 +1,7 @@
 """Which examples make up which training step: pure functions, so that a resumed run sees the same data.
 
 Global step ``s`` (from 0) of a training set with ``n`` batches an epoch is batch ``s % n`` of epoch
-``s // n``. Processes and accumulation divide a batch after it is fixed: their number does not change which
-examples a step has.
+``s // n``. Processes and gradient accumulation split a batch and do not change its examples.
 """
 
 from __future__ import annotations
@@ -11,32 +10,32 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WINDOW = 50  #: batches whose examples are sorted by length together; more saves padding, less mixes better
+WINDOW = 50  #: batches whose examples are sorted by length together; more saves padding, fewer mix better
 
 
 def batch_indices(
     lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = WINDOW
 ) -> list[list[int]]:
-    """One epoch of batches of alike lengths, in random order; every index occurs exactly once.
+    """One epoch of batches of similar lengths, in random order; every index occurs exactly once.
 
     Examples are shuffled, cut into windows of ``window`` batches, sorted by length within each, and the
-    batches shuffled. With a window of 1 a batch is a random draw. The remainder that fills no batch comes last.
+    batches shuffled. With a window of 1 a batch is a random draw. An incomplete batch comes last.
     """
-    draw = random.Random(f"{seed} {epoch}")
+    rng = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
-    draw.shuffle(order)
+    rng.shuffle(order)
     full = len(order) - len(order) % batch_size
     batches = []
     for start in range(0, full, window * batch_size):
         end = min(start + window * batch_size, full)
-        alike = sorted(order[start:end], key=lambda index: lengths[index])
-        batches += [alike[at : at + batch_size] for at in range(0, len(alike), batch_size)]
-    draw.shuffle(batches)
+        by_length = sorted(order[start:end], key=lambda index: lengths[index])
+        batches += [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+    rng.shuffle(batches)
     return batches + ([order[full:]] if full < len(order) else [])
 
 
 class Batches:
-    """The batch of every global step, without end: ``batches[step]``; ``len`` is the number of one epoch."""
+    """The batch of every global step, for any number of epochs: ``batches[step]``; ``len`` is the batches an epoch."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, window: int = WINDOW):
         self.lengths, self.batch_size, self.seed, self.window = lengths, batch_size, seed, window
@@ -57,14 +56,14 @@ class Share:
     """One micro-batch of one process."""
 
     indices: list[int]  #: never empty
-    counts: bool  #: False: a filler that keeps processes in step; its loss is multiplied by zero
+    counts: bool  #: False for a filler that keeps processes in step; its loss is multiplied by zero
 
 
 def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> list[Share]:
     """The ``accumulation`` micro-batches of process ``rank`` of ``world``.
 
-    Together the shares that count hold every index of ``batch`` once. A batch with fewer examples than
-    micro-batches (an epoch's last) is filled up with copies of its first example that do not count.
+    The shares that count hold every index of ``batch`` exactly once. If a batch has fewer examples than
+    micro-batches (an epoch's last), copies of its first example that do not count fill it up.
     """
     shares = []
     for micro in range(accumulation):

@@ -1,4 +1,4 @@
-"""Metrics as :class:`evaluate.Metric`, defined here: no Hub, no network, no files but temporary ones.
+"""Metrics as subclasses of :class:`evaluate.Metric`: no Hub, no network, only temporary files.
 
 Importing this module imports ``evaluate``, which takes seconds: import it where a metric is computed.
 Shares are 0 to 1; BLEU is 0 to 100, as sacrebleu reports it.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 import datasets
 import evaluate
@@ -20,9 +21,9 @@ NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # in 10-4 
 
 
 class _Metric(evaluate.Metric):
-    """Predictions are strings; each has one or more reference strings. Subclasses define ``_compute``."""
+    """Compares each predicted string with one or more reference strings. Subclasses define ``_compute``."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         features = datasets.Features({"predictions": text, "references": datasets.List(text)})
         return evaluate.MetricInfo(
@@ -31,42 +32,40 @@ class _Metric(evaluate.Metric):
 
 
 class _Share(_Metric):
-    """Share of predictions that equal one of their references, after ``normal`` was applied to both."""
+    """Share of predictions that equal one of their references after normalization of both; None equals nothing."""
 
-    @staticmethod
-    def normal(text: str):
-        raise NotImplementedError
+    normalize: Callable[[str], object]
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         right = [
-            self.normal(guess) is not None and self.normal(guess) in [self.normal(text) for text in texts]
+            self.normalize(guess) is not None and self.normalize(guess) in [self.normalize(text) for text in texts]
             for guess, texts in zip(predictions, references)
         ]
         return {self.name: sum(right) / len(right)}
 
 
 class Accuracy(_Share):
-    """Share of predictions that equal a reference, leading and trailing space aside."""
+    """Share of predictions that equal a reference, ignoring leading and trailing white space."""
 
-    normal = staticmethod(str.strip)
+    normalize = staticmethod(str.strip)
 
 
 class ExactMatch(_Share):
-    """Share of predictions that equal a reference; letter case and the amount of white space do not count."""
+    """Share of predictions that equal a reference, ignoring case and the amount of white space."""
 
     @staticmethod
-    def normal(text: str) -> str:
+    def normalize(text: str) -> str:
         return " ".join(text.casefold().split())
 
 
 class NumberMatch(_Share):
-    """Share of predictions whose last number has a reference's value: ``1,000.0`` equals ``1000``."""
+    """Share of predictions whose last number has the value of a reference: ``1,000.0`` equals ``1000``."""
 
     @staticmethod
-    def normal(text: str) -> Decimal | None:
-        found = NUMBER.findall(text)
+    def normalize(text: str) -> Decimal | None:
+        numbers = NUMBER.findall(text)
         try:
-            return Decimal(found[-1].replace(",", "")) if found else None
+            return Decimal(numbers[-1].replace(",", "")) if numbers else None
         except InvalidOperation:
             return None
 
@@ -74,18 +73,18 @@ class NumberMatch(_Share):
 class Bleu(_Metric):
     """Corpus BLEU of sacrebleu with its defaults (13a tokens, exponential smoothing), 0 to 100."""
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         import sacrebleu
 
         most = max(map(len, references))
-        streams = [[texts[at] if at < len(texts) else None for texts in references] for at in range(most)]
+        streams: Any = [[texts[at] if at < len(texts) else None for texts in references] for at in range(most)]
         return {self.name: sacrebleu.corpus_bleu(predictions, streams).score}
 
 
 class RougeL(_Metric):
-    """Mean F-measure of ROUGE-L (rouge_score, no stemming), the best reference of each prediction."""
+    """Mean F-measure of ROUGE-L (rouge_score, no stemming), with the best reference of each prediction."""
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer(["rougeL"])
@@ -108,25 +107,25 @@ def compute(
     references: Sequence[str | Sequence[str]],
     extract: str | None = None,
 ) -> dict[str, float]:
-    """``{name: value}`` of predictions against one or several references each.
+    """``{name: value}`` of predictions, each with one or several references.
 
     Args:
-        extract: a regular expression; of each text only the last match counts (its group where it has one).
-            A prediction without a match counts as empty, that is wrong; a reference without one counts whole.
+        extract: a regular expression whose last match in a text (or the first group of that match) replaces the text.
+            A prediction without a match becomes empty, that is wrong; a reference without a match stays as it is.
 
     Raises:
-        UserError: an unknown metric.
+        UserError: unknown metric.
     """
     require_choice("metric", name, METRICS)
     assert len(predictions) == len(references) > 0
-    many = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
     guesses = list(predictions)
     if extract:
         guesses = [_extracted(extract, text) or "" for text in guesses]
-        many = [[_extracted(extract, text) or text for text in texts] for texts in many]
+        lists = [[_extracted(extract, text) or text for text in texts] for texts in lists]
     with tempfile.TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps data in memory
         metric = METRICS[name](keep_in_memory=True, cache_dir=folder, experiment_id="lrk")
-        return {name: float(metric.compute(predictions=guesses, references=many)[name])}
+        return {name: float(metric.compute(predictions=guesses, references=lists)[name])}
 
 
 def _extracted(pattern: str, text: str) -> str | None:

@@ -1,12 +1,12 @@
 """Where rows come from: a folder of JSON lines, the Hub, or a generator of this package.
 
-A row is a dict of columns. ``read`` returns a split's rows and the name that an error gives them: row ``i``
-(from 1) is ``name:i``, which for a file is its line.
+A row is a dict of columns. ``read`` returns a split's rows and their name in messages: row ``i`` (from 1) is
+``name:i``, in a file line ``i``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,17 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.reader import parse_json, read_text
 from lowrank_cli.schema import TaskConfig
 
-Rows = list[dict]
-PROBE_SECONDS = 5  #: how long the Hub may take to answer before it counts as unreachable
+Row = dict[str, Any]
+Rows = list[Row]
+PROBE_SECONDS = 5  #: the Hub counts as unreachable if it takes longer to answer
 WAYS_OUT = "set task.path=FOLDER (with <split>.jsonl files), choose a generated task (task=tiny_yesno)"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Named splits of one data set."""
+    """The named splits of a data set."""
 
-    where: str  #: what messages call the data set
+    name: str  #: of the data set, in messages
     splits: tuple[str, ...]
     read: Callable[[str], tuple[Rows, str]]  #: split -> (rows, their name in messages)
 
@@ -45,7 +46,7 @@ def folder(path: str) -> Source:
     """``<split>.jsonl`` files of a folder.
 
     Raises:
-        UserError: no such folder, or no JSON lines in it.
+        UserError: there is no such folder, or it holds no .jsonl file.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -58,10 +59,10 @@ def folder(path: str) -> Source:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """One JSON object a line; row ``i`` (from 1) stands in line ``i``.
+    """The JSON objects of a file, one a line.
 
     Raises:
-        UserError: an unreadable or empty file, or a line that is no JSON object (file and line named).
+        UserError: the file is unreadable or empty, or a line is not a JSON object (the message names the line).
     """
     lines = read_text(path, "rows").rstrip().split("\n")
     if lines == [""]:
@@ -77,10 +78,10 @@ def _generator(name: str) -> Source:
 
 
 def _hub(repository: str, subset: str | None) -> Source:
-    """The cached copy if there is one (no network), else a download.
+    """The cached copy if there is one (without network), else a download.
 
     Raises:
-        UserError: not cached, and the Hub does not answer or does not have it.
+        UserError: it is not cached, and the Hub does not answer or does not have it.
     """
     data = _load_cached(repository, subset)
     if data is None:
@@ -89,7 +90,7 @@ def _hub(repository: str, subset: str | None) -> Source:
     return Source(repository, tuple(data), lambda split: (data[split].to_list(), f"{repository} {split}"))
 
 
-def _load_cached(repository: str, subset: str | None):
+def _load_cached(repository: str, subset: str | None) -> Any:
     with _offline():
         try:
             return _load(repository, subset)
@@ -98,8 +99,8 @@ def _load_cached(repository: str, subset: str | None):
 
 
 @contextmanager
-def _offline():
-    """Let ``datasets`` look into its cache only, and quietly."""
+def _offline() -> Iterator[None]:
+    """Inside, ``datasets`` reads its cache only, and quietly."""
     import datasets
     import huggingface_hub.constants as hub
 
@@ -133,14 +134,14 @@ def _probe(repository: str) -> None:
         ) from error
 
 
-def _download(repository: str, subset: str | None):
+def _download(repository: str, subset: str | None) -> Any:
     try:
         return _load(repository, subset)
     except ValueError as error:  # such as an unknown subset
         raise UserError(f"task.subset: {repository}: {error}") from error
 
 
-def _load(repository: str, subset: str | None):
+def _load(repository: str, subset: str | None) -> Any:
     import datasets
 
     try:

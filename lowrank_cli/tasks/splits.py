@@ -1,67 +1,73 @@
-"""Which examples train, which choose the best adapter, which are reported.
+"""Which examples are for training, for choosing the best adapter (dev), and for reporting (test).
 
 The papers' rule: the evaluation set is the validation split where there is one, else the test split. Below
 10,000 training examples, one half of the evaluation set is dev and the other half is test. Otherwise 1,000
 training examples are dev and the whole evaluation set is test.
 
-All choices here are functions of sizes and keys alone: the run's seed does not enter, so that seeds can be
-compared.
+All choices depend on sizes and keys alone, not on the run's seed, so that runs with different seeds compare.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.schema import TaskConfig
 
+T = TypeVar("T")
+
 SEED = 2024  #: of every shuffle below; arbitrary, and never changed
-SMALL = 10_000  #: training sets below this size leave the evaluation set to be halved (the papers' rule)
+SMALL = 10_000  #: with fewer training examples, the evaluation set is halved (the papers' rule)
 HELD_OUT = 1_000  #: training examples that become dev in larger sets (the papers' rule)
 
 
-def names(config: TaskConfig, available: Sequence[str], where: str) -> tuple[str, ...]:
+def names(config: TaskConfig, available: Sequence[str], source: str) -> tuple[str, ...]:
     """The splits to read: all three if ``given``, (train, evaluation set) by the papers' rule, else (train,).
 
+    Args:
+        available: the splits that the data set has.
+        source: name of the data set in messages.
+
     Raises:
-        UserError: a split is absent; the message lists those that ``where`` has.
+        UserError: a split is absent; the message lists those available.
     """
     if config.splits == "given":
         wanted = {"train": config.train_split, "dev": config.dev_split, "test": config.test_split}
-        return tuple(_present(f"task.{key}_split", name, available, where) for key, name in wanted.items())
-    train = _present("task.train_split", config.train_split, available, where)
+        return tuple(_require(f"task.{key}_split", name, available, source) for key, name in wanted.items())
+    train = _require("task.train_split", config.train_split, available, source)
     if config.splits == "held_out":
         return (train,)
     for name in (config.dev_split, config.test_split):
         if name in available and name != train:
             return train, name
     raise UserError(
-        f"task: {where} has nothing to evaluate on besides task.train_split={train} "
+        f"task: {source} has nothing to evaluate on besides task.train_split={train} "
         f"(found: {', '.join(available)}); name another of them in task.dev_split or task.test_split"
     )
 
 
-def _present(key: str, name: str, available: Sequence[str], where: str) -> str:
-    if name not in available:
+def _require(key: str, name: str | None, available: Sequence[str], source: str) -> str:
+    if name is None or name not in available:
         raise UserError(
-            f"{key}: {where} has no split '{name}'{nearest(name, available)} "
+            f"{key}: {source} has no split '{name}'{nearest(name, available)} "
             f"(found: {', '.join(available)}); set {key}=NAME to one of them"
         )
     return name
 
 
 def halves(size: int) -> tuple[list[int], list[int]]:
-    """Two disjoint halves of ``range(size)``, each ascending; the first has the odd one out."""
+    """Two disjoint halves of ``range(size)``, each ascending; the first has one more if ``size`` is odd."""
     order = _shuffled(range(size))
     middle = (size + 1) // 2
     return sorted(order[:middle]), sorted(order[middle:])
 
 
 def hold_out(keys: Sequence[Hashable], count: int = HELD_OUT) -> tuple[list[int], list[int]]:
-    """(kept, held out) indices into ``keys``, each ascending.
+    """(kept, held out) indices into ``keys``, each ascending; at least ``count`` are held out.
 
-    Equal keys stay together, so no held-out prompt is trained on; at least ``count`` indices are held out.
+    Equal keys stay together, so that no held-out prompt is trained on.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
@@ -74,13 +80,13 @@ def hold_out(keys: Sequence[Hashable], count: int = HELD_OUT) -> tuple[list[int]
 
 
 def limited(size: int, limit: int | None) -> list[int]:
-    """The first ``limit`` of a fixed shuffle of ``range(size)``, ascending: mixed labels, nested limits."""
+    """The first ``limit`` of a fixed shuffle of ``range(size)``, ascending: a larger limit adds to a smaller one's."""
     if limit is None or limit >= size:
         return list(range(size))
     return sorted(_shuffled(range(size))[:limit])
 
 
-def _shuffled(items) -> list:
-    items = list(items)
-    random.Random(SEED).shuffle(items)
-    return items
+def _shuffled(items: Iterable[T]) -> list[T]:
+    shuffled = list(items)
+    random.Random(SEED).shuffle(shuffled)
+    return shuffled

@@ -250,6 +250,6 @@ def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> It
             keys = {site.span: key for key, site in adapter.sites.items() if site.path == path}
             linear.weight.requires_grad_(True)
             undo.callback(linear.weight.requires_grad_, False)
-            handle = linear.weight.register_post_accumulate_grad_hook(watch(linear, keys))  # type: ignore[no-untyped-call]
+            handle = linear.weight.register_post_accumulate_grad_hook(watch(linear, keys))
             undo.callback(handle.remove)
         yield

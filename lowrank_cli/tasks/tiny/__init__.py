@@ -1,7 +1,7 @@
-"""The ``tiny_*`` tasks: generated, deterministic, without any outside data.
+"""The ``tiny_*`` tasks: generated and deterministic, without outside data.
 
-They are made for the bundled model (docs/results/bundled_model.md): label words, a share of the content words, all
-names and the number range are held out from its pretraining, so that a method has something to learn.
+They are for the bundled model (docs/results/bundled_model.md): its pretraining never shows their label words, some of
+their content words, their names and their range of numbers, so that a method has something to learn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from random import Random
 
 from lowrank_cli.errors import require_choice
-from lowrank_cli.tasks.tiny.answers import INSTRUCTIONS, category_question, description, instruction, number_problem
+from lowrank_cli.tasks.tiny.answers import (
+    INSTRUCTIONS,
+    Row,
+    category_question,
+    description,
+    instruction,
+    number_problem,
+)
 from lowrank_cli.tasks.tiny.families import FAMILIES, turned
 from lowrank_cli.tasks.tiny.lexicon import Lexicon
 
@@ -25,32 +32,32 @@ NAMES = (
     "tiny_instruct",
 )
 
-#: Numbers of examples of each split.
+#: Number of examples in each split.
 SIZES = {"train": 2048, "dev": 256, "test": 512}
 
-#: Chance that a content word is one whose meaning pretraining never showed.
+#: Probability that a content word is held out from pretraining.
 HELD_WORDS = 0.3
 
-#: Share of tiny_sentiment that says one thing and then the opposite.
+#: Share of the reviews of tiny_sentiment that end with the opposite opinion.
 TURNED = 0.3
 
-#: Topics that tiny_topic tells apart, in the order of its label words.
+#: Topics of tiny_topic, in the order of its label words.
 TOPICS = ("fruit", "job", "weather", "sport")
 
-#: tiny_arithmetic works on these numbers (pretraining: 0 … 49).
+#: Range of the numbers in tiny_arithmetic (pretraining: 0 … 49).
 NUMBERS = (50, 80)
 
 
-def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict[str, list[dict]]:
-    """Rows of every split; no row stands in two splits, classes are balanced to within one row.
+def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict[str, list[Row]]:
+    """Rows of every split. No row is in two splits; classes are balanced to within one row.
 
     Args:
         name: one of :data:`NAMES`.
-        seed: another seed is another draw of the same task.
-        sizes: rows of ``train``, ``dev`` and ``test``.
+        seed: draws the rows.
+        sizes: number of rows in ``train``, ``dev`` and ``test``.
 
     Raises:
-        UserError: an unknown name.
+        UserError: unknown name.
     """
     require_choice("task.generator", name, NAMES)
     seen: set[str] = set()
@@ -58,7 +65,7 @@ def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict
     for split in ("train", "dev", "test"):
         rng = Random(f"{name} {split} {seed}")
         lexicon = Lexicon(rng, split, HELD_WORDS)
-        rows: list[dict] = []
+        rows: list[Row] = []
         while len(rows) < sizes[split]:
             row = _row(name, rng, lexicon, len(rows))
             key = repr(row)
@@ -70,9 +77,10 @@ def generate(name: str, seed: int = 0, sizes: Mapping[str, int] = SIZES) -> dict
     return splits
 
 
-def _row(name: str, rng: Random, lexicon: Lexicon, index: int) -> dict:
+def _row(name: str, rng: Random, lexicon: Lexicon, index: int) -> Row:
     family = FAMILIES.get(name.removeprefix("tiny_"))
     if name == "tiny_topic":
+        assert family is not None
         label = index % len(TOPICS)
         return {**family.make(rng, lexicon, family.classes.index(TOPICS[label])), "label": label}
     if family is not None:

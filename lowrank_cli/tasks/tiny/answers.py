@@ -1,39 +1,42 @@
 """Generated examples whose answer is a text: options, numbers, sentences, instructions.
 
-``plain`` wordings belong to the bundled model's pretraining, the others to the ``tiny_*`` tasks.
+``plain`` wordings are for the bundled model's pretraining, the others for the ``tiny_*`` tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from lowrank_cli.tasks.tiny.families import FAMILIES, article, facts
 from lowrank_cli.tasks.tiny.lexicon import Lexicon
 
+Row = dict[str, Any]  #: columns of an example
 
-def choice(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> dict:
-    """For pretraining: a question about stated facts with ``options`` things to choose from; number ``label`` is right.
 
-    Half of the questions have a second person's thing among the wrong options.
+def choice(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> Row:
+    """For pretraining: a question about stated facts with ``options`` choices; number ``label`` is right.
+
+    In half of the questions one of the wrong choices belongs to the second person.
     """
     known = facts(rng, lexicon, 2)
-    asked, other = rng.sample(known, 2)
+    fact, other = rng.sample(known, 2)
     if rng.random() < 0.7:
-        kind, right, tempting = "item", asked.item, other.item
-        question = f"What does {asked.name} {asked.relation[0]}?"
+        kind, right, distractor = "item", fact.item, other.item
+        question = f"What does {fact.name} {fact.relation[0]}?"
     else:
-        kind, right, tempting = "color", asked.color, other.color
-        question = f"Which color is the {asked.item}?"
-    wrong = [word for word in lexicon.words(kind, options + 1) if word not in (right, tempting)][: options - 1]
+        kind, right, distractor = "color", fact.color, other.color
+        question = f"Which color is the {fact.item}?"
+    wrong = [word for word in lexicon.words(kind, options + 1) if word not in (right, distractor)][: options - 1]
     if rng.random() < 0.5:
-        wrong[0] = tempting
+        wrong[0] = distractor
     rng.shuffle(wrong)
     choices = [*wrong[:label], right, *wrong[label:]]
     return {"passage": " ".join(fact.text for fact in known), "question": question, "choices": choices, "answer": label}
 
 
-#: kind of word -> how a question names it
+#: kind of word -> its name in a question
 KINDS = {
     "animal": "an animal",
     "fruit": "a fruit",
@@ -45,16 +48,16 @@ KINDS = {
 }
 
 
-def category_question(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> dict:
-    """``options`` words of as many kinds; number ``label`` is of the kind that is asked for."""
+def category_question(rng: Random, lexicon: Lexicon, label: int, options: int = 4) -> Row:
+    """A choice between ``options`` words of different kinds; number ``label`` is of the kind in the question."""
     kinds = rng.sample(list(KINDS), options)
     name = lexicon.people(1)[0]
     question = f"{name} picked {KINDS[kinds[label]]}. What did {name} pick?"
     return {"question": question, "choices": [lexicon.word(kind) for kind in kinds], "answer": label}
 
 
-def number_problem(rng: Random, lexicon: Lexicon, low: int, high: int, plain: bool) -> dict:
-    """One step of addition or subtraction of a one-digit number; all numbers lie in ``low … high - 1``."""
+def number_problem(rng: Random, lexicon: Lexicon, low: int, high: int, plain: bool) -> Row:
+    """Addition or subtraction of a one-digit number; all numbers are in ``low … high - 1``."""
     step = rng.randrange(1, 10)
     more = rng.random() < 0.5
     start = rng.randrange(low, high - step) if more else rng.randrange(low + step, high)
@@ -68,8 +71,8 @@ def number_problem(rng: Random, lexicon: Lexicon, low: int, high: int, plain: bo
     return {"question": question, "answer": str(start + step if more else start - step)}
 
 
-def description(rng: Random, lexicon: Lexicon) -> dict:
-    """Attributes and the sentence that says them; which attributes stand there decides the sentence."""
+def description(rng: Random, lexicon: Lexicon) -> Row:
+    """Attributes and a sentence that states them; its form depends on which attributes there are."""
     name = lexicon.people(1)[0]
     fields = {
         "name": name,
@@ -131,7 +134,7 @@ def _opinion(rng: Random, lexicon: Lexicon) -> tuple[str, str]:
     return FAMILIES["sentiment"].make(rng, lexicon, label)["sentence"], ("bad", "good")[label]
 
 
-#: name -> (short wording of pretraining, wording of ``tiny_instruct``, input and answer)
+#: name -> (short wording in pretraining, wording in ``tiny_instruct``, function that makes input and answer)
 INSTRUCTIONS: dict[str, tuple[str, str, Callable[[Random, Lexicon], tuple[str, str]]]] = {
     "first": ("first", "Give the word that starts the list.", _pick(0)),
     "second": ("second", "Give the word after the starting one.", _pick(1)),
@@ -145,7 +148,7 @@ INSTRUCTIONS: dict[str, tuple[str, str, Callable[[Random, Lexicon], tuple[str, s
 }
 
 
-def instruction(rng: Random, lexicon: Lexicon, name: str, plain: bool) -> dict:
+def instruction(rng: Random, lexicon: Lexicon, name: str, plain: bool) -> Row:
     """One instruction with its input and answer."""
     short, long, make = INSTRUCTIONS[name]
     given, answer = make(rng, lexicon)

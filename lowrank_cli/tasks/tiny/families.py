@@ -1,7 +1,7 @@
-"""Families of generated classification examples: a latent class decides the text, words decide how it is answered.
+"""Families of generated classification examples: a latent class decides the text, label words name the classes.
 
-The same functions make the ``tiny_*`` tasks and the pretraining text of the bundled model; what differs is the
-:class:`~lowrank_cli.tasks.tiny.lexicon.Lexicon` (which words), and the words that name the classes.
+The same functions make the ``tiny_*`` tasks and the pretraining text of the bundled model, with a different
+:class:`~lowrank_cli.tasks.tiny.lexicon.Lexicon` and other label words.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Columns = dict[str, str]
 
 @dataclass(frozen=True)
 class Family:
-    """A latent function of a text."""
+    """A kind of text with a latent class."""
 
     name: str
     classes: tuple[str, ...]  #: names of the latent classes, never shown to a model
-    natural: tuple[tuple[str, ...], ...]  #: label words that pretraining uses, in class order
-    templates: tuple[str, ...]  #: prompts; the first is that of the ``tiny_*`` task where there is one
+    natural: tuple[tuple[str, ...], ...]  #: sets of label words that pretraining uses, in class order
+    templates: tuple[str, ...]  #: prompts; the first is that of the ``tiny_*`` task, if there is one
     make: Callable[[Random, Lexicon, int], Columns]  #: columns of one example of class ``int``
 
 
 def article(word: str) -> str:
-    """``a`` or ``an`` with the word."""
+    """The word after ``a`` or ``an``."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
@@ -52,7 +52,7 @@ def sentiment(rng: Random, lexicon: Lexicon, label: int) -> Columns:
 
 
 def turned(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """A review whose last word on the thing is the opposite of its first; never in pretraining."""
+    """A review that ends with the opposite opinion; never in pretraining."""
     first, last = ("bad", "good") if label else ("good", "bad")
     thing, second = lexicon.words("thing", 2)
     if rng.random() < 0.5:
@@ -81,7 +81,7 @@ class Fact:
 
 
 def facts(rng: Random, lexicon: Lexicon, count: int) -> list[Fact]:
-    """Facts about different people and different things."""
+    """Facts about different people, things and colors."""
     names, items = lexicon.people(count), lexicon.words("item", count)
     colors = lexicon.words("color", count)
     return [Fact(n, lexicon.relation(), c, i) for n, c, i in zip(names, colors, items, strict=True)]
@@ -90,37 +90,37 @@ def facts(rng: Random, lexicon: Lexicon, count: int) -> list[Fact]:
 def yesno(rng: Random, lexicon: Lexicon, label: int) -> Columns:
     """A question about one of one or two facts, each stated or denied; class 1 asks for a stated one."""
     known = facts(rng, lexicon, rng.choice((1, 1, 1, 2)))
-    asked = rng.choice(known)
-    true = [bool(label) if fact is asked else rng.random() < 0.5 for fact in known]
+    target = rng.choice(known)
+    true = [bool(label) if fact is target else rng.random() < 0.5 for fact in known]
     passage = " ".join(fact.text if said else fact.denied for fact, said in zip(known, true, strict=True))
-    return {"passage": passage, "question": f"Does {asked.name} {asked.relation[0]} {article(asked.item)}?"}
+    return {"passage": passage, "question": f"Does {target.name} {target.relation[0]} {article(target.item)}?"}
 
 
 def bound(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """A question about two or three facts; class 1 asks for a stated fact.
+    """A question about two or three facts; class 1 asks about a stated fact.
 
-    A question of class 0 names another thing (half of them), or a thing that another person of the passage has.
+    Class 0 asks about a thing that another person in the passage has, or (half of the time) about one that nobody has.
     """
     known = facts(rng, lexicon, rng.choice((2, 2, 3)))
-    asked = rng.choice(known)
-    item = asked.item
+    target = rng.choice(known)
+    item = target.item
     if not label and rng.random() < 0.5:
-        item = rng.choice([fact.item for fact in known if fact is not asked])
+        item = rng.choice([fact.item for fact in known if fact is not target])
     elif not label:
         while item in [fact.item for fact in known]:
             item = lexicon.word("item")
-    question = f"Does {asked.name} {asked.relation[0]} {article(item)}?"
+    question = f"Does {target.name} {target.relation[0]} {article(item)}?"
     return {"passage": " ".join(fact.text for fact in known), "question": question}
 
 
 def stated(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """Like :func:`bound` about one or two facts, where a question of class 0 names a thing that nobody has."""
+    """Like :func:`bound`, but with one or two facts; class 0 asks about a thing that nobody has."""
     known = facts(rng, lexicon, rng.choice((1, 2)))
-    asked = rng.choice(known)
-    item = asked.item
+    target = rng.choice(known)
+    item = target.item
     while not label and item in [fact.item for fact in known]:
         item = lexicon.word("item")
-    question = f"Does {asked.name} {asked.relation[0]} {article(item)}?"
+    question = f"Does {target.name} {target.relation[0]} {article(item)}?"
     return {"passage": " ".join(fact.text for fact in known), "question": question}
 
 
@@ -137,7 +137,7 @@ def entailment(rng: Random, lexicon: Lexicon, label: int) -> Columns:
             f"The {thing} is {opposite}." if rng.random() < 0.5 else f"The {thing} is not {state}.",
         )[label]
     else:
-        fact = Fact(name, lexicon.relation(), *lexicon.words("color", 1), lexicon.word("item"))
+        fact = Fact(name, lexicon.relation(), lexicon.word("color"), lexicon.word("item"))
         base, third, _ = fact.relation
         premise = f"{fact.text[:-1]} in {lexicon.word('city')}."
         unknown = lexicon.word(rng.choice(("animal", "fruit", "music")))
@@ -183,7 +183,7 @@ def same(rng: Random, lexicon: Lexicon, label: int) -> Columns:
 
 
 def mentioned(rng: Random, lexicon: Lexicon, label: int) -> Columns:
-    """A list and a word; class 1 has it in the list."""
+    """A list and a word; in class 1 the list contains it."""
     kind = rng.choice(("item", "color", "animal", "fruit"))
     *listed, absent = lexicon.words(kind, rng.choice((3, 4)))
     return {"list": " ".join(listed), "word": rng.choice(listed) if label else absent}

@@ -1,9 +1,8 @@
-"""Words of the generated tasks: what the bundled model's pretraining may use, and what is held out for ``tiny_*``.
+"""Words of the generated tasks: those that the bundled model's pretraining uses, and those held out for ``tiny_*``.
 
-Every kind of word is split in two by position: the first part is *seen* in pretraining with its meaning, the rest is
-*held out*: pretraining shows those words only in lists to be copied and as keys of lookups, so they are ordinary tokens
-without a meaning.
-Names are built from two syllables; which pairs belong to pretraining, train, dev and test never overlaps.
+Every kind of word has two lists. Pretraining shows the *seen* words with their meaning. It shows the *held-out* words
+only in lists to copy and as keys of lookups, so they are ordinary tokens without a meaning.
+Names have two syllables; pretraining, train, dev and test use disjoint sets of pairs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Label words of the ``tiny_*`` tasks: in pretraining they stand only where no meaning decides, in lists and lookups.
+#: Label words of the ``tiny_*`` tasks; pretraining shows them only in lists and lookups.
 HELD_LABELS = tuple(
     "yes no positive negative entailment neutral contradiction food work climate leisure A B C D".split()
 )
@@ -22,7 +21,7 @@ HELD_LABELS = tuple(
 #: Spare words for experiments with meaningless labels; held out like :data:`HELD_LABELS`.
 SPARE_LABELS = ("foo", "bar", "baz", "qux", "zib", "mup", "wug", "dax")
 
-#: Arbitrary label words of the few-shot episodes of pretraining.
+#: Arbitrary label words of the few-shot episodes in pretraining.
 EPISODE_LABELS = tuple(
     """lamp river stone cloud paper glass bread chair table window garden bridge forest mountain island ocean desert
     valley castle tower market station engine wheel hammer needle thread button pocket mirror candle basket bottle
@@ -45,7 +44,7 @@ _SECOND = (
     " mis nor pam rik sul tov vin wan yal zim bor tel"
 ).split()
 
-#: Share of name buckets (of ten) each user may draw from.
+#: The name buckets (of ten) that each user draws from.
 _BUCKETS = {"pretrain": (0, 1, 2, 3, 4, 5), "train": (6, 7), "dev": (8,), "test": (9,)}
 
 #: kind -> (seen, held out)
@@ -123,13 +122,13 @@ OPPOSITES = {
 class Lexicon:
     """Draws words for one user: ``pretrain``, ``train``, ``dev`` or ``test``.
 
-    ``held`` is the chance that a drawn word is a held-out one (0 in pretraining). The last quarter of the held-out
-    words is never drawn for ``train``: dev and test have a few that nothing was said about.
+    ``held`` is the probability of a held-out word (0 in pretraining). ``train`` never draws the last quarter of the
+    held-out words, so dev and test have a few words that no training example shows.
     """
 
     def __init__(self, rng: Random, user: str, held: float):
         self.rng, self.held = rng, held
-        self.met = 0.75 if user == "train" else 1.0
+        self.held_share = 0.75 if user == "train" else 1.0  #: of the held-out words that are drawn
         buckets = _BUCKETS[user]
         self.names = [
             first + second
@@ -140,7 +139,7 @@ class Lexicon:
 
     def _draw(self, seen: Sequence[T], held: Sequence[T]) -> T:
         if self.rng.random() < self.held:
-            return self.rng.choice(held[: max(1, int(len(held) * self.met))])
+            return self.rng.choice(held[: max(1, int(len(held) * self.held_share))])
         return self.rng.choice(seen)
 
     def word(self, kind: str) -> str:
@@ -148,12 +147,12 @@ class Lexicon:
 
     def words(self, kind: str, count: int) -> list[str]:
         """Distinct words of one kind."""
-        found: list[str] = []
-        while len(found) < count:
+        words: list[str] = []
+        while len(words) < count:
             word = self.word(kind)
-            if word not in found:
-                found.append(word)
-        return found
+            if word not in words:
+                words.append(word)
+        return words
 
     def relation(self) -> tuple[str, str, str]:
         return self._draw(RELATIONS["seen"], RELATIONS["held"])
@@ -167,7 +166,7 @@ class Lexicon:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the lexicon, seen and held out; of the names only the first syllables."""
+    """Every word of the lexicon, seen and held out, and the first syllables of the names."""
     words = [*HELD_LABELS, *SPARE_LABELS, *EPISODE_LABELS, *_FIRST, *"0123456789"]
     for seen, held in WORDS.values():
         words += [*seen, *held]

@@ -1,0 +1,58 @@
+"""Where an adapter comes from: the earlier run that holds it, and the method that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from lowrank_cli import methods
+from lowrank_cli.adapter.files import save_load
+from lowrank_cli.errors import UserError, require_choice
+from lowrank_cli.methods.protocol import Adapts, Method
+from lowrank_cli.reader import check
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import RunConfig
+
+
+def adapter_run(config: RunConfig) -> Path | None:
+    """The run whose adapter ``config`` uses: ``config.run``, or the closest run in its lineage that has one."""
+    path = getattr(config, "run", None)
+    for run in () if path is None else Run.open(path).lineage():
+        name = run.config("method.name", "run")["method"]["name"]
+        require_choice(f"{run.path / 'config.yaml'}: method.name", name, methods.names())
+        if methods.can(name, Adapts) and run.info["stage"] != "score":
+            return run.path
+    return None
+
+
+def newest_run_note(config: RunConfig, run: Run) -> str:
+    """``run: PATH`` if ``config.run`` was not given on the command line but is the newest run; else empty."""
+    path = getattr(config, "run", None)
+    given = any(override.lstrip("+").startswith("run=") for override in run.info.get("overrides", ()))
+    return "" if path is None or given else f"run: {path}"
+
+
+def method_of(run: Run) -> Method:
+    """The method of an earlier run, as it was configured. Raises UserError if its configuration does not fit."""
+    return methods.configured(run.config("method.name")["method"], str(run.path / "config.yaml"))
+
+
+class MadeBy(TypedDict):
+    """The method that made an adapter outside of a run, as ``lrk.json`` records it."""
+
+    method_config: dict[str, Any]
+
+
+def method_of_adapter(folder: Path) -> Method:
+    """The method that made the adapter in ``folder``, as ``lrk.json`` or else the run of the adapter says.
+
+    Raises:
+        UserError: neither says so.
+    """
+    about, file = save_load.read_proof(folder)["about"], f"{folder / save_load.PROOF}: about"
+    if "method_config" in about:
+        check(about, MadeBy, file)
+        return methods.configured(about["method_config"], file)
+    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
+        return method_of(Run.open(folder.parent))
+    raise UserError(f"{folder}: {save_load.PROOF} does not say which method made the adapter; name its run")

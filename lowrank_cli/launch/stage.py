@@ -137,9 +137,8 @@ def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
             f"method.templates: {plan.templates}, but task={task.name} has {1 + len(task.templates)} of them "
             f"(allowed: 1 to {1 + len(task.templates)})"
         )
-    given = [override.partition("=")[0] for override in composed.overrides]
     for key in ("export.format", "export.rank"):
-        if key in given:
+        if key in composed.keys:
             name = composed.choices["method"]
             raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")
 

@@ -350,7 +350,7 @@ def test_a_file_that_is_no_setting_is_refused(text, message):
 
 def test_what_is_written_is_read_again():
     selection = Selection("mine", {"0": ["Q", "V"], "1": []})
-    found = text(selection, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"})
+    found = text(selection, {(0, "Q"): 0.25, (0, "V"): -1e-9, (1, "Q"): 3.0}, {"family": "llama"}, "fanlora")
     assert read(write(found)) == selection
     assert "  0: [Q, V]\n  1: []\n" in found and "  0: {Q: 0.25, V: -1e-09}\n" in found
 

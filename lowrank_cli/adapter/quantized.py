@@ -1,7 +1,7 @@
 """Frozen weights in 4 bits, as bitsandbytes stores them: packed bytes (N, 1) with a quantisation state.
 
 Their linears compute y = W x + bias like any other, so updates that only add to outputs need nothing from here. Code
-that reads W itself (DoRA's norms, a decomposition) calls :func:`dense`.
+that reads W itself (norms of rows, a decomposition) calls :func:`dense`.
 """
 
 from __future__ import annotations

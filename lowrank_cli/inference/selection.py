@@ -76,7 +76,8 @@ def write(run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Sco
         "kept": _rule(config.prune),
     }
     table = {place: scores.values[key][0] for key, place in places.items()}
-    run.write_text(FILE, text(Selection(config.name or f"{scores.kind} {about['kept']}", kept), table, about))
+    selection = Selection(config.name or f"{scores.kind} {about['kept']}", kept)
+    run.write_text(FILE, text(selection, table, about, methods.having("setting")[0]))
     return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lowrank_cli.adapter.adapted_model import Adapter
 
-KEPT = 2  #: modules that a layer keeps by default (FanLoRA's)
+KEPT = 2  #: modules that a layer keeps by default
 
 Values = Mapping[str, Sequence[float]]  #: by module, the scores of its ranks, or its single score
 UnitIndex = tuple[str, int]  #: a module's key and the index of one of its scores

@@ -1,4 +1,4 @@
-"""Scores of ranks from gradients or norms: the first-order ablation, and the scores that ALoRA is compared with."""
+"""Scores of ranks from gradients or norms: the first-order ablation, and the scores it is compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowrank_cli.scoring.ablation import evaluating
 from lowrank_cli.scoring.probe import Batch, Probe, row_losses
 
 PIECES = 8  #: parts of the batch, for smoothing and gate training
-SMOOTHING = 0.85  #: β1 = β2 of AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512, section 4 and appendix)
+SMOOTHING = 0.85  #: β1 = β2 of Zhang et al., ICLR 2023, arXiv 2303.10512, section 4 and appendix
 GATE_PASSES = 4  #: passes over the batch in which relaxed gates are trained
 GATE_RATE = 0.01  #: Adam's learning rate of relaxed gates
 
@@ -48,8 +48,8 @@ def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
 def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
     """a_i, (R,) for each module, of gates relaxed to 2 · sigmoid(a), which start at a = 0 and follow the dev loss.
 
-    Reconstruction: ALoRA's paper says bi-level optimisation. Here the levels alternate: weights train on training
-    batches between scorings; at a scoring, the gates train on dev batches (Adam) with weights fixed.
+    Reconstruction: Liu et al. (NAACL 2024) say bi-level optimisation. Here the levels alternate: weights train on
+    training batches between scorings; at a scoring, the gates train on dev batches (Adam) with weights fixed.
     """
     levels = {key: torch.zeros_like(p.lora_a[:, 0], requires_grad=True) for key, p in adapter.modules.items()}
     optimizer = torch.optim.Adam(levels.values(), lr=GATE_RATE)

@@ -68,10 +68,10 @@ def read(path: str | Path) -> Selection:
     return Selection(str(name), {str(layer): list(roles) for layer, roles in listed.items()})
 
 
-def text(selection: Selection, scores: Mapping[Module, float], about: Mapping[str, Any]) -> str:
-    """The content of a selection file; ``about`` goes between the layers and the scores."""
+def text(selection: Selection, scores: Mapping[Module, float], about: Mapping[str, Any], method: str) -> str:
+    """The content of a selection file, with which ``method`` trains; ``about`` is between the layers and the scores."""
     parts = [
-        HEADER,
+        HEADER.format(method=method),
         yaml.safe_dump({"name": selection.name}, allow_unicode=True),
         _table("layers", {layer: f"[{', '.join(roles)}]" for layer, roles in selection.layers.items()}),
         yaml.safe_dump(dict(about), sort_keys=False, allow_unicode=True),

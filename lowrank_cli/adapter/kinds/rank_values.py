@@ -71,7 +71,9 @@ def keep_largest(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 
 
 class Importance:
-    """The importance of each rank: the smoothed sensitivity of its parameters (AdaLoRA, equations 8 to 11).
+    """The importance of each rank: the smoothed sensitivity of its parameters.
+
+    Source: Zhang et al., ICLR 2023, arXiv 2303.10512, equations 8 to 11.
 
     For every trained weight w of a module: I = |w · ∂L/∂w|, Ī ← β₁ Ī + (1 − β₁) I, Ū ← β₂ Ū + (1 − β₂) |I − Ī|,
     and s(w) = Ī · Ū. The score of a rank is the mean of s over its row of A, plus the mean over its column of B, plus s

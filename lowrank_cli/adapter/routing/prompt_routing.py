@@ -1,6 +1,6 @@
 """Prompt-aware routing: each layer chooses the low-rank modules of a sequence once, from its prompt.
 
-Source: MiLoRA (Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035). The routers are in ``router.py``.
+Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035. The routers are in ``router.py``.
 """
 
 from __future__ import annotations

@@ -111,6 +111,13 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(search_path)
 
 
+def _file(load: ConfigLoaderImpl, name: str) -> Any:
+    """The values of one file, which exists, without those of its defaults list."""
+    found = load.repository.load_config(name)
+    assert found is not None
+    return found.config
+
+
 def compose(
     verb: str,
     overrides: Sequence[str],
@@ -134,7 +141,7 @@ def compose(
             if source is not None:
                 given = _adopt(verb, load, source, parsed)
     with explained(Failure(load, verb, given)):
-        if "hydra" in load.repository.load_config(verb).config:
+        if "hydra" in _file(load, verb):
             raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings are not for a run")
         cfg = load.load_configuration(verb, [str(override) for override in given], RunMode.RUN)
         chosen = cfg.hydra.runtime.choices.items()
@@ -253,7 +260,7 @@ def _validate(config: Any) -> None:
     if hasattr(config, "seed"):
         require_range("seed", config.seed, 0, 2**32 - 1)
     if isinstance(config, schema.RunConfig):
-        name = getattr(config.method, "name", None)
+        name: Any = getattr(config.method, "name", None)
         kinds = methods.config_classes()
         if not isinstance(config.method, schema.MethodConfig):
             raise UserError("method: the file needs a schema: 'defaults: [_lora]' (or another method) as its first key")
@@ -269,10 +276,10 @@ def _validate(config: Any) -> None:
 
 def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> Source | None:
     """The run that the overrides name, or for evaluation the newest fitting one; None where none is read."""
-    wanted = {group: given[group] for group in ("method", "model") if group in given}
+    wanted: dict[str, Any] = {group: given[group] for group in ("method", "model") if group in given}
     if not all(load.repository.config_exists(f"{group}/{choice}") for group, choice in wanted.items()):
         return None  # composing says which choices there are
-    primary = load.repository.load_config(verb).config
+    primary = _file(load, verb)
     path, outputs = given.get("run", primary.get("run")), given.get("outputs", primary.get("outputs"))
     if path is None and verb not in NEWEST:
         return None
@@ -307,7 +314,7 @@ def _source(run: runs.Run) -> Source:
 
 
 def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:
-    return load.repository.load_config(f"method/{choice}").config.get("name")
+    return _file(load, f"method/{choice}").get("name")
 
 
 def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[HydraOverride]) -> list[Override]:
@@ -315,7 +322,7 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Hydra
 
     The method is the source's own, or one that calibrates its model. With the source's task comes how it was asked.
     """
-    given = {item.key_or_group: item.value() for item in parsed}
+    given: dict[str, Any] = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
     fresh = given.get("method", method) != method
     _check_model(load, source, given)
@@ -346,7 +353,7 @@ def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) 
         or not load.repository.config_exists(f"model/{choice}")
     ):
         return
-    if not load.repository.load_config(f"model/{choice}").config.get("path"):
+    if not _file(load, f"model/{choice}").get("path"):
         raise UserError(
             f"model: '{source.path}' was made with '{used}', not '{choice}'; leave model out (model.path=FOLDER says "
             f"where its weights lie)"

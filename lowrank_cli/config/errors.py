@@ -52,7 +52,9 @@ class Failure:
 
     def culprit(self) -> Override | None:
         """The first override that cannot be composed by itself, if there is one."""
-        for override in self.overrides if self.loader is not None else ():
+        if self.loader is None:
+            return None
+        for override in self.overrides:
             try:
                 self.loader.load_configuration(self.verb, [str(override)], RunMode.MULTIRUN)
             except Exception:
@@ -112,9 +114,10 @@ def refuse_strange(parsed: Iterable[HydraOverride]) -> None:
 def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     for key, value in cfg.items_ex(resolve=False):
         if prefix or key != "hydra":
-            yield f"{prefix}{key}"
+            name = prefix + str(key)
+            yield name
             if isinstance(value, DictConfig) and not value._is_missing() and not value._is_none():
-                yield from _flat(value, f"{prefix}{key}.")
+                yield from _flat(value, f"{name}.")
 
 
 def _line(error: Exception, failure: Failure) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: it is no configuration; expected keys with values")
-    return values
+    return cast(dict[str, Any], values)
 
 
 def _inherited(group: str, path: Path, config_dir: str | None) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def work(run: Run, composed: Composed) -> None:
                 item["status"] = part.info["status"]
                 run.write_json(LEDGER, ledger)
             run.update(peak_memory_bytes=max(r.info.get("peak_memory_bytes", 0) for r in (run, part)))
+        assert part is not None, "a recipe without stages is refused"
         run.finish(part.metrics)
 
 

@@ -19,7 +19,7 @@ from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, selections, tables
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.schema import BenchRun, RunConfig
+from lowrank_cli.schema import BenchRun, RunConfig, TrainRun
 
 
 def check(
@@ -43,7 +43,7 @@ def check(
     _refuse_what_would_do_nothing(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_what_cannot_be_calibrated(composed, method.plan())
-    if verb == "train":
+    if isinstance(config, TrainRun):
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
             raise UserError(

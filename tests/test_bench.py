@@ -228,6 +228,12 @@ def test_ratios_are_taken_within_rounds():
     assert ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
 
 
+def test_one_step_has_quantiles_too():
+    run = measured("bench.rounds=1", "bench.new_tokens=2", "bench.beams=[1]", "bench.methods=[base]")
+    (row,) = run.read_json("bench.json")["rows"]
+    assert row["ms_per_token_p95"] == pytest.approx(row["ms_per_token"])
+
+
 def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
     generate = bench.generate
     monkeypatch.setattr(bench, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -235,6 +235,8 @@ MISTAKES = {
     "hydra/launcher=joblib": "hydra/launcher=joblib: hydra/launcher and hydra.launcher.* belong to a sweep (-m)",
     "name=a/b": "name: 'a/b' cannot be part of a folder's name",
     "name=..": "name: '..' cannot be part of a folder's name",
+    "method.layers=[1]": "method.layers: unknown key; it is a key of method=fanlora",
+    "seed=" + "1" * 5000: "seed: '" + "1" * 60 + "…" + "1" * 20 + "' has too many digits (allowed: at most 4300)",
     "method.name=lora": "method.name: 'lora' does not go with the schema 'MiLoRAConfig'",
     "method.name=foo": "method.name: unknown value 'foo' (allowed: " + METHODS,
     "train.epochs=0": "train.epochs: 0.0 is out of range (allowed: above 0)",
@@ -256,6 +258,13 @@ MISTAKES = {
     "name=" + "x" * 101: "name: '" + "x" * 101 + "' is longer than 100 bytes",
     "method=" + "x" * 5000: "method: unknown value '" + "x" * 60 + "…" + "x" * 20 + "' (allowed: " + METHODS,
 }
+
+
+@pytest.mark.parametrize("override", ["method.ranks=4", "method.ranks=[4]", "method.ranks={Q: 4}", "method.ranks.Q=4"])
+def test_a_mapping_that_a_file_gives_names_the_key_of_the_file(override):
+    key, _, value = override.partition("=")
+    expected = f"{key}: '{value}' cannot be set by itself; give a file: method.rank_pattern=FILE (JSON, module: rank: "
+    assert refused(["method=lora", override]).startswith(expected)
 
 
 @pytest.mark.parametrize("override", MISTAKES)

@@ -119,7 +119,7 @@ def test_each_column_of_an_input_without_content_has_its_own_text():
 
 
 def test_every_task_file_fits_the_schema_and_describes_itself():
-    for file in CONF.glob("*.yaml"):
+    for file in CONF.glob("[!_]*.yaml"):
         assert file.read_text().startswith("# ")
         assert compose("train", [f"task={file.stem}"]).config.task.name == file.stem
 

@@ -1,7 +1,6 @@
 """Training passes: frozen linears that read one input, with their low-rank updates, as one autograd function.
 
-For linears j with updates i, where γ = w ⊙ g and c scales the rows (1 unless
-magnitudes are trained):
+For linears j with updates i, where γ = w ⊙ g and c scales the rows (1 unless magnitudes are trained):
 
     y_j = c_j ⊙ (W_j x + Σ_i s_i · B_i (γ_i ⊙ (A_i drop(x)))) + bias_j
 

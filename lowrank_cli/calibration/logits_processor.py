@@ -1,4 +1,4 @@
-"""Calibrated answers in ``transformers``' ``generate``: only the answers can be generated, scored by IDA-Softmax.
+"""Calibration in ``transformers``' ``generate``: only the answers can be generated, scored by IDA-Softmax.
 
     processor = AnswerProcessor.from_folder("RUN/statistics", model, tokenizer.eos_token_id)
     model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0, …)

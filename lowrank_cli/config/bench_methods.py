@@ -15,7 +15,7 @@ from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.config.inline_files import absorb
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.schema import BASE, PEFTS, VLLM, VLLM_LORA
+from lowrank_cli.schema import BASE, PEFTS, VLLM, VLLM_LORA, parse_overrides
 
 LORA = "lora"  #: the method whose settings the LoRAs of PEFT and vLLM get
 
@@ -42,12 +42,16 @@ def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
     adapting = [choice for choice in group if choice in methods.names() and methods.can(choice, Adapts)]
     if name not in group or (name in methods.names() and name not in adapting):
         raise unknown("bench.methods", name, [BASE, *PEFTS, VLLM, VLLM_LORA, *adapting])
-    if not all(re.match(r"\w+=", setting) for setting in settings):
+    given = parse_overrides(settings)
+    if not all(setting.sets and re.fullmatch(r"\w+", setting.key) for setting in given):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")
     overrides = [f"method={name}", *(f"method.{setting}" for setting in settings)]
-    with inside("method", f"bench.methods: '{entry}': method"), explained(Failure(load, "train", overrides)):
+    with (
+        inside("method", f"bench.methods: '{entry}': method"),
+        explained(Failure(load, "train", parse_overrides(overrides))),
+    ):
         section = load.load_configuration("train", overrides, RunMode.RUN).method
-        if rank is not None and "rank" in section and not any(s.startswith("rank=") for s in settings):
+        if rank is not None and "rank" in section and not any(setting.key == "rank" for setting in given):
             OmegaConf.update(section, "rank", rank)
-        absorb(section, [setting.partition("=")[0] for setting in settings])
+        absorb(section, [setting.key for setting in given])
     return section

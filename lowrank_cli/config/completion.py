@@ -7,6 +7,7 @@ from contextlib import suppress
 from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
 from lowrank_cli.config.composition import loader
+from lowrank_cli.schema import parse_overrides
 
 
 def completions(verb: str, words: list[str], incomplete: str, config_dir: str | None = None) -> list[str]:
@@ -20,9 +21,8 @@ def completions(verb: str, words: list[str], incomplete: str, config_dir: str | 
         def query(word: str) -> list[str]:
             found = plugin._query(verb, " ".join([*words, word]))
             hidden = ("_", "hydra")
-            return [
-                item for item in found if not item.startswith(hidden) and not item.partition("=")[2].startswith("_")
-            ]
+            shown = parse_overrides(item for item in found if not item.startswith(hidden))
+            return [str(item) for item in shown if not item.value.startswith("_")]
 
         found = query(incomplete)
         if len(found) == 1 and found[0].endswith(("=", ".")):

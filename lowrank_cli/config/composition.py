@@ -15,7 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -28,7 +28,7 @@ from lowrank_cli.config.inline_files import absorb
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.reader import check
-from lowrank_cli.schema import TRUST, VERBS
+from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides
 
 INPUTS = (
     "run",
@@ -66,6 +66,11 @@ class Composed:
     resolved: dict[str, Any]  #: the same as plain values: what config.yaml holds
     choices: dict[str, str]  #: which file of each group
     overrides: list[str]  #: as the user gave them
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys and groups that the user set."""
+        return {override.key for override in parse_overrides(self.overrides)}
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -106,6 +111,13 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(search_path)
 
 
+def _file(load: ConfigLoaderImpl, name: str) -> Any:
+    """The values of one file, which exists, without those of its defaults list."""
+    found = load.repository.load_config(name)
+    assert found is not None
+    return found.config
+
+
 def compose(
     verb: str,
     overrides: Sequence[str],
@@ -120,20 +132,18 @@ def compose(
     that begin with one of ``later``.
     """
     load = loader(config_dir)
-    asked = list(overrides)
-    overrides = [_literal_path(override) for override in overrides]
-    with explained(Failure(load, verb, overrides)):
-        parsed = OverridesParser.create().parse_overrides(overrides)
+    given = [_literal_path(override) for override in parse_overrides(overrides)]
+    with explained(Failure(load, verb, given)):
+        parsed = OverridesParser.create().parse_overrides([str(override) for override in given])
         refuse_strange(parsed)
         if verb in READS:
-            given = {item.key_or_group: item.value() for item in parsed}
-            source = source or _find_source(verb, load, given)
+            source = source or _find_source(verb, load, {item.key_or_group: item.value() for item in parsed})
             if source is not None:
-                overrides = _adopt(verb, load, source, parsed)
-    with explained(Failure(load, verb, overrides)):
-        if "hydra" in load.repository.load_config(verb).config:
+                given = _adopt(verb, load, source, parsed)
+    with explained(Failure(load, verb, given)):
+        if "hydra" in _file(load, verb):
             raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings are not for a run")
-        cfg = load.load_configuration(verb, overrides, RunMode.RUN)
+        cfg = load.load_configuration(verb, [str(override) for override in given], RunMode.RUN)
         chosen = cfg.hydra.runtime.choices.items()
         choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
         if source is not None:
@@ -150,7 +160,7 @@ def compose(
             del cfg["hydra"]
             if verb == "bench":
                 cfg.variants = bench_methods.compose(load, cfg.bench.methods, cfg.bench.rank)
-        composed = _finish(verb, cfg, choices, asked)
+        composed = _finish(verb, cfg, choices, list(overrides))
     typed = [item.key_or_group for item in parsed]
     if WRITTEN not in typed and verb == "generate" and composed.config.generate.output:
         raise UserError(f"{WRITTEN}: a configuration file says {composed.config.generate.output}; {ONLY_TYPED}")
@@ -224,7 +234,7 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
 
 
-def _refuse_strange_booleans(cfg: DictConfig, parsed: Sequence[Override]) -> None:
+def _refuse_strange_booleans(cfg: DictConfig, parsed: Sequence[HydraOverride]) -> None:
     """OmegaConf takes every whole number for true or false."""
     for item in parsed:
         value = item.value()
@@ -250,7 +260,7 @@ def _validate(config: Any) -> None:
     if hasattr(config, "seed"):
         require_range("seed", config.seed, 0, 2**32 - 1)
     if isinstance(config, schema.RunConfig):
-        name = getattr(config.method, "name", None)
+        name: Any = getattr(config.method, "name", None)
         kinds = methods.config_classes()
         if not isinstance(config.method, schema.MethodConfig):
             raise UserError("method: the file needs a schema: 'defaults: [_lora]' (or another method) as its first key")
@@ -266,10 +276,10 @@ def _validate(config: Any) -> None:
 
 def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> Source | None:
     """The run that the overrides name, or for evaluation the newest fitting one; None where none is read."""
-    wanted = {group: given[group] for group in ("method", "model") if group in given}
+    wanted: dict[str, Any] = {group: given[group] for group in ("method", "model") if group in given}
     if not all(load.repository.config_exists(f"{group}/{choice}") for group, choice in wanted.items()):
         return None  # composing says which choices there are
-    primary = load.repository.load_config(verb).config
+    primary = _file(load, verb)
     path, outputs = given.get("run", primary.get("run")), given.get("outputs", primary.get("outputs"))
     if path is None and verb not in NEWEST:
         return None
@@ -304,15 +314,15 @@ def _source(run: runs.Run) -> Source:
 
 
 def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:
-    return load.repository.load_config(f"method/{choice}").config.get("name")
+    return _file(load, f"method/{choice}").get("name")
 
 
-def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Override]) -> list[str]:
+def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[HydraOverride]) -> list[Override]:
     """Overrides that choose the source's sections where the user leaves the choice alone, then the user's.
 
     The method is the source's own, or one that calibrates its model. With the source's task comes how it was asked.
     """
-    given = {item.key_or_group: item.value() for item in parsed}
+    given: dict[str, Any] = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
     fresh = given.get("method", method) != method
     _check_model(load, source, given)
@@ -325,11 +335,12 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Overr
         schema_name = section["name"] if group == "method" else group
         node = {"defaults": [f"_{schema_name}", "_self_"], **section}
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)
-    own = [item.input_line for item in parsed if item.key_or_group not in adopted]
-    seed = [] if "seed" in given else [f"seed={source.resolved['seed']}"]
+    own = parse_overrides(item.input_line or "" for item in parsed if item.key_or_group not in adopted)
+    seed = [] if "seed" in given else [Override("seed", str(source.resolved["seed"]))]
     before = source.resolved.get("evaluate", {}) if "task" in adopted and hasattr(VERBS[verb](), "evaluate") else {}
-    asked = [f"evaluate.{key}={before[key]}" for key in ASKED if key in before and f"evaluate.{key}" not in given]
-    return [*(f"{group}={FROM_RUN}" for group in adopted), *seed, *asked, *own]
+    kept = {f"evaluate.{key}": str(before[key]) for key in ASKED if key in before}
+    asked = [Override(key, value) for key, value in kept.items() if key not in given]
+    return [*(Override(group, FROM_RUN) for group in adopted), *seed, *asked, *own]
 
 
 def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) -> None:
@@ -342,7 +353,7 @@ def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) 
         or not load.repository.config_exists(f"model/{choice}")
     ):
         return
-    if not load.repository.load_config(f"model/{choice}").config.get("path"):
+    if not _file(load, f"model/{choice}").get("path"):
         raise UserError(
             f"model: '{source.path}' was made with '{used}', not '{choice}'; leave model out (model.path=FOLDER says "
             f"where its weights lie)"
@@ -390,14 +401,14 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
     model.name = source.stem if source.suffix == ".gguf" else source.name
 
 
-def _literal_path(override: str) -> str:
+def _literal_path(override: Override) -> Override:
     """Quote the value of a key that is a path: it may hold any character, and ``~`` is the home folder."""
-    key, equals, value = override.partition("=")
-    if key in PATHS and equals and not value:
+    key, value = override.key, override.value
+    if key in PATHS and override.sets and not value:
         raise UserError(f"{key}: no folder is named; write {key}=FOLDER, or leave it out")
     if key not in PATHS or not value or value == "null" or value[0] in "'\"":
         return override
-    return f"{key}{equals}{quoted(os.path.expanduser(value))}"
+    return Override(key, quoted(os.path.expanduser(value)))
 
 
 def quoted(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override as HydraOverride
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -22,7 +23,7 @@ from lowrank_cli import methods
 from lowrank_cli.config.folders import groups_of
 from lowrank_cli.config.keys import flat
 from lowrank_cli.errors import LrkError, UserError, nearest, unknown
-from lowrank_cli.schema import VERBS
+from lowrank_cli.schema import VERBS, Override
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
@@ -42,21 +43,27 @@ class Failure:
 
     loader: ConfigLoaderImpl | None
     verb: str
-    overrides: list[str]
+    overrides: list[Override]
 
     def options(self, group: str) -> list[str]:
         """The choices of a group; empty for what is no group."""
         found = self.loader.get_group_options(group) if self.loader is not None else []
         return [name for name in found if not name.startswith("_")]
 
-    def culprit(self) -> str:
-        """The first override that cannot be composed by itself, or else all of them."""
-        for override in self.overrides if self.loader is not None else ():
+    def culprit(self) -> Override | None:
+        """The first override that cannot be composed by itself, if there is one."""
+        if self.loader is None:
+            return None
+        for override in self.overrides:
             try:
-                self.loader.load_configuration(self.verb, [override], RunMode.MULTIRUN)
+                self.loader.load_configuration(self.verb, [str(override)], RunMode.MULTIRUN)
             except Exception:
                 return override
-        return " ".join(self.overrides) or self.verb
+        return None
+
+    def blamed(self) -> str:
+        """:meth:`culprit` as it was typed, or else all overrides, or the verb."""
+        return str(self.culprit() or " ".join(map(str, self.overrides)) or self.verb)
 
     def keys(self) -> list[str]:
         """Every key there is, under the groups that were chosen as far as they exist."""
@@ -64,9 +71,8 @@ class Failure:
             return []
         chosen = []
         for override in self.overrides:
-            group, _, choice = override.partition("=")
-            if group in groups_of(self.verb) and choice in (*self.options(group), "_from_run"):
-                chosen.append(override)
+            if override.key in groups_of(self.verb) and override.value in (*self.options(override.key), "_from_run"):
+                chosen.append(str(override))
         return list(_flat(self.loader.load_configuration(self.verb, chosen, RunMode.MULTIRUN)))
 
 
@@ -82,13 +88,13 @@ def explained(failure: Failure) -> Iterator[None]:
     except Exception as error:  # values that Hydra and OmegaConf themselves stumble over
         if _is_ours(error):
             raise
-        override = failure.culprit()
-        options = failure.options(override.partition("=")[0])
+        culprit = failure.culprit()
+        options = failure.options(culprit.key) if culprit else []
         why = f"choose one of {', '.join(options)}" if options else f"{type(error).__name__}: {error}"
-        raise UserError(f"{override}: cannot be composed; {why}") from error
+        raise UserError(f"{culprit or failure.blamed()}: cannot be composed; {why}") from error
 
 
-def refuse_strange(parsed: Iterable[Override]) -> None:
+def refuse_strange(parsed: Iterable[HydraOverride]) -> None:
     """The keys are fixed by the schemas: nothing can be added or taken away, and Hydra's own are not for a run."""
     for override in parsed:
         if not override.key_or_group:
@@ -97,7 +103,7 @@ def refuse_strange(parsed: Iterable[Override]) -> None:
             raise UserError(f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m)")
         if override.is_delete() or override.is_add() or override.is_force_add():
             raise UserError(f"{override.input_line}: keys can be neither added nor removed; write KEY=VALUE")
-        key = override.input_line.partition("=")[0]
+        key = Override.parse(override.input_line or "").key
         if "@" in key:
             name = key.partition("@")[0]
             raise UserError(f"{key}: a group goes to its own section; write {name}=NAME")
@@ -108,18 +114,19 @@ def refuse_strange(parsed: Iterable[Override]) -> None:
 def _flat(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     for key, value in cfg.items_ex(resolve=False):
         if prefix or key != "hydra":
-            yield f"{prefix}{key}"
+            name = prefix + str(key)
+            yield name
             if isinstance(value, DictConfig) and not value._is_missing() and not value._is_none():
-                yield from _flat(value, f"{prefix}{key}.")
+                yield from _flat(value, f"{name}.")
 
 
 def _line(error: Exception, failure: Failure) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a choice, looked up as a file
-        group, _, choice = failure.culprit().partition("=")
-        return str(unknown(group, choice, failure.options(group)))
+        culprit = failure.culprit()
+        return str(unknown(culprit.key, culprit.value, failure.options(culprit.key))) if culprit else message
     if isinstance(error, UnicodeDecodeError):
-        return f"{failure.culprit()}: its file is not UTF-8 text ({message})"
+        return f"{failure.blamed()}: its file is not UTF-8 text ({message})"
     if isinstance(error, OverrideParseException):
         return _syntax(error, failure)
     if isinstance(error, MissingConfigException):
@@ -139,31 +146,41 @@ def _line(error: Exception, failure: Failure) -> str:
         assert error.__context__ is not None
         return _place(config[1], error.__context__, failure) + _value(error.__context__, failure)
     for override in failure.overrides:
-        key = override.partition("=")[0]
+        key = override.key
         if f"Could not override '{key}'" in message:
             inner = error.__cause__
             if isinstance(inner, OmegaConfBaseException) and (inner.full_key or "").startswith(f"{key}."):
                 return _value(inner, failure)  # a section was given, with a key that it lacks
             return _unknown_key(key, failure)
+    if isinstance(error, ValueError) and "integer string conversion" in message:
+        return _too_long(failure)
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException):
         return _value(cause, failure)
-    group = next((o.partition("=")[0] for o in failure.overrides if "Config group override" in message), "")
+    group = next((o.key for o in failure.overrides if "Config group override" in message), "")
     if group and failure.options(group):
         return f"{group}: choose one of {', '.join(failure.options(group))}"
     return message
 
 
 def _syntax(error: OverrideParseException, failure: Failure) -> str:
-    override = error.override
-    key, equals, value = override.partition("=")
-    if equals and re.fullmatch(r"[\w./@-]+", key):
-        return f"{key}: cannot read {value}; quote a value with special characters: {key}='\"…\"'"
+    override = Override.parse(error.override)
+    key = override.key
+    if override.sets and re.fullmatch(r"[\w./@-]+", key):
+        return f"{key}: cannot read {override.value}; quote a value with special characters: {key}='\"…\"'"
     groups = groups_of(failure.verb)
     choices = {choice: group for group in groups for choice in failure.options(group)}
-    close = difflib.get_close_matches(override, choices, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(str(override), choices, n=1, cutoff=0.7)
     hint = f"; did you mean '{choices[close[0]]}={close[0]}'?" if close else ""
     return f"'{override}' is no override{hint} (write KEY=VALUE)"
+
+
+def _too_long(failure: Failure) -> str:
+    """A whole number of more digits than Python reads."""
+    limit = sys.get_int_max_str_digits()
+    long = next((item for item in failure.overrides if re.search(rf"\d{{{limit + 1},}}", item.value)), None)
+    where = f"{long.key}: '{long.value}'" if long else "a number"
+    return f"{where} has too many digits (allowed: at most {limit})"
 
 
 def _missing(error: MissingConfigException, message: str, failure: Failure) -> str:
@@ -181,9 +198,9 @@ def _missing(error: MissingConfigException, message: str, failure: Failure) -> s
 
 def _unknown_key(key: str, failure: Failure) -> str:
     if key == "recipe":
-        given = next(override for override in failure.overrides if override.startswith("recipe"))
+        given = next(override for override in failure.overrides if override.root == "recipe")
         return f"{given}: lrk {failure.verb} has no recipes; write: lrk run {given}"
-    return unknown_key(key, failure.keys())
+    return _from_file(key, failure) or unknown_key(key, failure.keys())
 
 
 def unknown_key(key: str, keys: list[str]) -> str:
@@ -230,7 +247,9 @@ def _value(error: BaseException, failure: Failure) -> str:
     """A value that its key cannot hold."""
     key = getattr(error, "full_key", None) or "?"
     message = str(error).partition("\n")[0]
-    value = next((o.partition("=")[2] for o in failure.overrides if o.partition("=")[0] == key), None)
+    if from_file := _from_file(key, failure):
+        return from_file
+    value = next((override.value for override in failure.overrides if override.key == key), None)
     shown = getattr(error, "value", None) if value is None else value
     kind = getattr(error, "object_type", None)
     optional = any(
@@ -239,7 +258,7 @@ def _value(error: BaseException, failure: Failure) -> str:
     )
     converted = re.search(r"could not be converted to (\w+)|Cannot convert '\w+' to (string)", message)
     if converted:
-        below = [override.partition("=")[0] for override in failure.overrides if override.startswith(f"{key}.")]
+        below = [override.key for override in failure.overrides if override.key.startswith(f"{key}.")]
         if below and "'dict'" in message:
             return _unknown_key(below[0], failure)  # a key of what is no section
         name = (converted[1] or converted[2]).capitalize()
@@ -261,6 +280,18 @@ def _value(error: BaseException, failure: Failure) -> str:
         section = key.rpartition(".")[0]
         return unknown_key(key, [f"{section}.{item.name}" for item in fields(kind)])
     return _unknown_key(key, failure) if "is not in struct" in message else f"{key}: {message}"
+
+
+def _from_file(key: str, failure: Failure) -> str:
+    """What to write for a mapping of a method, or a key in one, that only a file can give; empty for another key."""
+    section, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    typed = next((item for item in failure.overrides if re.match(rf"method\.{re.escape(name)}(\.|$)", item.key)), None)
+    if section != "method" or typed is None or f"method.{name}" not in set(failure.keys()):
+        return ""
+    settings = (item for kind in methods.config_classes().values() for item in fields(kind) if item.name == name)
+    way = next((item.metadata["given_by"] for item in settings if "given_by" in item.metadata), None)
+    return f"{typed.key}: '{typed.value}' cannot be set by itself; give a file: {way}" if way else ""
 
 
 def _place(config: str, error: BaseException, failure: Failure) -> str:

@@ -34,10 +34,10 @@ def conf_folders(config_dir: str | None) -> list[Path]:
 
 
 def files(group: str, config_dir: str | None = None) -> dict[str, Path]:
-    """The choices of a group, sorted, each with its file."""
+    """The choices of a group, sorted, each with its file; not those that others are made from, such as ``_base``."""
     found: dict[str, Path] = {}
     for folder in reversed(conf_folders(config_dir)):
-        for path in (folder / group).rglob("*.yaml"):
+        for path in (folder / group).rglob("[!_]*.yaml"):
             found[path.relative_to(folder / group).with_suffix("").as_posix()] = path
     return dict(sorted(found.items()))
 

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lowrank_cli import methods
-from lowrank_cli.config.folders import files
+from lowrank_cli.config.folders import conf_folders, files
 from lowrank_cli.errors import UserError, require_choice, unknown
 from lowrank_cli.reader import read_text
 from lowrank_cli.schema import KINDS, VERBS
@@ -46,7 +46,7 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
         given = primary[section]
     else:
         require_choice(f"{found[verb]}: defaults: {section}", choices.get(section), files(section, config_dir))
-        given = _read(found[f"{section}/{choices[section]}"])
+        given = _inherited(section, found[f"{section}/{choices[section]}"], config_dir)
     kind = sections(verb)[section]
     defaults = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(kind)
@@ -76,7 +76,18 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: it is no configuration; expected keys with values")
-    return values
+    return cast(dict[str, Any], values)
+
+
+def _inherited(group: str, path: Path, config_dir: str | None) -> dict[str, Any]:
+    """The values of a group's file, on top of those of the files that its defaults list names."""
+    values = _read(path)
+    merged: dict[str, Any] = {}
+    for name in values.get("defaults", ()):
+        files_of = [folder / group / f"{name}.yaml" for folder in conf_folders(config_dir)]
+        if base := next((file for file in files_of if file.is_file()), None):
+            merged |= _inherited(group, base, config_dir)
+    return merged | values
 
 
 def _rows(section: str, kind: type, values: dict[str, Any]) -> list[Row]:

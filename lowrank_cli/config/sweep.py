@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from lowrank_cli.config.composition import loader, quoted
 from lowrank_cli.config.errors import Failure, explained, refuse_strange
 from lowrank_cli.errors import UserError
+from lowrank_cli.schema import Override, parse_overrides
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Job:
 def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
     """One list of overrides for each job of a sweep, in the order of the values given."""
     load = loader(config_dir)
-    with explained(Failure(load, verb, list(overrides))):
+    with explained(Failure(load, verb, parse_overrides(overrides))):
         parsed = OverridesParser.create(config_loader=load).parse_overrides(list(overrides))
         refuse_strange(parsed)
         if not any(override.is_sweep_override() for override in parsed):
@@ -57,7 +58,7 @@ def saved_launcher(overrides: Sequence[str]) -> list[str]:
     Raises UserError for another override, and for a value that is more than a number or a word: it could be a command.
     """
     for override in overrides:
-        value = override.partition("=")[2]
+        value = Override.parse(override).value
         if not (is_launcher_override(override) and re.fullmatch(r"[\w.-]*", value)):
             raise UserError(
                 f"--resume: the sweep was started with {override}; type it again, or another launcher, behind --resume"
@@ -86,7 +87,7 @@ class Launcher:
         """``overrides`` are Hydra's; wrong ones are found here, before anything is written."""
         self._overrides = list(overrides)
         self._loader = loader()  # a user's own files set no launcher: Hydra would call what they name
-        with explained(Failure(self._loader, "_job", self._overrides)):
+        with explained(Failure(self._loader, "_job", parse_overrides(self._overrides))):
             for override in OverridesParser.create().parse_overrides(self._overrides):
                 _refuse_code(override.value(), override.input_line or "")
         ConfigStore.instance().store(name="_job", node=Job)
@@ -100,7 +101,7 @@ class Launcher:
             "hydra/hydra_logging=none",
             "hydra/job_logging=none",
         ]
-        with explained(Failure(self._loader, "_job", self._overrides)):
+        with explained(Failure(self._loader, "_job", parse_overrides(self._overrides))):
             return self._loader.load_configuration("_job", [*self._overrides, *fixed], RunMode.MULTIRUN)
 
     def launch(self, function: Callable[[Job], None], folder: Path, jobs: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypedDict
@@ -27,7 +28,7 @@ from lowrank_cli.reader import PlainName
 from lowrank_cli.report import selections, tables
 from lowrank_cli.runs import PENDING, Run, child
 from lowrank_cli.runs.records import Stage
-from lowrank_cli.schema import TRUST, VERBS, RecipeRun
+from lowrank_cli.schema import TRUST, VERBS, Override, RecipeRun, parse_overrides
 
 LEDGER = "recipe.json"
 
@@ -49,18 +50,19 @@ class Ledger(TypedDict):
 
 def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
     """Compose the recipe, hand the other overrides to its stages, and check every stage."""
-    own = [item for item in overrides if _root(item) in _keys(RecipeRun) or "=" not in item]
+    keys = {item.name for item in fields(RecipeRun)}
+    own = [override for override in overrides if _is_own(Override.parse(override), keys)]
     composed = compose(verb, own, config_dir)
     values = composed.resolved
     entries = values["recipe"]["stages"]
     for entry in entries:
-        for key in (override.partition("=")[0] for override in entry["overrides"]):
-            if key in (TRUST, WRITTEN, STARTED):
+        for item in parse_overrides(entry["overrides"]):
+            if item.key in (TRUST, WRITTEN, STARTED):
                 name = composed.config.recipe.name
-                raise UserError(f"recipe {name}, stage '{entry['name']}': {key}: {ONLY_TYPED}")
+                raise UserError(f"recipe {name}, stage '{entry['name']}': {item.key}: {ONLY_TYPED}")
     for override in overrides:
         if override not in own:
-            key = override.partition("=")[0]
+            key = Override.parse(override).key
             takers = [entry for entry in entries if _takes(entry, key)]
             if not takers and re.fullmatch(r"(?!hydra)\w+(\.\w+)*", key):
                 raise UserError(f"recipe {composed.config.recipe.name}: {unknown_key(key, _known(entries))}")
@@ -150,6 +152,7 @@ def work(run: Run, composed: Composed) -> None:
                 item["status"] = part.info["status"]
                 run.write_json(LEDGER, ledger)
             run.update(peak_memory_bytes=max(r.info.get("peak_memory_bytes", 0) for r in (run, part)))
+        assert part is not None, "a recipe without stages is refused"
         run.finish(part.metrics)
 
 
@@ -165,18 +168,17 @@ def _open(folder: Path) -> Run | None:
     return Run.open(folder) if (folder / "run.json").is_file() else None
 
 
-def _root(override: str) -> str:
-    return re.split(r"[.=]", override, maxsplit=1)[0]
-
-
-def _keys(kind: Any) -> set[str]:
-    return {item.name for item in fields(kind)}
+def _is_own(override: Override, keys: Collection[str]) -> bool:
+    """Whether an override is for the recipe itself, which has these ``keys``; so is what is no override at all."""
+    return override.root in keys or not override.sets
 
 
 def _takes(entry: dict[str, Any], key: str) -> bool:
     """Whether a stage's verb and method know the key, and it sets it itself or does not get it from an earlier one."""
-    own = any(override.partition("=")[0] == key for override in entry["overrides"])
-    inherits = _root(key) in GROUPS and key != TRUST and _inherited(entry["overrides"]) is not None and not own
+    own = any(override.key == key for override in parse_overrides(entry["overrides"]))
+    inherits = (
+        key.partition(".")[0] in GROUPS and key != TRUST and _inherited(entry["overrides"]) is not None and not own
+    )
     known = entry["stage"] in VERBS and knows(VERBS[entry["stage"]], key)
     if key.startswith("method."):
         kind = _method(entry)  # none: left to composing
@@ -186,7 +188,7 @@ def _takes(entry: dict[str, Any], key: str) -> bool:
 
 def _method(entry: dict[str, Any]) -> type | None:
     """The schema of the method that a stage names."""
-    chosen = [override.removeprefix("method=") for override in entry["overrides"] if override.startswith("method=")]
+    chosen = [override.value for override in parse_overrides(entry["overrides"]) if override.key == "method"]
     return methods.config_classes().get(chosen[-1]) if chosen else None
 
 
@@ -202,16 +204,18 @@ def _known(entries: list[dict[str, Any]]) -> list[str]:
 
 def _inherited(overrides: list[str]) -> str | None:
     """The stage whose run this one reads."""
-    found = [re.fullmatch(r"run=\{(.*)\}", override) for override in overrides]
+    named = [override.value for override in parse_overrides(overrides) if override.key == "run"]
+    found = [re.fullmatch(r"\{(.*)\}", value) for value in named]
     return next((match[1] for match in reversed(found) if match), None)
 
 
 def _settled(overrides: list[str], inputs: dict[str, str]) -> list[str]:
     """The overrides with each folder as it was checked: the recipe may be continued from another directory."""
-    given = {override.partition("=")[0] for override in overrides}
+    parsed = parse_overrides(overrides)
+    given = {override.key for override in parsed}
     own = set() if _inherited(overrides) is not None else {"model.path", "task.path"}  # a YAML may name them
     folders = {key: path for key, path in inputs.items() if key in given | own}
-    rest = [override for override in overrides if override.partition("=")[0] not in folders]
+    rest = [str(override) for override in parsed if override.key not in folders]
     return [*rest, *(f"{key}={path}" for key, path in folders.items())]
 
 

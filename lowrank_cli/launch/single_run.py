@@ -98,7 +98,7 @@ def refuse_running(folder: Path) -> None:
     above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
     for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
         process = read_json(file, Working).get("process") if file.is_file() else None
-        if process != this_process() and is_alive(process, file):
+        if process is not None and process != this_process() and is_alive(process, file):
             where, machine = tables.shown(file.parent), process["host"]
             if machine != this_process()["host"]:
                 patience = f"; after a kill, wait {LAPSE * process['beat']} s"

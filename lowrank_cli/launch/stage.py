@@ -19,7 +19,7 @@ from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, selections, tables
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.schema import BenchRun, RunConfig
+from lowrank_cli.schema import BenchRun, RunConfig, TrainRun
 
 
 def check(
@@ -43,7 +43,7 @@ def check(
     _refuse_what_would_do_nothing(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_what_cannot_be_calibrated(composed, method.plan())
-    if verb == "train":
+    if isinstance(config, TrainRun):
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
             raise UserError(
@@ -137,9 +137,8 @@ def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
             f"method.templates: {plan.templates}, but task={task.name} has {1 + len(task.templates)} of them "
             f"(allowed: 1 to {1 + len(task.templates)})"
         )
-    given = [override.partition("=")[0] for override in composed.overrides]
     for key in ("export.format", "export.rank"):
-        if key in given:
+        if key in composed.keys:
             name = composed.choices["method"]
             raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")
 

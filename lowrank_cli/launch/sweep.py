@@ -48,6 +48,7 @@ from lowrank_cli.runs import (
     write_json,
 )
 from lowrank_cli.runs.records import Stage, Working
+from lowrank_cli.schema import Override
 from lowrank_cli.terminal import Terminal
 
 LEDGER = "sweep.json"
@@ -86,9 +87,9 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list
 
 
 def _readable(override: str) -> str:
-    key, _, value = override.partition("=")
-    leaf = "" if re.fullmatch(r"method|model|task|hardware|recipe|run", key) else key.rpartition(".")[2]
-    return re.sub(r"[^\w.]+", "-", leaf + Path(value).name.strip("'")).strip("-.")
+    setting = Override.parse(override)
+    leaf = "" if re.fullmatch(r"method|model|task|hardware|recipe|run", setting.key) else setting.key.rpartition(".")[2]
+    return re.sub(r"[^\w.]+", "-", leaf + Path(setting.value).name.strip("'")).strip("-.")
 
 
 def start(verb: str, overrides: list[str], config_dir: str | None, command: str) -> None:

@@ -48,7 +48,10 @@ class FanLoRAConfig(LowRankConfig):
     match_parameters: bool = MISSING  #: raise the rank to the parameters of LoRA on all roles, or keep it
     chosen_by: Optional[str] = MISSING  #: what comparisons call the setting; null takes the name in the file
     #: layer, or ``all``, → roles; taken from the file, so that a run holds its modules
-    layers: dict[str, list[str]] = field(default_factory=dict)
+    layers: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata={"given_by": "method.setting=FILE (YAML, layer: roles, such as layers: {all: [V, D]})"},
+    )
 
     def absorb(self, given: Collection[str]) -> dict[str, Any]:
         if self.layers and "setting" not in given:

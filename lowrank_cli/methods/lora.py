@@ -67,7 +67,11 @@ class PatternConfig(LoRAConfig):
 
     #: JSON file, module → rank (``adapter/rank_pattern.json`` of a run whose ranks moved); modules not in it get none
     rank_pattern: Optional[str] = None
-    ranks: dict[str, int] = field(default_factory=dict)  #: the file's content, so that a run holds its ranks
+    #: the file's content, so that a run holds its ranks
+    ranks: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"given_by": 'method.rank_pattern=FILE (JSON, module: rank: {"model.layers.0.mlp.up_proj": 4})'},
+    )
 
     def absorb(self, given: Collection[str]) -> dict[str, Any]:
         if self.rank_pattern is None or (self.ranks and "rank_pattern" not in given):

@@ -21,6 +21,7 @@ from rich.text import Text
 from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.report import export_hints
 from lowrank_cli.runs.process import is_gone
+from lowrank_cli.schema import parse_overrides
 
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
@@ -307,7 +308,8 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
 
     ``metrics`` names the columns; without it the first two quality metrics of the finished jobs are shown.
     """
-    overrides = [dict(_split(item) for item in job.info.get("overrides", [])) for job in jobs]
+    settings = (parse_overrides(job.info.get("overrides", [])) for job in jobs)
+    overrides = [{setting.key: setting.value for setting in own} for own in settings]
     keys = dict.fromkeys(key for row in overrides for key in row)
     varying = [key for key in keys if len({row.get(key) for row in overrides}) > 1]
     results = [job.metrics if job.done else {} for job in jobs]
@@ -401,11 +403,6 @@ class Fitted:
                 cells = [*heading, *(str(_plain(row[i])) for row in self.rows if i < len(row))]
                 made.min_width = max(map(cell_len, cells))
         return table
-
-
-def _split(override: str) -> tuple[str, str]:
-    key, _, value = override.partition("=")
-    return key.lstrip("+~"), value
 
 
 def _stage(run: Run) -> str:

@@ -11,6 +11,7 @@ from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
 from lowrank_cli.schema.hardware import HardwareConfig
 from lowrank_cli.schema.method import MethodConfig
 from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
+from lowrank_cli.schema.override import Override, parse_overrides
 from lowrank_cli.schema.prune import PruneConfig, PruneRun
 from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
 from lowrank_cli.schema.run import RunConfig
@@ -43,6 +44,7 @@ __all__ = [
     "HardwareConfig",
     "MethodConfig",
     "ModelConfig",
+    "Override",
     "PredictConfig",
     "PruneConfig",
     "PruneRun",
@@ -56,5 +58,6 @@ __all__ = [
     "TrainConfig",
     "TrainRun",
     "mix",
+    "parse_overrides",
     "require_window",
 ]

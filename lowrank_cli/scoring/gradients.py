@@ -1,4 +1,4 @@
-"""Scores of ranks from gradients or norms: the first-order ablation, and the scores that it is compared with."""
+"""Scores of ranks from gradients or norms: the first-order ablation, and the scores it is compared with."""
 
 from __future__ import annotations
 

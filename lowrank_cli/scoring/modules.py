@@ -1,4 +1,4 @@
-"""Scores of whole modules: those that a selection of modules is made by, and the baselines it is compared with.
+"""Scores of whole modules: those a selection is made by, and the baselines it is compared with.
 
 The abstract of Tian et al. (EMNLP 2024 Industry Track) names "a novel importance scoring method" without its formula,
 so the formulas are a reconstruction.

@@ -69,7 +69,7 @@ def read(path: str | Path) -> Selection:
 
 
 def text(selection: Selection, scores: Mapping[Module, float], about: Mapping[str, Any], method: str) -> str:
-    """The content of a selection file for ``method``; ``about`` goes between the layers and the scores."""
+    """The content of a selection file, with which ``method`` trains; ``about`` is between the layers and the scores."""
     parts = [
         HEADER.format(method=method),
         yaml.safe_dump({"name": selection.name}, allow_unicode=True),

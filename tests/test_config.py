@@ -141,8 +141,8 @@ def test_a_folder_that_is_read_is_saved_in_one_spelling(spelling):
 
 def test_a_folder_named_in_the_users_file_is_saved_absolute():
     Path("mine/task").mkdir(parents=True)
-    text = (folders.conf_folder() / "task" / "sst2.yaml").read_text().replace("path: null", "path: data")
-    Path("mine/task/own.yaml").write_text(text)
+    text = (folders.conf_folder() / "task" / "sst2.yaml").read_text()
+    Path("mine/task/own.yaml").write_text(f"{text}path: data\n")
     assert config.compose("train", ["task=own"], "mine").config.task.path == os.path.abspath("data")
 
 

@@ -23,8 +23,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf" / "task"
 
 
 def config(name: str, **overrides) -> TaskConfig:
-    values = OmegaConf.load(CONF / f"{name}.yaml")
-    del values["defaults"]
+    values = compose("train", [f"task={name}"]).resolved["task"]
     found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values, overrides))
     found.validate()
     return found

@@ -79,7 +79,11 @@ EXAMPLES = {
         "lrk run recipe=milora task=tiny_arithmetic seed=1",
         "lrk run --resume outputs/latest",
     ],
-    "compare": ["lrk compare", "lrk compare outputs/latest --baseline lora --output comparison"],
+    "compare": [
+        "lrk compare",
+        "lrk compare outputs/latest --baseline lora --output comparison",
+        "lrk compare --baseline lora --across-tasks",
+    ],
     "list": ["lrk list", "lrk list tasks", "lrk list methods milora", "lrk list keys train"],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
 }
@@ -353,6 +357,9 @@ def compare(
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
+    across_tasks: Annotated[
+        bool, typer.Option("--across-tasks", help="also test methods over all tasks together, by task and seed")
+    ] = False,
     output: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, swept numbers as plots"),
@@ -363,7 +370,7 @@ def compare(
     from lowrank_cli.report.compare import compare as compared
     from lowrank_cli.terminal import Terminal
 
-    Terminal().print(compared(runs or [], baseline, metric, output, outputs))
+    Terminal().print(compared(runs or [], baseline, metric, output, outputs, across_tasks))
 
 
 @app.command("list", cls=Verb)

@@ -132,7 +132,7 @@ def _evaluation(asked: Any) -> str:
 def _bench(config: BenchRun) -> list[tuple[str, str]]:
     bench = config.bench
     own = {key: value for key, value in vars(bench).items() if key not in vars(BenchConfig())}
-    settings = ", ".join(f"{key}={value}" for key, value in own.items())
+    settings = ", ".join(f"{key}={'null' if value is None else value}" for key, value in own.items())
     return [
         ("measures", f"{bench.measure}{f' on {config.task.name}' if config.task else ''}"),
         ("methods", ", ".join(config.variants)),

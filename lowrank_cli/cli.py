@@ -21,12 +21,10 @@ from lowrank_cli.errors import (
     cut,
     escaped,
     refusal,
-    require_choice,
     unknown,
 )
 from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
-from lowrank_cli.schema import MEASURES
 
 VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run")  #: the verbs that take overrides
@@ -73,6 +71,7 @@ EXAMPLES = {
         "lrk bench decode --tenants 1,8,64 model.shape=100m",
         "lrk bench train model.shape=100m",
         "lrk bench train task=sst2 bench.batch_size=8 bench.methods=[base,lora,peft]",
+        "lrk bench score model.shape=100m bench.sample=12",
         "lrk bench decode model.shape=7b hardware=gpu \"bench.methods=[base,lora,'milora k=3']\"",
     ],
     "run": [
@@ -80,7 +79,11 @@ EXAMPLES = {
         "lrk run recipe=milora task=tiny_arithmetic seed=1",
         "lrk run --resume outputs/latest",
     ],
-    "compare": ["lrk compare", "lrk compare outputs/latest --baseline lora --output comparison"],
+    "compare": [
+        "lrk compare",
+        "lrk compare outputs/latest --baseline lora --output comparison",
+        "lrk compare --baseline lora --across-tasks",
+    ],
     "list": ["lrk list", "lrk list tasks", "lrk list methods milora", "lrk list keys train"],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
 }
@@ -113,6 +116,7 @@ def _sections(verb: str) -> str:
 def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
     """Overrides, and for check the verbs. Bash splits words at ``=``: they are joined, and only the rest returned."""
     from lowrank_cli.config.completion import completions
+    from lowrank_cli.config.folders import files
 
     words: list[str] = []
     for word in [*(ctx.params.get("overrides") or []), *["="] * _at_equals(), incomplete]:
@@ -126,10 +130,11 @@ def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
             found = [name for name in STAGES if name.startswith(words[0])]
         verb = words.pop(0) if len(words) > 1 and words[0] in STAGES else "train"
     if verb == "bench":
+        kinds = files("bench", ctx.params.get("config_dir"))
         if len(words) == 1:
-            found += [name for name in MEASURES if name.startswith(words[0])]
-        elif words[0] in MEASURES:
-            words = words[1:]
+            found += [name for name in kinds if name.startswith(words[0])]
+        elif words[0] in kinds:
+            words = [f"bench={words[0]}", *words[1:]]
     found += completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))
     return [item[len(words[-1]) - len(incomplete) :] for item in found]
 
@@ -259,26 +264,33 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many."""
     words = [*(overrides or []), *([f"generate.tenants={tenants}"] if tenants is not None else [])]
-    _stage("generate", _worded("generate", words), multirun, resume, dry_run, config_dir)
+    _stage("generate", _worded("generate", words, config_dir), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
 def bench(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar=f"[{'|'.join(MEASURES)}] [KEY=VALUE]...", autocompletion=_complete, help=OVERRIDES_HELP),
+        typer.Argument(
+            metavar="[KIND] [KEY=VALUE]...",
+            autocompletion=_complete,
+            help="what to measure (a name of bench=, below; else decode), groups and values to change",
+        ),
     ] = None,
     tenants: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="also measure so many different adapters in one batch")
+        str | None, typer.Option(metavar="N,N,…", help="decode with so many different adapters in one batch too")
     ] = None,
     multirun: Multirun = False,
     resume: Resume = None,
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Measure methods against the bare model, in turn: decode is the speed of generation, train of a training step."""
-    words = [*(overrides or []), *([f"bench.tenants=[{tenants}]"] if tenants is not None else [])]
-    _stage("bench", _worded("bench", words), multirun, resume, dry_run, config_dir)
+    """Measure the speed and memory of methods, in turn: generation, training, scores, loading and more."""
+    from lowrank_cli.launch import shorthand
+
+    words = overrides or []
+    words = words if tenants is None else shorthand.tenants(words, tenants)
+    _stage("bench", _worded("bench", words, config_dir), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
@@ -322,16 +334,13 @@ def _name_untested_versions() -> None:
         print(f"warning: untested versions: {'; '.join(untested)}", file=sys.stderr)
 
 
-def _worded(verb: str, words: list[str]) -> list[str]:
+def _worded(verb: str, words: list[str], config_dir: str | None) -> list[str]:
     """The overrides of ``words``, of which for bench the first says what is measured, and for generate one is asked."""
     if verb not in ("generate", "bench"):
         return words
-    if verb == "bench" and words and "=" not in words[0]:
-        require_choice("bench", words[0], MEASURES)
-        words = [f"bench.measure={words[0]}", *words[1:]]
-    from lowrank_cli.launch import shorthand as meanings
+    from lowrank_cli.launch import shorthand
 
-    return meanings.generate(words) if verb == "generate" else meanings.bench(words)
+    return shorthand.generate(words) if verb == "generate" else shorthand.bench(words, config_dir)
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:
@@ -348,6 +357,9 @@ def compare(
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
+    across_tasks: Annotated[
+        bool, typer.Option("--across-tasks", help="also test methods over all tasks together, by task and seed")
+    ] = False,
     output: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, swept numbers as plots"),
@@ -358,7 +370,7 @@ def compare(
     from lowrank_cli.report.compare import compare as compared
     from lowrank_cli.terminal import Terminal
 
-    Terminal().print(compared(runs or [], baseline, metric, output, outputs))
+    Terminal().print(compared(runs or [], baseline, metric, output, outputs, across_tasks))
 
 
 @app.command("list", cls=Verb)
@@ -413,7 +425,7 @@ def check(
         verb = overrides.pop(0)
         if verb not in STAGES:
             raise unknown("verb", verb, STAGES)
-    print_plan(_preview(verb, _worded(verb, overrides), config_dir, multirun))
+    print_plan(_preview(verb, _worded(verb, overrides, config_dir), config_dir, multirun))
 
 
 CAUGHT = 130  # what Typer makes of a KeyboardInterrupt: one outside of a run, which says itself how to go on

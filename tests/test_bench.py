@@ -16,8 +16,10 @@ from command import lrk, one_line  # noqa: F401 (a fixture)
 from torch import nn
 
 from lowrank_cli import methods
-from lowrank_cli.bench import train_step
-from lowrank_cli.bench.decode_rows import Sample, ratio
+from lowrank_cli.bench import decode, train_step
+from lowrank_cli.bench.base_model import BaseModel
+from lowrank_cli.bench.decode_rows import Sample, speed_ratio
+from lowrank_cli.bench.examples import batch_of
 from lowrank_cli.bench.rounds import in_turns
 from lowrank_cli.bench.shared_weights import Twin, crowds, twins
 from lowrank_cli.config.composition import compose
@@ -27,11 +29,12 @@ from lowrank_cli.launch import single_run
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import PEFTS, SHAPES, BenchConfig, HardwareConfig, ModelConfig
-from lowrank_cli.stages import bench
+from lowrank_cli.schema import PEFTS, SHAPES, DecodeBench, HardwareConfig, ModelConfig
 
+ROOT = Path(__file__).parents[1]
 SHAPE = "2x32x48x4"
-TINY = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
+TRAIN = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5"]
+TINY = [*TRAIN, "bench.new_tokens=3"]
 ENTRIES = ["base", "lora", "milora k=3", "milora k=1"]
 
 
@@ -47,14 +50,14 @@ def small_twins(entries=("base", "lora", "milora", "dora", "moelora")):
     return twins(small.model(), configs, seed=1)
 
 
-def settings(**changes) -> BenchConfig:
+def settings(**changes) -> DecodeBench:
     values = {"measure": "decode", "methods": [], "rank": None, "batch_size": 2, "prompt_length": 4, "new_tokens": 3}
-    return BenchConfig(**values | {"beams": [1], "tenants": [], "rounds": 2} | changes)
+    return DecodeBench(**values | {"beams": [1], "tenants": [], "rounds": 2} | changes)
 
 
 def measure(models, prompts, beams=1, **changes):
     with progress.bar("", 1, shown=False) as bar:
-        return bench.rounds(models, list(models.values()), prompts, settings(**changes), beams, bar)
+        return decode.rounds(models, list(models.values()), prompts, settings(**changes), beams, bar)
 
 
 def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from():
@@ -84,7 +87,7 @@ def test_the_command_prints_a_table_for_each_number_of_beams(lrk):  # noqa: F811
     assert ended.out.count("× base") == 2 == ended.out.count("steps only") and ended.out.count("lora rank=2") == 2
     assert "random weights of shape 2x32x48x4" in ended.err
     run = json.loads(Path("outputs/latest/run.json").read_text())
-    assert run["stage"] == "bench" and run["overrides"][0] == "bench.measure=decode"
+    assert run["stage"] == "bench" and run["overrides"][0] == "bench=decode"
     assert json.loads(Path("outputs/latest/bench.json").read_text())["variants"]["lora rank=2"]["rank"] == 2
 
 
@@ -102,7 +105,7 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
         (["decode", "bench.methods=[base,mlora]"], "bench.methods: unknown value 'mlora'"),
         (["decode", "bench.methods=[base,none]"], "bench.methods: unknown value 'none'"),
         (["decode", "bench.methods=[lora]"], "bench.methods: 'base' is missing"),
-        (["decode", "bench.methods=[base,lora,lora]"], "bench.methods: 'lora' stands there twice"),
+        (["decode", "bench.methods=[base,lora,lora]"], "bench.methods: 'lora' is listed twice"),
         (["decode", "bench.methods=[base,lora 4]"], "bench.methods: 'lora 4' is not NAME [KEY=VALUE]"),
         (
             ["decode", "bench.methods=[base,'milora kk=1']"],
@@ -127,10 +130,13 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
             "bench.tenants: 'dora' cannot share a batch",
         ),
         (["decode", "bench.rounds=0"], "bench.rounds: 0 is out of range"),
-        (["decode", "task=sst2"], "task: lrk bench decode generates from random tokens"),
+        (["decode", "task=sst2"], "task: lrk bench decode takes random tokens; leave it out"),
         (["train", "task=sst2", "model.shape=2x32x48x4"], "task: sst2 needs a tokenizer; set model.shape=null"),
-        (["decode", "bench.methods=[base,peft+trl]"], "bench.methods: 'peft+trl' differs from peft in its loss"),
-        (["train", "bench.tenants=[1]"], "bench.tenants: adapters share a batch in lrk bench decode only"),
+        (["decode", "bench.methods=[base,peft+trl]"], "bench.methods: unknown value 'peft+trl'; did you mean 'peft'?"),
+        (
+            ["train", "bench.tenants=[1]"],
+            "bench.tenants: unknown key; it is a key of lrk bench decode and lrk bench prepack (bench has: measure",
+        ),
     ],
 )
 def test_mistakes_are_one_line(lrk, words, message):  # noqa: F811
@@ -195,7 +201,7 @@ def test_rounds_run_every_method_once_in_changing_order(monkeypatch):
         order.append(by_model[id(twin.model)])
         return Sample(len(order), 0.5, [0.1], 10_000_000)
 
-    monkeypatch.setattr(bench, "generate", generate)
+    monkeypatch.setattr(decode, "generate", generate)
     found = measure(models, small.ids(2, 4), rounds=3)
     turns = [order[at : at + 3] for at in range(0, 12, 3)]
     assert all(sorted(turn) == ["base", "lora", "milora"] for turn in turns)
@@ -225,7 +231,7 @@ def test_what_other_settings_hold_is_no_memory_of_a_method():
 def test_ratios_are_taken_within_rounds():
     slow = [Sample(seconds, 0, [], 0) for seconds in (2.0, 40.0, 6.0, 2.2)]
     base = [Sample(seconds, 0, [], 0) for seconds in (1.0, 20.0, 3.0, 1.1)]
-    assert ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
+    assert speed_ratio(slow, base) == {"ratio": 0.5, "ratio_quartiles": [0.5, 0.5]}
 
 
 def test_one_step_has_quantiles_too():
@@ -235,13 +241,13 @@ def test_one_step_has_quantiles_too():
 
 
 def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
-    generate = bench.generate
-    monkeypatch.setattr(bench, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    generate = decode.generate
+    monkeypatch.setattr(decode, "generate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Exception, match=r"lrk bench --resume"):
         measured("bench.rounds=1", "bench.beams=[1]", "bench.methods=[base,'milora k=1']")
     run = Run.open(Path("outputs/latest").resolve())
     assert run.info["status"] == "interrupted"
-    monkeypatch.setattr(bench, "generate", generate)
+    monkeypatch.setattr(decode, "generate", generate)
     single_run.resume("bench", str(run.path))
     assert [row["method"] for row in Run.open(run.path).read_json("bench.json")["rows"]] == ["base", "milora k=1"]
 
@@ -312,6 +318,7 @@ def test_rows_take_turns_between_the_adapters(name):
 
 def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
     shown = lrk("bench", "decode", "--tenants", "1,8,64", "--dry-run").out
+    assert shown == lrk("bench", "tenants", "bench.tenants=[1,8,64]", "--dry-run").out
     for line in ("batch_size: 64", "beams:\n  - 1\n  tenants:\n  - 1\n  - 8\n  - 64\n", "  peft:", "  - milora k=3"):
         assert line in shown
     shown = lrk(
@@ -322,7 +329,7 @@ def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
 
 def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
     entries = ["base", "lora", "lora dropout=0.5", "moelora rank=8", "milora bilevel_every=2", "peft dropout=0.5"]
-    ended = lrk("bench", "train", *TINY, "bench.rounds=2", f"bench.methods=[{','.join(map(repr, entries))}]")
+    ended = lrk("bench", "train", *TRAIN, "bench.rounds=2", f"bench.methods=[{','.join(map(repr, entries))}]")
     assert ended.code == 0, ended
     assert "forward and backward, 4 × 128" not in ended.out and "4 × 5 tokens" in ended.out
     run = Run.open("outputs/latest")
@@ -386,23 +393,109 @@ def test_steps_on_a_tasks_examples(lrk):  # noqa: F811
 
 
 def test_the_batch_is_the_one_of_the_length_that_is_asked_for():
-    composed = compose("bench", ["task=tiny_sentiment", "task.limit=300", "bench.measure=train", "bench.batch_size=4"])
-    tokenizer = load(composed.config.model, composed.config.hardware, None).tokenizer
+    composed = compose("bench", ["bench=train", "task=tiny_sentiment", "task.limit=300", "bench.batch_size=4"])
+    loaded = load(composed.config.model, composed.config.hardware, None)
+    base = BaseModel(loaded.model, loaded.tokenizer, torch.device("cpu"), {})
     lengths = []
     for asked in (1, 1000):
         composed.config.bench.prompt_length = asked
-        batch = train_step.batch_of(composed.config, 0, tokenizer)
+        batch = batch_of(composed.config, base)
         assert batch["input_ids"].shape[0] == 4
         lengths.append(batch["input_ids"].shape[1])
     assert lengths[0] < lengths[1]
     composed.config.bench.batch_size = 301
     with pytest.raises(UserError, match=r"bench\.batch_size: 301, but task=tiny_sentiment has 300 examples"):
-        train_step.batch_of(composed.config, 0, tokenizer)
+        batch_of(composed.config, base)
 
 
 def test_a_loss_of_another_package_is_left_out_where_it_is_not_to_be_had(lrk, monkeypatch):  # noqa: F811
     monkeypatch.setitem(PEFTS, "peft+trl", "no_such_package")
-    ended = lrk("bench", "train", *TINY, "bench.rounds=1", "bench.methods=[base,peft+trl]")
+    ended = lrk("bench", "train", *TRAIN, "bench.rounds=1", "bench.methods=[base,peft+trl]")
     assert ended.code == 0, ended
     assert "'peft+trl' is left out: the package no_such_package is not installed" in ended.err
     assert [row["method"] for row in Run.open("outputs/latest").read_json("bench.json")["rows"]] == ["base"]
+
+
+SMALL = {
+    "loop": [
+        "bench.steps=2",
+        "bench.batch_size=2",
+        "bench.prompt_length=5",
+        "bench.methods=[lora,'lelora phase=2',alora]",
+    ],
+    "score": ["bench.rank=2", "bench.batch_size=3", "bench.prompt_length=5", "bench.sample=4"],
+    "load": ["bench.methods=[lora,'lora rank=2',peft]", "bench.rank=4"],
+    "prepack": ["bench.tenants=2", "bench.prompt_length=5", "bench.new_tokens=3"],
+    "icl": ["bench.queries=4", "bench.shots=2", "task.limit=32"],
+}
+ROWS = {
+    "loop": ["lora", "lelora phase=2", "alora"],
+    "score": ["lora: one at a time", "lora: together", "lora: taylor", "lora: magnitude"],
+    "load": [
+        *(
+            f"{name}: {what}"
+            for name in ("lora", "lora rank=2")
+            for what in ("load", "load and check", "read the file")
+        ),
+        "peft: load",
+    ],
+    "prepack": ["base", "lora", "base, packed", "lora, packed"],
+    "icl": ["base", "whole prompts", "idaicl"],
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_kind_that_measures_time(kind, lrk):  # noqa: F811
+    shape = [] if kind == "icl" else [f"model.shape={SHAPE}"]
+    ended = lrk("bench", kind, "hardware.threads=1", "bench.rounds=2", *shape, *SMALL[kind])
+    assert ended.code == 0, ended
+    run = Run.open("outputs/latest")
+    record = run.read_json("bench.json")
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == ROWS[kind] and record["bench"]["measure"] == kind
+    for row in rows.values():
+        reference = rows[row["reference"]]["seconds"]
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        ratios = [own / other for own, other in zip(row["seconds"], reference, strict=True)]
+        assert row["time_ratio"] == pytest.approx(statistics.median(ratios))
+        assert run.metrics[f"bench/{row['method']}/time_ratio"] == row["time_ratio"]
+    assert all(name in ended.out for name in rows) and all(note[:30] in ended.out for note in record["notes"])
+    assert (run.path / "plots" / f"{kind}.png").stat().st_size > 1000
+    if kind == "score":
+        assert record["largest_difference"]["lora"] < 1e-4
+    if kind == "prepack":
+        assert record["logits_differ"] < 1e-4
+    if kind == "loop":
+        assert rows["lora"]["between_share"] == 0 < rows["lelora phase=2"]["between_share"] < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["scre"], "bench: unknown value 'scre'; did you mean 'score'? (allowed: decode, icl, load, loop, prepack"),
+        (["load", "bench.beams=[1]"], "bench.beams: unknown key; it is a key of lrk bench decode (bench has: measure"),
+        (["decode", "bench.measure=train"], "bench.measure: 'train' has other keys; choose it with: lrk bench train"),
+        (["score", "bench.methods=[base,lora]"], "bench.methods: unknown value 'base'"),
+        (["score", "bench.methods=[milora]", *TRAIN], "bench.methods: 'milora' has no ranks that can be scored"),
+        (["icl", "bench.methods=[base,lora]"], "bench.methods: unknown value 'lora'"),
+        (["icl", "bench.methods=[base]"], "bench.methods: name a method"),
+        (["load", "bench.methods=[milora]", *TRAIN[:3]], "bench.methods: 'milora' is not saved as a LoRA"),
+        (["loop", "bench.total_steps=5"], "bench.total_steps: 5 is below the 50 steps of all rounds"),
+        (["prepack", "hardware.prepack=true"], "hardware: lrk bench prepack packs weights itself, on a CPU"),
+    ],
+)
+def test_mistakes_with_a_kind_are_one_line(lrk, words, message):  # noqa: F811
+    ended = lrk("bench", *words)
+    ended.err = ended.err.removeprefix(f"random weights of shape {SHAPE}: 2M-parameter Llama\n")
+    assert one_line(ended).startswith(message)
+
+
+def test_a_folder_of_the_user_adds_a_kind(lrk):  # noqa: F811
+    Path("mine/bench").mkdir(parents=True)
+    Path("mine/bench/quick.yaml").write_text("defaults: [load]\nrounds: 1\nmethods: [lora]\n")
+    shown = lrk("bench", "quick", "--config-dir", "mine", "--dry-run").out
+    assert "measure: load" in shown and "rounds: 1" in shown
+    text = (ROOT / "conf/bench/icl.yaml").read_text()
+    Path("mine/bench/untold.yaml").write_text(text.replace("  - override /task@_global_.task: tiny_sentiment\n", ""))
+    message = one_line(lrk("bench", "untold", "--config-dir", "mine"))
+    assert message == "task: missing; lrk bench icl asks its examples (task=NAME)"

@@ -69,7 +69,7 @@ def test_without_it_its_entries_are_left_out(lrk):  # noqa: F811
         ([f"bench.vllm={sys.executable}"], f"bench.vllm: vLLM of '{sys.executable}' failed: ModuleNotFoundError"),
         (["bench.vllm=/bin/true"], "bench.vllm: vLLM of '/bin/true' ended without an answer"),
         (["bench.beams=[1,3]"], "bench.beams: vLLM is measured without beams; set bench.beams=[1]"),
-        (["bench.measure=train"], "bench.methods: vLLM decodes and trains nothing"),
+        (["bench=train"], "bench.new_tokens: unknown key; it is a key of lrk bench decode and lrk bench prepack"),
     ],
 )
 def test_what_cannot_be_is_one_line(lrk, words, message):  # noqa: F811
@@ -119,9 +119,9 @@ def test_a_start_that_fails_leaves_no_process():
 
 
 def test_no_file_names_the_program(lrk):  # noqa: F811
-    Path("mine").mkdir()
-    (Path("mine") / "bench.yaml").write_text(
-        (ROOT / "conf" / "bench.yaml").read_text().replace("vllm: null", "vllm: x")
+    Path("mine/bench").mkdir(parents=True)
+    (Path("mine") / "bench" / "decode.yaml").write_text(
+        (ROOT / "conf" / "bench" / "decode.yaml").read_text().replace("vllm: null", "vllm: x")
     )
     message = one_line(lrk("bench", *TINY, "bench.methods=[base]", "--config-dir", "mine"))
     assert message.startswith("bench.vllm: a configuration file says x; no file can set it")
@@ -129,7 +129,7 @@ def test_no_file_names_the_program(lrk):  # noqa: F811
 
 def test_a_run_that_names_a_program_is_not_resumed(monkeypatch):
     monkeypatch.setattr(bench, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    words = [*TINY, "bench.measure=decode", "bench.methods=[base]", "bench.vllm=x"]
+    words = [*TINY, "bench=decode", "bench.methods=[base]", "bench.vllm=x"]
     with pytest.raises(Exception, match=r"lrk bench --resume"):
         single_run.start("bench", words, None, "lrk bench decode")
     with pytest.raises(UserError, match=r"would start the program bench\.vllm=x; start it anew$"):

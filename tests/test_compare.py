@@ -521,3 +521,35 @@ def test_prunings_of_scorings_of_two_kinds_are_two_rows(add):
     rows, *_ = run_compare(add)
     found = {(row["setting"], row["median"]) for row in rows}
     assert found == {("adapter=train", "0.9"), ("kind=ablation", "0.7"), ("kind=kl", "0.8")}
+
+
+def test_across_tasks_pools_pairs_of_task_and_seed(add):
+    """Differences by hand: +0.1, +0.2, +0.3 on one task, +0.2, +0.2 on the other; seed 2 is on the first alone."""
+    for task, gains in {"tiny_yesno": (0.1, 0.2, 0.3), "tiny_topic": (0.2, 0.2)}.items():
+        for seed, gain in enumerate(gains):
+            add("lora", seed, 0.5, task=task)
+            add("milora", seed, 0.5 + gain, task=task)
+    _, written, shown = run_compare(add, baseline="lora", across_tasks=True)
+    row = next(line.split() for line in shown.split("all tasks together")[1].splitlines() if "milora" in line)
+    # all five pairs have one sign: p = 2^(1-5); the three means by seed too: 2^(1-3)
+    assert row == ["milora", "2", "5", "+0.2000", "0.062", "0.250"], row
+    assert "| milora | 2 | 5 | +0.2000 | 0.062 | 0.250 |" in written
+
+
+def test_across_tasks_takes_logarithms_of_losses(add):
+    for task, scale in {"tiny_yesno": 1.0, "tiny_topic": 10.0}.items():
+        for seed in range(2):
+            add("lora", seed, scale, task=task, metric="test/loss")
+            add("milora", seed, scale / math.e, task=task, metric="test/loss")
+    _, _, shown = run_compare(add, baseline="lora", metric="test/loss", across_tasks=True)
+    row = next(line.split() for line in shown.split("all tasks together")[1].splitlines() if "milora" in line)
+    assert row[3].startswith("-1"), row
+
+
+def test_across_tasks_needs_a_baseline_and_two_tasks(add):
+    add("lora", 0, 0.5)
+    add("milora", 0, 0.6)
+    with pytest.raises(UserError, match=r"^--across-tasks: methods are tested against a baseline"):
+        compare([], None, None, None, str(add.outputs), across_tasks=True)
+    with pytest.raises(UserError, match=r"^--across-tasks: no method shares seeds with the baseline on two tasks"):
+        compare([], "lora", None, None, str(add.outputs), across_tasks=True)

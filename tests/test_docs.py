@@ -47,6 +47,7 @@ SMALL = {
     ],
     "run": ["train.max_steps=2", LIMIT],
 }
+DECODING = ("bench.new_tokens", "bench.beams")  #: of them, those that other kinds of benchmark lack
 MODEL = str(ROOT / "lowrank_cli" / "assets" / "tiny_llama")
 #: In commands that are composed only.
 STANDS_FOR = {
@@ -141,7 +142,11 @@ def ran(words, lrk, page):
         rest = shorter(rest)
     if verb in STAGES and not {"--dry-run", "--resume"} & {*rest}:
         given = {word.partition("=")[0] for word in rest}
-        rest += [item for item in SMALL[verb] if verb != "bench" or item.partition("=")[0] not in given]
+        small = SMALL[verb]
+        if verb == "bench":
+            given |= {*DECODING} if rest[0] != "decode" else set()
+            small = [item for item in small if item.partition("=")[0] not in given]
+        rest += small
     if page.stem == "in-context":  # the statistics need examples of every label
         rest = [word.replace(LIMIT, "task.limit=48").replace("draws=10", "draws=2") for word in rest]
     ended = lrk(verb, *rest)

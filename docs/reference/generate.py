@@ -74,9 +74,21 @@ def keys() -> Iterator[str]:
     for name in dict.fromkeys(name for verb in verbs for name in sections(verb)):
         having = [verb for verb in verbs if name in sections(verb)]
         verb = name if name in having else having[0]
+        if name == "bench":
+            yield from bench_tables()
+            continue
         section = OmegaConf.to_object(loaded(verb)[name])
         yield f"## {name}\n\n{paragraph(inspect.getdoc(type(section)) or '')}\n\nOf {in_verbs(having, verbs)}.\n"
         yield from key_table(name, section)
+
+
+def bench_tables() -> Iterator[str]:
+    """The keys of each kind of benchmark."""
+    yield "## bench\n\n`lrk bench NAME` measures what `conf/bench/NAME.yaml` says. Each kind has keys of its own.\n"
+    for name, path in files("bench").items():
+        section = OmegaConf.to_object(loaded("bench", f"bench={name}").bench)
+        yield f"### lrk bench {name}\n\n{description(path)}\n\n{paragraph(inspect.getdoc(type(section)) or '')}\n"
+        yield from key_table("bench", section)
 
 
 def method_pages() -> Iterator[str]:

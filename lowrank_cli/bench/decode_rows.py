@@ -1,8 +1,4 @@
-"""What a benchmark makes of its samples: a row for each method, ratios, flat metrics and figures.
-
-Ratios are taken within a round, so that what slows the machine down for a while slows both sides, and the median over
-rounds is reported with its quartiles.
-"""
+"""What ``lrk bench decode`` makes of its samples: a row for each method, flat metrics and figures."""
 
 from __future__ import annotations
 
@@ -10,13 +6,15 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import numpy
 
+from lowrank_cli.bench.rounds import ratio
 from lowrank_cli.bench.shared_weights import Twin
 from lowrank_cli.methods.protocol import Observes
-from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, BenchConfig
+from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, DecodeBench
 
 
 @dataclass
@@ -30,7 +28,7 @@ class Sample:
     cpu_steps: list[float] = field(default_factory=list)  #: processor time of each later token
 
 
-def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+def row(bench: DecodeBench, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """One method in one setting, next to the others of ``cell``."""
     samples = cell[name]
     tokens = bench.batch_size * bench.new_tokens
@@ -38,7 +36,7 @@ def row(bench: BenchConfig, name: str, twin: Twin, cell: Mapping[str, Sequence[S
     return {
         "method": name,
         "tokens_per_second": statistics.median(tokens / sample.seconds for sample in samples),
-        **ratio(samples, cell[BASE]),
+        **speed_ratio(samples, cell[BASE]),
         "ms_per_token": 1000 * statistics.median(steps),
         "ms_per_token_p95": 1000 * float(numpy.percentile(steps, 95)),
         "cpu_ms_per_token": 1000 * statistics.median(step for sample in samples for step in sample.cpu_steps),
@@ -67,9 +65,8 @@ def _activated(twin: Twin) -> int | None:
 
 
 def step_ratio(samples: Sequence[Sample], reference: Sequence[Sample], times: str) -> float:
-    """``times`` of a decoding step relative to ``reference`` within each round, the median: without the prompt."""
-    pairs = [[statistics.median(getattr(one, times)) for one in pair] for pair in zip(samples, reference, strict=True)]
-    return statistics.median(own / other for own, other in pairs)
+    """``times`` of a decoding step relative to ``reference``: without the prompt."""
+    return ratio(samples, reference, lambda sample: statistics.median(getattr(sample, times)))[0]
 
 
 def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence[Sample]) -> dict[str, float]:
@@ -84,29 +81,19 @@ def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence
     }
 
 
-def ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
-    """Speed relative to ``reference`` within each round: the median, and the quartiles."""
-    ratios = [other.seconds / sample.seconds for sample, other in zip(samples, reference, strict=True)]
-    return {"ratio": statistics.median(ratios), "ratio_quartiles": quartiles(ratios)}
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower and the upper one."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
-    return [low, high]
+def speed_ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
+    """Speed relative to ``reference``."""
+    median, both = ratio(samples, reference, lambda sample: 1 / sample.seconds)
+    return {"ratio": median, "ratio_quartiles": both}
 
 
 def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
     """Speed of each method relative to each other one."""
-    return [
-        {"method": name, "to": other, **ratio(cell[name], cell[other])}
-        for name in cell
-        for other in cell
-        if name != other and BASE not in (name, other)
-    ]
+    pairs = permutations((name for name in cell if name != BASE), 2)
+    return [{"method": name, "to": other, **speed_ratio(cell[name], cell[other])} for name, other in pairs]
 
 
-def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Flat numbers, ``bench/<method>/beams_<n>[/tenants_<n>]/<what>``."""
     plain = (
         "tokens_per_second",
@@ -126,7 +113,9 @@ def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     def setting(row: dict[str, Any]) -> str:
         return f"beams_{row['beams']}" + (f"/tenants_{row['tenants']}" if row["tenants"] else "")
 
-    return {f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in rows for key in plain if key in row}
+    return {
+        f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in record["rows"] for key in plain if key in row
+    }
 
 
 def figures(record: dict[str, Any]) -> list[dict[str, Any]]:

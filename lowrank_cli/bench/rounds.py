@@ -1,8 +1,14 @@
-"""How a benchmark takes its samples: every method once a round, and what the device says of time and memory."""
+"""How every benchmark takes its samples and compares them: interleaved rounds, and ratios within a round.
+
+Each round measures everything once, so that what slows the machine down for a while slows all of it. A ratio is taken
+within a round; reported are the median over the rounds and the quartiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,35 +17,60 @@ from lowrank_cli.bench.shared_weights import Twin
 from lowrank_cli.inference.progress import Bar
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, resident_bytes
 
+S = TypeVar("S")
 
-class Sampled(Protocol):
+
+class HasMemory(Protocol):
     memory: int  #: peak, in bytes
 
 
-S = TypeVar("S", bound=Sampled)
+M = TypeVar("M", bound=HasMemory)
 
 
-def in_turns(
-    models: Mapping[str, Twin], present: Iterable[Twin], rounds: int, sample: Callable[[Twin], S], bar: Bar
-) -> dict[str, list[S]]:
-    """The samples of each method, round by round; what others of those ``present`` hold is no part of its memory.
+def interleaved(work: Mapping[str, Callable[[], S]], rounds: int, bar: Bar) -> dict[str, list[S]]:
+    """The samples that each of ``work`` returns, round by round.
 
-    The order rotates from round to round, and a first round is not counted.
+    The order rotates and alternates from round to round, so that none always follows the same other one. A first round
+    is not counted.
     """
-    holders = list({id(twin.model): twin for twin in present if not twin.apart}.values())
-    names = list(models)
-    found: dict[str, list[S]] = {name: [] for name in names}
+    names = list(work)
+    samples: dict[str, list[S]] = {name: [] for name in names}
     for number in range(rounds + 1):
         turn = number % len(names)
         order = names[turn:] + names[:turn]
-        for name in order if number % 2 else reversed(order):  # so that none always follows the same other one
-            others = sum(twin.held_bytes() for twin in holders if twin.model is not models[name].model)
-            taken = sample(models[name])
-            taken.memory -= 0 if models[name].apart else others
+        for name in order if number % 2 else reversed(order):
+            sample = work[name]()
             if number:
-                found[name].append(taken)
+                samples[name].append(sample)
             bar.advance()
-    return found
+    return samples
+
+
+def in_turns(
+    models: Mapping[str, Twin], present: Iterable[Twin], rounds: int, sample: Callable[[Twin], M], bar: Bar
+) -> dict[str, list[M]]:
+    """Interleaved samples of each model, without the memory that the others ``present`` hold."""
+    holders = list({id(twin.model): twin for twin in present if not twin.apart}.values())
+
+    def take(twin: Twin) -> M:
+        others = 0 if twin.apart else sum(other.held_bytes() for other in holders if other.model is not twin.model)
+        taken = sample(twin)
+        taken.memory -= others
+        return taken
+
+    return interleaved({name: partial(take, twin) for name, twin in models.items()}, rounds, bar)
+
+
+def ratio(samples: Sequence[S], reference: Sequence[S], of: Callable[[S], float]) -> tuple[float, list[float]]:
+    """Median and quartiles of ``of`` a sample over ``of`` the reference's sample of the same round."""
+    ratios = [of(own) / of(other) for own, other in zip(samples, reference, strict=True)]
+    return statistics.median(ratios), quartiles(ratios)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower and the upper one."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return [low, high]
 
 
 def synchronized(device: torch.device) -> None:
@@ -64,3 +95,9 @@ def reset_peak(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Bytes: allocated on a GPU, resident in the process otherwise."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+
+
+def memory_meaning(device: torch.device, of: str) -> str:
+    """What the peak memory of a benchmark's rows is; ``of`` names what was measured."""
+    what = "largest allocation on the device" if device.type == "cuda" else "largest resident size of the process"
+    return f"{what} during a {of}, without the other methods' adapters"

@@ -21,7 +21,7 @@ from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
-from lowrank_cli.schema import PEFTS, MethodConfig
+from lowrank_cli.schema import PEFTS, VLLM, VLLM_LORA, BenchRun, MethodConfig
 
 NOISE = 0.02  #: standard deviation of what is added to every trained tensor: no update is zero, as after training
 
@@ -95,12 +95,19 @@ def is_peft(entry: str) -> bool:
     return entry.split()[0] in PEFTS
 
 
-def lacking(entry: str, device: str) -> str | None:
-    """Why the loss that an entry of ``bench.methods`` takes from another package is not to be had, if so."""
+def is_vllm(entry: str) -> bool:
+    """Whether an entry of ``bench.methods`` is vLLM's."""
+    return entry.split()[0] in (VLLM, VLLM_LORA)
+
+
+def lacking(entry: str, config: BenchRun) -> str | None:
+    """Why an entry of ``bench.methods`` that needs another package cannot be measured, or None."""
+    if is_vllm(entry) and getattr(config.bench, "vllm", None) is None:
+        return "bench.vllm names no Python that has vLLM"
     package = PEFTS.get(entry.split()[0])
     if package and importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed"
-    return "Liger's kernels need a GPU" if package == "liger_kernel" and device == "cpu" else None
+    return "Liger's kernels need a GPU" if package == "liger_kernel" and config.hardware.device == "cpu" else None
 
 
 def _fused(twin: Twin, package: str | None) -> Twin:

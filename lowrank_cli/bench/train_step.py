@@ -12,30 +12,36 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lowrank_cli import tasks
-from lowrank_cli.adapter.lm_head import IGNORED, answer_losses
+from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.training.compiled import compile_layers
 from lowrank_cli.adapter.training.recompute import recompute
-from lowrank_cli.bench.decode_rows import quartiles
-from lowrank_cli.bench.rounds import held_memory, in_turns, peak_memory, reset_peak, synchronized
-from lowrank_cli.bench.shared_weights import Twin, is_peft
-from lowrank_cli.errors import UserError
-from lowrank_cli.inference.progress import Bar
+from lowrank_cli.bench.base_model import autocast, load_base, obtainable
+from lowrank_cli.bench.examples import Batch, batch_of, described
+from lowrank_cli.bench.rounds import (
+    held_memory,
+    in_turns,
+    memory_meaning,
+    peak_memory,
+    quartiles,
+    ratio,
+    reset_peak,
+    synchronized,
+)
+from lowrank_cli.bench.shared_weights import Twin, is_peft, twins
+from lowrank_cli.inference import progress
 from lowrank_cli.methods.protocol import AddsLoss, Step, StepsOnDev
-from lowrank_cli.schema import BASE, BenchRun
-from lowrank_cli.tasks import encode
-from lowrank_cli.tasks.batches import Batches
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import BASE, BenchRun, HardwareConfig
 
 PEFT = "peft"  #: the method that ratios are taken to as well
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -52,55 +58,33 @@ class Sample:
     step_memory: int  #: of that what came during the step
 
 
-def batch_of(config: BenchRun, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None) -> Batch:
-    """What every step trains on: ``bench.batch_size`` examples of the task, or as many rows of random tokens.
-
-    The examples are that batch of the first epoch of ``lrk train`` whose longest is nearest to ``bench.prompt_length``
-    tokens, answer included. Of random tokens all but the first are answers.
-
-    Raises:
-        UserError: data missing or malformed, or fewer training examples than a batch has.
-    """
-    bench, task = config.bench, config.task
-    if task is None:
-        ids = torch.randint(vocabulary, (bench.batch_size, bench.prompt_length))  # (B, T)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    assert tokenizer is not None, "BenchRun.validate asks for a model that has one"
-    examples = tasks.load(task).train
-    if len(examples) < bench.batch_size:
-        raise UserError(f"bench.batch_size: {bench.batch_size}, but task={task.name} has {len(examples)} examples")
-    encoded = encode.encode_all(tokenizer, examples, task.max_length, task.lenient)
-    lengths = [len(row.input_ids) for row in encoded]
-    batches = Batches(lengths, bench.batch_size, config.seed)
-    whole = [batches[step] for step in range(len(batches)) if len(batches[step]) == bench.batch_size]
-    chosen = min(whole, key=lambda rows: abs(max(lengths[row] for row in rows) - bench.prompt_length))
-    return encode.collate_causal([encoded[row] for row in chosen], tokenizer.pad_token_id)
+def measure(config: BenchRun, run: Run) -> dict[str, Any]:
+    """A row for each method, trained on one batch."""
+    base = load_base(config, run)
+    batch = batch_of(config, base)
+    models = twins(base.model, obtainable(config), config.seed)
+    with autocast(config), progress.bar("measuring", (config.bench.rounds + 1) * len(models), shown=True) as bar:
+        rows = compare(models, batch, config, bar)
+    return {**base.facts, "memory": memory_meaning(base.device, "step"), "rows": rows, "data": described(batch, config)}
 
 
-def described(batch: Batch, config: BenchRun) -> str:
-    """What the steps are trained on, in words."""
-    rows, length = batch["input_ids"].shape
-    answered = int((batch["labels"][:, 1:] != IGNORED).sum())
-    source = config.task.name if config.task else "random"
-    return f"{rows} × {length} tokens ({source}, {answered} answered)"
-
-
-def measure(models: Mapping[str, Twin], batch: Batch, config: BenchRun, bar: Bar) -> list[dict[str, Any]]:
-    """A row for each of ``models``, trained on ``batch``.
-
-    Our methods with the run's checkpointing; all, base and peft too, with its compilation.
-    """
-    bench = config.bench
+def compare(models: Mapping[str, Twin], batch: Batch, config: BenchRun, bar: progress.Bar) -> list[dict[str, Any]]:
+    """A row for each of ``models``, trained on ``batch``."""
     for name, twin in models.items():
-        twin.model.train()
-        if config.hardware.compile:
-            compile_layers(twin.model.get_base_model() if is_peft(name) else twin.model)
-        if twin.adapter is not None:
-            recompute(twin.adapter.model, config.hardware.gradient_checkpointing, config.hardware.compile)
+        set_up(twin, config.hardware, is_peft(name))
     saved = {name: saved_bytes(twin, batch) for name, twin in models.items()}
-    cell = in_turns(models, models.values(), bench.rounds, lambda twin: timed(twin, batch), bar)
+    cell = in_turns(models, models.values(), config.bench.rounds, lambda twin: timed(twin, batch), bar)
     tokens = int(batch["attention_mask"].sum())
     return [row(tokens, name, models[name], saved[name], cell) for name in models]
+
+
+def set_up(twin: Twin, hardware: HardwareConfig, peft: bool = False) -> None:
+    """Training mode, with the run's compilation, and of our methods with its checkpointing."""
+    twin.model.train()
+    if hardware.compile:
+        compile_layers(twin.model.get_base_model() if peft else twin.model)
+    if twin.adapter is not None:
+        recompute(twin.adapter.model, hardware.gradient_checkpointing, hardware.compile)
 
 
 def loss(twin: Twin, batch: Batch) -> Tensor:
@@ -177,16 +161,16 @@ def row(tokens: int, name: str, twin: Twin, saved: int, cell: Mapping[str, Seque
     """One method next to the others of ``cell``, over ``tokens`` a step; ratios are of what is best small."""
     samples = cell[name]
     seconds = [sample.seconds for sample in samples]
-    ratios = within_rounds(samples, cell[BASE], lambda sample: sample.seconds)
+    median, both = ratio(samples, cell[BASE], lambda sample: sample.seconds)
     pairs = zip(samples, cell[BASE], strict=True)
     with_dev = [(own.seconds + own.on_dev) / base.seconds for own, base in pairs]
-    found = {
+    found: dict[str, Any] = {
         "method": name,
-        "step_ratio": statistics.median(ratios),
-        "step_ratio_quartiles": quartiles(ratios),
+        "step_ratio": median,
+        "step_ratio_quartiles": both,
         "step_ratio_with_dev": statistics.median(with_dev),
         "step_ratio_with_dev_quartiles": quartiles(with_dev),
-        "cpu_ratio": statistics.median(within_rounds(samples, cell[BASE], lambda sample: sample.cpu_seconds)),
+        "cpu_ratio": ratio(samples, cell[BASE], lambda sample: sample.cpu_seconds)[0],
         "ms_per_step": 1000 * statistics.median(seconds),
         "tokens_per_second": tokens / statistics.median(seconds),
         "saved_bytes": saved,
@@ -201,19 +185,14 @@ def row(tokens: int, name: str, twin: Twin, saved: int, cell: Mapping[str, Seque
     if PEFT in cell:
         other = cell[PEFT]
         found |= {
-            "peft_ratio": statistics.median(within_rounds(samples, other, lambda sample: sample.seconds)),
-            "peft_cpu_ratio": statistics.median(within_rounds(samples, other, lambda sample: sample.cpu_seconds)),
+            "peft_ratio": ratio(samples, other, lambda sample: sample.seconds)[0],
+            "peft_cpu_ratio": ratio(samples, other, lambda sample: sample.cpu_seconds)[0],
             "peft_memory_ratio": found["step_memory_bytes"] / max(1, *(sample.step_memory for sample in other)),
         }
     return found
 
 
-def within_rounds(samples: Sequence[Sample], others: Sequence[Sample], of: Callable[[Sample], float]) -> list[float]:
-    """Ratios of ``samples`` to what ``others`` took in the same round."""
-    return [of(own) / of(other) for own, other in zip(samples, others, strict=True)]
-
-
-def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Flat numbers, ``bench/<method>/<what>``."""
     plain = (
         "step_ratio",
@@ -229,7 +208,7 @@ def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "peft_cpu_ratio",
         "peft_memory_ratio",
     )
-    return {f"bench/{row['method']}/{key}": row[key] for row in rows for key in plain if key in row}
+    return {f"bench/{row['method']}/{key}": row[key] for row in record["rows"] for key in plain if key in row}
 
 
 def figures(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from lowrank_cli.bench.decode_rows import Sample
 from lowrank_cli.bench.shared_weights import Twin, perturb, single_twin
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.models.load import quiet
-from lowrank_cli.schema import BenchRun
+from lowrank_cli.schema import BenchRun, DecodeBench
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  #: ``max_lora_rank`` that vLLM 0.32 takes
@@ -67,6 +67,7 @@ def served(
 
     Raises UserError where ``bench.vllm`` is no Python with vLLM, and where vLLM does not take the model.
     """
+    assert isinstance(config.bench, DecodeBench)
     found: dict[int | None, dict[str, Twin]] = {count: {} for count in counts}
     if not variants:
         yield found
@@ -116,6 +117,7 @@ def _exported(
 def engine_settings(model: Path, config: BenchRun, variant: Any, adapters: int) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM``: it has room for the batch, and for its prompts in one pass."""
     bench = config.bench
+    assert isinstance(bench, DecodeBench)
     tokens = bench.prompt_length + bench.new_tokens
     settings = {
         "model": str(model),

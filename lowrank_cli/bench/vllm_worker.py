@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from itertools import pairwise
+from typing import Any
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     os.dup2(2, 1)
     model = None
     for line in sys.stdin:
+        answer: dict[str, Any]
         try:
             request = json.loads(line)
             if model is None:
@@ -32,14 +34,14 @@ def main() -> None:
         answers.flush()
 
 
-def engine(settings: dict):
+def engine(settings: dict[str, Any]) -> Any:
     """vLLM's engine, with these arguments of its ``LLM``."""
     from vllm import LLM
 
     return LLM(**settings).llm_engine
 
 
-def decode(engine, prompts: list, adapters: list, new_tokens: int) -> dict:
+def decode(engine: Any, prompts: list[list[int]], adapters: list[str | None], new_tokens: int) -> dict[str, Any]:
     """Continue ``prompts`` (token ids), each with the LoRA of the folder in ``adapters`` (None is the bare model).
 
     Times are in seconds: ``first`` until every prompt has a token, ``steps`` and ``cpu_steps`` (processor time) of each
@@ -57,7 +59,9 @@ def decode(engine, prompts: list, adapters: list, new_tokens: int) -> dict:
             SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True),
             lora_request=None if folder is None else LoRARequest(folder, 1 + folders.index(folder), folder),
         )
-    ends, cpu_ends, lengths = [], [], {}
+    ends: list[float] = []
+    cpu_ends: list[float] = []
+    lengths: dict[str, int] = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
             lengths[output.request_id] = len(output.outputs[0].token_ids)

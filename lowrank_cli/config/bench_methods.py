@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -14,34 +13,54 @@ from lowrank_cli import methods
 from lowrank_cli.config.errors import Failure, explained
 from lowrank_cli.config.inline_files import absorb
 from lowrank_cli.errors import UserError, inside, unknown
-from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.schema import BASE, PEFTS, VLLM, VLLM_LORA, parse_overrides
+from lowrank_cli.methods.protocol import Adapts, Calibrates
+from lowrank_cli.schema import (
+    BASE,
+    PEFTS,
+    VLLM,
+    VLLM_LORA,
+    BenchConfig,
+    DecodeBench,
+    InContextBench,
+    TrainBench,
+    parse_overrides,
+)
 
 LORA = "lora"  #: the method whose settings the LoRAs of PEFT and vLLM get
 
 
-def compose(load: ConfigLoaderImpl, entries: Sequence[str], rank: int | None) -> dict[str, Any]:
-    """The method's section for each entry ``NAME [KEY=VALUE]…``; None for the bare model.
+def compose(load: ConfigLoaderImpl, bench: Any) -> dict[str, Any]:
+    """The method's section for each entry ``NAME [KEY=VALUE]…`` of ``bench.methods``; None for the bare model.
 
-    ``rank`` replaces the rank of a file, not one that the entry itself sets.
+    ``bench.rank`` replaces the rank of a file, not one that the entry itself sets.
+
+    Args:
+        bench: the ``bench`` section; which entries are allowed depends on its kind.
     """
-    if BASE not in entries:
+    kind = OmegaConf.get_type(bench)
+    assert kind is not None and issubclass(kind, BenchConfig)
+    if BASE in kind.others and BASE not in bench.methods:
         raise UserError(f"bench.methods: '{BASE}' is missing, and ratios are taken to it")
     found: dict[str, Any] = {}
-    for entry in entries:
+    for entry in bench.methods:
         if entry in found:
-            raise UserError(f"bench.methods: '{entry}' stands there twice")
-        found[entry] = None if entry in (BASE, VLLM) else _section(load, entry, rank)
+            raise UserError(f"bench.methods: '{entry}' is listed twice")
+        found[entry] = _section(load, entry, kind, bench.rank)
+    if set(found) <= {BASE} and not issubclass(kind, DecodeBench | TrainBench):
+        raise UserError("bench.methods: name a method")
     return found
 
 
-def _section(load: ConfigLoaderImpl, entry: str, rank: int | None) -> Any:
+def _section(load: ConfigLoaderImpl, entry: str, kind: type[BenchConfig], rank: int | None) -> Any:
     name, *settings = entry.split()
-    name = LORA if name in (*PEFTS, VLLM_LORA) else name
     group = load.get_group_options("method")
-    adapting = [choice for choice in group if choice in methods.names() and methods.can(choice, Adapts)]
-    if name not in group or (name in methods.names() and name not in adapting):
-        raise unknown("bench.methods", name, [BASE, *PEFTS, VLLM, VLLM_LORA, *adapting])
+    needed = Calibrates if kind is InContextBench else Adapts
+    able = [choice for choice in group if choice in methods.names() and methods.can(choice, needed)]
+    if name not in kind.others and (name not in group or (name in methods.names() and name not in able)):
+        raise unknown("bench.methods", name, [*kind.others, *able])
+    if entry in (BASE, VLLM):
+        return None
+    name = LORA if name in (*PEFTS, VLLM_LORA) else name
     given = parse_overrides(settings)
     if not all(setting.sets and re.fullmatch(r"\w+", setting.key) for setting in given):
         raise UserError(f"bench.methods: '{entry}' is not NAME [KEY=VALUE]…")

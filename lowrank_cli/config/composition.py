@@ -105,6 +105,8 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     store.store(group="task", name="_mix", node=schema.mix())
     for name, node in methods.config_classes().items():
         store.store(group="method", name=f"_{name}", node=node)
+    for name, kind in schema.BENCHES.items():
+        store.store(group="bench", name=f"_{name}", node=kind)
     search_path = create_config_search_path(f"file://{folders[-1]}")
     for folder in folders[:-1]:
         search_path.prepend("user", f"file://{folder}")
@@ -159,12 +161,12 @@ def compose(
         with open_dict(cfg):
             del cfg["hydra"]
             if verb == "bench":
-                cfg.variants = bench_methods.compose(load, cfg.bench.methods, cfg.bench.rank)
+                cfg.variants = bench_methods.compose(load, cfg.bench)
         composed = _finish(verb, cfg, choices, list(overrides))
     typed = [item.key_or_group for item in parsed]
     if WRITTEN not in typed and verb == "generate" and composed.config.generate.output:
         raise UserError(f"{WRITTEN}: a configuration file says {composed.config.generate.output}; {ONLY_TYPED}")
-    if STARTED not in typed and verb == "bench" and composed.config.bench.vllm:
+    if STARTED not in typed and verb == "bench" and getattr(composed.config.bench, "vllm", None):
         raise UserError(f"{STARTED}: a configuration file says {composed.config.bench.vllm}; {ONLY_TYPED}")
     if TRUST not in typed:
         adopted = source is not None and source.resolved["model"].get("trust_remote_code")
@@ -214,6 +216,9 @@ def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overri
             kinds = methods.config_classes()
             require_choice("method.name", resolved["method"].get("name"), kinds)
             cfg.method = OmegaConf.structured(kinds[resolved["method"]["name"]])
+        if verb == "bench":
+            require_choice("bench.measure", resolved.get("bench", {}).get("measure"), schema.BENCHES)
+            cfg.bench = OmegaConf.structured(schema.BENCHES[resolved["bench"]["measure"]])
         for entry, section in resolved.get("variants", {}).items():
             name = section and section.get("name")
             require_choice(f"variants.{entry}.name", name, [None, *methods.config_classes()])

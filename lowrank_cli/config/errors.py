@@ -23,7 +23,7 @@ from lowrank_cli import methods
 from lowrank_cli.config.folders import groups_of
 from lowrank_cli.config.keys import flat
 from lowrank_cli.errors import LrkError, UserError, nearest, unknown
-from lowrank_cli.schema import VERBS, Override
+from lowrank_cli.schema import BENCHES, VERBS, Override
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
@@ -216,6 +216,8 @@ def _owners(section: str, leaf: str, known: bool) -> str:
     """The methods or verbs that have the key, or the section where it is not ``known`` here; empty where none has."""
     if section == "method" and known:
         found = [f"method={name}" for name, kind in methods.config_classes().items() if leaf in flat(kind)]
+    elif section == "bench" and known:
+        found = [f"lrk bench {name}" for name, kind in BENCHES.items() if leaf in flat(kind)]
     else:
         having = {verb: set(flat(root)) for verb, root in VERBS.items()}
         found = [f"lrk {verb}" for verb, keys in having.items() if section and f"{section}.{leaf}" in keys]

@@ -18,7 +18,7 @@ from lowrank_cli import methods
 from lowrank_cli.config.folders import conf_folders, files
 from lowrank_cli.errors import UserError, require_choice, unknown
 from lowrank_cli.reader import read_text
-from lowrank_cli.schema import KINDS, VERBS
+from lowrank_cli.schema import BENCHES, KINDS, VERBS, BenchConfig
 
 Row = tuple[str, str, str]  #: key, value and meaning
 #: Values that are explained themselves, by level.
@@ -36,18 +36,29 @@ def method_keys(choice: str, config_dir: str | None) -> list[Row]:
 
 
 def section_keys(section: str, config_dir: str | None) -> list[Row]:
-    """Each setting of a section, with the value that its verb's file, or the group's file named there, gives it."""
+    """Each setting of a section, with the value that its verb's file, or the group's file named there, gives it.
+
+    Args:
+        section: a section, or ``bench=NAME`` for one of the kinds of ``lrk bench``.
+    """
+    section, _, kind_of_bench = section.partition("=")
     verb = verbs_of(section)[0]
     found = files("", config_dir)
     primary = _read(found[verb])
     listed = [item for item in primary.get("defaults", ()) if isinstance(item, dict)]
     choices = {group: name for item in listed for group, name in item.items()}
+    if section == "bench" and kind_of_bench:
+        choices["bench"] = kind_of_bench
     if section in primary:
         given = primary[section]
     else:
-        require_choice(f"{found[verb]}: defaults: {section}", choices.get(section), files(section, config_dir))
+        where = f"list keys {section}" if kind_of_bench else f"{found[verb]}: defaults: {section}"
+        require_choice(where, choices.get(section), files(section, config_dir))
         given = _inherited(section, found[f"{section}/{choices[section]}"], config_dir)
     kind = sections(verb)[section]
+    if kind is BenchConfig:
+        require_choice(f"{found[f'bench/{choices[section]}']}: measure", given.get("measure"), BENCHES)
+        kind = BENCHES[given["measure"]]
     defaults = {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(kind)
     }

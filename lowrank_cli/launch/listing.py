@@ -15,7 +15,7 @@ from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, ve
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.runs import scan
-from lowrank_cli.schema import VERBS, BenchRun, HardwareConfig, PruneConfig
+from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig
 from lowrank_cli.terminal import Terminal
 
 Parts = list[tuple[str, Composed]]
@@ -131,12 +131,12 @@ def _evaluation(asked: Any) -> str:
 
 def _bench(config: BenchRun) -> list[tuple[str, str]]:
     bench = config.bench
-    tokens, beams = f"{bench.batch_size} × {bench.prompt_length}", ", ".join(map(str, bench.beams))
-    trained = f"{bench.batch_size} examples of {config.task.name}" if config.task else f"{tokens} tokens"
-    decoding = ("decoding", f"{tokens} prompt tokens, {bench.new_tokens} new ones, beams {beams}")
+    own = {key: value for key, value in vars(bench).items() if key not in vars(BenchConfig())}
+    settings = ", ".join(f"{key}={'null' if value is None else value}" for key, value in own.items())
     return [
+        ("measures", f"{bench.measure}{f' on {config.task.name}' if config.task else ''}"),
         ("methods", ", ".join(config.variants)),
-        ("a step", f"forward and backward, {trained}") if bench.measure == "train" else decoding,
+        *([("settings", settings)] if settings else []),
         ("rounds", f"{bench.rounds} and one to warm up"),
         ("seed", str(config.seed)),
     ]
@@ -151,7 +151,7 @@ def print_section_keys(section: str | None, config_dir: str | None) -> None:
     """The same of one section, or of every section of every verb."""
     every = dict.fromkeys(name for verb in VERBS if verb != "run" for name in sections(verb))
     for name in every if section is None else [section]:
-        verbs = ", ".join(f"lrk {verb}" for verb in verbs_of(name))
+        verbs = ", ".join(f"lrk {verb}" for verb in verbs_of(name.partition("=")[0]))
         _print_keys(f"{name} ({verbs})", section_keys(name, config_dir))
 
 

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_cli.config.composition import quoted
-from lowrank_cli.errors import UserError
+from lowrank_cli.config.folders import files
+from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.runs.prompt_file import read_requests
 
 OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
 FILE, COUNTS = "generate.tenants=", "bench.tenants="
-TRAINED = (
-    "[base,lora,'lora dropout=0.05','lora target_modules=[V,D]',dora,alora,milora,moelora,adalora,sora,"
-    "peft,'peft dropout=0.05']"
-)
 
 
 def generate(words: Sequence[str]) -> list[str]:
@@ -44,16 +41,22 @@ def _model_of(file: Path) -> str:
     return "method=none"
 
 
-def bench(words: Sequence[str]) -> list[str]:
-    """``words``, and what a training step or ``bench.tenants`` asks for beside it unless they say so themselves."""
-    found, defaults = list(words), {}
-    if "bench.measure=train" in found:
-        defaults = {"bench.batch_size": "4", "bench.prompt_length": "128", "bench.rank": "16", "bench.methods": TRAINED}
-    counts = [word.removeprefix(COUNTS).strip("[]").split(",") for word in found if word.startswith(COUNTS)]
-    if counts and all(count.strip().isdigit() for count in counts[-1]):
-        defaults = {
-            "bench.batch_size": str(max(1, *map(int, counts[-1]))),
-            "bench.beams": "[1]",
-            "bench.methods": "[base,lora,'milora k=3',peft]",
-        }
-    return found + [f"{key}={value}" for key, value in defaults.items() if not any(w.startswith(key) for w in words)]
+def bench(words: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """``words`` with the kind in front, if there is one, as ``bench=KIND``.
+
+    Unless they say otherwise, a batch has as many rows as the largest of ``bench.tenants``.
+    """
+    found = list(words)
+    if found and not OVERRIDE.match(found[0]):
+        require_choice("bench", found[0], files("bench", config_dir))
+        found[0] = f"bench={found[0]}"
+    given = [word for word in found if re.fullmatch(re.escape(COUNTS) + r"\[[\d, ]+\]", word)]
+    if given and not any(word.startswith("bench.batch_size=") for word in found):
+        found.append(f"bench.batch_size={max(1, *map(int, re.findall(r'[0-9]+', given[-1])))}")
+    return found
+
+
+def tenants(words: Sequence[str], counts: str) -> list[str]:
+    """The words of ``lrk bench`` with ``--tenants COUNTS``, which turns ``decode`` into ``tenants``."""
+    kind, rest = (words[0], words[1:]) if words and not OVERRIDE.match(words[0]) else ("decode", words)
+    return ["tenants" if kind == "decode" else kind, *rest, f"{COUNTS}[{counts}]"]

@@ -1,4 +1,4 @@
-"""The tables of ``bench.json``: one for each number of beams, or one of training steps."""
+"""The tables of ``bench.json``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def shown(run: Run, published: Published) -> list[RenderableType]:
     if not run.done or not (run.path / "bench.json").is_file():
         return []
     record = run.read_json("bench.json")
+    if "memory" not in record:
+        return [_times(record), *(Text(note, style="dim") for note in record.get("notes", []))]
     memory = Text(f"memory: {record['memory']}", style="dim")
     if record["bench"]["measure"] == "train":
         return [_steps(record), memory]
@@ -36,6 +38,19 @@ def _pairs(record: dict[str, Any], published: Published) -> list[RenderableType]
             name = f"{pair['method']} / {pair['to']}"
             table.rows.append([name, str(pair["beams"]), f"{pair['ratio']:.3f}", f"{reference:.3f}"])
     return [table] if table.rows else []
+
+
+def _times(record: dict[str, Any]) -> tables.Fitted:
+    """Of a kind that measures nothing but time."""
+    columns = ["what", "ms", f"× {record['rows'][0]['reference']}", "quartiles", "CPU ms", "CPU ×"]
+    rounds = record["bench"]["rounds"]
+    heading = f"{record['title']}, {rounds} round{'s' * (rounds > 1)}"
+    table = tables.Fitted(heading, columns, leave_out=["CPU ms", "CPU ×", "quartiles"])
+    for row in record["rows"]:
+        low, high = row["time_ratio_quartiles"]
+        times = [f"{row['ms']:.2f}", f"{row['time_ratio']:.3f}", f"{low:.3f}–{high:.3f}"]
+        table.rows.append([row["method"], *times, f"{row['cpu_ms']:.2f}", f"{row['cpu_ratio']:.3f}"])
+    return table
 
 
 def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fitted:

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from lowrank_cli.errors import UserError, nearest, unknown
+from lowrank_cli.report import across_tasks as across
 from lowrank_cli.report import comparison, plots, tables
 from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.statistics import median_interval, sign_flip_test
@@ -68,7 +69,12 @@ class Result:
 
 
 def compare(
-    paths: Sequence[str], baseline: str | None, metric: str | None, output: str | None, outputs: str
+    paths: Sequence[str],
+    baseline: str | None,
+    metric: str | None,
+    output: str | None,
+    outputs: str,
+    across_tasks: bool = False,
 ) -> RenderableType:
     """Compare the finished runs in ``paths``: run, sweep or recipe folders, or folders that hold such.
 
@@ -76,8 +82,11 @@ def compare(
     there. ``baseline`` is a method (or ``"method setting"`` where it has several); the others are tested
     against it, paired by seed. ``metric`` defaults to each task's own on the test split. ``output`` is a
     folder that gets ``compare.md`` and ``compare.csv``, and a picture of each section in which one number was
-    swept. Raises :class:`UserError` for a path without finished runs, an unknown baseline or metric.
+    swept. ``across_tasks`` also tests the methods over all tasks together.
+    Raises :class:`UserError` for a path without finished runs, an unknown baseline or metric.
     """
+    if across_tasks and baseline is None:
+        raise UserError("--across-tasks: methods are tested against a baseline; name it with --baseline METHOD")
     results, unfinished, broken = collect(paths or [outputs], outputs)
     present = sorted({name for result in results for name in result.metrics})
     if metric is not None and metric not in present:
@@ -92,17 +101,21 @@ def compare(
     if baseline is not None:
         _test_against(sections, baseline)
     notes = comparison.notes(sections, baseline, unfinished, broken)
+    pooled = across.pooled(sections) if across_tasks else []
+    if pooled:
+        notes.append(across.note(sections))
     if output is not None:
         folder = Path(output)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output: '{output}' is a file; name a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "compare.md", comparison.markdown(sections, baseline, notes))
+        together = across.markdown(pooled, baseline or "")
+        atomic_write(folder / "compare.md", comparison.markdown(sections, baseline, notes, together))
         atomic_write(folder / "compare.csv", comparison.csv_text(sections, baseline))
         for section in sections:
             if (entry := comparison.curve(section)) is not None:
                 plots.write(plots.picture(entry), folder / entry["file"])
-    return comparison.terminal(sections, baseline, notes)
+    return comparison.terminal(sections, baseline, notes, across.terminal(pooled, baseline or ""))
 
 
 def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list[str]]:
@@ -364,6 +377,7 @@ def _test_against(sections: list[Section], baseline: str) -> None:
             if same and same[0] is not row:
                 shared = sorted(row.values.keys() & same[0].values.keys())
                 differences = [row.values[seed] - same[0].values[seed] for seed in shared]
+                row.compared_to = same[0]
                 row.pairs = len(differences)
                 row.difference = fmean(differences) if differences else None
                 row.p_value = sign_flip_test(differences)

@@ -42,6 +42,7 @@ class Row:
     pairs: int | None = None  #: seeds shared with the baseline; None: not compared
     difference: float | None = None  #: mean of this row minus the baseline, over the pairs
     p_value: float | None = None
+    compared_to: Row | None = None  #: the baseline's row that these three are taken against
 
     @property
     def label(self) -> str:
@@ -166,10 +167,12 @@ def notes(sections: Sequence[Section], baseline: str | None, unfinished: int, br
     ]
 
 
-def terminal(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> RenderableType:
-    """The comparison for rich; best rows bold."""
+def terminal(
+    sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str], more: Sequence[RenderableType] = ()
+) -> RenderableType:
+    """The comparison for rich, best rows bold, and ``more`` tables above the footnotes."""
     tables = [_Fitted(section, baseline) for section in sections]
-    return Group(*tables, *(Trimmed(Text(note, style="dim")) for note in footnotes))
+    return Group(*tables, *more, *(Trimmed(Text(note, style="dim")) for note in footnotes))
 
 
 @dataclass
@@ -205,7 +208,7 @@ class _Fitted:
         return table
 
 
-def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str]) -> str:
+def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Sequence[str], more: str = "") -> str:
     """The same tables and footnotes as GitHub Markdown."""
     lines = []
     for section in sections:
@@ -214,6 +217,7 @@ def markdown(sections: Sequence[Section], baseline: str | None, footnotes: Seque
         lines += [f"### {section.title}", "", *unsaid, _line(headers), _line(["---"] * len(headers))]
         lines += [_line(line) for line in table]
         lines.append("")
+    lines += [more] if more else []
     return "\n".join([*lines, *(f"- {note}" for note in footnotes), ""])
 
 

@@ -138,9 +138,11 @@ class Arrangement(TypedDict):
 class BenchRecord(TypedDict):
     """``bench.json``."""
 
-    memory: str
     bench: dict[str, Any]
     rows: list[dict[str, Any]]
+    memory: NotRequired[str]  #: what peak memory is, where it is measured
+    title: NotRequired[str]
+    notes: NotRequired[list[str]]
 
 
 class Layers(TypedDict):

@@ -4,7 +4,22 @@ Nothing heavy is imported. A method's own schema stands in its file under ``lowr
 :class:`MethodConfig`. ``validate`` checks what a type cannot say; it raises :class:`lowrank_cli.errors.UserError`.
 """
 
-from lowrank_cli.schema.bench import BASE, MEASURES, PEFTS, VLLM, VLLM_LORA, BenchConfig, BenchRun
+from lowrank_cli.schema.bench import (
+    BASE,
+    BENCHES,
+    PEFTS,
+    VLLM,
+    VLLM_LORA,
+    BenchConfig,
+    BenchRun,
+    DecodeBench,
+    InContextBench,
+    LoadBench,
+    LoopBench,
+    PrepackBench,
+    ScoreBench,
+    TrainBench,
+)
 from lowrank_cli.schema.evaluate import EvaluateConfig, EvaluateRun, PredictConfig
 from lowrank_cli.schema.export import ExportConfig, ExportRun
 from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
@@ -23,8 +38,8 @@ from lowrank_cli.schema.verbs import VERBS
 __all__ = [
     "AUTO",
     "BASE",
+    "BENCHES",
     "KINDS",
-    "MEASURES",
     "MODULE_KINDS",
     "PEFTS",
     "SCORE_KINDS",
@@ -35,6 +50,7 @@ __all__ = [
     "VLLM_LORA",
     "BenchConfig",
     "BenchRun",
+    "DecodeBench",
     "EvaluateConfig",
     "EvaluateRun",
     "ExportConfig",
@@ -42,19 +58,25 @@ __all__ = [
     "GenerateConfig",
     "GenerateRun",
     "HardwareConfig",
+    "InContextBench",
+    "LoadBench",
+    "LoopBench",
     "MethodConfig",
     "ModelConfig",
     "Override",
     "PredictConfig",
+    "PrepackBench",
     "PruneConfig",
     "PruneRun",
     "RecipeConfig",
     "RecipeRun",
     "RunConfig",
+    "ScoreBench",
     "ScoreConfig",
     "ScoreRun",
     "StageConfig",
     "TaskConfig",
+    "TrainBench",
     "TrainConfig",
     "TrainRun",
     "mix",

@@ -1,9 +1,9 @@
-"""``lrk bench``."""
+"""``lrk bench``: one schema for each kind of measurement; ``conf/bench/*.yaml`` holds their values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -12,7 +12,6 @@ from lowrank_cli.schema.hardware import HardwareConfig
 from lowrank_cli.schema.model import ModelConfig
 from lowrank_cli.schema.task import TaskConfig
 
-MEASURES = ("decode", "train")  #: what ``lrk bench`` measures: generation, or a training step
 BASE = "base"  #: the entry of ``bench.methods`` that stands for the bare model
 #: Entries that stand for the PEFT library's LoRA, and the package of their loss; None is the model's own.
 PEFTS = {"peft": None, "peft+trl": "trl", "peft+liger": "liger_kernel"}
@@ -21,30 +20,48 @@ VLLM, VLLM_LORA = "vllm", "vllm+lora"  #: entries that stand for vLLM with the b
 
 @dataclass
 class BenchConfig:
-    """What a benchmark measures, and how often."""
+    """What every kind of benchmark has."""
 
-    measure: str = MISSING  #: ``decode`` or ``train``; the first word of the command line
-    methods: list[str] = (
-        MISSING  #: ``base`` (the bare model), methods, and LoRAs of others (:data:`PEFTS`, vLLM), each with KEY=VALUE
-    )
+    others: ClassVar[tuple[str, ...]] = ()  #: entries of ``methods`` that are no methods of ours
+    task: ClassVar[str] = ""  #: whether a ``task`` is ``required``, ``optional`` or, by default, refused
+
+    measure: str = MISSING  #: the kind of measurement, which decides the other keys; ``lrk bench NAME`` chooses a file
+    #: methods, each with KEY=VALUE where it differs from its file; ``base`` (the bare model), ``peft``, ``vllm``
+    methods: list[str] = MISSING
     rank: Optional[int] = MISSING  #: of every method that has one; null takes the methods' own
-    batch_size: int = MISSING  #: prompts generated from, or examples trained on, at once
-    prompt_length: int = (
-        MISSING  #: random tokens of each prompt; with a task, of its longest example, as near as can be
-    )
-    new_tokens: int = MISSING  #: ``decode``: generated for each prompt; none stops earlier
-    beams: list[int] = MISSING  #: ``decode``: 1 is greedy decoding
-    #: ``decode``: different adapters in one batch, in turn over its rows: ours in a bank; for each of these numbers all
-    #: is measured once more
-    tenants: list[int] = MISSING
-    rounds: int = MISSING  #: each runs every method once, in rotated order; one more comes first and is not counted
-    #: ``decode``: the Python of an environment that has vLLM, for the entries ``vllm`` (bare) and ``vllm+lora``
-    vllm: Optional[str] = None
+    rounds: int = MISSING  #: each measures everything once, in rotated order; one more comes first and is not counted
 
     def validate(self) -> None:
-        require_choice("bench.measure", self.measure, MEASURES)
-        for key in ("batch_size", "prompt_length", "rounds"):
+        require_choice("bench.measure", self.measure, BENCHES)
+        if type(self) is not BENCHES[self.measure]:
+            raise UserError(f"bench.measure: '{self.measure}' has other keys; choose it with: lrk bench {self.measure}")
+        require_range("bench.rounds", self.rounds, 1)
+
+    def require_positive(self, *keys: str) -> None:
+        """Raise UserError for a key below 1."""
+        for key in keys:
             require_range(f"bench.{key}", getattr(self, key), 1)
+
+
+@dataclass
+class DecodeBench(BenchConfig):
+    """Generation with adapters that are not merged, alone or many of them in a batch."""
+
+    others: ClassVar[tuple[str, ...]] = (BASE, "peft", VLLM, VLLM_LORA)
+
+    batch_size: int = MISSING  #: prompts generated from at once
+    prompt_length: int = MISSING  #: random tokens of each prompt
+    new_tokens: int = MISSING  #: generated for each prompt; none stops earlier
+    beams: list[int] = MISSING  #: 1 is greedy decoding
+    #: numbers of different adapters in one batch, which take turns over its rows; each is measured in addition
+    tenants: list[int] = MISSING
+    vllm: Optional[str] = (
+        None  #: the Python of an environment that has vLLM, for the entries ``vllm`` and ``vllm+lora``
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("batch_size", "prompt_length")
         require_range("bench.new_tokens", self.new_tokens, 2)
         if not self.beams or len(set(self.beams)) < len(self.beams):
             raise UserError(f"bench.beams: {list(self.beams)} must name each number of beams once")
@@ -52,8 +69,6 @@ class BenchConfig:
             require_range("bench.beams", beams, 1)
         if len(set(self.tenants)) < len(self.tenants):
             raise UserError(f"bench.tenants: {list(self.tenants)} names a number twice")
-        if self.tenants and self.measure != "decode":
-            raise UserError("bench.tenants: adapters share a batch in lrk bench decode only; leave it out")
         for count in self.tenants:
             require_range("bench.tenants", count, 1)
             if count > self.batch_size:
@@ -61,6 +76,108 @@ class BenchConfig:
                     f"bench.tenants: {count} adapters need as many rows; set bench.batch_size={count} or more "
                     f"(it is {self.batch_size})"
                 )
+        if any(entry.split()[0] in (VLLM, VLLM_LORA) for entry in self.methods) and list(self.beams) != [1]:
+            raise UserError("bench.beams: vLLM is measured without beams; set bench.beams=[1]")
+
+
+@dataclass
+class TrainBench(BenchConfig):
+    """A forward and a backward pass."""
+
+    others: ClassVar[tuple[str, ...]] = (BASE, *PEFTS)
+    task: ClassVar[str] = "optional"
+
+    batch_size: int = MISSING  #: examples trained on at once
+    prompt_length: int = MISSING  #: random tokens of a row; with a task, of its longest example, as near as can be
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("batch_size", "prompt_length")
+
+
+@dataclass
+class LoopBench(TrainBench):
+    """Whole training steps, the optimizer and what a method does between steps included."""
+
+    others: ClassVar[tuple[str, ...]] = ()
+
+    steps: int = MISSING  #: of each method in a round
+    total_steps: int = (
+        MISSING  #: of the training that these are the first steps of, by which methods schedule their work
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("steps")
+        if self.total_steps < (self.rounds + 1) * self.steps:
+            raise UserError(
+                f"bench.total_steps: {self.total_steps} is below the {(self.rounds + 1) * self.steps} steps of all "
+                f"rounds (bench.steps × (bench.rounds + 1))"
+            )
+
+
+@dataclass
+class ScoreBench(TrainBench):
+    """Scores of all ranks of an adapter: exact ones, one at a time and together, and approximations."""
+
+    others: ClassVar[tuple[str, ...]] = ()
+
+    tokens: int = MISSING  #: of one forward pass, at most
+    sample: int = MISSING  #: ranks that are scored one at a time; their mean time stands for all
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("tokens", "sample")
+
+
+@dataclass
+class InContextBench(BenchConfig):
+    """Queries with demonstrations: the shared KV cache against whole prompts, and methods that calibrate answers."""
+
+    others: ClassVar[tuple[str, ...]] = (BASE,)
+    task: ClassVar[str] = "required"
+
+    shots: int = MISSING  #: demonstrations in front of each query
+    queries: int = MISSING  #: test examples, at most
+    batch_size: int = MISSING  #: queries of one batch
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("shots", "queries", "batch_size")
+
+
+@dataclass
+class LoadBench(BenchConfig):
+    """One more adapter loaded into a model that serves others."""
+
+    others: ClassVar[tuple[str, ...]] = ("peft",)
+
+
+@dataclass
+class PrepackBench(BenchConfig):
+    """A decoding step with the frozen weights packed for the CPU (``hardware.prepack``), and with them as they are."""
+
+    others: ClassVar[tuple[str, ...]] = (BASE,)
+
+    tenants: int = MISSING  #: rows of the batch, each with an adapter of its own
+    prompt_length: int = MISSING  #: random tokens of each prompt
+    new_tokens: int = MISSING  #: decoding steps of a round
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("tenants", "prompt_length", "new_tokens")
+
+
+#: Kinds of measurement: each has a module of the same name in ``lowrank_cli/bench``.
+BENCHES: dict[str, type[BenchConfig]] = {
+    "decode": DecodeBench,
+    "train": TrainBench,
+    "loop": LoopBench,
+    "score": ScoreBench,
+    "icl": InContextBench,
+    "load": LoadBench,
+    "prepack": PrepackBench,
+}
 
 
 @dataclass
@@ -72,7 +189,7 @@ class BenchRun:
     name: Optional[str] = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    task: Optional[TaskConfig] = None  #: ``train``: whose examples are trained on; null takes random tokens
+    task: Optional[TaskConfig] = None  #: whose examples are taken; null takes random tokens
     bench: BenchConfig = field(default_factory=BenchConfig)
     variants: dict[str, Any] = field(default_factory=dict)  #: the :class:`MethodConfig` of each of ``bench.methods``
 
@@ -86,22 +203,20 @@ class BenchRun:
                 f"hardware.quantization: {self.hardware.quantization} needs a checkpoint, and model.shape draws random "
                 f"weights; set hardware.quantization=null, or model.shape=null and a model"
             )
-        if self.task is not None:
-            if self.bench.measure != "train":
-                raise UserError("task: lrk bench decode generates from random tokens; leave it out")
-            if self.model.shape:
-                raise UserError(f"task: {self.task.name} needs a tokenizer; set model.shape=null and a model")
-        if any(entry.split()[0] in (VLLM, VLLM_LORA) for entry in self.variants):
-            self._validate_vllm()
+        self._validate_task()
+        if self.bench.measure == "prepack" and (self.hardware.device != "cpu" or self.hardware.prepack is not None):
+            raise UserError("hardware: lrk bench prepack packs weights itself, on a CPU; leave hardware.prepack null")
         for entry, variant in self.variants.items():
-            if PEFTS.get(entry.split()[0]) and self.bench.measure != "train":
-                raise UserError(f"bench.methods: '{entry}' differs from peft in its loss, for lrk bench train only")
             if variant is not None:
                 with inside("method", f"bench.methods: '{entry}': method"):
                     variant.validate()
 
-    def _validate_vllm(self) -> None:
-        if self.bench.measure != "decode":
-            raise UserError("bench.methods: vLLM decodes and trains nothing; leave its entries out of lrk bench train")
-        if list(self.bench.beams) != [1]:
-            raise UserError("bench.beams: vLLM is measured without beams; set bench.beams=[1]")
+    def _validate_task(self) -> None:
+        if self.task is None:
+            if self.bench.task == "required":
+                raise UserError(f"task: missing; lrk bench {self.bench.measure} asks its examples (task=NAME)")
+            return
+        if not self.bench.task:
+            raise UserError(f"task: lrk bench {self.bench.measure} takes random tokens; leave it out")
+        if self.model.shape:
+            raise UserError(f"task: {self.task.name} needs a tokenizer; set model.shape=null and a model")

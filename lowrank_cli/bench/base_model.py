@@ -1,0 +1,70 @@
+"""The frozen model that a benchmark's methods share, on its device, and which of the methods can be measured there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_cli.bench.shared_weights import lacking
+from lowrank_cli.inference import progress
+from lowrank_cli.inference.device import greet, prepare
+from lowrank_cli.models.load import load
+from lowrank_cli.models.shape import random_model
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import BenchRun, MethodConfig
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded model, or one of random weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None  #: None for random weights
+    device: torch.device
+    facts: dict[str, Any]  #: what ``bench.json`` says of it
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+
+def load_base(config: BenchRun, run: Run, generates: bool = False) -> BaseModel:
+    """Load ``config.model``, seeded, and print the run's first lines.
+
+    Args:
+        generates: whether tokens are generated, for which weights may be packed (``hardware.prepack``).
+    """
+    device = prepare(config.hardware).device
+    torch.manual_seed(config.seed)
+    tokenizer = None
+    if config.model.shape:
+        model, packing = random_model(config.model, config.hardware, device, generates)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        header = f"random weights of shape {config.model.shape}: {count / 1e6:.0f}M-parameter Llama"
+    else:
+        loaded = load(config.model, config.hardware, None, generates=generates)
+        model, header, tokenizer = loaded.model.to(device).eval(), loaded.header, loaded.tokenizer
+        packing = loaded.packing
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    greet(run, config.hardware, model, header, packing=packing)
+    facts = {"model": header, "packing": packing, "layers": model.config.num_hidden_layers}
+    return BaseModel(model, tokenizer, device, facts)
+
+
+def autocast(config: BenchRun) -> torch.autocast:
+    """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""
+    hardware = config.hardware
+    return torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.precision == "autocast")
+
+
+def obtainable(config: BenchRun) -> dict[str, MethodConfig | None]:
+    """The entries of ``bench.methods`` that can be measured here. Prints which are left out, and why."""
+    variants = dict(config.variants)
+    for entry in config.variants:
+        if reason := lacking(entry, config):
+            progress.console().print(f"'{entry}' is left out: {reason}")
+            del variants[entry]
+    return variants

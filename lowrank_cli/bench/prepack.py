@@ -1,0 +1,81 @@
+"""``lrk bench prepack``: a decoding step with the frozen weights packed for the CPU, and with them as they are.
+
+Every row of the batch has an adapter of its own, out of a bank; ``base`` has none. ``lrk generate`` and ``lrk bench
+decode`` pack weights where they fit (``hardware.prepack``).
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
+from lowrank_cli.adapter.module_copy import copied
+from lowrank_cli.bench.base_model import load_base, obtainable
+from lowrank_cli.bench.rounds import interleaved
+from lowrank_cli.bench.shared_weights import Twin, crowds
+from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
+from lowrank_cli.inference import progress
+from lowrank_cli.models import prepack
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import BASE, BenchRun, PrepackBench
+
+__all__ = ["figures", "measure", "metrics"]
+
+
+def measure(config: BenchRun, run: Run) -> dict[str, Any]:
+    """Two rows for each of ``bench.methods``; times are relative to the bare model's with its weights as they are."""
+    bench = config.bench
+    assert isinstance(bench, PrepackBench)
+    base = load_base(config, run)
+    plain = base.model.requires_grad_(False)
+    packed = copied(plain)
+    prepack.prepack(packed)
+    variants, count = obtainable(config), bench.tenants
+    models = {
+        name + suffix: twin
+        for model, suffix in ((plain, ""), (packed, ", packed"))
+        for name, twin in crowds(model, variants, [count], count, config.seed)[count].items()
+    }
+    prompts = torch.randint(base.vocabulary, (count, bench.prompt_length))
+    logits: dict[str, Tensor] = {}
+
+    def sample(name: str) -> Timing:
+        timing, logits[name] = decoding_step(models[name], prompts, bench.new_tokens)
+        return timing
+
+    with progress.bar("measuring", (bench.rounds + 1) * len(models), shown=True) as bar:
+        samples = interleaved({name: partial(sample, name) for name in models}, bench.rounds, bar)
+    error = max(_difference(logits[name], logits[f"{name}, packed"]) for name in variants)
+    return {
+        **base.facts,
+        "title": f"A decoding step of {count} rows, with packed weights and without",
+        "notes": [f"logits: packed and plain differ by {error:.1e} of the largest"],
+        "logits_differ": error,
+        "rows": rows(samples, BASE),
+    }
+
+
+@torch.no_grad()
+def decoding_step(twin: Twin, prompts: Tensor, steps: int) -> tuple[Timing, Tensor]:
+    """The median of so many steps after the prompts (B, T), and the last logits (B, V)."""
+    with twin.around():
+        cache = returned_cache(twin.model(input_ids=prompts, use_cache=True))
+        outputs: list[Tensor] = []
+
+        def step() -> None:
+            out = twin.model(input_ids=prompts[:, :1], use_cache=True, **pass_cache(twin.model, cache))
+            outputs.append(out.logits[:, -1])  # (B, 1, V) -> (B, V)
+
+        timings = [timed(step, prompts.device) for _ in range(steps)]
+    median = Timing(*(statistics.median(getattr(one, key) for one in timings) for key in ("seconds", "cpu_seconds")))
+    return median, outputs[-1]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest of ``one``."""
+    return ((one - other).abs().max() / one.abs().max()).item()

@@ -187,7 +187,7 @@ def test_only_the_cache_of_the_latest_prompts_is_continued():
     bank, after = filled("llama", {"milora": small.adapted("milora")}), torch.tensor([[5]])
 
     def refused(cache):
-        with pytest.raises(AssertionError, match="belongs to another KV cache"):
+        with pytest.raises(AssertionError, match="belong to another KV cache"):
             bank.model(input_ids=after, **pass_cache(bank.model, cache))
 
     with torch.no_grad():

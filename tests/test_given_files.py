@@ -391,7 +391,7 @@ def test_json_that_cannot_be_read(text, message):
 def test_only_regular_files_of_some_size_are_read(monkeypatch):
     os.mkfifo("pipe")
     Path("folder").mkdir()
-    for name, message in (("pipe", "it is no file"), ("folder", "it is no file"), ("nowhere", "No such file")):
+    for name, message in (("pipe", "it is not a file"), ("folder", "it is not a file"), ("nowhere", "No such file")):
         with pytest.raises(UserError, match=message):
             read_json(Path(name))
     Path("a.json").write_text("[1, 2, 3]")
@@ -434,7 +434,7 @@ def test_text_that_cannot_be_written_again_is_refused():
 
 @pytest.mark.parametrize("read", [read_jsonl, read_requests], ids=lambda read: read.__name__)
 def test_rows_without_end_are_refused(read):
-    with pytest.raises(UserError, match="'/dev/zero' cannot be read: it is no file"):
+    with pytest.raises(UserError, match="'/dev/zero' cannot be read: it is not a file"):
         read(Path("/dev/zero"))
 
 

@@ -58,7 +58,7 @@ def test_a_loop_may_finish_its_step_but_a_second_signal_ends_it(monkeypatch):
         send(signal.SIGTERM)
         send(signal.SIGTERM)  # `timeout` sends it twice
         stopping.check()
-        monkeypatch.setattr(stopping, "ONE", 0.0)
+        monkeypatch.setattr(stopping, "DEBOUNCE", 0.0)
         send(signal.SIGUSR1)  # asks, and never insists
         with pytest.raises(Stop):
             send(signal.SIGTERM)

@@ -68,7 +68,8 @@ def test_one_prompt_is_printed_while_it_is_written(lrk, monkeypatch):  # noqa: F
     assert ended.out == records()[0]["answer"] + "\n"
     assert "bundled" in ended.err and "generate" in ended.err, "what else there is to say goes to stderr"
     assert Run.open("outputs/latest").metrics["generate/tokens"] == 6
-    lrk("generate", PROMPTS[0], *QUICK, "generate.num_beams=3")  # of the newest run
+    newest = lrk("generate", PROMPTS[0], *QUICK, "generate.num_beams=3")
+    assert f"\nrun: {run}\n" in newest.err and "run: " not in ended.err, "a run that was not named is printed"
     assert lrk("generate", "--dry-run", PROMPTS[0]).out.count(str(run.resolve())) == 1
     assert answer(lrk, PROMPTS[0], "method=none") != answer(lrk, PROMPTS[0])
 

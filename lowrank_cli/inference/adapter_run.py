@@ -29,7 +29,10 @@ def newest_run_note(config: RunConfig, run: Run) -> str:
     """``run: PATH`` if ``config.run`` was not given on the command line but is the newest run; else empty."""
     path = getattr(config, "run", None)
     given = any(override.lstrip("+").startswith("run=") for override in run.info.get("overrides", ()))
-    return "" if path is None or given else f"run: {path}"
+    if path is None or given:
+        return ""
+    shown = Path(path)
+    return f"run: {shown.relative_to(Path.cwd()) if shown.is_relative_to(Path.cwd()) else shown}"
 
 
 def method_of(run: Run) -> Method:

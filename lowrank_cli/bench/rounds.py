@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -71,6 +71,24 @@ def quartiles(values: Sequence[float]) -> list[float]:
     """The lower and the upper one."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return [low, high]
+
+
+def flat(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
+    """Flat numbers, ``bench/<method>/<key>``, of the rows of a benchmark's record."""
+    return {f"bench/{row['method']}/{key}": row[key] for row in record["rows"] for key in keys if key in row}
+
+
+def bars(record: Mapping[str, Any], key: str, **about: Any) -> dict[str, Any]:
+    """A bar for each row: the ratio at ``key``, with its quartiles; ``about`` is what else the figure says."""
+    rows = record["rows"]
+    return {
+        "kind": "bars",
+        "rows": [row["method"] for row in rows],
+        "values": [[row[key]] for row in rows],
+        "low": [[row[f"{key}_quartiles"][0]] for row in rows],
+        "high": [[row[f"{key}_quartiles"][1]] for row in rows],
+        **about,
+    }
 
 
 def synchronized(device: torch.device) -> None:

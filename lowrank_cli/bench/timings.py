@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lowrank_cli.bench.rounds import ratio, synchronized
+from lowrank_cli.bench.rounds import bars, flat, ratio, synchronized
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,17 @@ def rows(samples: Mapping[str, Sequence[Timing]], reference: str, **about: Any) 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Flat numbers, ``bench/<what>/<number>``."""
-    plain = ("ms", "cpu_ms", "time_ratio", "cpu_ratio", "between_share")
-    return {f"bench/{row['method']}/{key}": row[key] for row in record["rows"] for key in plain if key in row}
+    return flat(record, ("ms", "cpu_ms", "time_ratio", "cpu_ratio", "between_share"))
 
 
 def figures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bars of the time."""
-    found = record["rows"]
-    figure = {
-        "file": f"{record['bench']['measure']}.png",
-        "kind": "bars",
-        "title": f"{record['title']} ({record['device']})",
-        "rows": [row["method"] for row in found],
-        "columns": ["time"],
-        "values": [[row["time_ratio"]] for row in found],
-        "low": [[row["time_ratio_quartiles"][0]] for row in found],
-        "high": [[row["time_ratio_quartiles"][1]] for row in found],
-        "label": f"× {found[0]['reference']} (median, quartiles)",
-    }
+    figure = bars(
+        record,
+        "time_ratio",
+        file=f"{record['bench']['measure']}.png",
+        title=f"{record['title']} ({record['device']})",
+        columns=["time"],
+        label=f"× {record['rows'][0]['reference']} (median, quartiles)",
+    )
     return [figure]

@@ -26,6 +26,8 @@ from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.bench.base_model import autocast, load_base, obtainable
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.rounds import (
+    bars,
+    flat,
     held_memory,
     in_turns,
     memory_meaning,
@@ -208,21 +210,17 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
         "peft_cpu_ratio",
         "peft_memory_ratio",
     )
-    return {f"bench/{row['method']}/{key}": row[key] for row in record["rows"] for key in plain if key in row}
+    return flat(record, plain)
 
 
-def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
+def figures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Bars of the time of a step."""
-    rows = record["rows"]
-    figure = {
-        "file": "train.png",
-        "kind": "bars",
-        "title": f"A training step against the frozen model's own ({record['device']}, {record['data']})",
-        "rows": [row["method"] for row in rows],
-        "columns": ["time of a step"],
-        "values": [[row["step_ratio"]] for row in rows],
-        "low": [[row["step_ratio_quartiles"][0]] for row in rows],
-        "high": [[row["step_ratio_quartiles"][1]] for row in rows],
-        "label": "× base (median, quartiles)",
-    }
+    figure = bars(
+        record,
+        "step_ratio",
+        file="train.png",
+        title=f"A training step against the frozen model's own ({record['device']}, {record['data']})",
+        columns=["time of a step"],
+        label="× base (median, quartiles)",
+    )
     return [figure]

@@ -11,7 +11,7 @@ from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import RunConfig
+from lowrank_cli.schema import RunConfig, parse_overrides
 
 
 def adapter_run(config: RunConfig) -> Path | None:
@@ -28,7 +28,7 @@ def adapter_run(config: RunConfig) -> Path | None:
 def newest_run_note(config: RunConfig, run: Run) -> str:
     """``run: PATH`` if ``config.run`` was not given on the command line but is the newest run; else empty."""
     path = getattr(config, "run", None)
-    given = any(override.lstrip("+").startswith("run=") for override in run.info.get("overrides", ()))
+    given = any(override.key.lstrip("+") == "run" for override in parse_overrides(run.info.get("overrides", ())))
     if path is None or given:
         return ""
     shown = Path(path)

@@ -437,6 +437,7 @@ def main() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by the shell: >&-)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     code = call(sys.argv[1:])
+    stopping.finish(code)
     gc.freeze()  # collecting what the libraries hold takes seconds, and it all ends with the process anyway
     sys.exit(code)
 

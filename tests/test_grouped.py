@@ -34,7 +34,7 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         gates = torch.rand(len(owners), device=device) if gated else None
         x = torch.randn(INPUTS, len(owners) * tokens, device=device).to(dtype).t()  # not laid out row by row
         x = x.unflatten(0, (len(owners), tokens))  # (B * T, I) -> (B, T, I)
-        y = torch.randn(len(owners) * tokens, OUTPUTS + (40 if span else 0), device=device).to(dtype)
+        y = torch.randn(len(owners), tokens, OUTPUTS + (40 if span else 0), device=device).to(dtype)  # (B, T, O)
         plain, found = y.clone(), y.clone()
         GroupedUpdate(a, b, grouping, gates, span, len(owners)).add_to(plain, x)
         update_class("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x)

@@ -380,7 +380,7 @@ def test_wheel_holds_configs_and_bundled_files(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
         entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-        assert "lrk = lowrank_cli.cli:main" in wheel.read(entry_points).decode()
+        assert "lrk = lowrank_cli.__main__:main" in wheel.read(entry_points).decode()
 
     def files(folder: str) -> set[str]:
         found = (path for path in (ROOT / folder).rglob("*") if path.is_file())

@@ -42,6 +42,40 @@ def test_a_parent_that_has_ended_already_is_noticed():
     assert noticed.wait(10)
 
 
+IMPORTING = """
+import os, signal, sys
+class Cli:
+    def main(): os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C before the command line handles it
+sys.modules["lowrank_cli.cli"] = Cli
+import lowrank_cli
+lowrank_cli.cli = Cli
+from lowrank_cli.__main__ import main
+main()
+"""
+ENDING = """
+import os, signal
+from lowrank_cli.runs import stopping
+stopping.finish(3)
+os.kill(os.getpid(), signal.{})
+[None for _ in range(1000)]
+"""
+
+
+def run_program(program: str) -> tuple[int, str]:
+    """The exit code and the stderr of a Python program."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_ctrl_c_while_the_program_is_imported_leaves_no_traceback():
+    assert run_program(IMPORTING) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_after_the_work_ends_the_process_with_its_code(name):
+    assert run_program(ENDING.format(name)) == (3, "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_the_first_signal_raises_and_gives_the_exit_code(number, code):
     before = [signal.getsignal(each) for each in stopping.SIGNALS]

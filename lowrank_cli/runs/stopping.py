@@ -70,6 +70,12 @@ def signals() -> Iterator[None]:
         _number = None
 
 
+def finish(code: int) -> None:
+    """From now on a signal ends the process at once with ``code``: only the interpreter's own clean-up is left."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(code))
+
+
 @contextmanager
 def on_stop(then: Callable[[], object]) -> Iterator[None]:
     """Inside, the first signal calls ``then`` instead of raising; at once if there was one already."""

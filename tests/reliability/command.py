@@ -173,10 +173,10 @@ class Command:
 
 def _main() -> int:
     """``lrk`` as the interpreter runs it, up to the exit code."""
-    from lowrank_cli import cli
+    from lowrank_cli import __main__
 
     try:
-        cli.main()
+        __main__.main()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

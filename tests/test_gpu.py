@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from test_grouped import compare
+from grouped_cases import compare
 
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.launch import single_run

@@ -11,8 +11,8 @@ import pytest
 import small
 import torch
 import yaml
+from ablations import dev_batch, naive, plain
 from rich.console import Console
-from test_ablation import dev_batch, naive, plain
 from torch.nn import functional as F
 
 from lowrank_cli import methods

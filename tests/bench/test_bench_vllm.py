@@ -17,7 +17,7 @@ from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 from lowrank_cli.stages import bench
 
-FAKES = Path(__file__).parent / "fakes"
+FAKES = Path(__file__).parents[1] / "fakes"
 TINY = ["model.shape=2x32x48x4", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5", "bench.new_tokens=3"]
 TINY += ["bench.rounds=2", "bench.beams=[1]"]
 RUN = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_path(sys.argv[-1], run_name='__main__')"

@@ -15,7 +15,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.tasks import tiny
 from lowrank_cli.tasks.tiny import answers, lexicon
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "bundled_model"))
 
 import pretrain_text  # noqa: E402

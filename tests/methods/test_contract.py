@@ -9,8 +9,8 @@ import pytest
 import small
 import torch
 import yaml
+from ablations import dev_batch
 from resuming import history, train_broken_at
-from test_ablation import dev_batch
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
@@ -25,7 +25,7 @@ from lowrank_cli.scoring.cut import usual
 from lowrank_cli.scoring.kinds import require_ranks, score
 from lowrank_cli.scoring.probe import Probe
 
-CONF = Path(__file__).parent.parent / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 FAMILIES = ["llama", "gpt2", "bert"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 QUICK = [

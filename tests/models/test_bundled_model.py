@@ -11,7 +11,7 @@ import pytest
 from lowrank_cli.tasks.tiny import NAMES, generate
 from lowrank_cli.tasks.tiny.lexicon import EPISODE_LABELS, HELD_LABELS, SPARE_LABELS, vocabulary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "lowrank_cli" / "assets" / "tiny_llama"
 sys.path.insert(0, str(ROOT / "scripts" / "bundled_model"))
 

@@ -31,7 +31,7 @@ from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PEFTS, SHAPES, DecodeBench, HardwareConfig, ModelConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE = "2x32x48x4"
 TRAIN = [f"model.shape={SHAPE}", "hardware.threads=1", "bench.rank=4", "bench.prompt_length=5"]
 TINY = [*TRAIN, "bench.new_tokens=3"]

@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 import transformers
-from test_lelora import moved
+from lelora_training import moved
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged, truncate

@@ -3,7 +3,7 @@
 import pytest
 import small
 import torch
-from test_ablation import dev_batch, naive
+from ablations import dev_batch, naive
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import SCORE_KINDS

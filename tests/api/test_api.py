@@ -20,7 +20,7 @@ from lowrank_cli.api.batches import prompt_mask
 from lowrank_cli.methods.protocol import AddsLoss, BeforeStep, Step
 from lowrank_cli.tasks.encode import Encoded, collate_causal
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "lowrank_cli" / "assets" / "tiny_llama"
 MERGEABLE = [name for name in small.TRAINABLE if "export" in methods.capabilities(name)]
 #: Schedules that do all they can within a few steps.

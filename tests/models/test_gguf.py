@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from test_models import config, hardware, refused
+from checkpoints import config, hardware, refused
 
 from lowrank_cli.models import gguf as module
 from lowrank_cli.models import load as loading

@@ -2,7 +2,7 @@
 
 import pytest
 import small
-from test_ablation import dev_batch
+from ablations import dev_batch
 
 from lowrank_cli.scoring.cost import choose, costs
 from lowrank_cli.scoring.cut import Cut, usual

@@ -19,7 +19,7 @@ from lowrank_cli.tasks import sources, splits
 from lowrank_cli.tasks.batches import Batches, batch_indices, share
 from lowrank_cli.tasks.task import columns, content_free, template_hash
 
-CONF = Path(__file__).resolve().parents[1] / "conf" / "task"
+CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
 
 
 def config(name: str, **overrides) -> TaskConfig:

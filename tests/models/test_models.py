@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from checkpoints import config, hardware, refused
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -21,9 +22,9 @@ from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import load as module
 from lowrank_cli.models.load import check_task, load, locate
-from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
+from lowrank_cli.schema import ModelConfig, TaskConfig
 
-CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
+CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "yes", "no"]
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 FEED = {"intermediate_size": 16}
@@ -36,15 +37,6 @@ CONFIGS = {
     "roberta": transformers.RobertaConfig(**SMALL, **FEED, max_position_embeddings=34, pad_token_id=1),
     "t5": transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=16),
 }
-
-
-def config(name="made", kind="causal", **values) -> ModelConfig:
-    base = {"id": None, "path": None, "bundled": False, "revision": None, "trust_remote_code": False}
-    return ModelConfig(name=name, kind=kind, **{**base, **values})
-
-
-def hardware(precision="fp32") -> HardwareConfig:
-    return HardwareConfig(name="cpu", device="cpu", precision=precision, processes=1, threads=1)
 
 
 def tokenizer(**special) -> transformers.PreTrainedTokenizerFast:
@@ -72,12 +64,6 @@ def checkpoints(tmp_path_factory):
 def llama(checkpoints, tmp_path):
     """A copy of the Llama checkpoint, to be spoilt."""
     return Path(shutil.copytree(checkpoints / "llama", tmp_path / "llama"))
-
-
-def refused(message: str, found: ModelConfig, labels: int | None = None) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        load(found, hardware(), labels)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "positions"), [("llama", None), ("gpt2", 32), ("opt", 32)])

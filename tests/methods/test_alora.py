@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import small
 import torch
-from test_ablation import dev_batch
+from ablations import dev_batch
 
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import rebuild

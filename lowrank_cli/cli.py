@@ -26,10 +26,10 @@ from lowrank_cli.errors import (
 from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
-VERBS = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "compare", "list", "check")
-STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run")  #: the verbs that take overrides
+STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "study")  #: they take overrides
+VERBS = (*STAGES, "compare", "list", "check")
 KEYS = "keys"  #: beside LISTS: long, so printed only where it is asked for
-LISTS = ("methods", "models", "tasks", "hardware", "recipes", "runs")
+LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
 EXAMPLES = {
     "train": [
         "lrk train method=milora model=llama",
@@ -79,13 +79,18 @@ EXAMPLES = {
         "lrk run recipe=milora task=tiny_arithmetic seed=1",
         "lrk run --resume outputs/latest",
     ],
+    "study": [
+        "lrk study study=lora_variants workers=2",
+        "lrk study study=lora_variants train.max_steps=20 study.seeds=[0,1] study.tune=null",
+        "lrk study --resume outputs/latest",
+    ],
     "compare": [
         "lrk compare",
         "lrk compare outputs/latest --baseline lora --output comparison",
         "lrk compare --baseline lora --across-tasks",
     ],
     "list": ["lrk list", "lrk list tasks", "lrk list methods milora", "lrk list keys train"],
-    "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora"],
+    "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora", "lrk check study study=lora_variants"],
 }
 
 
@@ -100,7 +105,7 @@ class Verb(TyperCommand):
             from lowrank_cli.config.folders import GROUPS, files, groups_of
 
             with formatter.section("Groups"):
-                for group in (*GROUPS, "recipe") if ctx.info_name == "check" else groups_of(ctx.info_name):
+                for group in (*GROUPS, "recipe", "study") if ctx.info_name == "check" else groups_of(ctx.info_name):
                     formatter.write_text(f"{group}={{{', '.join(files(group))}}}")
             with formatter.section("Keys"):
                 formatter.write_text(f"lrk list keys SECTION explains {_sections(ctx.info_name)}")
@@ -305,6 +310,17 @@ def run(
     _stage("run", overrides or [], multirun, resume, dry_run, config_dir)
 
 
+@app.command(cls=Verb)
+def study(
+    overrides: Overrides = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Compare methods fairly: the same tuning for each, then several seeds, with what the difference can tell."""
+    _stage("study", overrides or [], False, resume, dry_run, config_dir)
+
+
 def _stage(
     verb: str, overrides: list[str], multirun: bool, resume: str | None, dry_run: bool, config_dir: str | None
 ) -> None:
@@ -416,16 +432,23 @@ def check(
     ] = None,
     multirun: Multirun = False,
     config_dir: ConfigDir = None,
+    probe: Annotated[bool, typer.Option(help="of a study: take a few steps, to say how long it takes")] = True,
 ) -> None:
-    """Validate a configuration and print the plan, without weights or data."""
-    from lowrank_cli.launch.listing import print_plan
-
+    """Validate a configuration and print the plan, without weights or data; a study's with a short probe."""
     verb, overrides = "train", list(overrides or [])
     if overrides and "=" not in overrides[0]:
         verb = overrides.pop(0)
         if verb not in STAGES:
             raise unknown("verb", verb, STAGES)
-    print_plan(_preview(verb, _worded(verb, overrides, config_dir), config_dir, multirun))
+    plan = _preview(verb, _worded(verb, overrides, config_dir), config_dir, multirun)
+    if verb == "study":
+        from lowrank_cli.launch import study as studies
+
+        studies.print_plan(plan[0][1], config_dir, probe)
+    else:
+        from lowrank_cli.launch.listing import print_plan
+
+        print_plan(plan)
 
 
 CAUGHT = 130  # what Typer makes of a KeyboardInterrupt: one outside of a run, which says itself how to go on

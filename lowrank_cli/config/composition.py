@@ -100,7 +100,7 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     store = ConfigStore.instance()
     for verb, root in VERBS.items():
         store.store(name=f"_{'recipe' if verb == 'run' else verb}_run", node=root)
-    for group, node in {**_GROUP_KINDS, "recipe": schema.RecipeConfig}.items():
+    for group, node in {**_GROUP_KINDS, "recipe": schema.RecipeConfig, "study": schema.StudyConfig}.items():
         store.store(group=group, name=f"_{group}", node=node)
     store.store(group="task", name="_mix", node=schema.mix())
     for name, node in methods.config_classes().items():

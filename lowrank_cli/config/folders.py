@@ -13,7 +13,7 @@ GROUPS = ("model", "task", "hardware", "method")
 
 def groups_of(verb: str) -> tuple[str, ...]:
     """The groups of a verb's configuration."""
-    return {"run": ("recipe",), "bench": ("bench", "model", "task", "hardware")}.get(verb, GROUPS)
+    return {"run": ("recipe",), "study": ("study",), "bench": ("bench", "model", "task", "hardware")}.get(verb, GROUPS)
 
 
 def conf_folder() -> Path:

@@ -18,7 +18,7 @@ from lowrank_cli import methods
 from lowrank_cli.config.folders import conf_folders, files
 from lowrank_cli.errors import UserError, require_choice, unknown
 from lowrank_cli.reader import read_text
-from lowrank_cli.schema import BENCHES, KINDS, VERBS, BenchConfig
+from lowrank_cli.schema import BENCHES, KINDS, VERBS, BenchConfig, StudyConfig, TuneConfig
 
 Row = tuple[str, str, str]  #: key, value and meaning
 #: Values that are explained themselves, by level.
@@ -43,6 +43,11 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
     """
     section, _, kind_of_bench = section.partition("=")
     verb = verbs_of(section)[0]
+    if verb == "study":  # every study is its own
+        return [
+            *_rows("study", StudyConfig, _defaults(StudyConfig)),
+            *_rows("study.tune", TuneConfig, _defaults(TuneConfig)),
+        ]
     found = files("", config_dir)
     primary = _read(found[verb])
     listed = [item for item in primary.get("defaults", ()) if isinstance(item, dict)]
@@ -59,10 +64,13 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
     if kind is BenchConfig:
         require_choice(f"{found[f'bench/{choices[section]}']}: measure", given.get("measure"), BENCHES)
         kind = BENCHES[given["measure"]]
-    defaults = {
+    return _rows(section, kind, _defaults(kind) | given)
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {
         item.name: item.default if item.default_factory is MISSING else item.default_factory() for item in fields(kind)
     }
-    return _rows(section, kind, defaults | given)
 
 
 def sections(verb: str) -> dict[str, Any]:

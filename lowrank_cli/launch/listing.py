@@ -172,7 +172,7 @@ def print_list(what: str, outputs: str, config_dir: str | None) -> None:
     if what == "runs":
         console.print(tables.runs_table(*scan(outputs)), crop=False)
         return
-    group = what.removesuffix("s") if what != "hardware" else what
+    group = {"hardware": what, "studies": "study"}.get(what, what.removesuffix("s"))
     table = Table(title=f"{group}=", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

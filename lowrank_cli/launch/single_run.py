@@ -10,7 +10,7 @@ from types import ModuleType
 from lowrank_cli import stages
 from lowrank_cli.config.composition import Composed, refuse_code, restore
 from lowrank_cli.errors import UserError
-from lowrank_cli.launch import recipe, stage
+from lowrank_cli.launch import recipe, stage, study
 from lowrank_cli.reader import read_json
 from lowrank_cli.report import tables
 from lowrank_cli.runs import Run, discard, is_alive, this_process
@@ -24,7 +24,7 @@ RECORDS = ("run.json", "sweep.json")  #: where a folder says which process works
 
 def handler(verb: str) -> ModuleType:
     """The module that checks, creates, works and summarises runs of a verb."""
-    return recipe if verb == "run" else stage
+    return {"run": recipe, "study": study}.get(verb, stage)
 
 
 def preview(verb: str, overrides: list[str], config_dir: str | None) -> list[tuple[str, Composed]]:

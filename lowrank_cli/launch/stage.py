@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from lowrank_cli import methods, stages
-from lowrank_cli.config.composition import Composed, Source, compose
-from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, refusal
+from lowrank_cli.config.composition import Composed, Source, compose, restore
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, scores, selections, tables
@@ -185,6 +186,19 @@ def work(run: Run, composed: Composed) -> None:
         with library_warnings(run):
             plots.draw(run)
         run.finish(run.metrics)
+
+
+def attempt(run: Run, work: Callable[[Run, Composed], None]) -> None:
+    """Do the work of a run beside which others go on. Raises nothing but Interrupted: what failed is in the run's
+    folder, and on stderr."""
+    try:
+        work(run, restore(run))
+    except Interrupted:
+        raise
+    except LrkError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except Exception:
+        print(escaped(traceback.format_exc()), file=sys.stderr)
 
 
 def perform(run: Run, composed: Composed, resume: bool) -> None:

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
@@ -22,10 +21,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any, TypedDict
 
-from lowrank_cli.config.composition import Composed, restore
+from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override, saved_launcher
-from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped
-from lowrank_cli.launch import gpu_locks
+from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed
+from lowrank_cli.launch import gpu_locks, stage
 from lowrank_cli.launch.single_run import handler, refuse_running, refuse_to_act, trusts
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report import tables
@@ -227,14 +226,7 @@ def run_job(job: Job) -> None:
 def perform(folder: str | os.PathLike[str]) -> None:
     """Do a job's work. Raises nothing but Interrupted: what failed is in the run's folder, and on stderr."""
     run = Run.open(folder)
-    try:
-        handler(run.info["stage"]).work(run, restore(run))
-    except Interrupted:
-        raise
-    except LrkError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except Exception:
-        print(escaped(traceback.format_exc()), file=sys.stderr)
+    stage.attempt(run, handler(run.info["stage"]).work)
 
 
 def _in_child(folder: Path) -> None:

@@ -36,7 +36,7 @@ STATUS_STYLES = {
 }
 NONE = "–"
 SETTING = "setting.yaml"  #: which modules a pruning kept
-_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "_step", "examples")
+_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
 
 
 def count(value: float) -> str:
@@ -252,7 +252,7 @@ def _next(run: Run, selective: str) -> Iterable[str]:
         of_layer = Counter(entry["layer"] for entry in run.read_json("scores.json")["modules"])
         keep = min(2, min(of_layer.values()) - 1)
         return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
-    if status == "done" and stage == "run":
+    if status == "done" and stage in ("run", "study"):
         return [f"lrk compare {where}"]
     return (
         [f"lrk compare {typed(run.path.parent)}"]

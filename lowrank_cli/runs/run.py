@@ -59,7 +59,7 @@ class Run:
         """
         model = config.get("model", {}).get("name")  # a recipe names none
         if folder is None:
-            groups = ("recipe", "method", "model", "task")
+            groups = ("recipe", "study", "method", "model", "task")
             kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
             names = dict(choices) | ({"model": model} if model else {})
             parts = kind + [names[group] for group in groups if group in choices]

@@ -31,6 +31,7 @@ from lowrank_cli.schema.prune import PruneConfig, PruneRun
 from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
 from lowrank_cli.schema.run import RunConfig
 from lowrank_cli.schema.score import AUTO, KINDS, MODULE_KINDS, SCORE_KINDS, ScoreConfig, ScoreRun, require_window
+from lowrank_cli.schema.study import StudyConfig, StudyGroup, StudyRun, TuneConfig
 from lowrank_cli.schema.task import TaskConfig, mix
 from lowrank_cli.schema.train import TrainConfig, TrainRun
 from lowrank_cli.schema.verbs import VERBS
@@ -75,10 +76,14 @@ __all__ = [
     "ScoreConfig",
     "ScoreRun",
     "StageConfig",
+    "StudyConfig",
+    "StudyGroup",
+    "StudyRun",
     "TaskConfig",
     "TrainBench",
     "TrainConfig",
     "TrainRun",
+    "TuneConfig",
     "mix",
     "parse_overrides",
     "require_window",

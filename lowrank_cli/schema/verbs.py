@@ -9,6 +9,7 @@ from lowrank_cli.schema.generate import GenerateRun
 from lowrank_cli.schema.prune import PruneRun
 from lowrank_cli.schema.recipe import RecipeRun
 from lowrank_cli.schema.score import ScoreRun
+from lowrank_cli.schema.study import StudyRun
 from lowrank_cli.schema.train import TrainRun
 
 #: What each verb that takes overrides is configured by.
@@ -21,4 +22,5 @@ VERBS: dict[str, type] = {
     "generate": GenerateRun,
     "bench": BenchRun,
     "run": RecipeRun,
+    "study": StudyRun,
 }

@@ -374,6 +374,7 @@ class Trainer:
         save_load.load(self.adapter, self.run.path / "adapter")
         metrics: dict[str, float] = {
             "train/steps": done["step"],
+            "train/epochs": round(done["step"] / len(self.batches), 4),
             "train/seconds": done["seconds"],
             "train/tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
             "best_step": done["best_step"],

@@ -1,0 +1,371 @@
+"""A study: arms tuned with the same budget, then compared on tasks over seeds.
+
+``outputs/<date>/<time>-study-<name>/`` is itself a run folder. In it lie ``study.json`` (what is compared),
+``tuning.json`` (every trial and what was chosen) and the run folders: ``prepared/GROUP/STEP/SEED``,
+``tuning/GROUP/TASK/ARM/VALUES/SEED`` and ``runs/GROUP/TASK/ARM/SEED``. A run that failed leaves the others alone. What
+is finished is kept when the study continues, as long as its configuration is the same.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_cli.config.composition import Composed, compose, rebuild
+from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.inference.progress import console
+from lowrank_cli.launch import stage
+from lowrank_cli.launch.study_estimate import Counts, counts, estimate, tuning_runs
+from lowrank_cli.launch.study_plan import Cell, Job, Plan, composed_cells, require_plain, split
+from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
+from lowrank_cli.launch.workers import Workers
+from lowrank_cli.reader import leaves
+from lowrank_cli.report import tables
+from lowrank_cli.report.compare import LOWER_IS_BETTER
+from lowrank_cli.report.study import Board, tuned_table
+from lowrank_cli.runs import FAILED, RUNNING, Run, config_hash, remove_leftovers, stopping
+from lowrank_cli.schema import StudyConfig
+from lowrank_cli.terminal import Terminal
+
+LEDGER, TRIALS = "study.json", "tuning.json"
+LOCKS = ".devices"  #: of the study's folder: the locks by which its processes share GPUs
+
+
+class Ledger(TypedDict):
+    """``study.json``."""
+
+    name: str
+    baseline: str
+    arms: list[str]
+    pools: dict[str, list[str]]
+    seeds: list[int]
+    groups: dict[str, list[str]]
+    config_dir: str | None
+
+
+class Tuned(TypedDict):
+    """One entry of ``tuning.json``."""
+
+    group: str
+    task: str
+    arm: str
+    metric: str
+    lower_is_better: bool
+    seeds: list[int]
+    keys: list[str]
+    trials: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    at_edge: list[str]
+
+
+def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
+    """Compose the study, hand the other overrides to its runs, and check every arm on every task."""
+    own, extra = split(overrides)
+    composed = compose(verb, own, config_dir)
+    values = composed.resolved
+    values["study"]["extra"] += extra
+    folders = values["study"]["folders"]
+    for name, path in folders.items():
+        if path is not None and not (found := Path(path).expanduser()).exists():
+            raise UserError(f"study.folders.{name}: there is no folder or file '{path}'")
+        folders[name] = path and str(found.absolute())
+    composed = rebuild(verb, values, composed.choices, overrides)
+    config = composed.config.study
+    require_plain(config)
+    for group in config.active():
+        if tune := Plan(config).tune(group):
+            require_sampler(tune.sampler)
+    composed_cells(Plan(config), config_dir)
+    return composed
+
+
+def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
+    """The study itself: its runs are too many to list."""
+    return [(composed.verb, composed)]
+
+
+def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """Each arm on each task and each step of preparation."""
+    cells = composed_cells(Plan(composed.config.study), run.read_json(LEDGER, Ledger)["config_dir"])
+    return [(str(cell), part) for cell, part in cells.items()]
+
+
+def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
+    """Make the study's folder, or take the one that it is to continue."""
+    config = composed.config
+    kept = config.folder and Path(config.folder).expanduser()
+    if kept:
+        run = Run.open(kept, key="folder")
+        if not (kept / LEDGER).is_file():
+            raise UserError(f"folder: '{config.folder}' is not a study's (it holds no {LEDGER})")
+        remove_leftovers(kept)
+    run = stage.create(composed, config_dir, command, kept.absolute() if kept else folder)
+    study: StudyConfig = config.study
+    plan = Plan(study)
+    ledger: Ledger = {
+        "name": study.name,
+        "baseline": study.baseline,
+        "arms": list(study.arms),
+        "pools": study.pools,
+        "seeds": study.seeds,
+        "groups": {group: list(plan.tasks(group)) for group in plan.groups},
+        "config_dir": config_dir and str(Path(config_dir).resolve()),
+    }
+    run.write_json(LEDGER, ledger)
+    return run
+
+
+def work(run: Run, composed: Composed) -> None:
+    """Prepare, tune and compare, as far as it is not done. Raises WorkFailed where runs failed, after all others."""
+    run.begin()
+    with stage.recorded(run):
+        study = _Study(run, composed)
+        study.prepare()
+        best = study.tune()
+        study.compare(best)
+        if study.failed:
+            again = f"continue with: lrk study --resume {tables.typed(run.path)}"
+            raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {again}")
+        run.finish({"study/runs": len(study.board.states)})
+
+
+class _Study:
+    """The work on a study's folder."""
+
+    def __init__(self, run: Run, composed: Composed):
+        config = composed.config
+        self.run, self.config_dir = run, run.read_json(LEDGER, Ledger)["config_dir"]
+        self.root = run.path.absolute()
+        self.plan = Plan(config.study, self.root)
+        self.seeds = config.study.seeds
+        self.failed: dict[str, str] = {}  #: folder → why
+        tasks = [self._column(group, task) for group in self.plan.groups for task in self.plan.tasks(group)]
+        self.board = Board(config.study.name, list(config.study.arms), tasks, config.workers)
+        self.workers = Workers(config.workers, self.root / LOCKS)
+        self._announce()
+
+    def _column(self, group: str, task: str) -> str:
+        return task if len(self.plan.groups) == 1 else f"{group}/{task}"
+
+    def _announce(self) -> None:
+        """Count what later phases run, so that the time left covers them."""
+        for cell in self.plan.cells():
+            column = self._column(cell.group, cell.task)
+            self.board.later[column] += len(self.seeds) + tuning_runs(self.plan, cell)
+
+    def prepare(self) -> None:
+        """Run the steps of every group for every seed, one step after another."""
+        steps = {group: list(self.plan.steps(group)) for group in self.plan.groups}
+        for number in range(max(map(len, steps.values()))):
+            self._perform("preparing", [
+                self.plan.step(group, names[number], seed)
+                for group, names in steps.items()
+                if number < len(names)
+                for seed in self.plan.seeds(group)
+            ])  # fmt: skip
+
+    def tune(self) -> dict[Cell, Values]:
+        """Search for the best values of every cell; none where its arm has nothing to tune or every trial failed."""
+        searches: dict[Cell, Search] = {}
+        for cell in dict.fromkeys(map(self.plan.tuned_as, self.plan.cells())):
+            tune = self.plan.tune(cell.group)
+            if tune and (keys := self.plan.searched(cell)):
+                searches[cell] = Search(tune, keys, tune.metric.endswith(LOWER_IS_BETTER))
+        while trials := [(cell, values) for cell, search in searches.items() for values in search.propose()]:
+            jobs = {
+                (cell, seed, number): self.plan.trial(cell, values, seed)
+                for number, (cell, values) in enumerate(trials)
+                for seed in searches[cell].tune.seeds
+            }
+            self._perform("tuning", list(jobs.values()))
+            for number, (cell, values) in enumerate(trials):
+                tune = searches[cell].tune
+                scores = {seed: self._metric(jobs[cell, seed, number], tune.metric) for seed in tune.seeds}
+                searches[cell].tell(values, scores)
+            self._widen(searches)
+            self.run.write_json(TRIALS, [_entry(cell, search) for cell, search in searches.items()])
+        return {cell: best for cell, search in searches.items() if (best := search.best()) is not None}
+
+    def _metric(self, job: Job, metric: str) -> float | None:
+        run = Run.open(self.root / job.folder) if job.folder not in self.failed else None
+        return run.metrics.get(metric) if run is not None and run.done else None
+
+    def _widen(self, searches: dict[Cell, Search]) -> None:
+        """One more value for all arms on a task of which one arm's best lies at an edge: budgets stay equal."""
+        for group, task in {(cell.group, cell.task): None for cell in searches}:
+            same = [search for cell, search in searches.items() if (cell.group, cell.task) == (group, task)]
+            tune = same[0].tune
+            grid = len(next(iter(tune.search.values())))
+            if tune.widen and all(not search.propose() for search in same):
+                wanted = dict.fromkeys(value for search in same if (value := search.beyond()) is not None)
+                room = grid + tune.widen - max(len(search.trials) for search in same)
+                for value in list(wanted)[:room]:
+                    for search in same:
+                        search.widen(value)
+                        self.board.later[self._column(group, task)] += len(tune.seeds)
+
+    def compare(self, best: dict[Cell, Values]) -> None:
+        """The final runs, with each arm's best values."""
+        jobs = []
+        for cell in self.plan.cells():
+            values = best.get(self.plan.tuned_as(cell), {})
+            if self.plan.searched(cell) and not values:
+                for seed in self.seeds:
+                    self._fail(self.plan.run(cell, {}, seed), f"every trial of {self.plan.tuned_as(cell)} failed")
+            else:
+                jobs += [self.plan.run(cell, values, seed) for seed in self.seeds]
+        self._perform("comparing", jobs)
+
+    def _perform(self, phase: str, jobs: Sequence[Job]) -> None:
+        """Run what is not done of ``jobs``."""
+        self.board.phase = phase
+        todo: dict[Path, Job] = {}
+        screen = console()
+        live = Live(self.board, console=screen, refresh_per_second=2, transient=True)
+        with live if screen.is_terminal else nullcontext():
+            for job in jobs:
+                stopping.check()
+                if job.cell is not None:
+                    self.board.later[self._column(job.cell.group, job.cell.task)] -= 1
+                try:
+                    run = self._prepared(job)
+                except UserError as error:
+                    self._fail(job, str(error))
+                else:
+                    self._show(job, run)
+                    if not run.done:
+                        todo[run.path] = job
+
+            def ended(folder: Path) -> None:
+                job, run = todo[folder], Run.open(folder)
+                self._show(job, run)
+                if run.info["status"] == FAILED:
+                    self._fail(job, tables.first_line(run.info.get("error")))
+                if not screen.is_terminal:
+                    screen.print(f"{job.folder}: {run.info['status']} ({self.board.headline()})", soft_wrap=True)
+
+            if todo:
+                self.workers.run(list(todo), lambda folder: self._set(todo[folder], RUNNING), ended)
+
+    def _prepared(self, job: Job) -> Run:
+        """The folder of a run, made where it is not there. Raises UserError where it was made with other overrides."""
+        composed = stage.check(job.verb, list(job.overrides), self.config_dir)
+        folder = self.root / job.folder
+        if (folder / "run.json").is_file():
+            run = Run.open(folder)
+            if run.info["config_hash"] == config_hash(composed.resolved):
+                return run
+            if run.done:
+                raise UserError(f"it was made with {_difference(run, composed)}; move it away")
+        return stage.create(composed, self.config_dir, shlex.join(["lrk", job.verb, *job.overrides]), folder)
+
+    def _show(self, job: Job, run: Run) -> None:
+        self._set(job, run.info["status"])
+        if run.done and run.info.get("seconds"):
+            self.board.took(self._place(job)[1], run.info["seconds"])
+
+    def _set(self, job: Job, status: str) -> None:
+        arm, task = self._place(job)
+        self.board.set(job.folder, arm, task, status)
+
+    def _place(self, job: Job) -> tuple[str | None, str | None]:
+        """The row and the column of the board."""
+        return (job.cell.arm, self._column(job.cell.group, job.cell.task)) if job.cell else (None, None)
+
+    def _fail(self, job: Job, why: str) -> None:
+        self.failed[job.folder] = why
+        self._set(job, FAILED)
+        console().print(f"{job.folder}: {why}", style="red", soft_wrap=True)
+
+
+def _difference(run: Run, composed: Composed) -> str:
+    """The first key that differs, with both values."""
+    old, new = (dict(leaves(values, str(run.path))) for values in (run.config(), composed.resolved))
+    key = next(key for key in (*old, *new) if old.get(key) != new.get(key))
+    return f"{key}={old.get(key)}, and now asked is {new.get(key)}"
+
+
+def _entry(cell: Cell, search: Search) -> Tuned:
+    return {
+        "group": cell.group,
+        "task": cell.task,
+        "arm": cell.arm,
+        "metric": search.tune.metric,
+        "lower_is_better": search.lower,
+        "seeds": search.tune.seeds,
+        "keys": list(search.search),
+        "trials": [
+            {"values": v, "scores": {str(s): x for s, x in of.items()}, "mean": mean(of)} for v, of in search.trials
+        ],
+        "best": search.best(),
+        "at_edge": search.at_edge(),
+    }
+
+
+def summary(run: Run) -> RenderableType:
+    """What tuning chose, and what to do next."""
+    tuning = run.read_json(TRIALS, list[Tuned]) if (run.path / TRIALS).is_file() else []
+    ways = tables.next_steps(run)
+    return Group(
+        tuned_table(tuning), Text(f"  folder: {tables.shown(run.path)}", no_wrap=True, overflow="ignore"), *ways
+    )
+
+
+def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
+    """What is compared, how it is tuned, how many runs that makes and, by a short probe, how long they take."""
+    config = composed.config
+    study, plan = config.study, Plan(config.study)
+    number = counts(plan)
+    rows = [
+        ("arms", ", ".join(f"{arm} (the baseline)" if arm == study.baseline else arm for arm in study.arms)),
+        *((f"tasks of {group}" if study.groups else "tasks", ", ".join(plan.tasks(group))) for group in plan.groups),
+        ("seeds", ", ".join(map(str, study.seeds))),
+        *((f"tuning of {group}" if study.groups else "tuning", _tuning(plan, group)) for group in plan.groups),
+        ("runs", f"{number.prepared + number.tuning + number.final}: {_phases(number)}"),
+    ]  # fmt: skip
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, text in filter(lambda row: row[1], rows):
+        tables.add(grid, key, text)
+    terminal = Terminal()
+    terminal.print(Text(study.name, style="bold"))
+    terminal.print(tables.Trimmed(grid))
+    if probe:
+        seconds = estimate(plan, config.workers, config_dir)
+        with_workers = f"with workers={config.workers} on this machine as busy as it is now"
+        without = ", without what is prepared" if number.prepared else ""
+        time = "unknown: no arm of it can be tried" if seconds is None else f"about {tables.duration(seconds)}"
+        terminal.print(f"time: {time} {with_workers}{without}")
+    terminal.print("nothing was started", style="dim")
+
+
+def _phases(number: Counts) -> str:
+    phases = {"of preparation": number.prepared, "of tuning": number.tuning, "of the comparison": number.final}
+    return ", ".join(f"{runs} {phase}" for phase, runs in phases.items() if runs)
+
+
+def _tuning(plan: Plan, group: str) -> str:
+    """How a group is tuned; empty where it is not."""
+    tune = plan.tune(group)
+    if tune is None:
+        return ""
+    search = ", ".join(f"{key} over {_span(values)}" for key, values in tune.search.items())
+    tried = "each value" if tune.sampler == "grid" else f"{tune.budget} trials by {tune.sampler}"
+    where = f" on {tune.task}" if tune.task else " on each task"
+    widened = f", up to {tune.widen} more beyond an edge" if tune.widen else ""
+    return f"{search}: {tried}{where}{widened}; chosen by {tune.metric}, seeds {', '.join(map(str, tune.seeds))}"
+
+
+def _span(values: Any) -> str:
+    if isinstance(values, dict):
+        return f"{values['low']} to {values['high']}{' (log)' if values.get('log') else ''}"
+    return ", ".join(map(str, values))

@@ -1,0 +1,131 @@
+"""What a study will run and how long that takes: counted, and extrapolated from a few steps of each arm."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from lowrank_cli.config.composition import Composed
+from lowrank_cli.errors import UserError
+from lowrank_cli.inference import progress
+from lowrank_cli.launch import stage
+from lowrank_cli.launch.study_plan import Cell, Job, Plan
+from lowrank_cli.launch.tuning import first, trials
+from lowrank_cli.launch.workers import Workers
+from lowrank_cli.runs import Run
+
+STEPS = 4  #: of a probe
+FEW = (f"train.max_steps={STEPS}", f"train.eval_every={STEPS // 2}", "train.log_every=1", "train.checkpoint_every=0")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Runs of a study by phase."""
+
+    prepared: int
+    tuning: int
+    final: int
+
+
+def counts(plan: Plan) -> Counts:
+    """Without the values that widening may add."""
+    seeds, cells = plan.config.seeds, list(plan.cells())
+    prepared = sum(len(plan.steps(group)) * len(plan.seeds(group)) for group in plan.groups)
+    return Counts(prepared, sum(tuning_runs(plan, cell) for cell in cells), len(cells) * len(seeds))
+
+
+def tuning_runs(plan: Plan, cell: Cell) -> int:
+    """Runs that tune a cell; none where another decides for it."""
+    tune = plan.tune(cell.group)
+    if tune is None or plan.tuned_as(cell) != cell or not (keys := plan.searched(cell)):
+        return 0
+    return trials(tune, keys) * len(tune.seeds)
+
+
+def estimate(plan: Plan, workers: int, config_dir: str | None) -> float | None:
+    """Seconds that tuning and comparing take; None where no probe can say.
+
+    In each group the baseline takes a few steps on every task, and every arm does on the first; the other cells follow
+    from the ratios. Arms that read a prepared run, or train no steps, are taken to cost as much as the baseline. What
+    a method does in between, such as scoring, is not seen.
+    """
+    config = plan.config
+    with tempfile.TemporaryDirectory(prefix="lrk-probe-") as folder:
+        probes = {}
+        for cell in plan.cells():
+            first_task = next(iter(plan.tasks(cell.group)))
+            if cell.arm == config.baseline or cell.task == first_task:
+                job = _probe(plan, cell)
+                if job is not None:
+                    composed = stage.check(job.verb, list(job.overrides), config_dir)
+                    probes[cell] = stage.create(composed, config_dir, "probe", Path(folder) / str(cell))
+        full = {cell: _full(plan, cell, config_dir) for cell in probes}
+        with progress.bar("timing a few steps of each arm", len(probes), shown=True) as bar:
+            workers_of_probes = Workers(workers, Path(folder) / ".devices")
+            workers_of_probes.run([run.path for run in probes.values()], lambda _: None, lambda _: bar.advance())
+        known = {
+            cell: seconds for cell, run in probes.items() if (seconds := _seconds(run.path, full[cell])) is not None
+        }
+    return _total(plan, known, workers)
+
+
+def _probe(plan: Plan, cell: Cell) -> Job | None:
+    """A few steps of a cell; None for one that trains none or reads what is not there yet."""
+    job = plan.run(cell, _values(plan, cell), plan.config.seeds[0])
+    reads = any(f"{{{name}}}" in word for word in job.overrides for name in plan.steps(cell.group))
+    if job.verb != "train" or reads:
+        return None
+    return Job(str(cell), job.verb, (*job.overrides, *FEW), cell)
+
+
+def _full(plan: Plan, cell: Cell, config_dir: str | None) -> Composed:
+    job = plan.run(cell, _values(plan, cell), plan.config.seeds[0])
+    return stage.check(job.verb, list(job.overrides), config_dir)
+
+
+def _values(plan: Plan, cell: Cell) -> dict[str, object]:
+    tune = plan.tune(cell.group)
+    return {key: first(tune.search[key]) for key in plan.searched(cell)} if tune else {}
+
+
+def _seconds(folder: Path, composed: Composed) -> float | None:
+    """How long a whole run takes, from the folder of its probe."""
+    run = Run.open(folder)
+    if not run.done:
+        raise UserError(f"study: a probe failed: {run.info.get('error')}")
+    rows = [row for row in run.history() if "train/seconds" in row]
+    if len(rows) < STEPS or not run.metrics.get("train/epochs"):
+        return None
+    took = [after["train/seconds"] - before["train/seconds"] for before, after in pairwise(rows)]
+    step = median(took)
+    evaluation = max(took[STEPS // 2 - 1] - step, 0)  # between the steps around it
+    train = composed.config.train
+    steps = math.ceil(train.epochs * run.metrics["train/steps"] / run.metrics["train/epochs"])
+    steps = min(steps, train.max_steps or steps)
+    fixed = run.info["seconds"] - run.metrics["train/seconds"]  # loading, the last evaluations, plots
+    return fixed + steps * step + max(math.ceil(steps / train.eval_every) - 1, 0) * evaluation
+
+
+def _total(plan: Plan, known: dict[Cell, float], workers: int) -> float | None:
+    """Over all runs of tuning and of the comparison."""
+
+    def seconds(cell: Cell) -> float | None:
+        first_task = next(iter(plan.tasks(cell.group)))
+        base = known.get(Cell(cell.group, cell.task, plan.config.baseline))
+        start, own = (known.get(Cell(cell.group, first_task, arm)) for arm in (plan.config.baseline, cell.arm))
+        if base is None or start is None:
+            return None
+        return base * (own / start if own is not None else 1)
+
+    def every() -> Iterator[float | None]:
+        for cell in plan.cells():
+            each, runs = seconds(cell), len(plan.config.seeds) + tuning_runs(plan, cell)
+            yield None if each is None else each * runs
+
+    times = list(every())
+    return None if None in times else math.fsum(time for time in times if time is not None) / workers

@@ -1,0 +1,204 @@
+"""What a study consists of: the overrides of every run, and where in the study's folder it lies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lowrank_cli import methods, stages
+from lowrank_cli.config.composition import ONLY_TYPED, STARTED, WRITTEN, Composed, Source
+from lowrank_cli.config.errors import unknown_key
+from lowrank_cli.config.keys import flat, knows
+from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.launch import stage
+from lowrank_cli.launch.tuning import first
+from lowrank_cli.schema import TRUST, VERBS, Override, StudyConfig, StudyGroup, StudyRun, TuneConfig, parse_overrides
+
+PREPARED, TUNING, RUNS = "prepared", "tuning", "runs"  #: of the study's folder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one task."""
+
+    group: str
+    task: str
+    arm: str
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.task}/{self.arm}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    folder: str  #: relative to the study's
+    verb: str
+    overrides: tuple[str, ...]
+    cell: Cell | None = None  #: None for a step of preparation
+
+
+class Plan:
+    """The runs of a study in ``folder``; without one, ``{STEP}`` stays as it is, to be checked."""
+
+    def __init__(self, config: StudyConfig, folder: Path | None = None):
+        self.config, self.folder = config, folder
+        self.groups = config.active()
+
+    def tasks(self, group: str) -> dict[str, Any]:
+        return self.config.tasks_of(self.groups[group])
+
+    def tune(self, group: str) -> TuneConfig | None:
+        return self.groups[group].tune or self.config.tune
+
+    def steps(self, group: str) -> dict[str, list[str]]:
+        """The steps of preparation, in their order."""
+        return {**self.groups[group].prepare, **self.config.prepare}
+
+    def cells(self) -> Iterator[Cell]:
+        for group in self.groups:
+            for task in self.tasks(group):
+                yield from (Cell(group, task, arm) for arm in self.config.arms)
+
+    def tuned_as(self, cell: Cell) -> Cell:
+        """The cell whose trials decide for this one: the task that the group tunes on, the first arm of its pool."""
+        tune = self.tune(cell.group)
+        pools = (members[0] for members in self.config.pools.values() if cell.arm in members)
+        return Cell(cell.group, (tune and tune.task) or cell.task, next(pools, cell.arm))
+
+    def searched(self, cell: Cell) -> list[str]:
+        """The keys to tune that the arm knows."""
+        tune, (verb, own) = self.tune(cell.group), self._arm(cell)
+        return [key for key in tune.search if _takes(verb, own, key)] if tune else []
+
+    def seeds(self, group: str) -> list[int]:
+        """Those for which a group's steps of preparation run: of the comparison and of tuning."""
+        tune = self.tune(group)
+        return [*self.config.seeds, *(tune.seeds if tune else [])]
+
+    def step(self, group: str, name: str, seed: int) -> Job:
+        verb, own = _verb(self.steps(group)[name], f"study.prepare.{name}")
+        shared = [word for word in self.config.extra if _takes(verb, own, Override.parse(word).key)]
+        words = [f"seed={seed}", *own, *shared]
+        return Job(f"{PREPARED}/{group}/{name}/{seed}", verb, self._filled(words, group, seed))
+
+    def trial(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
+        label = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in values.items())
+        label = re.sub(r"[^\w.+-]+", "_", label)
+        return self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed)
+
+    def run(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
+        return self._job(f"{RUNS}/{cell}/{seed}", cell, values, seed)
+
+    def _job(self, folder: str, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
+        verb, own = self._arm(cell)
+        group, task = self.groups[cell.group], self.tasks(cell.group)[cell.task]
+        task = task[cell.arm] if isinstance(task, dict) else task
+        shared = [*self.config.overrides, *group.overrides, *task]
+        words = [word for word in shared if _takes(verb, own, Override.parse(word).key)]
+        words += [*own, *(f"{key}={value}" for key, value in values.items())]
+        words += [word for word in self.config.extra if _takes(verb, own, Override.parse(word).key)]
+        return Job(folder, verb, self._filled([*words, f"seed={seed}"], cell.group, seed), cell)
+
+    def _arm(self, cell: Cell) -> tuple[str, list[str]]:
+        own = [*self.config.arms[cell.arm], *self.groups[cell.group].arms.get(cell.arm, [])]
+        return _verb(own, f"study.arms.{cell.arm}")
+
+    def _filled(self, words: Sequence[str], group: str, seed: int) -> tuple[str, ...]:
+        """The overrides with the values of ``{names}``."""
+        steps = self.steps(group)
+
+        def value(match: re.Match[str]) -> str:
+            name = match[1]
+            if name in steps:
+                return str(self.folder / PREPARED / group / name / str(seed)) if self.folder else match[0]
+            if name in self.config.folders:
+                if (path := self.config.folders[name]) is None:
+                    raise UserError(f"study.folders.{name}: missing; give study.folders.{name}=FOLDER")
+                return path
+            if name == "seed":
+                return str(seed)
+            raise unknown(f"study {self.config.name}: '{match[0]}'", name, ["seed", *self.config.folders, *steps])
+
+        return tuple(re.sub(r"\{(\w+)\}", value, word) for word in words)
+
+
+def _verb(words: Sequence[str], where: str) -> tuple[str, list[str]]:
+    """The verb, which the first word may name, and the overrides."""
+    if not words or "=" in words[0]:
+        return "train", list(words)
+    if words[0] not in stages.STAGES:
+        raise unknown(where, words[0], stages.STAGES)
+    return words[0], list(words[1:])
+
+
+def _takes(verb: str, own: Sequence[str], key: str) -> bool:
+    """Whether a verb, and the method that its overrides choose, know a key."""
+    if key.startswith("method."):
+        chosen = [override.value for override in parse_overrides(own) if override.key == "method"]
+        kind = methods.config_classes().get(chosen[-1]) if chosen else None
+        if kind is not None:
+            return knows(kind, key.removeprefix("method."))
+    return knows(VERBS[verb], key)
+
+
+def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the study itself, and those for its runs."""
+    keys = {item.name for item in fields(StudyRun)}
+    own = [word for word in overrides if Override.parse(word).root in keys or not Override.parse(word).sets]
+    return own, [word for word in overrides if word not in own]
+
+
+def require_plain(config: StudyConfig) -> None:
+    """Refuse overrides in the study's file that only a command line may hold, and shared ones that no arm knows."""
+    groups: list[StudyConfig | StudyGroup] = [config, *config.active().values()]
+    texts = [word for at in groups for word in _words(at)]
+    for override in parse_overrides(texts):
+        if override.key in (TRUST, WRITTEN, STARTED):
+            raise UserError(f"study {config.name}: {override.key}: {ONLY_TYPED}")
+    arms = {name: _verb(own, f"study.arms.{name}") for name, own in config.arms.items()}
+    shared = [word for at in groups for word in at.overrides] + config.extra
+    for key in {override.key: None for override in parse_overrides(shared)}:
+        if not any(_takes(verb, own, key) for verb, own in arms.values()):
+            known = {name: None for verb, own in arms.values() for name in flat(VERBS[verb]) if _takes(verb, own, name)}
+            raise UserError(f"study {config.name}: {unknown_key(key, list(known))}")
+
+
+def _words(at: StudyConfig | StudyGroup) -> Iterator[str]:
+    yield from at.overrides
+    for words in (*at.arms.values(), *at.prepare.values()):
+        yield from words
+    for task in at.tasks.values():
+        for words in task.values() if isinstance(task, dict) else [task]:
+            yield from words
+
+
+def composed_cells(plan: Plan, config_dir: str | None) -> dict[Cell | tuple[str, str], Composed]:
+    """The checked configuration of each step, by group and name, and of each cell, with the first seed."""
+    config = plan.config
+    found: dict[Cell | tuple[str, str], Composed] = {}
+    for group in plan.groups:
+        steps: dict[str, Composed] = {}
+        for name in plan.steps(group):
+            steps[name] = _checked(plan.step(group, name, config.seeds[0]), f"prepare.{name}", steps, config_dir)
+        for name, composed in steps.items():
+            found[group, name] = composed
+        for cell in (cell for cell in plan.cells() if cell.group == group):
+            tune = plan.tune(group)
+            values = {key: first(tune.search[key]) for key in plan.searched(cell)} if tune else {}
+            found[cell] = _checked(plan.run(cell, values, config.seeds[0]), str(cell), steps, config_dir)
+    return found
+
+
+def _checked(job: Job, where: str, steps: dict[str, Composed], config_dir: str | None) -> Composed:
+    read = [override.value for override in parse_overrides(job.overrides) if override.key == "run"]
+    earlier = steps.get(read[-1].strip("{}")) if read else None
+    source = Source(read[-1], earlier.resolved, earlier.choices) if earlier else None
+    try:
+        return stage.check(job.verb, list(job.overrides), config_dir, source, tuple(f"{{{name}}}" for name in steps))
+    except UserError as error:
+        raise UserError(f"study, {where}: {error}") from None

@@ -1,0 +1,165 @@
+"""The search for an arm's settings: which values are tried, and which of them are best."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import random
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.schema import TuneConfig
+
+MARGIN = 0.05  #: share of a range that counts as its end
+DIGITS = 3  #: significant ones of a value drawn from a range
+
+Values = dict[str, Any]
+
+
+class Search:
+    """The trials of one arm on one task.
+
+    Args:
+        tune: what is searched.
+        keys: those of the searched keys that the arm knows.
+        lower: whether lower scores are better.
+    """
+
+    def __init__(self, tune: TuneConfig, keys: Sequence[str], lower: bool):
+        self.tune, self.lower = tune, lower
+        self.search = {key: tune.search[key] for key in keys}
+        self.trials: list[tuple[Values, dict[int, float | None]]] = []
+        self._grid = {key: list(values) for key, values in self.search.items() if isinstance(values, list)}
+        self._sampler = _tpe(self.search, lower) if tune.sampler == "tpe" else None
+        self._open: Any = None  # Optuna's trial of the values that are being tried
+
+    def propose(self) -> list[Values]:
+        """The next trials; none when all were made."""
+        if self.tune.sampler == "grid":
+            every = [dict(zip(self._grid, values, strict=True)) for values in product(*self._grid.values())]
+            tried = [values for values, _ in self.trials]
+            return [values for values in every if values not in tried]
+        assert self.tune.budget is not None
+        if len(self.trials) >= self.tune.budget:
+            return []
+        if self._sampler is None:
+            return [self._drawn(number) for number in range(len(self.trials), self.tune.budget)]
+        self._open = self._sampler.ask(_distributions(self.search))
+        return [{key: _rounded(value) for key, value in self._open.params.items()}]
+
+    def tell(self, values: Values, scores: dict[int, float | None]) -> None:
+        """What a trial gave for each seed, None where it failed."""
+        self.trials.append((values, scores))
+        if self._sampler is not None:
+            value = mean(scores)
+            self._sampler.tell(self._open, value, **({} if value is not None else {"state": _failed()}))
+
+    def best(self) -> Values | None:
+        """The values with the best mean; None if every trial failed."""
+        means = [(score, values) for values, scores in self.trials if (score := mean(scores)) is not None]
+        pick = min if self.lower else max
+        return pick(means, key=lambda item: item[0])[1] if means else None
+
+    def at_edge(self) -> list[str]:
+        """The keys whose best value lies at an end of what was searched: an even better one may lie beyond."""
+        best = self.best()
+        return [key for key in self.search if best is not None and self._end(key, best[key]) is not None]
+
+    def _end(self, key: str, value: Any) -> int | None:
+        """0 at the lower end, -1 at the upper one, None between them or where there is no order.
+
+        The ends of a list are its smallest and largest number, those of a range its outer twentieths.
+        """
+        given = self._grid.get(key, self.search[key])
+        if isinstance(given, dict):
+            scale = math.log if given.get("log") else float
+            low, high, at = scale(given["low"]), scale(given["high"]), scale(value)
+            share = (at - low) / (high - low)
+            return 0 if share < MARGIN else -1 if share > 1 - MARGIN else None
+        if not all(isinstance(item, int | float) for item in given):
+            return None
+        return 0 if value == min(given) else -1 if value == max(given) else None
+
+    def beyond(self) -> Any:
+        """The value beyond the end at which the best one lies, in the ratio of the last two; None if there is none."""
+        (key,) = self._grid
+        best = self.best()
+        end = None if best is None else self._end(key, best[key])
+        if end is None:
+            return None
+        tried = sorted(self._grid[key], key=float)
+        last, before = (tried[0], tried[1]) if end == 0 else (tried[-1], tried[-2])
+        return _rounded(last * last / before) if last * before > 0 else _rounded(2 * last - before)
+
+    def widen(self, value: Any) -> None:
+        """Try one more value."""
+        (key,) = self._grid
+        if value not in self._grid[key]:
+            self._grid[key].append(value)
+
+    def _drawn(self, number: int) -> Values:
+        """The same values for every arm."""
+        drawn = {}
+        for key, values in self.search.items():
+            chance = random.Random(f"{key} {number}")
+            if isinstance(values, list):
+                drawn[key] = chance.choice(values)
+            elif values.get("log"):
+                drawn[key] = _rounded(math.exp(chance.uniform(math.log(values["low"]), math.log(values["high"]))))
+            else:
+                drawn[key] = _rounded(chance.uniform(values["low"], values["high"]))
+        return drawn
+
+
+def first(values: Any) -> Any:
+    """One of the values, or the low end of the range, that are searched."""
+    return values["low"] if isinstance(values, dict) else values[0]
+
+
+def trials(tune: TuneConfig, keys: Sequence[str]) -> int:
+    """Trials of one arm, before any widening."""
+    return tune.budget or math.prod(len(tune.search[key]) for key in keys)
+
+
+def mean(scores: dict[int, float | None]) -> float | None:
+    """Over the seeds; None where one is missing or no number."""
+    values = [value for value in scores.values() if value is not None and math.isfinite(value)]
+    return math.fsum(values) / len(values) if values and len(values) == len(scores) else None
+
+
+def require_sampler(name: str) -> None:
+    """Raise UserError where a sampler's library is not installed."""
+    if name == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise UserError("tune.sampler: tpe needs Optuna; install it with: pip install 'lowrank-cli[tpe]'")
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def _tpe(search: Values, lower: bool) -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=0), direction="minimize" if lower else "maximize"
+    )
+
+
+def _distributions(search: Values) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        key: CategoricalDistribution(values)
+        if isinstance(values, list)
+        else FloatDistribution(float(values["low"]), float(values["high"]), log=values.get("log", False))
+        for key, values in search.items()
+    }
+
+
+def _failed() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.FAIL

@@ -1,0 +1,105 @@
+"""Prepared run folders, worked on by a few child processes at a time.
+
+A child is forked from a server that has imported the libraries once, so it starts in milliseconds, and it takes nothing
+along when it fails or is killed. What it prints goes to ``log.txt`` in its run folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from lowrank_cli import stages
+from lowrank_cli.errors import Interrupted
+from lowrank_cli.launch import gpu_locks, stage
+from lowrank_cli.runs import PENDING, RUNNING, Run, stopping
+from lowrank_cli.runs.threads import available_cores
+
+POLL = 0.1  # s between looks at the children
+PRELOADED = ("torch", "transformers", "accelerate", "datasets", "lowrank_cli.report.plots")
+
+
+class Workers:
+    """A number of child processes.
+
+    Args:
+        count: processes at a time; the cores are shared among them, one at least for each.
+        locks: folder of the locks by which they share GPUs.
+    """
+
+    def __init__(self, count: int, locks: Path):
+        self.count, self.locks = count, locks
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*stages.STAGES.values(), *PRELOADED])
+
+    def run(self, folders: Sequence[Path], started: Callable[[Path], object], ended: Callable[[Path], object]) -> None:
+        """Work on runs until each of them ended, well or badly.
+
+        A signal stops the children as it would stop a single run, then raises KeyboardInterrupt.
+        """
+        waiting = list(reversed(folders))
+        working: dict[Path, BaseProcess] = {}
+        with stopping.on_stop(lambda: _pass_on(working.values())):
+            while working or (waiting and not stopping.requested()):
+                while waiting and len(working) < self.count and not stopping.requested():
+                    folder = waiting.pop()
+                    working[folder] = self._start(folder)
+                    started(folder)
+                time.sleep(POLL)
+                for folder in [folder for folder, child in working.items() if not child.is_alive()]:
+                    _record_death(folder, working.pop(folder))
+                    ended(folder)
+        stopping.check()
+
+    def _start(self, folder: Path) -> BaseProcess:
+        threads = max(1, available_cores().count // self.count)
+        child = self._context.Process(target=_work, args=(str(folder), str(self.locks), threads))
+        child.start()
+        return child
+
+
+def _pass_on(children: Iterable[BaseProcess]) -> None:
+    for child in children:
+        if child.is_alive() and child.pid:
+            os.kill(child.pid, signal.SIGUSR1)
+
+
+def _record_death(folder: Path, child: BaseProcess) -> None:
+    """Say of a run whose process ended without a word how it ended."""
+    run = Run.open(folder)
+    if run.info["status"] in (PENDING, RUNNING) and not stopping.requested():
+        code = child.exitcode or 0
+        run.fail(
+            f"its process was killed ({signal.Signals(-code).name})"
+            if code < 0
+            else "its process ended without a result"
+        )
+
+
+def _work(folder: str, locks: str, threads: int) -> None:
+    """The child process: one run, from its prepared folder."""
+    os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on
+    log = os.open(Path(folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    hardware = Run.open(folder).config().get("hardware", {})
+    if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
+        gpu_locks.take_one(Path(locks))
+    code = 0
+    try:
+        with stopping.signals():
+            stage.attempt(Run.open(folder), stage.work)
+    except Interrupted as error:
+        code = error.exit_code
+    gc.freeze()  # see cli.main
+    stopping.finish(code)
+    sys.exit(code)

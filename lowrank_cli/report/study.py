@@ -1,0 +1,90 @@
+"""A study for the terminal: the table that is live while it runs, its plan, and what tuning chose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from lowrank_cli.report.tables import NONE, STATUS_STYLES, Fitted, duration, number
+
+ENDED = ("done", "failed")
+
+
+class Board:
+    """How far a study is: a row for each arm, a column for each task, with runs done, going on and failed.
+
+    Args:
+        arms: names of the arms.
+        tasks: names of the tasks, with their group where there are several.
+    """
+
+    def __init__(self, name: str, arms: Sequence[str], tasks: Sequence[str], workers: int):
+        self.name, self.arms, self.tasks, self.workers = name, arms, tasks, workers
+        self.phase = "preparing"
+        self.states: dict[str, tuple[str | None, str | None, str]] = {}  #: folder → arm, task, status
+        self.seconds: dict[str | None, list[float]] = {}  #: task → of its finished runs
+        self.later: Counter[str | None] = Counter()  #: task → runs of later phases, as far as they are known
+
+    def set(self, folder: str, arm: str | None, task: str | None, status: str) -> None:
+        self.states[folder] = arm, task, status
+
+    def took(self, task: str | None, seconds: float) -> None:
+        self.seconds.setdefault(task, []).append(seconds)
+
+    def left(self) -> float | None:
+        """Seconds that the rest takes, by the runs so far; None before the first has ended."""
+        every = [seconds for of_task in self.seconds.values() for seconds in of_task]
+        if not every:
+            return None
+        rest = Counter(self.later)
+        rest.update(task for _, task, status in self.states.values() if status not in ENDED)
+        means = {task: sum(of_task) / len(of_task) for task, of_task in self.seconds.items()}
+        overall = sum(every) / len(every)
+        return sum(runs * means.get(task, overall) for task, runs in rest.items()) / self.workers
+
+    def headline(self) -> str:
+        counts = Counter(status for _, _, status in self.states.values())
+        failed = f", {counts['failed']} failed" if counts["failed"] else ""
+        left = self.left()
+        rest = f", about {duration(left)} left" if left else ""
+        total = len(self.states) + sum(self.later.values())
+        return f"{self.name}: {self.phase}, {counts['done']} of {total} runs{failed}{rest}"
+
+    def __rich__(self) -> RenderableType:
+        table = Fitted(self.headline(), ["arm", *self.tasks], leave_out=[])
+        cells: dict[tuple[str | None, str | None], Counter[str]] = {}
+        for arm, task, status in self.states.values():
+            cells.setdefault((arm, task), Counter())[status] += 1
+        for arm in self.arms:
+            if any((arm, task) in cells for task in self.tasks):
+                table.rows.append([arm, *(_counted(cells.get((arm, task))) for task in self.tasks)])
+        return table
+
+
+def _counted(states: Counter[str] | None) -> Text:
+    if not states:
+        return Text(NONE, style="dim")
+    total = sum(states.values())
+    text = Text(f"{states['done']}/{total}", style=STATUS_STYLES["done"] if states["done"] == total else "")
+    for status in ("running", "failed", "interrupted"):
+        if states[status]:
+            text.append(f" {states[status]} {status}", style=STATUS_STYLES[status])
+    return text
+
+
+def tuned_table(tuning: Iterable[dict[str, Any]]) -> RenderableType:
+    """Each arm's best values, and where they lie at an edge of what was searched."""
+    table = Fitted("tuned", ["arm", "task", "trials", "best", "score", "note"], leave_out=["trials", "score"])
+    for entry in tuning:
+        best = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (entry["best"] or {}).items())
+        means = [trial["mean"] for trial in entry["trials"] if trial["values"] == entry["best"]]
+        edges = [f"{key.rpartition('.')[2]} at an edge" for key in entry["at_edge"]]
+        note = Text(", ".join(edges), style="yellow")
+        task = f"{entry['group']}/{entry['task']}"
+        score = number(means[0]) if means and means[0] is not None else NONE
+        table.rows.append([entry["arm"], task, str(len(entry["trials"])), best or "every trial failed", score, note])
+    return Group(table) if table.rows else Text("")

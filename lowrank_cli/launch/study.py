@@ -341,10 +341,10 @@ def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
     terminal.print(tables.Trimmed(grid))
     if probe:
         seconds = estimate(plan, config.workers, config_dir)
-        with_workers = f"with workers={config.workers} on this machine as busy as it is now"
-        without = ", without what is prepared" if number.prepared else ""
-        time = "unknown: no arm of it can be tried" if seconds is None else f"about {tables.duration(seconds)}"
-        terminal.print(f"time: {time} {with_workers}{without}")
+        conditions = f"with workers={config.workers}, on this machine as busy as it is now"
+        without = ", and what is prepared" if number.prepared else ""
+        known = seconds is not None and f"about {tables.duration(seconds)}{without}, {conditions}"
+        terminal.print(f"time: {known or 'unknown, as the baseline trains no steps that could be tried first'}")
     terminal.print("nothing was started", style="dim")
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 
 from lowrank_cli import stages
 from lowrank_cli.errors import Interrupted
@@ -60,7 +61,7 @@ class Workers:
 
     def _start(self, folder: Path) -> BaseProcess:
         threads = max(1, available_cores().count // self.count)
-        child = self._context.Process(target=_work, args=(str(folder), str(self.locks), threads))
+        child = self._context.Process(target=_work, args=(str(folder), os.getcwd(), str(self.locks), threads))
         child.start()
         return child
 
@@ -83,14 +84,23 @@ def _record_death(folder: Path, child: BaseProcess) -> None:
         )
 
 
-def _work(folder: str, locks: str, threads: int) -> None:
+def _stop_with_parent() -> None:
+    """Stop when the process of the study ends, by a kill."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a child knows its parent"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _work(folder: str, directory: str, locks: str, threads: int) -> None:
     """The child process: one run, from its prepared folder."""
+    os.chdir(directory)
     os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on
     log = os.open(Path(folder) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    Thread(target=_stop_with_parent, daemon=True).start()
     hardware = Run.open(folder).config().get("hardware", {})
     if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
         gpu_locks.take_one(Path(locks))

@@ -1,10 +1,11 @@
-"""What a suite's runs end with, by role and by layer: a figure of roles and layers that each of them drew.
+"""What a study's runs end with, by role and by layer: a figure of roles and layers that each of them drew.
 
-    python scripts/research/allocation.py scripts/research/suites/alora.yaml --outputs DIR
-    python scripts/research/allocation.py scripts/research/suites/lelora.yaml --outputs DIR --figure preferred_width
+    python scripts/research/allocation.py STUDY_FOLDER
+    python scripts/research/allocation.py STUDY_FOLDER --figure preferred_width
 
-Prints for each group and each method whose runs have the figure, by task and over all tasks, the mean over seeds and
-modules (a module without ranks counts 0). Writes it to docs/results/<suite>/<group>/allocation.json, or <figure>.json.
+Prints for each group and each arm whose runs have the figure, by task and over all tasks, the mean over seeds and
+modules (a module without ranks counts 0). Writes it to allocation-GROUP.json, or FIGURE-GROUP.json, in the study's
+folder.
 """
 
 from __future__ import annotations
@@ -14,23 +15,25 @@ import json
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from lowrank_cli.runs import all_runs
+from lowrank_cli.runs import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 ROLES = list("QKVOGUD")
 
 
 def drawn(folder: Path, figure: str) -> tuple[list[str], list[list[list[float]]]]:
     """The roles, and roles × layers of each finished run in ``folder`` that drew them."""
-    figures = [entry for run in all_runs(folder) if run.done for entry in json.loads(_figures(run.path))]
+    figures = [entry for run in _finished(folder) for entry in json.loads(_figures(run.path))]
     found = [entry for entry in figures if entry["file"] == f"{figure}.png"]
     if not found:
         return [], []
     if found[0]["columns"][0] in ROLES:  # layers × roles
         return found[0]["columns"], [np.transpose(entry["values"]).tolist() for entry in found]
     return found[0]["rows"], [entry["values"] for entry in found]
+
+
+def _finished(folder: Path) -> list[Run]:
+    return [run for file in sorted(folder.glob("*/run.json")) if (run := Run.open(file.parent)).done]
 
 
 def _figures(path: Path) -> str:
@@ -52,30 +55,27 @@ def summary(roles: list[str], found: list[list[list[float]]]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--outputs", type=Path, required=True, help="as given to evidence.py")
+    parser.add_argument("study", type=Path, help="folder of a study")
     parser.add_argument("--figure", default="ranks")
     args = parser.parse_args()
-    suite = yaml.safe_load(args.suite.read_text())
-    for group, settings in suite["groups"].items():
+    study = json.loads((args.study / "study.json").read_text())
+    for group, group_tasks in study["groups"].items():
         record: dict[str, dict] = {}
-        for method in suite["methods"]:
+        for arm in study["arms"]:
             everything: list[list[list[float]]] = []
-            for task in settings["tasks"]:
-                roles, found = drawn(args.outputs / "runs" / group / task / method, args.figure)
+            for task in group_tasks:
+                roles, found = drawn(args.study / "runs" / group / task / arm, args.figure)
                 if found:
-                    record.setdefault(method, {})[task] = summary(roles, found)
+                    record.setdefault(arm, {})[task] = summary(roles, found)
                     everything += found
             if everything:
-                record[method]["all"] = summary(roles, everything)
-        for method, tasks in record.items():
+                record[arm]["all"] = summary(roles, everything)
+        for arm, tasks in record.items():
             for task, means in tasks.items():
-                print(f"{group:8} {method:18} {task:12}", *means["roles"].values(), "|", *means["layers"])
+                print(f"{group:8} {arm:18} {task:12}", *means["roles"].values(), "|", *means["layers"])
         if record:
             name = "allocation" if args.figure == "ranks" else args.figure
-            target = ROOT / "docs" / "results" / args.suite.stem / group / f"{name}.json"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(record, indent=1) + "\n")
+            (args.study / f"{name}-{group}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What training on a mix of tasks costs each method, against training on each task alone (MiLoRA, multi-task table).
 
-    python scripts/research/mix_drop.py scripts/research/suites/milora.yaml --outputs DIR [--group bundled] [--mix mix]
+    python scripts/research/mix_drop.py STUDY_FOLDER [--group bundled] [--mix mix]
 
-Reads the runs of scripts/research/evidence.py. A drop is test metric alone minus test metric in the mix, averaged over
-the mix's parts for each seed; its sign-flip test, and that of its difference from the baseline's drop, are over
-the seeds. Prints, and writes to docs/results/<suite>/<group>/mix_drop.json, the values by method, part and seed.
+Reads the folder of ``lrk study study=milora``. A drop is test metric alone minus test metric in the mix, averaged over
+the mix's parts for each seed; its sign-flip test, and that of its difference from the baseline's drop, are over the
+seeds. Prints, and writes to mix_drop.json in the study's folder, the values by arm, part and seed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import json
 import statistics
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from lowrank_cli.report.statistics import sign_flip_test
-from lowrank_cli.runs import all_runs
-from lowrank_cli.runs.provenance import git_state
+from lowrank_cli.runs import Run
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def finished(folder: Path) -> list[Run]:
+    """The finished runs of one arm on one task."""
+    return [run for file in sorted(folder.glob("*/run.json")) if (run := Run.open(file.parent)).done]
 
 
 def metrics(folder: Path) -> dict[int, dict[str, float]]:
     """Seed → metrics of the finished runs in ``folder``."""
-    return {run.info["seed"]: run.metrics for run in all_runs(folder) if run.done}
+    return {run.info["seed"]: run.metrics for run in finished(folder)}
 
 
 def drops(runs: Path, method: str, mix: str, parts: dict[str, str], metric: str) -> dict:
@@ -43,35 +44,28 @@ def drops(runs: Path, method: str, mix: str, parts: dict[str, str], metric: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", type=Path)
-    parser.add_argument("--outputs", type=Path, required=True, help="as given to evidence.py")
+    parser.add_argument("study", type=Path, help="folder of a study")
     parser.add_argument("--group", default="bundled")
-    parser.add_argument("--mix", default="mix", help="the suite's task that is the mix")
+    parser.add_argument("--mix", default="mix", help="the study's task that is the mix")
     parser.add_argument("--metric", default="accuracy")
     args = parser.parse_args()
-    suite = yaml.safe_load(args.suite.read_text())
-    tasks = suite["groups"][args.group]["tasks"]
-    names = {
-        name: next(o.split("=")[1] for o in overrides if o.startswith("task=")) for name, overrides in tasks.items()
+    study = json.loads((args.study / "study.json").read_text())
+    runs = args.study / "runs" / args.group
+    parts = {
+        finished(runs / task / study["baseline"])[0].config()["task"]["name"]: task
+        for task in study["groups"][args.group]
+        if task != args.mix
     }
-    parts = {task: name for name, task in names.items() if name != args.mix}
-    runs = args.outputs / "runs" / args.group
-    found = {method: drops(runs, method, args.mix, parts, args.metric) for method in suite["methods"]}
-    reference = dict(zip(found[suite["baseline"]]["seeds"], found[suite["baseline"]]["drop"], strict=True))
+    found = {method: drops(runs, method, args.mix, parts, args.metric) for method in study["arms"]}
+    reference = dict(zip(found[study["baseline"]]["seeds"], found[study["baseline"]]["drop"], strict=True))
     for result in found.values():
         pairs = zip(result["seeds"], result["drop"], strict=True)
         differences = [drop - reference[seed] for seed, drop in pairs if seed in reference]
         result["against_baseline"] = {"differences": differences, "p_value": sign_flip_test(differences)}
-    record = {
-        "command": f"python scripts/research/mix_drop.py {args.suite}",
-        "baseline": suite["baseline"],
-        "methods": found,
-    }
-    target = ROOT / "docs" / "results" / args.suite.stem / args.group / "mix_drop.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record | {"git": git_state()}, indent=1) + "\n")
+    record = {"baseline": study["baseline"], "methods": found}
+    (args.study / "mix_drop.json").write_text(json.dumps(record, indent=1) + "\n")
     table = Table(
-        *("method", *(part.removeprefix("tiny_") for part in parts), "drop", "p", f"−{suite['baseline']}", "p"),
+        *("method", *(part.removeprefix("tiny_") for part in parts), "drop", "p", f"−{study['baseline']}", "p"),
         title=f"Median {args.metric} in %, alone→in the mix; mean drop in points",
         box=None,
     )
@@ -83,7 +77,7 @@ def main() -> None:
             for part in parts
         ]
         numbers = [f"{100 * statistics.mean(result['drop']):+.1f}", f"{result['p_value']:.3f}"]
-        if method != suite["baseline"]:
+        if method != study["baseline"]:
             against = result["against_baseline"]
             numbers += [f"{100 * statistics.mean(against['differences']):+.1f}", f"{against['p_value']:.3f}"]
         table.add_row(method, *medians, *numbers)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from lowrank_cli.errors import UserError, WorkFailed
 
+BEST_RATE = 0.3  #: the one with the lowest dev loss
+
 
 def run(config, run, *, resume=False):
     if config.task.max_length == 3:
@@ -32,4 +34,5 @@ def run(config, run, *, resume=False):
                 raise KeyboardInterrupt
         rate = train.learning_rate
         run.log({"step": step, "train/loss": 1 / step, "learning_rate": rate, "resumed": resume, "devices": devices})
-    return {"test/accuracy": 0.5 + config.seed / 100, "train/steps": train.max_steps if train else 0}
+    metrics = {"test/accuracy": 0.5 + config.seed / 100, "train/steps": train.max_steps if train else 0}
+    return metrics | ({"dev/loss": round(abs(train.learning_rate - BEST_RATE), 4)} if train else {})

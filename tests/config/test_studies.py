@@ -1,0 +1,44 @@
+"""The studies in conf/study/ name methods, tasks and settings that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowrank_cli.config.composition import compose
+from lowrank_cli.config.folders import files
+from lowrank_cli.launch.study_plan import Cell, Plan, require_plain
+
+
+def plan(name: str, folder: Path) -> Plan:
+    """A study whose folders lie in ``folder``."""
+    config = compose("study", [f"study={name}"]).config.study
+    config.folders = dict.fromkeys(config.folders, str(folder))
+    return Plan(config, folder)
+
+
+def cells(name: str) -> list[Cell]:
+    """The baseline on every task, and every arm on the first of its group."""
+    study = plan(name, Path())
+    firsts = {group: next(iter(study.tasks(group))) for group in study.groups}
+    return [cell for cell in study.cells() if cell.arm == study.config.baseline or cell.task == firsts[cell.group]]
+
+
+FEW = [(name, cell) for name in files("study") for cell in cells(name)]
+
+
+@pytest.mark.parametrize(("name", "cell"), FEW, ids=lambda value: str(value).replace("/", "-"))
+def test_a_cell_composes(name, cell, tmp_path):
+    study = plan(name, tmp_path)
+    for job in (*(study.step(cell.group, step, 0) for step in study.steps(cell.group)), study.run(cell, {}, 0)):
+        if not any(word.startswith("run=") for word in job.overrides):
+            config = compose(job.verb, list(job.overrides), later=(str(tmp_path),)).config
+            assert config.seed % 10 == 0
+
+
+@pytest.mark.parametrize("name", files("study"))
+def test_a_study_holds_together(name, tmp_path):
+    study = plan(name, tmp_path)
+    require_plain(study.config)
+    assert study.config.name == name and len(study.config.seeds) >= 5

@@ -1,0 +1,265 @@
+"""Studies: equal tuning, seeds of their own, failures that spare the others, stops, kills, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from command import Ended, one_line, runs
+
+from lowrank_cli.launch.tuning import Search
+from lowrank_cli.runs import Run
+from lowrank_cli.schema import TuneConfig
+
+fake = pytest.mark.usefixtures("fake_stages")
+SMALL = {
+    "arms": {"plain": ["method=lora"], "routed": ["method=milora"]},
+    "baseline": "plain",
+    "seeds": [0, 1],
+    "tasks": {"yesno": ["task=tiny_yesno"]},
+    "overrides": ["train.max_steps=3", "train.warmup=0.1"],
+}
+
+
+def write(**changes) -> None:
+    """A study of the user's own: study=mine with --config-dir mine."""
+    Path("mine/study").mkdir(parents=True, exist_ok=True)
+    values = {"defaults": ["_study"], "name": "mine", **SMALL, **changes}
+    Path("mine/study/mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+@pytest.fixture
+def study(lrk):
+    """``study("study.seeds=[0]", **changes of the file)``."""
+
+    def call(*overrides: str, **changes) -> Ended:
+        write(**changes)
+        return lrk("study", "study=mine", "--config-dir", "mine", *overrides)
+
+    return call
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    """Each run folder in a study's, and how it stands."""
+    files = sorted(folder.glob("*/**/run.json"))
+    return {str(file.parent.relative_to(folder)): read(file)["status"] for file in files}
+
+
+@fake
+@pytest.mark.slow
+def test_every_arm_is_tuned_alike_and_compared_with_its_best_value(study):
+    tune = {"search": {"train.learning_rate": [0.1, 0.3, 0.5]}}
+    ended = study("workers=2", tune=tune)
+    assert ended.code == 0, ended.err
+    (folder,) = runs()
+    assert folder.name.endswith("-study-mine") and read(folder / "run.json")["status"] == "done"
+    about = read(folder / "study.json")
+    assert (about["baseline"], about["seeds"], about["groups"]) == ("plain", [0, 1], {"all": ["yesno"]})
+    tuning = read(folder / "tuning.json")
+    assert [entry["arm"] for entry in tuning] == ["plain", "routed"]
+    for entry in tuning:
+        assert [trial["values"]["train.learning_rate"] for trial in entry["trials"]] == [0.1, 0.3, 0.5]
+        assert [trial["mean"] for trial in entry["trials"]] == [0.2, 0.0, 0.2]
+        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.3}, [])
+    final = {name: status for name, status in statuses(folder).items() if name.startswith("runs/")}
+    assert final == {f"runs/all/yesno/{arm}/{seed}": "done" for arm in SMALL["arms"] for seed in (0, 1)}
+    for name in final:
+        config = Run.open(folder / name).config()
+        assert (config["train"]["learning_rate"], config["seed"]) == (0.3, int(name[-1]))
+    assert {Run.open(folder / name).info["seed"] for name in statuses(folder) if name.startswith("tuning/")} == {100}
+
+
+@fake
+def test_what_fails_leaves_the_others_alone_and_only_that_is_run_again(study, lrk):
+    arms = {**SMALL["arms"], "fast": ["method=lora", "train.learning_rate=2"]}
+    ended = study(arms=arms)
+    (folder,) = runs()
+    assert ended.code == 1 and f"2 of 6 runs are not done; continue with: lrk study --resume {folder}" in ended.err
+    assert [name for name, status in statuses(folder).items() if status == "failed"] == [
+        f"runs/all/yesno/fast/{seed}" for seed in (0, 1)
+    ]
+    assert "runs/all/yesno/fast/0: train/loss is nan at step 2" in ended.err
+    kept = folder / "runs/all/yesno/plain/0"
+    before = (kept / "run.json").read_bytes()
+    Path("mended").touch()
+    ended = lrk("study", "--resume", str(folder))
+    assert ended.code == 0, ended.err
+    assert set(statuses(folder).values()) == {"done"} and (kept / "run.json").read_bytes() == before
+
+
+@fake
+def test_a_killed_study_goes_on_where_it_was(study, lrk):
+    write(seeds=[0, 77])
+    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    waiting = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting")
+    process.kill()
+    process.wait()
+    (folder,) = runs()
+    wait_until(lambda: read(waiting.parent / "run.json")["status"] == "interrupted")  # the child does not outlive it
+    done = (folder / "runs/all/yesno/plain/0/run.json").read_bytes()
+    for arm in SMALL["arms"]:
+        (folder / f"runs/all/yesno/{arm}/77").mkdir(parents=True, exist_ok=True)
+        (folder / f"runs/all/yesno/{arm}/77/go").touch()
+    ended = lrk("study", "--resume", str(folder))
+    assert ended.code == 0, ended.err
+    assert set(statuses(folder).values()) == {"done"}
+    assert (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == done
+    assert [row["resumed"] for row in Run.open(waiting.parent).history()] == [False, True, True]
+
+
+@fake
+def test_ctrl_c_stops_the_children_and_says_how_to_go_on():
+    write(seeds=[77])
+    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    waiting = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    (folder,) = runs()
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == f"interrupted: continue with: lrk study --resume {folder}"
+    assert read(waiting.parent / "run.json")["status"] == "interrupted" == read(folder / "run.json")["status"]
+
+
+def wait_for(file: str) -> Path:
+    wait_until(Path(file).exists)
+    return Path(file).resolve()
+
+
+def wait_until(true) -> None:
+    limit = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+@fake
+def test_more_seeds_keep_what_is_done_and_other_settings_are_refused(study):
+    assert study().code == 0
+    (folder,) = runs()
+    before = (folder / "runs/all/yesno/plain/0/run.json").read_bytes()
+    assert study("study.seeds=[0,1,2]", f"folder={folder}").code == 0
+    assert len(statuses(folder)) == 6 and (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
+    ended = study("train.max_steps=2", f"folder={folder}")
+    assert ended.code == 1 and "it was made with train.max_steps=3, and now asked is 2; move it away" in ended.err
+    assert (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
+
+
+@fake
+def test_prepared_runs_are_made_for_each_seed_and_named_in_overrides(study):
+    prepare = {"start": ["train", "method=lora", "task=tiny_yesno", "train.max_steps=1"]}
+    arms = {"plain": ["method=lora"], "more": ["evaluate", "run={start}"]}
+    ended = study(arms=arms, prepare=prepare)
+    assert ended.code == 0, ended.err
+    (folder,) = runs()
+    for seed in (0, 1):
+        used = Run.open(folder / f"runs/all/yesno/more/{seed}").config()["run"]
+        assert used == str((folder / f"prepared/all/start/{seed}").resolve())
+
+
+@fake
+def test_check_counts_the_runs_and_starts_none(lrk):
+    write(tune={"search": {"train.learning_rate": [0.1, 0.3, 0.5]}, "seeds": [7, 8]})
+    ended = lrk("check", "study", "study=mine", "--config-dir", "mine", "--no-probe")
+    assert (ended.code, ended.err) == (0, "")
+    assert "16: 12 of tuning, 4 of the comparison" in ended.out and "plain (the baseline), routed" in ended.out
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.slow
+def test_check_estimates_the_time_from_a_few_steps():
+    write(overrides=["train.max_steps=20", "task.limit=32"], arms={"plain": ["method=lora"]})
+    command = [sys.executable, "-m", "lowrank_cli", "check", "study", "study=mine", "--config-dir", "mine"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "time: about " in out and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({"baseline": "plan"}, [], "study.baseline: unknown value 'plan'; did you mean 'plain'?"),
+        ({"seeds": [0, 0]}, [], "study.seeds: [0, 0] must name one seed or more, each once"),
+        ({"tasks": {}}, [], "study.groups.all.tasks: there is none"),
+        ({"tasks": {"a/b": ["task=rte"]}}, [], "study.tasks: 'a/b' cannot name a folder"),
+        ({"tasks": {"one": {"plain": []}}}, [], "has no overrides for the arm 'routed'"),
+        ({}, ["train.max_stepz=3"], "train.max_stepz: unknown key; did you mean 'train.max_steps'?"),
+        ({"arms": {"plain": ["method=lorra"]}}, [], "study, all/yesno/plain: method: unknown value 'lorra'"),
+        ({"arms": {"plain": ["trian", "method=lora"]}}, [], "study.arms.plain: unknown value 'trian'"),
+        ({"overrides": ["task.path={data}"]}, [], "'{data}': unknown value 'data' (allowed: seed)"),
+        ({"folders": {"data": None}, "overrides": ["task.path={data}"]}, [], "study.folders.data: missing"),
+        ({}, ["study.folders.data=nowhere"], "study.folders.data"),
+        ({"pools": {"both": ["plain", "other"]}}, [], "study.pools.both: unknown value 'other'"),
+        ({"overrides": ["model.trust_remote_code=true"]}, [], "model.trust_remote_code: no file can set it"),
+        ({"tune": {"search": {}}}, [], "study.tune.search: names no key to tune"),
+        ({"tune": {"search": {"train.learning_rate": [1]}}}, [], "is no list of two values or more"),
+        ({"tune": {"search": {"train.learning_rate": [1, 2]}, "seeds": [1]}}, [], "1 is a seed of the comparison"),
+        (
+            {"tune": {"search": {"train.learning_rate": [1, 2]}, "metric": "test/accuracy"}},
+            [],
+            "study.tune.metric: 'test/accuracy' is not of the dev split",
+        ),
+        (
+            {"tune": {"search": {"train.learning_rate": {"low": 2, "high": 1}}, "sampler": "random", "budget": 2}},
+            [],
+            "is no range",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, list | dict) else value[:40],
+)
+def test_mistakes_are_named_before_anything_runs(study, changes, overrides, message):
+    assert message in one_line(study(*overrides, **changes))
+
+
+def searched(search: Search, optimum: float, seeds: tuple[int, ...] = (0,)) -> list[float]:
+    """The values that a search tries, where the loss is the distance to ``optimum`` on a log scale."""
+    tried = []
+    while proposed := search.propose():
+        for values in proposed:
+            rate = values["rate"]
+            tried.append(rate)
+            search.tell(values, dict.fromkeys(seeds, abs(rate - optimum)))
+    return tried
+
+
+def test_a_grid_widens_beyond_the_end_at_which_its_best_lies():
+    search = Search(TuneConfig(search={"rate": [0.001, 0.002]}), ["rate"], lower=True)
+    assert searched(search, optimum=0.004) == [0.001, 0.002]
+    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.002}, ["rate"], 0.004)
+    search.widen(0.004)
+    assert searched(search, optimum=0.004) == [0.004] and search.beyond() == 0.008
+    search.widen(0.008)
+    searched(search, optimum=0.004)
+    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.004}, [], None)
+
+
+def test_random_trials_are_the_same_for_every_arm_and_stay_in_the_range():
+    tune = TuneConfig(search={"rate": {"low": 1e-4, "high": 1e-2, "log": True}}, sampler="random", budget=20)
+    one, other = (searched(Search(tune, ["rate"], lower=True), optimum) for optimum in (1e-3, 1e-2))
+    assert one == other and len({*one}) == 20 and all(1e-4 <= rate <= 1e-2 for rate in one)
+    assert sum(rate < 1e-3 for rate in one) > 5  # even on the log scale
+
+
+def test_tpe_finds_the_optimum_with_its_budget_and_repeats_itself():
+    pytest.importorskip("optuna")
+    tune = TuneConfig(search={"rate": {"low": 0.0, "high": 1.0}}, sampler="tpe", budget=30)
+    tried = searched(Search(tune, ["rate"], lower=True), optimum=0.7)
+    assert len(tried) == 30 and min(abs(rate - 0.7) for rate in tried) < 0.03
+    assert searched(Search(tune, ["rate"], lower=True), optimum=0.7) == tried
+
+
+def test_failed_trials_never_win():
+    search = Search(TuneConfig(search={"rate": [1, 2, 3]}), ["rate"], lower=False)
+    for values, score in zip(search.propose(), [None, float("nan"), 0.1], strict=True):
+        search.tell(values, {0: score, 1: 0.9})
+    assert search.best() == {"rate": 3}

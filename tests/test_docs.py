@@ -46,6 +46,7 @@ SMALL = {
         "bench.prompt_length=8",
     ],
     "run": ["train.max_steps=2", LIMIT],
+    "study": ["train.max_steps=2", "train.batch_size=2", LIMIT, "study.tune=null"],
 }
 DECODING = ("bench.new_tokens", "bench.beams")  #: of them, those that other kinds of benchmark lack
 MODEL = str(ROOT / "lowrank_cli" / "assets" / "tiny_llama")
@@ -54,6 +55,7 @@ STANDS_FOR = {
     "MODEL": MODEL,
     "ENCODER": MODEL,  # not looked into
     "DATA": str(ROOT),
+    "STUDY": str(ROOT),
     "FILE.gguf": str(ROOT / "README.md"),
 }
 SHELL = ("python", "cp", "ls", "head")  #: what runs beside ``lrk``
@@ -169,7 +171,8 @@ def composed(words, lrk, page):
     named = re.compile(rf"\b({'|'.join(map(re.escape, STANDS_FOR))})$")
     verb, *rest = [named.sub(lambda at: STANDS_FOR[at[1]], word) for word in words[1:]]
     rest = [word for word in rest if not word.startswith("hydra")]  # launchers are extras
-    ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))
+    short = ["--dry-run"] if verb in STAGES else ["--no-probe"] if verb == "check" else []
+    ended = lrk(verb, *rest, *short)
     assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
 
 
@@ -179,6 +182,8 @@ def test_commands_of_results_compose(page, lrk, trained):
     shutil.copytree(trained, "outputs", symlinks=True)
     Path("smollm2").symlink_to(MODEL)
     Path("vllm/bin").mkdir(parents=True)
+    for name in ("FOLDER/trec", "FOLDER/sst2", "FOLDER/rte", "PAIRS"):
+        Path(name).mkdir(parents=True)
     Path("vllm/bin/python").symlink_to(sys.executable)
     for name, roles in {
         "keep1": "[V]",

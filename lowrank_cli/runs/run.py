@@ -59,7 +59,8 @@ class Run:
         """
         model = config.get("model", {}).get("name")  # a recipe names none
         if folder is None:
-            groups = ("recipe", "study", "method", "model", "task")
+            # a prompt has no task
+            groups = ("recipe", "study", "method", "model", *(["task"] if stage != "generate" else []))
             kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
             names = dict(choices) | ({"model": model} if model else {})
             parts = kind + [names[group] for group in groups if group in choices]

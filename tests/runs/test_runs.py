@@ -50,6 +50,10 @@ def test_recipes_are_named_as_such():
     assert create("run", {"recipe": "milora"}).path.name.endswith("-recipe-milora")
 
 
+def test_a_run_of_prompts_is_not_named_after_a_task():
+    assert create("generate").path.name[6:] == "-milora-llama"
+
+
 def test_an_exact_folder_is_taken_as_it_is():
     assert create(folder="outputs/x/y/job").path == Path("outputs/x/y/job")
     assert not Path("outputs/latest").exists()

@@ -28,7 +28,7 @@ from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "study")  #: they take overrides
 VERBS = (*STAGES, "compare", "list", "check")
-KEYS = "keys"  #: beside LISTS: long, so printed only where it is asked for
+KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
 EXAMPLES = {
     "train": [
@@ -95,7 +95,7 @@ EXAMPLES = {
 
 
 class Verb(TyperCommand):
-    """A command whose help ends with examples and the configuration groups that lie on this machine."""
+    """A command whose help ends with examples and the configuration groups on this machine."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Examples"):
@@ -129,19 +129,20 @@ def _complete(ctx: typer.Context, incomplete: str) -> list[str]:
             words[-1] += word
         else:
             words.append(word)
-    verb, found = ctx.info_name, []
+    assert ctx.info_name is not None
+    verb, matches = ctx.info_name, []
     if verb == "check":
         if len(words) == 1:
-            found = [name for name in STAGES if name.startswith(words[0])]
+            matches = [name for name in STAGES if name.startswith(words[0])]
         verb = words.pop(0) if len(words) > 1 and words[0] in STAGES else "train"
     if verb == "bench":
         kinds = files("bench", ctx.params.get("config_dir"))
         if len(words) == 1:
-            found += [name for name in kinds if name.startswith(words[0])]
+            matches += [name for name in kinds if name.startswith(words[0])]
         elif words[0] in kinds:
             words = [f"bench={words[0]}", *words[1:]]
-    found += completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))
-    return [item[len(words[-1]) - len(incomplete) :] for item in found]
+    matches += completions(verb, words[:-1], words[-1], ctx.params.get("config_dir"))
+    return [item[len(words[-1]) - len(incomplete) :] for item in matches]
 
 
 def _at_equals() -> bool:
@@ -222,7 +223,7 @@ def prune(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Take the ranks or modules with the lowest scores out of an adapter; the smaller one is a run of its own."""
+    """Remove the lowest-scoring ranks or modules from an adapter, and save the smaller one as a new run."""
     _stage("prune", overrides or [], multirun, resume, dry_run, config_dir)
 
 
@@ -246,7 +247,7 @@ def export(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Write a trained adapter (run=FOLDER, or the newest) for other programs, as a LoRA or merged, and prove it."""
+    """Export a trained adapter (run=FOLDER, or the newest) as a PEFT LoRA or a merged model, and verify its logits."""
     _stage("export", overrides or [], multirun, resume, dry_run, config_dir)
 
 
@@ -267,9 +268,9 @@ def generate(
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many."""
-    words = [*(overrides or []), *([f"generate.tenants={tenants}"] if tenants is not None else [])]
-    _stage("generate", _worded("generate", words, config_dir), multirun, resume, dry_run, config_dir)
+    """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many adapters."""
+    arguments = [*(overrides or []), *([f"generate.tenants={tenants}"] if tenants is not None else [])]
+    _stage("generate", _expand_shorthand("generate", arguments, config_dir), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
@@ -279,23 +280,23 @@ def bench(
         typer.Argument(
             metavar="[KIND] [KEY=VALUE]...",
             autocompletion=_complete,
-            help="what to measure (a name of bench=, below; else decode), groups and values to change",
+            help="what to measure (a name of bench= below; default: decode), then groups and values to change",
         ),
     ] = None,
     tenants: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="decode with so many different adapters in one batch too")
+        str | None, typer.Option(metavar="N,N,…", help="also decode with this many different adapters in one batch")
     ] = None,
     multirun: Multirun = False,
     resume: Resume = None,
     dry_run: DryRun = False,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Measure the speed and memory of methods, in turn: generation, training, scores, loading and more."""
+    """Measure the speed and memory of methods in generation, training, scoring, loading and more."""
     from lowrank_cli.launch import shorthand
 
-    words = overrides or []
-    words = words if tenants is None else shorthand.tenants(words, tenants)
-    _stage("bench", _worded("bench", words, config_dir), multirun, resume, dry_run, config_dir)
+    arguments = overrides or []
+    arguments = arguments if tenants is None else shorthand.tenants(arguments, tenants)
+    _stage("bench", _expand_shorthand("bench", arguments, config_dir), multirun, resume, dry_run, config_dir)
 
 
 @app.command(cls=Verb)
@@ -330,7 +331,7 @@ def _stage(
         extra = [*["--dry-run"] * dry_run, *["--config-dir"] * (config_dir is not None)]
         if extra:
             raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
-        _name_untested_versions()
+        _warn_untested_versions()
         (sweep if sweep.is_sweep(resume) else single_run).resume(verb, resume, overrides)
     elif dry_run:
         from lowrank_cli.launch.listing import yaml_of
@@ -338,25 +339,25 @@ def _stage(
         typer.echo(escaped(yaml_of(_preview(verb, overrides, config_dir, multirun))), nl=False)
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
-        _name_untested_versions()
+        _warn_untested_versions()
         (sweep if multirun else single_run).start(verb, overrides, config_dir, command)
 
 
-def _name_untested_versions() -> None:
-    """One line on stderr where libraries are outside the range in which this package was tested."""
+def _warn_untested_versions() -> None:
+    """Print one line to stderr if installed libraries are outside the tested version ranges."""
     from lowrank_cli.runs import untested_versions
 
     if untested := untested_versions():
         print(f"warning: untested versions: {'; '.join(untested)}", file=sys.stderr)
 
 
-def _worded(verb: str, words: list[str], config_dir: str | None) -> list[str]:
-    """The overrides of ``words``, of which for bench the first says what is measured, and for generate one is asked."""
+def _expand_shorthand(verb: str, arguments: list[str], config_dir: str | None) -> list[str]:
+    """``arguments`` as overrides: generate takes a prompt among them, bench a kind in front."""
     if verb not in ("generate", "bench"):
-        return words
+        return arguments
     from lowrank_cli.launch import shorthand
 
-    return shorthand.generate(words) if verb == "generate" else shorthand.bench(words, config_dir)
+    return shorthand.generate(arguments) if verb == "generate" else shorthand.bench(arguments, config_dir)
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:
@@ -371,22 +372,22 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[RUN_OR_FOLDER]...", help="runs, sweeps, or folders of them; else all of --outputs"),
     ] = None,
-    baseline: Annotated[str | None, typer.Option(help="the method that others are tested against")] = None,
+    baseline: Annotated[str | None, typer.Option(help="the method to test the others against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
     across_tasks: Annotated[
-        bool, typer.Option("--across-tasks", help="also test methods over all tasks together, by task and seed")
+        bool, typer.Option("--across-tasks", help="also test methods over all tasks together, paired by task and seed")
     ] = False,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, swept numbers as plots"),
+        typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, plots of swept numbers"),
     ] = None,
-    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
+    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
 ) -> None:
     """Compare finished runs: method by task by model, over seeds, with spread and a paired test."""
-    from lowrank_cli.report.compare import compare as compared
+    from lowrank_cli.report.compare import compare as compare_runs
     from lowrank_cli.terminal import Terminal
 
-    Terminal().print(compared(runs or [], baseline, metric, output, outputs, across_tasks))
+    Terminal().print(compare_runs(runs or [], baseline, metric, output, outputs, across_tasks))
 
 
 @app.command("list", cls=Verb)
@@ -394,14 +395,14 @@ def list_(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar=f"[{'|'.join((*LISTS, KEYS))}]", help="all but keys when left out", autocompletion=_complete_list
+            metavar=f"[{'|'.join((*LISTS, KEYS))}]", help="default: all except keys", autocompletion=_complete_list
         ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Argument(metavar="[NAME]", help="after methods: explain a method's keys; after keys: a section's"),
     ] = None,
-    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="where runs lie")] = "outputs",
+    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
     config_dir: ConfigDir = None,
 ) -> None:
     """List methods, models, tasks, hardware, recipes and runs, or explain the keys of a method or a section."""
@@ -415,8 +416,8 @@ def list_(
     if name is not None:
         if what != "methods":
             raise UserError(
-                f"list: '{name}' after '{what}'; keys are explained of a method (lrk list methods NAME) or a section "
-                f"(lrk list keys SECTION)"
+                f"list: unexpected '{name}' after '{what}'; lrk list methods NAME explains the keys of a method, "
+                f"lrk list keys SECTION those of a section"
             )
         print_method_keys(name, config_dir)
         return
@@ -440,7 +441,7 @@ def check(
         verb = overrides.pop(0)
         if verb not in STAGES:
             raise unknown("verb", verb, STAGES)
-    plan = _preview(verb, _worded(verb, overrides, config_dir), config_dir, multirun)
+    plan = _preview(verb, _expand_shorthand(verb, overrides, config_dir), config_dir, multirun)
     if verb == "study":
         from lowrank_cli.launch import study as studies
 
@@ -451,7 +452,7 @@ def check(
         print_plan(plan)
 
 
-CAUGHT = 130  # what Typer makes of a KeyboardInterrupt: one outside of a run, which says itself how to go on
+CAUGHT = 130  # what Typer returns for a KeyboardInterrupt; a run raises Interrupted instead, and says how to resume
 
 
 def main() -> None:
@@ -461,7 +462,7 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     code = call(sys.argv[1:])
     stopping.finish(code)
-    gc.freeze()  # collecting what the libraries hold takes seconds, and it all ends with the process anyway
+    gc.freeze()  # at exit, collecting the libraries' objects would take seconds
     sys.exit(code)
 
 
@@ -480,19 +481,19 @@ def call(arguments: list[str]) -> int:
             print(f"{'interrupted' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
             return error.exit_code
         except Exception as error:
-            if hasattr(error, "format_message"):  # the parser's own
+            if hasattr(error, "format_message"):  # raised by the parser
                 print(f"error: {escaped(cut(_usage(error.format_message(), arguments)))}", file=sys.stderr)
                 return UserError.exit_code
-            if refused := refusal(error):
+            if reason := refusal(error):
                 _drop_output()
-                print(f"error: {escaped(cut(refused))}", file=sys.stderr)
+                print(f"error: {escaped(cut(reason))}", file=sys.stderr)
                 return WorkFailed.exit_code
             print(escaped(traceback.format_exc()), file=sys.stderr)
             return 1
 
 
 def _drop_output() -> None:
-    """Forget what stdout did not take; else the interpreter tries once more, and complains, when it ends."""
+    """Discard unwritten stdout; else the interpreter retries at exit and prints a second error."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -507,7 +508,7 @@ def _require_directory() -> None:
 
 
 def _usage(message: str, arguments: list[str]) -> str:
-    """The parser's complaint as one line that helps."""
+    """The parser's error message as one line, with the nearest verb or the help to read."""
     verb = re.match(r"No such command '(.*?)'", message)
     if verb and "=" in verb[1]:
         return f"the verb is missing; did you mean 'lrk train {shlex.join(arguments)}'?"

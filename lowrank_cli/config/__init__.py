@@ -14,7 +14,7 @@ _HOME = {
     "composition": ("Composed", "Source", "compose", "restore"),
     "completion": ("completions",),
     "folders": ("GROUPS", "conf_folders", "description", "files"),
-    "sweep": ("Job", "Launcher", "expand", "is_launcher_override", "saved_launcher"),
+    "sweep": ("JobFolder", "Launcher", "expand", "is_launcher_override", "saved_launcher"),
 }
 
 

@@ -24,8 +24,8 @@ from lowrank_cli.schema import Override, parse_overrides
 
 
 @dataclass
-class Job:
-    """What a launcher hands to one job of a sweep."""
+class JobFolder:
+    """What a launcher passes to one job of a sweep."""
 
     folder: str = ""  #: prepared run folder
 
@@ -90,7 +90,7 @@ class Launcher:
         with explained(Failure(self._loader, "_job", parse_overrides(self._overrides))):
             for override in OverridesParser.create().parse_overrides(self._overrides):
                 _refuse_code(override.value(), override.input_line or "")
-        ConfigStore.instance().store(name="_job", node=Job)
+        ConfigStore.instance().store(name="_job", node=JobFolder)
         self._compose(Path())
 
     def _compose(self, folder: Path) -> DictConfig:
@@ -104,7 +104,7 @@ class Launcher:
         with explained(Failure(self._loader, "_job", parse_overrides(self._overrides))):
             return self._loader.load_configuration("_job", [*self._overrides, *fixed], RunMode.MULTIRUN)
 
-    def launch(self, function: Callable[[Job], None], folder: Path, jobs: Sequence[Path]) -> None:
+    def launch(self, function: Callable[[JobFolder], None], folder: Path, jobs: Sequence[Path]) -> None:
         """Call ``function``, which is module-level and raises nothing, for each job of the sweep in ``folder``."""
         cfg = self._compose(folder)
         launcher = Plugins.instance().instantiate_launcher(

@@ -1,5 +1,5 @@
-"""Does what a verb asks for: one run, a sweep over runs, a recipe of stages.
+"""Runs a verb: one stage, a recipe of stages, or a sweep over either.
 
-Composition and every check come first, then the folder is made, then the stage's module (and with it torch) is
-imported. Each folder can be continued from what it holds: config.yaml says what to run, run.json how it ended.
+Composition and all checks come first, then the run folder, then the import of the stage's module (and with it torch).
+A run is resumed from its folder alone: config.yaml says what to run, run.json how it ended.
 """

@@ -1,4 +1,4 @@
-"""Data-parallel runs: torch's elastic agent (what torchrun is) starts the workers and ends all when one dies."""
+"""Data-parallel runs: torch's elastic agent (as in torchrun) starts the workers, and stops all when one dies."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from lowrank_cli.runs.threads import available_cores
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-PATIENCE = 3600  # s that workers get after a signal to finish their step and save
+SHUTDOWN_TIMEOUT = 3600  # seconds for workers to finish their step and save after a signal
 
 
 def spawn(run: Run, processes: int, resume: bool) -> None:
-    """Run the stage of a prepared folder in ``processes`` workers, and raise here what ended it badly."""
+    """Run the stage of a prepared run folder in worker processes, and update ``run.info``.
+
+    Args:
+        processes: number of workers, one for each device.
+        resume: whether the run goes on from its checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped the run.
+        UserError, WorkFailed: the first failure of a worker.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # how the run ended is said once, below
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported once, below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores().count // processes)))  # they share the cores
     settings = LaunchConfig(
         min_nodes=1,
@@ -36,17 +45,17 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        shutdown_timeout=PATIENCE,
+        shutdown_timeout=SHUTDOWN_TIMEOUT,
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here
     )
     arguments = ["-m", "lowrank_cli.launch.distributed_worker", str(run.path), *(["--resume"] if resume else [])]
 
-    def hand_on() -> None:
-        raise SignalException("stop", signal.SIGUSR1)  # which the agent sends to the workers, and then waits for them
+    def forward_stop() -> None:
+        raise SignalException("stop", signal.SIGUSR1)  # the agent sends it to the workers and waits for them
 
     failures: dict[int, ProcessFailure] = {}
     try:
-        with stopping.on_stop(hand_on):
+        with stopping.on_stop(forward_stop):
             elastic_launch(settings, sys.executable)(*arguments)
     except ChildFailedError as error:
         failures = error.failures
@@ -63,11 +72,11 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
 
 
 def _raise_first(run: Run, failures: dict[int, ProcessFailure]) -> None:
-    """Raise what went wrong first; the death of one worker makes the others fail, or the agent stop them."""
+    """Raise the first failure; when one worker dies, the others fail too or the agent stops them."""
     failures = {rank: failure for rank, failure in failures.items() if failure.exitcode != -signal.SIGTERM}
     if killed := {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}:
         rank, failure = min(killed.items())
-        (run.path / "error.txt").unlink(missing_ok=True)  # how another worker lost the connection to this one
+        (run.path / "error.txt").unlink(missing_ok=True)  # another worker's: it lost the connection to this one
         raise WorkFailed(f"worker process {rank} (pid {failure.pid}) was killed ({failure.signal_name()})")
     failed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 128}
     if not failed:

@@ -1,4 +1,4 @@
-"""Which GPU a process gets that runs jobs of a sweep beside others: launchers such as joblib leave that open."""
+"""Spreads the parallel processes of a sweep over the GPUs, which launchers such as joblib do not do."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from pathlib import Path
 
 from lowrank_cli.errors import UserError
 
-#: The lock that this process keeps until it ends; its CUDA stays on the device that it began with.
+#: The lock of this process, kept until it ends: CUDA cannot move to another device.
 _held: list[int] = []
 
 
-def take_one(folder: Path) -> None:
-    """Show this process one of its GPUs, that with the fewest other processes which took theirs in ``folder``.
+def claim_gpu(folder: Path) -> None:
+    """Restrict this process to one of its visible GPUs: the one that the fewest other processes have claimed.
 
-    The choice is made once, before CUDA starts, and lasts as long as the process. Nothing happens where only one GPU
-    or none is visible. Raises UserError where ``folder`` is a link, OSError where a lock is one.
+    Call it before CUDA starts. The first call decides, for the life of the process. With fewer than two visible GPUs
+    it does nothing.
+
+    Args:
+        folder: where all processes of the sweep keep their locks, ``<device>-<number>``.
+
+    Raises:
+        UserError: ``folder`` is a link.
+        OSError: a lock file is a link.
     """
     visible = _visible()
     if _held or len(visible) < 2:
         return
     if folder.is_symlink():
-        raise UserError(f"{folder}: is a link; expected the sweep's own folder of locks")
+        raise UserError(f"{folder}: is a link; expected a folder, which holds the sweep's locks")
     folder.mkdir(exist_ok=True)
-    for turn in count():
+    for number in count():
         for device in visible:
-            lock = os.open(folder / f"{device}-{turn}", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
+            lock = os.open(folder / f"{device}-{number}", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -39,7 +46,7 @@ def take_one(folder: Path) -> None:
 
 
 def _visible() -> list[str]:
-    """GPUs that this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
+    """The GPUs visible to this process, named as in ``CUDA_VISIBLE_DEVICES``."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]

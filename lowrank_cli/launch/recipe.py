@@ -1,9 +1,10 @@
 """A recipe: stages in a row, each in its own folder, all checked before the first starts.
 
 ``outputs/<date>/<time>-recipe-<name>/`` is itself a run folder, with ``recipe.json`` (the stages and their states)
-and one run folder ``<nn>-<stage name>`` for each stage. ``{name}`` in the overrides of a stage is the run folder of
-the earlier stage of that name; a stage with ``run={name}`` takes model, task, method and hardware from there. What the
-user sets goes to every stage that knows it; in one with ``run={name}``, of these four only what it sets itself.
+and one run folder ``<nn>-<stage name>`` for each stage. In the overrides of a stage, ``{name}`` stands for the run
+folder of the earlier stage of that name; a stage with ``run={name}`` inherits model, task, method and hardware from it.
+What the user sets goes to every stage that knows the key, except that a stage with ``run={name}`` accepts those four
+only where its own overrides set them too.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ class Ledger(TypedDict):
     stages: list[StageEntry]
 
 
-def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
-    """Compose the recipe, hand the other overrides to its stages, and check every stage."""
+def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Composed, list[tuple[str, Composed]]]:
+    """The checked configuration of a new recipe run, and of each of its stages by name.
+
+    What the user sets beyond the recipe's own keys is added to the overrides of the stages that know the key.
+    """
     keys = {item.name for item in fields(RecipeRun)}
-    own = [override for override in overrides if _is_own(Override.parse(override), keys)]
-    composed = compose(verb, own, config_dir)
+    for_recipe = [override for override in overrides if _is_for_recipe(Override.parse(override), keys)]
+    composed = compose(verb, for_recipe, config_dir)
     values = composed.resolved
     entries = values["recipe"]["stages"]
     for entry in entries:
@@ -61,21 +65,22 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
                 name = composed.config.recipe.name
                 raise UserError(f"recipe {name}, stage '{entry['name']}': {item.key}: {ONLY_TYPED}")
     for override in overrides:
-        if override not in own:
+        if override not in for_recipe:
             key = Override.parse(override).key
-            takers = [entry for entry in entries if _takes(entry, key)]
-            if not takers and re.fullmatch(r"(?!hydra)\w+(\.\w+)*", key):
+            accepting = [entry for entry in entries if _accepts(entry, key)]
+            if not accepting and re.fullmatch(r"(?!hydra)\w+(\.\w+)*", key):
                 raise UserError(f"recipe {composed.config.recipe.name}: {unknown_key(key, _known(entries))}")
-            for entry in takers or entries[:1]:  # composing the first stage then says what is wrong
+            for entry in accepting or entries[:1]:  # composing the first stage then reports the mistake
                 entry["overrides"].append(override)
     composed = rebuild(verb, values, composed.choices, overrides)
-    for entry, (_, part) in zip(entries, parts(composed, config_dir), strict=True):
-        entry["overrides"] = _settled(entry["overrides"], part.inputs)
-    return rebuild(verb, values, composed.choices, overrides)
+    planned = _compose_stages(composed, config_dir)
+    for entry, (_, stage_config) in zip(entries, planned, strict=True):
+        entry["overrides"] = _with_absolute_folders(entry["overrides"], stage_config.inputs)
+    return rebuild(verb, values, composed.choices, overrides), planned
 
 
-def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
-    """The configuration of each stage by its name, as far as it shows before the earlier ones have run."""
+def _compose_stages(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
+    """The checked configuration of each stage by its name, as far as it is known before the earlier ones have run."""
     recipe = composed.config.recipe
     planned: dict[str, Composed] = {}
     for entry in recipe.stages:
@@ -102,7 +107,7 @@ def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Compose
 
 
 def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:
-    """Make the recipe's folder and its ledger, where :func:`work` starts."""
+    """Make the recipe's folder with its ledger; :func:`work` starts from them."""
     run = stage.create(composed, config_dir, command, folder)
     entries = enumerate(composed.config.recipe.stages, 1)
     listed = [{"name": e.name, "stage": e.stage, "folder": f"{n:02d}-{e.name}", "status": PENDING} for n, e in entries]
@@ -110,21 +115,26 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
     return run
 
 
-def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
-    """What is left to run in the folder of ``run``, by name: as the recipe says, and as begun stages say themselves."""
+def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """The stages that are still to run in the folder of ``run``, by name.
+
+    A stage that was started is listed twice: as the recipe configures it, and as its own folder does.
+    """
     ledger = _ledger(run, composed)
-    begun = {name: _open(folder) for name, folder in _folders(run, ledger).items()}
-    done = {name for name, own in begun.items() if own is not None and own.done}
-    left = [(name, part) for name, part in parts(composed, ledger["config_dir"]) if name not in done]
-    return [*left, *((name, restore(own)) for name, own in begun.items() if own is not None and not own.done)]
+    runs = {name: _open(folder) for name, folder in _folders(run, ledger).items()}
+    started = {name: stage_run for name, stage_run in runs.items() if stage_run is not None}
+    done = {name for name, stage_run in started.items() if stage_run.done}
+    configured = [item for item in _compose_stages(composed, ledger["config_dir"]) if item[0] not in done]
+    return [*configured, *((name, restore(started[name])) for name in started if name not in done)]
 
 
 def _ledger(run: Run, composed: Composed) -> dict[str, Any]:
-    """``recipe.json``, which names the stages of the recipe."""
+    """``recipe.json``. Raises UserError if it does not list the stages of the recipe."""
     ledger = run.read_json(LEDGER, Ledger)
-    named, known = ([item["name"] for item in of] for of in (ledger["stages"], composed.resolved["recipe"]["stages"]))
-    if named != known:
-        raise UserError(f"{run.path / LEDGER}: the stages are {', '.join(named)}; expected {', '.join(known)}")
+    listed = [entry["name"] for entry in ledger["stages"]]
+    expected = [entry["name"] for entry in composed.resolved["recipe"]["stages"]]
+    if listed != expected:
+        raise UserError(f"{run.path / LEDGER}: the stages are {', '.join(listed)}; expected {', '.join(expected)}")
     return ledger
 
 
@@ -140,86 +150,91 @@ def work(run: Run, composed: Composed) -> None:
     folders = _folders(run, ledger)
     with stage.recorded(run):
         for item, entry in zip(ledger["stages"], composed.config.recipe.stages, strict=True):
-            part = _open(folders[entry.name])
-            if part is None or part.info["status"] == PENDING:
-                overrides = [_filled(override, folders) for override in entry.overrides]
+            stage_run = _open(folders[entry.name])
+            if stage_run is None or stage_run.info["status"] == PENDING:
+                overrides = [_fill_in(override, folders) for override in entry.overrides]
                 ready = stage.check(entry.stage, overrides, ledger["config_dir"])
-                part = stage.create(ready, None, shlex.join(["lrk", entry.stage, *overrides]), folders[entry.name])
+                command = shlex.join(["lrk", entry.stage, *overrides])
+                stage_run = stage.create(ready, None, command, folders[entry.name])
             try:
-                if not part.done:
-                    stage.work(part, restore(part))
+                if not stage_run.done:
+                    stage.work(stage_run, restore(stage_run))
             finally:
-                item["status"] = part.info["status"]
+                item["status"] = stage_run.info["status"]
                 run.write_json(LEDGER, ledger)
-            run.update(peak_memory_bytes=max(r.info.get("peak_memory_bytes", 0) for r in (run, part)))
-        assert part is not None, "a recipe without stages is refused"
-        run.finish(part.metrics)
+            run.update(peak_memory_bytes=max(r.info.get("peak_memory_bytes", 0) for r in (run, stage_run)))
+        assert stage_run is not None, "a recipe without stages is refused"
+        run.finish(stage_run.metrics)
 
 
 def summary(run: Run) -> RenderableType:
-    """One line for each stage, what several methods learned on the same tasks, and what to do next."""
-    listed = [(name, _open(folder)) for name, folder in _folders(run, run.read_json(LEDGER, Ledger)).items()]
-    kept = [line for _, part in listed if part is not None for line in selections.shown(part)]
-    stages = tables.stages_table(listed, tables.shown(run.path))
-    return Group(stages, *kept, *selections.learned(listed), *tables.next_steps(run))
+    """A table of the stages, the modules that they selected, how methods compare over tasks, and what to do next."""
+    runs = [(name, _open(folder)) for name, folder in _folders(run, run.read_json(LEDGER, Ledger)).items()]
+    selected = [line for _, stage_run in runs if stage_run is not None for line in selections.shown(stage_run)]
+    table = tables.stages_table(runs, tables.shown(run.path))
+    return Group(table, *selected, *selections.learned(runs), *tables.next_steps(run))
 
 
 def _open(folder: Path) -> Run | None:
     return Run.open(folder) if (folder / "run.json").is_file() else None
 
 
-def _is_own(override: Override, keys: Collection[str]) -> bool:
-    """Whether an override is for the recipe itself, which has these ``keys``; so is what is no override at all."""
+def _is_for_recipe(override: Override, keys: Collection[str]) -> bool:
+    """Whether an override sets one of the recipe's own ``keys``, or is malformed, as composing the recipe reports."""
     return override.root in keys or not override.sets
 
 
-def _takes(entry: dict[str, Any], key: str) -> bool:
-    """Whether a stage's verb and method know the key, and it sets it itself or does not get it from an earlier one."""
-    own = any(override.key == key for override in parse_overrides(entry["overrides"]))
-    inherits = (
-        key.partition(".")[0] in GROUPS and key != TRUST and _inherited(entry["overrides"]) is not None and not own
-    )
+def _accepts(entry: dict[str, Any], key: str) -> bool:
+    """Whether a stage's verb and method know the key, and the stage does not inherit it from an earlier one."""
+    overridden = any(override.key == key for override in parse_overrides(entry["overrides"]))
+    inherits = _inherited(entry["overrides"]) is not None and Override.parse(key).root in GROUPS and key != TRUST
     known = entry["stage"] in VERBS and knows(VERBS[entry["stage"]], key)
     if key.startswith("method."):
-        kind = _method(entry)  # none: left to composing
-        known = known and (kind is None or knows(kind, key.removeprefix("method.")))
-    return known and not inherits
+        schema = _method_schema(entry)
+        known = known and (schema is None or knows(schema, key.removeprefix("method.")))  # None: composing decides
+    return known and (overridden or not inherits)
 
 
-def _method(entry: dict[str, Any]) -> type | None:
-    """The schema of the method that a stage names."""
+def _method_schema(entry: dict[str, Any]) -> type | None:
+    """The schema of the method that a stage's overrides name; None if they name none."""
     chosen = [override.value for override in parse_overrides(entry["overrides"]) if override.key == "method"]
     return methods.config_classes().get(chosen[-1]) if chosen else None
 
 
 def _known(entries: list[dict[str, Any]]) -> list[str]:
-    """Every key that some stage takes."""
-    found: dict[str, None] = {}
+    """Every key that some stage accepts."""
+    known: dict[str, None] = {}
     for entry in entries:
-        kind = _method(entry)
-        keys = [*flat(VERBS.get(entry["stage"])), *(flat(kind, "method.") if kind else ())]
-        found |= dict.fromkeys(key for key in keys if _takes(entry, key))
-    return list(found)
+        schema = _method_schema(entry)
+        keys = [*flat(VERBS.get(entry["stage"])), *(flat(schema, "method.") if schema else ())]
+        known |= dict.fromkeys(key for key in keys if _accepts(entry, key))
+    return list(known)
 
 
 def _inherited(overrides: list[str]) -> str | None:
-    """The stage whose run this one reads."""
-    named = [override.value for override in parse_overrides(overrides) if override.key == "run"]
-    found = [re.fullmatch(r"\{(.*)\}", value) for value in named]
-    return next((match[1] for match in reversed(found) if match), None)
+    """The name of the earlier stage in ``run={name}``, if there is one."""
+    runs = [override.value for override in parse_overrides(overrides) if override.key == "run"]
+    matches = [re.fullmatch(r"\{(.*)\}", value) for value in runs]
+    return next((match[1] for match in reversed(matches) if match), None)
 
 
-def _settled(overrides: list[str], inputs: dict[str, str]) -> list[str]:
-    """The overrides with each folder as it was checked: the recipe may be continued from another directory."""
+def _with_absolute_folders(overrides: list[str], inputs: dict[str, str]) -> list[str]:
+    """The overrides with absolute folders, so that the recipe can be resumed from another directory.
+
+    Args:
+        inputs: the folders of the stage's checked configuration, by key.
+    """
     parsed = parse_overrides(overrides)
-    given = {override.key for override in parsed}
-    own = set() if _inherited(overrides) is not None else {"model.path", "task.path"}  # a YAML may name them
-    folders = {key: path for key, path in inputs.items() if key in given | own}
-    rest = [str(override) for override in parsed if override.key not in folders]
-    return [*rest, *(f"{key}={path}" for key, path in folders.items())]
+    keys = {override.key for override in parsed}
+    if _inherited(overrides) is None:
+        keys |= {"model.path", "task.path"}  # their YAML files may name a folder
+    folders = {key: path for key, path in inputs.items() if key in keys}
+    others = [str(override) for override in parsed if override.key not in folders]
+    return [*others, *(f"{key}={path}" for key, path in folders.items())]
 
 
-def _filled(override: str, folders: dict[str, Path]) -> str:
+def _fill_in(override: str, folders: dict[str, Path]) -> str:
+    """``override`` with each ``{name}`` replaced by the folder of that stage."""
     for name, folder in folders.items():
         override = override.replace(f"{{{name}}}", str(folder))
     return override

@@ -16,47 +16,59 @@ OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
 FILE, COUNTS = "generate.tenants=", "bench.tenants="
 
 
-def generate(words: Sequence[str]) -> list[str]:
-    """``words`` with the prompt among them as ``generate.prompt``, and with the model that a file of prompts is for."""
-    prompts = [word for word in words if not OVERRIDE.match(word)]
+def generate(arguments: Sequence[str]) -> list[str]:
+    """The arguments of ``lrk generate`` as overrides.
+
+    A prompt becomes ``generate.prompt``. A file of prompts adds the model of its first tenant that is a run, unless
+    the arguments choose one.
+
+    Raises:
+        UserError: there are several prompts.
+    """
+    prompts = [argument for argument in arguments if not OVERRIDE.match(argument)]
     if len(prompts) > 1:
         raise UserError(
             f"generate: one prompt at a time, not {len(prompts)}; quote it as one word, or give a file (--tenants FILE)"
         )
-    found = [f"generate.prompt={quoted(word)}" if word in prompts else word for word in words]
-    files = [word.removeprefix(FILE) for word in words if word.startswith(FILE)]
-    if files and files[-1] != "null" and not any(word.startswith(("run=", "model=", "method=")) for word in words):
-        found.append(_model_of(Path(files[-1].strip("'\"")).expanduser()))
-    return found
+    overrides = [f"generate.prompt={quoted(item)}" if item in prompts else item for item in arguments]
+    files = [item.removeprefix(FILE) for item in arguments if item.startswith(FILE)]
+    chosen = any(item.startswith(("run=", "model=", "method=")) for item in arguments)
+    if files and files[-1] != "null" and not chosen:
+        overrides.append(_model_of(Path(files[-1].strip("'\"")).expanduser()))
+    return overrides
 
 
 def _model_of(file: Path) -> str:
-    """The first tenant that is a run: its model is taken. Without any, the default model."""
+    """The override that takes the model of the first tenant that is a run; without one, the default model."""
     for request in read_requests(file):
         if request.error is None and request.tenant is not None:
             path = Path(os.path.expanduser(request.tenant))
             for home in (path, path.parent):
-                if os.path.isfile(home / "run.json"):  # no for whatever cannot be a path
+                if os.path.isfile(home / "run.json"):  # False for an invalid path
                     return f"run={home}"
     return "method=none"
 
 
-def bench(words: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """``words`` with the kind in front, if there is one, as ``bench=KIND``.
+def bench(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """The arguments of ``lrk bench`` as overrides: a kind in front becomes ``bench=KIND``.
 
-    Unless they say otherwise, a batch has as many rows as the largest of ``bench.tenants``.
+    Unless ``bench.batch_size`` is given, it is the largest of ``bench.tenants``.
+
+    Raises:
+        UserError: there is no such kind.
     """
-    found = list(words)
-    if found and not OVERRIDE.match(found[0]):
-        require_choice("bench", found[0], files("bench", config_dir))
-        found[0] = f"bench={found[0]}"
-    given = [word for word in found if re.fullmatch(re.escape(COUNTS) + r"\[[\d, ]+\]", word)]
-    if given and not any(word.startswith("bench.batch_size=") for word in found):
-        found.append(f"bench.batch_size={max(1, *map(int, re.findall(r'[0-9]+', given[-1])))}")
-    return found
+    overrides = list(arguments)
+    if overrides and not OVERRIDE.match(overrides[0]):
+        require_choice("bench", overrides[0], files("bench", config_dir))
+        overrides[0] = f"bench={overrides[0]}"
+    counts = [item for item in overrides if re.fullmatch(re.escape(COUNTS) + r"\[[\d, ]+\]", item)]
+    if counts and not any(item.startswith("bench.batch_size=") for item in overrides):
+        overrides.append(f"bench.batch_size={max(1, *map(int, re.findall(r'[0-9]+', counts[-1])))}")
+    return overrides
 
 
-def tenants(words: Sequence[str], counts: str) -> list[str]:
-    """The words of ``lrk bench`` with ``--tenants COUNTS``, which turns ``decode`` into ``tenants``."""
-    kind, rest = (words[0], words[1:]) if words and not OVERRIDE.match(words[0]) else ("decode", words)
+def tenants(arguments: Sequence[str], counts: str) -> list[str]:
+    """The arguments of ``lrk bench --tenants COUNTS``, which turns ``decode`` into ``tenants``."""
+    named = bool(arguments) and not OVERRIDE.match(arguments[0])
+    kind, rest = (arguments[0], arguments[1:]) if named else ("decode", arguments)
     return ["tenants" if kind == "decode" else kind, *rest, f"{COUNTS}[{counts}]"]

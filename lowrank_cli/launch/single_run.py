@@ -1,4 +1,4 @@
-"""One run or one recipe, from the command line: start it, continue it, or look at what it would do."""
+"""One run or one recipe, from the command line: start it, resume it, or preview it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,23 @@ from lowrank_cli.runs.records import Working
 from lowrank_cli.schema import TRUST
 from lowrank_cli.terminal import Terminal
 
-RECORDS = ("run.json", "sweep.json")  #: where a folder says which process works on it
+RECORDS = ("run.json", "sweep.json")  #: files that name the process working in their folder
 
 
 def handler(verb: str) -> ModuleType:
-    """The module that checks, creates, works and summarises runs of a verb."""
+    """The module with ``plan``, ``create``, ``work``, ``remaining`` and ``summary`` for the runs of a verb."""
     return {"run": recipe, "study": study}.get(verb, stage)
 
 
 def preview(verb: str, overrides: list[str], config_dir: str | None) -> list[tuple[str, Composed]]:
-    """What would run, by name, checked."""
-    module = handler(verb)
-    return module.parts(module.check(verb, overrides, config_dir), config_dir)
+    """The checked configuration of each stage that would run, by name."""
+    return handler(verb).plan(verb, overrides, config_dir)[1]
 
 
 def start(verb: str, overrides: list[str], config_dir: str | None, command: str) -> None:
-    """Check, make the folder, do the work, show the outcome."""
+    """Check, make the run folder, do the work, print the summary."""
     module = handler(verb)
-    composed = module.check(verb, overrides, config_dir)
+    composed, _ = module.plan(verb, overrides, config_dir)
     run = module.create(composed, config_dir, command)
     try:
         module.work(run, composed)
@@ -48,7 +47,11 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str)
 
 
 def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
-    """Continue the run in ``folder`` with its own configuration; ``typed`` may allow what no file can."""
+    """Resume the run in ``folder`` with its saved configuration.
+
+    Args:
+        typed: overrides of the command line; only the one that trusts the code of a model is allowed.
+    """
     trusted = trusts(typed)
     run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
@@ -67,7 +70,7 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
 
 
 def trusts(typed: Sequence[str]) -> bool:
-    """Whether the code of a resumed run's model may run. Raises UserError for any other override."""
+    """Whether ``typed`` lets a resumed run execute its model's code. Raises UserError for any other override."""
     allowed = f"{TRUST}=true"
     if extra := [override for override in typed if override != allowed]:
         raise UserError(f"--resume: a run continues with its own configuration; leave out {' '.join(extra)}")
@@ -75,26 +78,29 @@ def trusts(typed: Sequence[str]) -> bool:
 
 
 def refuse_to_act(run: Run, trusted: bool) -> None:
-    """Refuse to continue what would run a model's code, start a program or write outside of its folder.
+    """Refuse to resume a run that would execute a model's code, start a program or write outside its folder.
 
-    It may come from anybody. The first can be ``trusted``; the others would start again anyway.
+    The folder may come from anybody.
+
+    Args:
+        trusted: whether the user allows the model's code.
     """
-    for _, part in handler(run.info["stage"]).planned(run, restore(run)):
+    for _, composed in handler(run.info["stage"]).remaining(run, restore(run)):
         if not trusted:
-            refuse_code(part, tables.shown(run.path))
-        if output := getattr(getattr(part.config, "generate", None), "output", None):
+            refuse_code(composed, tables.shown(run.path))
+        if output := getattr(getattr(composed.config, "generate", None), "output", None):
             raise UserError(
-                f"--resume: '{tables.shown(run.path)}' would write generate.output={output}, outside of its folder; "
+                f"--resume: '{tables.shown(run.path)}' would write generate.output={output}, outside its folder; "
                 f"start it anew"
             )
-        if program := getattr(getattr(part.config, "bench", None), "vllm", None):
+        if program := getattr(getattr(composed.config, "bench", None), "vllm", None):
             raise UserError(
                 f"--resume: '{tables.shown(run.path)}' would start the program bench.vllm={program}; start it anew"
             )
 
 
 def refuse_running(folder: Path) -> None:
-    """Two processes must not write into one folder: not into a job or a stage in it, nor where it is one itself."""
+    """Refuse a folder in which a process works: in itself, in a job or stage of it, or in the run that contains it."""
     above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
     for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
         process = read_json(file, Working).get("process") if file.is_file() else None
@@ -107,13 +113,13 @@ def refuse_running(folder: Path) -> None:
 
 
 def take_back(path: Path, outputs: str) -> None:
-    """Remove a new folder in which nothing was computed: a user's mistake leaves nothing behind."""
+    """Remove a new run folder without results: a user's mistake leaves nothing behind."""
     if not any(path.rglob("history.jsonl")) and not any(path.rglob("metrics.json")):
         discard(path, outputs)
 
 
 def show(run: Run) -> None:
-    """The table at the end."""
+    """Print the summary of a run."""
     if run.path.is_dir():
         verb = run.info["stage"]
         Terminal(stderr=verb in stages.PRINTS).print(handler(verb).summary(run), crop=False)

@@ -1,4 +1,4 @@
-"""One stage in one run folder: check, make the folder, do the work, record how it ended."""
+"""One stage in one run folder: check, make the folder, do the work, record the outcome."""
 
 from __future__ import annotations
 
@@ -30,9 +30,14 @@ def check(
     source: Source | None = None,
     later: tuple[str, ...] = (),
 ) -> Composed:
-    """Compose, and raise :class:`UserError` for what cannot work, as far as it shows without data and weights.
+    """Compose a stage's configuration, and check all that can be checked without data and weights.
 
-    Paths that begin with one of ``later`` need not exist yet.
+    Args:
+        source: the run that the stage starts from, where it is known but not made yet.
+        later: prefixes of paths that earlier stages will make: these need not exist yet.
+
+    Raises:
+        UserError: the configuration cannot work.
     """
     composed = compose(verb, overrides, config_dir, source, later)
     config = composed.config
@@ -40,10 +45,10 @@ def check(
     _refuse_to_write_quantized(verb, config)
     if not isinstance(config, RunConfig):
         return composed
-    _refuse_what_the_method_cannot(composed)
-    _refuse_what_would_do_nothing(config)
+    _refuse_unsupported_stage(composed)
+    _refuse_unused_values(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
-        _refuse_what_cannot_be_calibrated(composed, method.plan())
+        _refuse_uncalibratable(composed, method.plan())
     if isinstance(config, TrainRun):
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
@@ -58,8 +63,8 @@ def check(
     return composed
 
 
-def _refuse_what_the_method_cannot(composed: Composed) -> None:
-    """A stage that the method does not have, or says that it refuses."""
+def _refuse_unsupported_stage(composed: Composed) -> None:
+    """Refuse a stage that the method lacks or rules out."""
     verb, name, choice = composed.verb, composed.config.method.name, composed.choices["method"]
     can = methods.capabilities(name)
     if reason := methods.refusal(name, verb):
@@ -75,7 +80,7 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
     folders = {"model.path": config.model.path}
     if isinstance(config, RunConfig):
         folders |= {"task.path": config.task.path}
-        folders |= {f"task.parts.{name}.path": part.path for name, part in config.task.parts.items()}
+        folders |= {f"task.parts.{name}.path": item.path for name, item in config.task.parts.items()}
     for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
             raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
@@ -83,20 +88,20 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
         raise UserError(f"model.gguf: there is no file or folder '{tables.shown(file)}'")
 
 
-def _refuse_what_would_do_nothing(config: Any) -> None:
-    """Values that the chosen model, task or method has no use for."""
+def _refuse_unused_values(config: Any) -> None:
+    """Refuse values that the chosen model, task or method would ignore."""
     if not hasattr(config, "evaluate"):
         return
-    asked, task = config.evaluate, config.task
-    if asked.num_beams > 1 and all(part.answer != "free" for part in task.parts.values() or [task]):
+    evaluate, task = config.evaluate, config.task
+    if evaluate.num_beams > 1 and all(item.answer != "free" for item in task.parts.values() or [task]):
         raise UserError(
-            f"evaluate.num_beams: {asked.num_beams} beams search for generated text, but the answers of {task.name} "
+            f"evaluate.num_beams: {evaluate.num_beams} beams search for generated text, but the answers of {task.name} "
             f"are scored (task.answer={task.answer}); set evaluate.num_beams=1"
         )
     if config.model.kind == "encoder":
-        if asked.shots:
+        if evaluate.shots:
             raise UserError(
-                f"evaluate.shots: {asked.shots} examples would stand in a prompt, and the encoder {config.model.name} "
+                f"evaluate.shots: {evaluate.shots} demonstrations need a prompt, and the encoder {config.model.name} "
                 f"has none; set evaluate.shots=0"
             )
         if not methods.can(config.method.name, Adapts):
@@ -108,7 +113,7 @@ def _refuse_what_would_do_nothing(config: Any) -> None:
 
 
 def _refuse_to_write_quantized(verb: str, config: Any) -> None:
-    """Methods that would change the frozen weights, and exports into them, where these are kept in 4 bits."""
+    """Refuse methods and exports that change the frozen weights where these are kept in 4 bits."""
     kind = config.hardware.quantization
     if not kind:
         return
@@ -125,8 +130,8 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
         )
 
 
-def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
-    """A task without what a calibrating method asks of it, and options of an export that it has no use for."""
+def _refuse_uncalibratable(composed: Composed, plan: Plan) -> None:
+    """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
     task = composed.config.task
     if task.answer != "labels":
         raise UserError(
@@ -144,13 +149,14 @@ def _refuse_what_cannot_be_calibrated(composed: Composed, plan: Plan) -> None:
             raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")
 
 
-def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
-    """What will run, by name."""
-    return [(composed.verb, composed)]
+def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Composed, list[tuple[str, Composed]]]:
+    """The checked configuration of a new run, and of each stage in it by name: here there is one."""
+    composed = check(verb, overrides, config_dir)
+    return composed, [(verb, composed)]
 
 
-def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
-    """What is left to run in the folder of ``run``, by name."""
+def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+    """The stages that are still to run in the folder of ``run``, by name."""
     return [(composed.verb, composed)]
 
 
@@ -170,12 +176,12 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
 
 
 def work(run: Run, composed: Composed) -> None:
-    """Run the stage from where its folder stands, and draw its plots. What ends it badly is recorded and raised."""
+    """Start or resume the stage of a run folder, and draw its plots. A failure is recorded and raised."""
     resume = run.info["status"] != PENDING
     run.begin()
     processes = composed.config.hardware.processes
     with recorded(run):
-        if run.completed:  # all but its plots
+        if run.completed:  # only the plots are missing
             pass
         elif processes > 1:
             spawn(run, processes, resume)
@@ -189,8 +195,8 @@ def work(run: Run, composed: Composed) -> None:
 
 
 def attempt(run: Run, work: Callable[[Run, Composed], None]) -> None:
-    """Do the work of a run beside which others go on. Raises nothing but Interrupted: what failed is in the run's
-    folder, and on stderr."""
+    """Do the work of one run among others. Raises only Interrupted: a failure is recorded in the run folder and printed
+    to stderr."""
     try:
         work(run, restore(run))
     except Interrupted:
@@ -211,13 +217,13 @@ def perform(run: Run, composed: Composed, resume: bool) -> None:
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Show that the block goes on, write into the run folder how it failed, and name the way on after a signal."""
+    """Keep the run's heartbeat during the block, and record its failure; after a signal, say how to resume."""
     again = f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}"
     try:
         with showing_life(run.path / "run.json"):
             yield
     except (KeyboardInterrupt, Interrupted, Exception) as error:
-        # whatever a library makes of the interrupt that a signal raised in it, the run was interrupted
+        # after a signal the run counts as interrupted, whatever error a library turned the interrupt into
         if stopping.requested() or isinstance(error, (KeyboardInterrupt, Interrupted)):
             with suppress(OSError):
                 run.interrupt()
@@ -226,16 +232,16 @@ def recorded(run: Run) -> Iterator[None]:
             with suppress(OSError):
                 run.fail(str(error), error.exit_code)
             raise
-        if refused := refusal(error):
+        if reason := refusal(error):
             with suppress(OSError):  # a full disk may have no room for this either
-                run.fail(refused)
-            raise WorkFailed(f"{refused}; {again}") from error
+                run.fail(reason)
+            raise WorkFailed(f"{reason}; {again}") from error
         run.write_text("error.txt", traceback.format_exc())
         run.fail(f"{type(error).__name__}: {error}")
         raise
 
 
 def summary(run: Run) -> RenderableType:
-    """The end-of-run table, below the scores of ranks or the figures of a benchmark where there are any."""
+    """The scores of ranks or the results of a benchmark, where there are any, and the end-of-run table."""
     figures = [*scores.shown(run), *bench.shown(run, methods.published_speeds()), *selections.shown(run)]
     return Group(*figures, tables.end_of_run(run, methods.having("setting")[0]))

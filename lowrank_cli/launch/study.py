@@ -66,10 +66,13 @@ class Tuned(TypedDict):
     at_edge: list[str]
 
 
-def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
-    """Compose the study, hand the other overrides to its runs, and check every arm on every task."""
-    own, extra = split(overrides)
-    composed = compose(verb, own, config_dir)
+def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Composed, list[tuple[str, Composed]]]:
+    """The configuration of a new study, after a check of every arm on every task, and the study again by its name.
+
+    Its runs are too many to list. What the user sets beyond the study's own keys is added to their overrides.
+    """
+    for_study, extra = split(overrides)
+    composed = compose(verb, for_study, config_dir)
     values = composed.resolved
     values["study"]["extra"] += extra
     folders = values["study"]["folders"]
@@ -84,18 +87,13 @@ def check(verb: str, overrides: list[str], config_dir: str | None) -> Composed:
         if tune := Plan(config).tune(group):
             require_sampler(tune.sampler)
     composed_cells(Plan(config), config_dir)
-    return composed
+    return composed, [(verb, composed)]
 
 
-def parts(composed: Composed, config_dir: str | None) -> list[tuple[str, Composed]]:
-    """The study itself: its runs are too many to list."""
-    return [(composed.verb, composed)]
-
-
-def planned(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
+def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
     """Each arm on each task and each step of preparation."""
     cells = composed_cells(Plan(composed.config.study), run.read_json(LEDGER, Ledger)["config_dir"])
-    return [(str(cell), part) for cell, part in cells.items()]
+    return [(str(cell), cell_config) for cell, cell_config in cells.items()]
 
 
 def create(composed: Composed, config_dir: str | None, command: str, folder: Path | None = None) -> Run:

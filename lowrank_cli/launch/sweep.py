@@ -1,8 +1,8 @@
 """A sweep: one run folder for each combination of values, all prepared and checked before the first starts.
 
-``outputs/<date>/<time>-sweep[-<name>]/`` holds ``sweep.json`` (what was asked for, and the jobs with their states)
-and one run folder for each job, named by a hash of its configuration and, to read, what varies. A failed job says
-so in its own folder at once and lets the others go on; whatever is not done can be continued.
+``outputs/<date>/<time>-sweep[-<name>]/`` holds ``sweep.json`` (the command, and the jobs with their states) and one run
+folder for each job, named by a hash of its configuration and the values that vary. A job that fails records it in its
+own folder and leaves the others alone; jobs that are not done can be resumed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from lowrank_cli.config.composition import Composed
-from lowrank_cli.config.sweep import Job, Launcher, expand, is_launcher_override, saved_launcher
+from lowrank_cli.config.sweep import JobFolder, Launcher, expand, is_launcher_override, saved_launcher
 from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed
 from lowrank_cli.launch import gpu_locks, stage
 from lowrank_cli.launch.single_run import handler, refuse_running, refuse_to_act, trusts
@@ -51,10 +51,10 @@ from lowrank_cli.schema import Override
 from lowrank_cli.terminal import Terminal
 
 LEDGER = "sweep.json"
-STOP = ".stop"  #: of the sweep's folder: tells the processes of a launcher, on whatever machine, to stop
-DEVICES = ".devices"  #: of the sweep's folder: the locks by which its processes share GPUs
-NOTHING = "the process ended without a result"
-_asked = Event()  #: a launcher's process got a signal
+STOP_FILE = ".stop"  #: in the sweep's folder: tells the launcher's processes, on any machine, to stop
+GPU_LOCKS = ".devices"  #: in the sweep's folder: the locks by which its processes share GPUs
+NO_RESULT = "the process ended without a result"
+_stop_requested = Event()  #: set when this process of a launcher gets a signal
 
 
 class JobEntry(TypedDict):
@@ -71,21 +71,30 @@ class Ledger(Working):
     jobs: list[JobEntry]
 
 
-def check(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], dict[str, Composed]]:
-    """The launcher's overrides, and each job's checked configuration by its id."""
+class Job(NamedTuple):
+    """One combination of the swept values."""
+
+    composed: Composed
+    stages: list[tuple[str, Composed]]  #: what the job would run, by name
+
+
+def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[list[str], dict[str, Job]]:
+    """The launcher's overrides, and each checked job by its id."""
     launcher = [override for override in overrides if is_launcher_override(override)]
     Launcher(launcher)
     combinations = expand(verb, [override for override in overrides if override not in launcher], config_dir)
-    varying = {override for job in combinations for override in job if not all(override in o for o in combinations)}
+    shared = set(combinations[0]).intersection(*combinations)
+    varying = {override for combination in combinations for override in combination} - shared
     jobs = {}
-    for job in combinations:
-        composed = handler(verb).check(verb, job, config_dir)
-        label = "-".join(_readable(override) for override in job if override in varying)
-        jobs[f"{config_hash(composed.resolved)[:8]}-{label}".strip("-")[:80]] = composed
+    for combination in combinations:
+        job = Job(*handler(verb).plan(verb, combination, config_dir))
+        label = "-".join(_label(override) for override in combination if override in varying)
+        jobs[f"{config_hash(job.composed.resolved)[:8]}-{label}".strip("-")[:80]] = job
     return launcher, jobs
 
 
-def _readable(override: str) -> str:
+def _label(override: str) -> str:
+    """An override as part of a folder's name: its value, after the key unless that is a group."""
     setting = Override.parse(override)
     leaf = "" if re.fullmatch(r"method|model|task|hardware|recipe|run", setting.key) else setting.key.rpartition(".")[2]
     return re.sub(r"[^\w.]+", "-", leaf + Path(setting.value).name.strip("'")).strip("-.")
@@ -93,12 +102,13 @@ def _readable(override: str) -> str:
 
 def start(verb: str, overrides: list[str], config_dir: str | None, command: str) -> None:
     """Check all jobs, make their folders, and run them."""
-    launcher, jobs = check(verb, overrides, config_dir)
-    first = next(iter(jobs.values())).config
+    launcher, jobs = plan(verb, overrides, config_dir)
+    first = next(iter(jobs.values())).composed.config
     folder = new_folder(first.outputs, "-".join(["sweep", *([first.name] if first.name else [])]))
     try:
-        for name, composed in jobs.items():
-            handler(verb).create(composed, config_dir, shlex.join(["lrk", verb, *composed.overrides]), folder / name)
+        for name, job in jobs.items():
+            command_of_job = shlex.join(["lrk", verb, *job.composed.overrides])
+            handler(verb).create(job.composed, config_dir, command_of_job, folder / name)
     except BaseException:  # a full disk, a signal
         discard(folder, first.outputs)
         raise
@@ -107,28 +117,31 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str)
         "command": command,
         "overrides": overrides,
         "launcher": launcher,
-        "jobs": [{"id": name, "overrides": composed.overrides} for name, composed in jobs.items()],
+        "jobs": [{"id": name, "overrides": job.composed.overrides} for name, job in jobs.items()],
     }
     _work(folder, ledger)
 
 
 def preview(verb: str, overrides: list[str], config_dir: str | None) -> list[tuple[str, Composed]]:
-    """What would run, by name, checked."""
-    _, jobs = check(verb, overrides, config_dir)
+    """The checked configuration of each stage that would run, by ``JOB``, or ``JOB/STAGE`` for recipes."""
+    _, jobs = plan(verb, overrides, config_dir)
     return [
-        (job if len(parts) == 1 else f"{job}/{name}", part)
-        for job, composed in jobs.items()
-        for parts in [handler(verb).parts(composed, config_dir)]
-        for name, part in parts
+        (name if len(job.stages) == 1 else f"{name}/{stage}", composed)
+        for name, job in jobs.items()
+        for stage, composed in job.stages
     ]
 
 
 def is_sweep(folder: str) -> bool:
-    return os.path.isfile(Path(folder) / LEDGER)  # no for whatever cannot be a path
+    return os.path.isfile(Path(folder) / LEDGER)  # False for an invalid path
 
 
 def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
-    """Run the jobs that are not done, each from where it stands; ``typed`` may name another launcher."""
+    """Start or resume the jobs that are not done.
+
+    Args:
+        typed: overrides of the command line: another launcher, or trust in the code of a model.
+    """
     ledger = read_json(Path(folder) / LEDGER, Ledger)
     launcher = [override for override in typed if is_launcher_override(override)]
     trusted = trusts([override for override in typed if override not in launcher])
@@ -154,10 +167,10 @@ def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
     again = f"continue with: lrk {ledger['stage']} -m --resume {tables.typed(folder)}"
     status = INTERRUPTED
-    (folder / STOP).unlink(missing_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
     write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
     try:
-        with showing_life(folder / LEDGER), stopping.on_stop((folder / STOP).touch):
+        with showing_life(folder / LEDGER), stopping.on_stop((folder / STOP_FILE).touch):
             _launch(folder, ledger)
         if stopping.requested():
             stopping.interrupt()
@@ -174,11 +187,11 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
             if job.info["status"] == RUNNING and status == INTERRUPTED:  # the launcher ended its process
                 job.interrupt()
             elif job.info["status"] in (RUNNING, PENDING) and status == DONE:
-                job.fail(NOTHING)
+                job.fail(NO_RESULT)
         states = [{**entry, "status": job.info["status"]} for entry, job in zip(ledger["jobs"], jobs, strict=True)]
         failed = [job for job in jobs if not job.done]
         status = "failed" if status == DONE and failed else status
-        (folder / STOP).unlink(missing_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
         Terminal().print(tables.end_of_sweep(folder, jobs), crop=False)
     if failed:
@@ -187,27 +200,29 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
 
 
 def _launch(folder: Path, ledger: dict[str, Any]) -> None:
-    """Run the jobs that are not done. A launcher that breaks, as one of its processes was killed, starts once more."""
+    """Run the jobs that are not done. A launcher that breaks because one of its processes died is started once more."""
     launcher, broken = Launcher(ledger["launcher"]), False
     todo = [job.path.absolute() for job in _jobs(folder, ledger) if not job.done]
     while todo:
         try:
             launcher.launch(run_job, folder, todo)
             return
-        except BrokenExecutor:  # and the launcher has ended all of its other processes
+        except BrokenExecutor:  # the launcher has ended its other processes too
             if broken or stopping.requested():
                 raise
         broken, ended = True, (DONE, FAILED)
         while any(is_alive(job.info.get("process"), job.path / "run.json") for job in _jobs(folder, ledger)):
-            time.sleep(stopping.POLL)  # a job whose parent was killed stops by itself
+            time.sleep(stopping.POLL)  # a job whose parent was killed stops itself
         todo = [job.path.absolute() for job in _jobs(folder, ledger) if job.info["status"] not in ended]
 
 
-def run_job(job: Job) -> None:
-    """One job: in this process where the sweep itself runs, and in a child of a launcher's process. It never raises,
-    except for a stop in this process.
+def run_job(job: JobFolder) -> None:
+    """Do one job: in the sweep's own process directly, in a launcher's process in a child.
 
-    A child that is killed takes no other job along, as a process of the launcher would.
+    If a child is killed, only its job fails; a launcher that loses a process of its own breaks.
+
+    Raises:
+        KeyboardInterrupt: a signal stopped the sweep's own process. Nothing else is raised.
     """
     folder = Path(job.folder)
     if read_json(folder.parent / LEDGER, Ledger)["process"] == this_process():
@@ -224,36 +239,36 @@ def run_job(job: Job) -> None:
 
 
 def perform(folder: str | os.PathLike[str]) -> None:
-    """Do a job's work. Raises nothing but Interrupted: what failed is in the run's folder, and on stderr."""
+    """Do a job's work; see :func:`lowrank_cli.launch.stage.attempt`."""
     run = Run.open(folder)
     stage.attempt(run, handler(run.info["stage"]).work)
 
 
 def _in_child(folder: Path) -> None:
-    """Run a job in a child of this process, whose output goes to the job's ``log.txt``.
+    """Run a job in a child process, whose output goes to the job's ``log.txt``.
 
-    It is asked to stop when the sweep is, or when this process gets a signal, from then on for all jobs.
+    The child is told to stop when the sweep is, or when this process gets a signal; after that no job starts here.
     """
-    stop = folder.parent / STOP
+    stop = folder.parent / STOP_FILE
     for number in stopping.SIGNALS:
-        signal.signal(number, lambda *_: _asked.set())
-    if _asked.is_set() or stop.exists():
+        signal.signal(number, lambda *_: _stop_requested.set())
+    if _stop_requested.is_set() or stop.exists():
         return
     run = Run.open(folder)
     hardware = run.config().get("hardware", {})
     if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-        gpu_locks.take_one(folder.parent / DEVICES)
+        gpu_locks.claim_gpu(folder.parent / GPU_LOCKS)
     with run.file("log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "lowrank_cli.launch.sweep_job", str(folder), str(os.getpid())]
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    handed_on = False
+    stop_sent = False
     while child.poll() is None:
-        if not handed_on and (_asked.is_set() or stop.exists()):
+        if not stop_sent and (_stop_requested.is_set() or stop.exists()):
             child.send_signal(signal.SIGUSR1)
-            handed_on = True
+            stop_sent = True
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=stopping.POLL)
     run = Run.open(folder)
-    if run.info["status"] in (PENDING, RUNNING) and not handed_on:
+    if run.info["status"] in (PENDING, RUNNING) and not stop_sent:
         killed = child.returncode < 0
-        run.fail(f"its process was killed ({signal.Signals(-child.returncode).name})" if killed else NOTHING)
+        run.fail(f"its process was killed ({signal.Signals(-child.returncode).name})" if killed else NO_RESULT)

@@ -1,4 +1,4 @@
-"""One job of a sweep in a process of its own: ``python -m lowrank_cli.launch.sweep_job RUN_FOLDER PARENT``."""
+"""One job of a sweep in its own process: ``python -m lowrank_cli.launch.sweep_job RUN_FOLDER PARENT``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lowrank_cli.runs import stopping
 
 
 def main() -> None:
-    """The parent process, of number PARENT, reads in the folder how the work ended; this one's exit code says only
-    whether it stopped."""
+    """Do the job. The parent (process id PARENT) reads the outcome in the run folder; the exit code only says whether
+    a signal stopped the job."""
     code = 0
     stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1), int(sys.argv[2]))
     try:

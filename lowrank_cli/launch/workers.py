@@ -103,7 +103,7 @@ def _work(folder: str, directory: str, locks: str, threads: int) -> None:
     Thread(target=_stop_with_parent, daemon=True).start()
     hardware = Run.open(folder).config().get("hardware", {})
     if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-        gpu_locks.take_one(Path(locks))
+        gpu_locks.claim_gpu(Path(locks))
     code = 0
     try:
         with stopping.signals():

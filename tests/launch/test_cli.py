@@ -186,7 +186,7 @@ MISTAKES = {
     ("train", "-m", "seed=0,1", "hydra.launcher.n_job=2"): "hydra.launcher.n_job: unknown key",
     ("train", "-m", "hydra.sweep.dir=x"): "hydra.sweep.dir=x: of Hydra's own keys only",
     ("train", "evaluate.num_beams=3"): "evaluate.num_beams: 3 beams search for generated text, but",
-    ("train", "model=minilm", "evaluate.shots=2"): "evaluate.shots: 2 examples would stand in a prompt, and",
+    ("train", "model=minilm", "evaluate.shots=2"): "evaluate.shots: 2 demonstrations need a prompt, and",
     ("evaluate", "method=none", "model=minilm"): "method: 'none' would leave the head of the encoder minilm random",
     ("train", "train.gradient_accumulation=3"): "train.batch_size: 16 cannot be shared by hardware.processes=1 times",
     ("compare", "nowhere"): "",

@@ -263,7 +263,7 @@ def test_a_given_output_is_not_written(fake_stages, lrk):
     for status in ("interrupted", "pending"):
         run.update(status=status)
         message = refused(lrk, "generate", "--resume", str(run.path))
-        assert f"would write generate.output={Path('theirs.jsonl').absolute()}, outside of its folder" in message
+        assert f"would write generate.output={Path('theirs.jsonl').absolute()}, outside its folder" in message
 
 
 def test_an_output_is_typed(fake_stages, lrk):

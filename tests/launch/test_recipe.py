@@ -13,7 +13,7 @@ from command import one_line, runs
 
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.errors import UserError
-from lowrank_cli.launch import recipe
+from lowrank_cli.launch import recipe, single_run, stage, sweep
 from lowrank_cli.runs import Run, this_process
 from lowrank_cli.runs.process import began
 
@@ -45,13 +45,13 @@ def ledger(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", files("recipe"))
 def test_every_shipped_recipe_can_be_planned(name):
-    composed = recipe.check("run", [f"recipe={name}"], None)
-    assert composed.config.recipe.name == name and recipe.parts(composed, None)
+    composed, planned = recipe.plan("run", [f"recipe={name}"], None)
+    assert composed.config.recipe.name == name and planned
     assert len(description(files("recipe")[name])) > 10
 
 
 def test_the_papers_settings():
-    (_, train), (_, test) = recipe.parts(recipe.check("run", ["recipe=milora_llama2_7b"], None), None)
+    (_, train), (_, test) = recipe.plan("run", ["recipe=milora_llama2_7b"], None)[1]
     used = train.config
     assert (used.model.name, used.method.rank, used.method.k, used.method.load_balance) == ("llama2_7b", 32, 3, 1e-2)
     assert used.method.bilevel and used.method.activation_learning_rate == 1e-6
@@ -63,8 +63,8 @@ def test_the_papers_settings():
     )
     assert (used.train.eval_every, used.train.patience, used.task.max_length) == (200, 10, 768)
     assert test.config.evaluate.num_beams == 1 and test.config.task.max_length == 768  # BoolQ's answers are scored
-    generated = recipe.check("run", ["recipe=milora_llama2_7b", "task=gsm8k", "evaluate.num_beams=3"], None)
-    assert recipe.parts(generated, None)[1][1].config.evaluate.num_beams == 3
+    _, generated = recipe.plan("run", ["recipe=milora_llama2_7b", "task=gsm8k", "evaluate.num_beams=3"], None)
+    assert dict(generated)["test"].config.evaluate.num_beams == 3
 
 
 def advertised():
@@ -77,30 +77,28 @@ def advertised():
 
 @pytest.mark.parametrize("command", list(advertised()))
 def test_what_the_heading_of_a_recipe_suggests_can_be_planned(command):
-    composed = recipe.check("run", command.split(), None)
-    assert recipe.parts(composed, None)
+    assert recipe.plan("run", command.split(), None)[1]
 
 
 def test_a_methods_key_goes_to_the_stages_of_methods_that_have_it():
-    composed = recipe.check("run", ["recipe=alora", "method.score=sensitivity", "method.rank=2"], None)
-    planned = dict(recipe.parts(composed, None))
+    planned = dict(recipe.plan("run", ["recipe=alora", "method.score=sensitivity", "method.rank=2"], None)[1])
     assert planned["train"].config.method.score == "sensitivity"
     assert planned["train"].config.method.rank == planned["lora"].config.method.rank == 2
 
 
 def test_a_methods_key_overrides_what_later_stages_set_themselves():
-    composed = recipe.check("run", ["recipe=idaicl_gpt2_large", "method.templates=15", "method.draws=1"], None)
-    found = {name: part.config.method for name, part in recipe.parts(composed, None)}
-    assert {(method.templates, method.draws) for method in found.values()} == {(15, 1)}
-    assert found["fit"].calibration == "ida" and found["conca"].calibration == "conca"
+    _, planned = recipe.plan("run", ["recipe=idaicl_gpt2_large", "method.templates=15", "method.draws=1"], None)
+    methods = {name: composed.config.method for name, composed in planned}
+    assert {(method.templates, method.draws) for method in methods.values()} == {(15, 1)}
+    assert methods["fit"].calibration == "ida" and methods["conca"].calibration == "conca"
 
 
 def test_beams_of_the_shipped_recipe_want_generated_answers():
-    (_, train), (_, test) = recipe.parts(recipe.check("run", ["recipe=milora"], None), None)
+    (_, train), (_, test) = recipe.plan("run", ["recipe=milora"], None)[1]
     assert (train.config.task.answer, test.config.evaluate.num_beams) == ("free", 3)
     with pytest.raises(UserError, match=r"stage 'test': evaluate\.num_beams: 3 beams .* set evaluate\.num_beams=1"):
-        recipe.check("run", ["recipe=milora", "task=tiny_choice"], None)
-    recipe.check("run", ["recipe=milora", "task=tiny_choice", "evaluate.num_beams=1"], None)
+        recipe.plan("run", ["recipe=milora", "task=tiny_choice"], None)
+    recipe.plan("run", ["recipe=milora", "task=tiny_choice", "evaluate.num_beams=1"], None)
 
 
 def test_stages_run_in_a_row(lrk):
@@ -259,5 +257,16 @@ def test_plan_and_dry_run(lrk):
     documents = list(yaml.safe_load_all(lrk("run", "--dry-run", "recipe=milora", "seed=3").out))
     assert [document["seed"] for document in documents] == [3, 3]
     with pytest.raises(UserError):
-        recipe.check("run", ["recipe=milora", "method.k=0"], None)
+        recipe.plan("run", ["recipe=milora", "method.k=0"], None)
     assert not Path("outputs").exists()
+
+
+def test_a_preview_composes_each_stage_once(monkeypatch):
+    composed = []
+    check = stage.check
+    monkeypatch.setattr(stage, "check", lambda verb, *rest: composed.append(verb) or check(verb, *rest))
+    single_run.preview("run", ["recipe=milora"], None)
+    assert composed == ["train", "evaluate"]
+    composed.clear()
+    sweep.preview("run", ["recipe=milora", "seed=0,1"], None)
+    assert composed == ["train", "evaluate"] * 2

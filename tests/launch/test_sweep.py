@@ -14,7 +14,7 @@ from command import one_line, runs
 from joblib.externals.loky import get_reusable_executor
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.launch.gpu_locks import take_one
+from lowrank_cli.launch.gpu_locks import claim_gpu
 from lowrank_cli.runs import this_process
 from lowrank_cli.runs.process import began
 
@@ -218,9 +218,9 @@ def test_ctrl_c_reaches_joblib(tmp_path):
 TAKES_ONE = """
 import os, sys, time
 from pathlib import Path
-from lowrank_cli.launch.gpu_locks import take_one
+from lowrank_cli.launch.gpu_locks import claim_gpu
 for _ in range(2):  # the second job of a process stays where the first one was
-    take_one(Path("locks"))
+    claim_gpu(Path("locks"))
 print(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"), flush=True)
 sys.stdin.read()
 """
@@ -252,11 +252,11 @@ def test_locks_behind_a_link_of_a_given_sweep_are_not_made(monkeypatch):
     Path("elsewhere").mkdir()
     Path("locks").symlink_to("elsewhere")
     with pytest.raises(UserError, match="locks: is a link"):
-        take_one(Path("locks"))
+        claim_gpu(Path("locks"))
     Path("real").mkdir()
     Path("real/4-0").symlink_to("../elsewhere/made")
     with pytest.raises(OSError):
-        take_one(Path("real"))
+        claim_gpu(Path("real"))
     assert not list(Path("elsewhere").iterdir())
 
 

@@ -226,21 +226,20 @@ def test_every_method_trains_resumes_and_evaluates(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_composes(name):
-    parts = single_run.preview("run", [f"recipe={name}"], None)
-    assert parts
+    assert single_run.preview("run", [f"recipe={name}"], None)
     assert (CONF / "recipe" / f"{name}.yaml").read_text().startswith("# ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_of_the_bundled_model_runs(name):
-    parts = single_run.preview("run", [f"recipe={name}"], None)
-    if not all(composed.config.model.bundled for _, composed in parts):
+    planned = single_run.preview("run", [f"recipe={name}"], None)
+    if not all(composed.config.model.bundled for _, composed in planned):
         pytest.skip("needs a pretrained checkpoint from the Hub")
     quick = ["task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=1"]
     single_run.start("run", [f"recipe={name}", *quick], None, "lrk run")
     stages = [Run.open(path.parent) for path in sorted(Path("outputs/latest").glob("*/run.json"))]
-    assert len(stages) == len(parts)
+    assert len(stages) == len(planned)
     assert all(run.done for run in stages)
 
 

@@ -107,7 +107,7 @@ def config(name: str, **settings):
         values |= {"rank": rank, "alpha": values["alpha"] * rank / values["rank"]}
     values |= {key: value for key, value in FITTING.items() if key in values} | settings
     made = methods.config_classes()[name](**values)
-    for key, value in made.absorb(settings).items():
+    for key, value in made.values_from_files(settings).items():
         setattr(made, key, value)
     made.validate()
     return made

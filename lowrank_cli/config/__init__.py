@@ -1,10 +1,10 @@
-"""Configuration: the only part that knows Hydra.
+"""Configuration: the only package that imports Hydra.
 
-Hydra's own entry point takes over the command line, its errors and the exit code. So its parts are used one by
-one: the loader composes, the override parser expands sweeps, the launchers start jobs. Composition comes before
-work: whatever is wrong with the input is known before anything is written.
+Hydra's entry point takes over the command line, its errors and the exit code, so its components are used separately:
+the loader composes, the override parser expands sweeps, the launchers start jobs. Composition comes first: mistakes in
+the input are found before anything is written.
 
-Public names are looked up when they are used, since importing Hydra takes a quarter of a second.
+Public names are imported on first use, since importing Hydra takes a quarter of a second.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lowrank_cli import methods
 from lowrank_cli.config.errors import Failure, explained
-from lowrank_cli.config.inline_files import absorb
+from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.schema import (
@@ -32,23 +32,26 @@ LORA = "lora"  #: the method whose settings the LoRAs of PEFT and vLLM get
 def compose(load: ConfigLoaderImpl, bench: Any) -> dict[str, Any]:
     """The method's section for each entry ``NAME [KEY=VALUE]…`` of ``bench.methods``; None for the bare model.
 
-    ``bench.rank`` replaces the rank of a file, not one that the entry itself sets.
+    ``bench.rank`` replaces the rank of a method's file, but not a rank that the entry sets.
 
     Args:
         bench: the ``bench`` section; which entries are allowed depends on its kind.
+
+    Raises:
+        UserError: an entry is unknown, malformed or listed twice, or a required one is missing.
     """
     kind = OmegaConf.get_type(bench)
     assert kind is not None and issubclass(kind, BenchConfig)
     if BASE in kind.others and BASE not in bench.methods:
-        raise UserError(f"bench.methods: '{BASE}' is missing, and ratios are taken to it")
-    found: dict[str, Any] = {}
+        raise UserError(f"bench.methods: '{BASE}' is missing; ratios are relative to it")
+    sections: dict[str, Any] = {}
     for entry in bench.methods:
-        if entry in found:
+        if entry in sections:
             raise UserError(f"bench.methods: '{entry}' is listed twice")
-        found[entry] = _section(load, entry, kind, bench.rank)
-    if set(found) <= {BASE} and not issubclass(kind, DecodeBench | TrainBench):
+        sections[entry] = _section(load, entry, kind, bench.rank)
+    if set(sections) <= {BASE} and not issubclass(kind, DecodeBench | TrainBench):
         raise UserError("bench.methods: name a method")
-    return found
+    return sections
 
 
 def _section(load: ConfigLoaderImpl, entry: str, kind: type[BenchConfig], rank: int | None) -> Any:
@@ -72,5 +75,5 @@ def _section(load: ConfigLoaderImpl, entry: str, kind: type[BenchConfig], rank: 
         section = load.load_configuration("train", overrides, RunMode.RUN).method
         if rank is not None and "rank" in section and not any(setting.key == "rank" for setting in given):
             OmegaConf.update(section, "rank", rank)
-        absorb(section, [setting.key for setting in given])
+        inline_files(section, [setting.key for setting in given])
     return section

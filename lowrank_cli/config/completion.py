@@ -11,21 +11,21 @@ from lowrank_cli.schema import parse_overrides
 
 
 def completions(verb: str, words: list[str], incomplete: str, config_dir: str | None = None) -> list[str]:
-    """What ``incomplete`` may become after ``words``: groups, choices, keys and current values.
+    """Completions of ``incomplete`` after ``words``: groups, choices, keys and current values.
 
-    A single ``key=`` or ``section.`` comes with what may follow it, so that shells put no space behind it.
+    A single ``key=`` or ``section.`` comes with its own completions, so that shells add no space after it.
     """
-    with suppress(Exception):  # a line that is wrong elsewhere has no completions, and no traceback
+    with suppress(Exception):  # a mistake elsewhere on the line: no completions, and no traceback
         plugin = DefaultCompletionPlugin(loader(config_dir))
 
         def query(word: str) -> list[str]:
-            found = plugin._query(verb, " ".join([*words, word]))
+            matches = plugin._query(verb, " ".join([*words, word]))
             hidden = ("_", "hydra")
-            shown = parse_overrides(item for item in found if not item.startswith(hidden))
+            shown = parse_overrides(match for match in matches if not match.startswith(hidden))
             return [str(item) for item in shown if not item.value.startswith("_")]
 
-        found = query(incomplete)
-        if len(found) == 1 and found[0].endswith(("=", ".")):
-            found += query(found[0])
-        return found
+        matches = query(incomplete)
+        if len(matches) == 1 and matches[0].endswith(("=", ".")):
+            matches += query(matches[0])
+        return matches
     return []

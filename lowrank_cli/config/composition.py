@@ -1,4 +1,4 @@
-"""Composes ``conf/`` and the overrides of a command line into one typed, validated object."""
+"""Composes ``conf/`` and the overrides of a command line into one typed, validated configuration."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank_cli import methods, runs, schema
 from lowrank_cli.config import bench_methods
-from lowrank_cli.config.errors import Failure, explained, refuse_strange
+from lowrank_cli.config.errors import Failure, explained, refuse_unsupported
 from lowrank_cli.config.folders import GROUPS, conf_folders
-from lowrank_cli.config.inline_files import absorb
+from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.reader import check
@@ -38,12 +38,12 @@ INPUTS = (
     "method.setting",
     "generate.tenants",
     "method.rank_pattern",
-)  #: keys of what is read: saved absolute, however they are given
+)  #: keys of files and folders that are read; saved as absolute paths
 WRITTEN = "generate.output"  # a file
 STARTED = "bench.vllm"  # a program
 ONLY_TYPED = "no file can set it, only what is typed"
 PATHS = (*INPUTS, WRITTEN, "outputs")
-ADAPTERS = ("train", "prune")  # stages that leave an adapter
+ADAPTERS = ("train", "prune")  # stages whose runs hold an adapter
 #: Verb: the stages whose runs it reads.
 READS = {
     **dict.fromkeys(("train", "score", "evaluate", "export", "generate"), ADAPTERS),
@@ -62,9 +62,9 @@ class Composed:
     """One composed and validated configuration."""
 
     verb: str
-    config: Any  #: a :class:`schema.TrainRun`, :class:`schema.EvaluateRun` or :class:`schema.RecipeRun`
+    config: Any  #: an instance of the verb's schema in ``schema.VERBS``
     resolved: dict[str, Any]  #: the same as plain values: what config.yaml holds
-    choices: dict[str, str]  #: which file of each group
+    choices: dict[str, str]  #: the file chosen in each group
     overrides: list[str]  #: as the user gave them
 
     @property
@@ -74,9 +74,9 @@ class Composed:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The folders that are read, by their keys."""
-        found = {key: reduce(lambda at, name: getattr(at, name, None), key.split("."), self.config) for key in INPUTS}
-        return {key: path for key, path in found.items() if path}
+        """The files and folders that are read, by key."""
+        paths = {key: reduce(lambda at, name: getattr(at, name, None), key.split("."), self.config) for key in INPUTS}
+        return {key: path for key, path in paths.items() if path}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Source:
 
 
 def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
-    """Hydra's loader over our folders and schemas."""
+    """Hydra's loader for our configuration folders and schemas."""
     return _loader(tuple(conf_folders(config_dir)))
 
 
@@ -114,10 +114,10 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
 
 
 def _file(load: ConfigLoaderImpl, name: str) -> Any:
-    """The values of one file, which exists, without those of its defaults list."""
-    found = load.repository.load_config(name)
-    assert found is not None
-    return found.config
+    """The values of one existing file, without those of its defaults list."""
+    file = load.repository.load_config(name)
+    assert file is not None
+    return file.config
 
 
 def compose(
@@ -137,27 +137,27 @@ def compose(
     given = [_literal_path(override) for override in parse_overrides(overrides)]
     with explained(Failure(load, verb, given)):
         parsed = OverridesParser.create().parse_overrides([str(override) for override in given])
-        refuse_strange(parsed)
+        refuse_unsupported(parsed)
         if verb in READS:
             source = source or _find_source(verb, load, {item.key_or_group: item.value() for item in parsed})
             if source is not None:
                 given = _adopt(verb, load, source, parsed)
     with explained(Failure(load, verb, given)):
         if "hydra" in _file(load, verb):
-            raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings are not for a run")
+            raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings cannot be set")
         cfg = load.load_configuration(verb, [str(override) for override in given], RunMode.RUN)
         chosen = cfg.hydra.runtime.choices.items()
         choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
-        _refuse_strange_booleans(cfg, parsed)
+        _require_booleans(cfg, parsed)
         _make_absolute(cfg, later)
         if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
             _name_model(cfg, {item.key_or_group for item in parsed})
         if "method" in cfg:
             own = [item.key_or_group for item in parsed if item.key_or_group.startswith("method.")]
-            absorb(cfg.method, [key.split(".")[1] for key in own], later)
+            inline_files(cfg.method, [key.split(".")[1] for key in own], later)
         with open_dict(cfg):
             del cfg["hydra"]
             if verb == "bench":
@@ -177,7 +177,7 @@ def compose(
 
 
 def refuse_code(composed: Composed, where: str) -> None:
-    """Raise UserError where ``where``, a file or a folder, says that Python code of the model may run."""
+    """Raise UserError if the configuration lets Python code of the model run; ``where`` names its file or folder."""
     if isinstance(composed.config, schema.RunConfig | schema.BenchRun) and composed.config.model.trust_remote_code:
         raise UserError(
             f"{TRUST}: '{where}' says true, which would run Python code that comes with its model; if you trust that, "
@@ -239,8 +239,8 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
 
 
-def _refuse_strange_booleans(cfg: DictConfig, parsed: Sequence[HydraOverride]) -> None:
-    """OmegaConf takes every whole number for true or false."""
+def _require_booleans(cfg: DictConfig, parsed: Sequence[HydraOverride]) -> None:
+    """Refuse other values for true and false than ``BOOLEANS``: OmegaConf converts every whole number."""
     for item in parsed:
         value = item.value()
         if isinstance(OmegaConf.select(cfg, item.key_or_group), bool) and str(value).lower() not in BOOLEANS:
@@ -248,7 +248,7 @@ def _refuse_strange_booleans(cfg: DictConfig, parsed: Sequence[HydraOverride]) -
 
 
 def _refuse_huge(value: Any, key: str = "") -> None:
-    """Whole numbers that no tensor and no random generator takes."""
+    """Refuse whole numbers beyond 64 bits, which no tensor and no random generator takes."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _refuse_huge(inner, f"{key}.{name}".strip("."))
@@ -257,7 +257,7 @@ def _refuse_huge(value: Any, key: str = "") -> None:
 
 
 def _validate(config: Any) -> None:
-    """What types cannot say, group by group."""
+    """Check what types cannot express. Raises UserError."""
     if config.name is not None and (not config.name.strip(". ") or set(config.name) & set("/\\\0")):
         raise UserError(f"name: '{config.name}' cannot be part of a folder's name")
     if config.name is not None and len(config.name.encode()) > LONGEST_NAME:
@@ -271,7 +271,11 @@ def _validate(config: Any) -> None:
             raise UserError("method: the file needs a schema: 'defaults: [_lora]' (or another method) as its first key")
         require_choice("method.name", name, kinds)
         if type(config.method) is not kinds[name]:
-            raise UserError(f"method.name: '{name}' does not go with the schema '{type(config.method).__name__}'")
+            fitting = ", ".join(known for known, kind in kinds.items() if kind is type(config.method))
+            raise UserError(
+                f"method.name: '{name}' does not go with the keys of {fitting} (allowed: {fitting}, or "
+                f"'defaults: [_{name}]' in the method's file)"
+            )
         if config.model.shape is not None:
             raise UserError("model.shape: random weights are for lrk bench; leave it null")
     for section in (config, *vars(config).values()):
@@ -380,9 +384,9 @@ def _check_calibrates(verb: str, load: ConfigLoaderImpl, source: Source, choice:
 
 
 def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
-    """Folders that are read are the same from every directory, and one folder has one spelling."""
-    parts = OmegaConf.select(cfg, "task.parts") or ()
-    for key in (*INPUTS, WRITTEN, *(f"task.parts.{name}.path" for name in parts)):
+    """Make the paths of what is read and written absolute, so that they hold in every directory."""
+    mixed = OmegaConf.select(cfg, "task.parts") or ()
+    for key in (*INPUTS, WRITTEN, *(f"task.parts.{name}.path" for name in mixed)):
         group = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):
@@ -390,9 +394,10 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
 
 
 def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
-    """Name a model after its weights where its file does not: another repository, folder or GGUF file than the file's.
+    """Name a model after its weights if its file gives no name, or gives it to other weights.
 
-    ``given`` are the keys that the user set.
+    Args:
+        given: the keys that the user set.
     """
     model = cfg.model
     unnamed = (
@@ -407,7 +412,7 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
 
 
 def _literal_path(override: Override) -> Override:
-    """Quote the value of a key that is a path: it may hold any character, and ``~`` is the home folder."""
+    """Quote the value of a key that is a path, which may hold any character; ``~`` becomes the home folder."""
     key, value = override.key, override.value
     if key in PATHS and override.sets and not value:
         raise UserError(f"{key}: no folder is named; write {key}=FOLDER, or leave it out")
@@ -417,6 +422,6 @@ def _literal_path(override: Override) -> Override:
 
 
 def quoted(value: str) -> str:
-    """``value`` as one quoted string of Hydra's override grammar: quotes, and backslashes before them, escaped."""
+    """``value`` as one quoted string of Hydra's override grammar."""
     body = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{body}'"

@@ -1,4 +1,4 @@
-"""Whatever Hydra, OmegaConf and YAML raise, as one line: key, value, what is allowed, the nearest match."""
+"""Turns errors of Hydra, OmegaConf and YAML into one line: key, value, what is allowed, the nearest match."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Failure:
     overrides: list[Override]
 
     def options(self, group: str) -> list[str]:
-        """The choices of a group; empty for what is no group."""
-        found = self.loader.get_group_options(group) if self.loader is not None else []
-        return [name for name in found if not name.startswith("_")]
+        """The choices of a group; empty if there is no such group."""
+        names = self.loader.get_group_options(group) if self.loader is not None else []
+        return [name for name in names if not name.startswith("_")]
 
     def culprit(self) -> Override | None:
-        """The first override that cannot be composed by itself, if there is one."""
+        """The first override that cannot be composed on its own, if there is one."""
         if self.loader is None:
             return None
         for override in self.overrides:
@@ -66,7 +66,7 @@ class Failure:
         return str(self.culprit() or " ".join(map(str, self.overrides)) or self.verb)
 
     def keys(self) -> list[str]:
-        """Every key there is, under the groups that were chosen as far as they exist."""
+        """Every known key, under those chosen groups that exist."""
         if self.loader is None:
             return []
         chosen = []
@@ -85,7 +85,7 @@ def explained(failure: Failure) -> Iterator[None]:
         raise
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise UserError(_line(error, failure)) from error
-    except Exception as error:  # values that Hydra and OmegaConf themselves stumble over
+    except Exception as error:  # values on which Hydra or OmegaConf crashes
         if _is_ours(error):
             raise
         culprit = failure.culprit()
@@ -94,11 +94,11 @@ def explained(failure: Failure) -> Iterator[None]:
         raise UserError(f"{culprit or failure.blamed()}: cannot be composed; {why}") from error
 
 
-def refuse_strange(parsed: Iterable[HydraOverride]) -> None:
-    """The keys are fixed by the schemas: nothing can be added or taken away, and Hydra's own are not for a run."""
+def refuse_unsupported(parsed: Iterable[HydraOverride]) -> None:
+    """Refuse what Hydra's grammar allows and a run does not: adding or removing keys, and Hydra's own settings."""
     for override in parsed:
         if not override.key_or_group:
-            raise UserError(f"'{override.input_line}' is no override (write KEY=VALUE)")
+            raise UserError(f"'{override.input_line}' is not an override (write KEY=VALUE)")
         if override.is_hydra_override():
             raise UserError(f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m)")
         if override.is_delete() or override.is_add() or override.is_force_add():
@@ -144,7 +144,7 @@ def _line(error: Exception, failure: Failure) -> str:
     config = re.match(r"In '(.*?)': \w+ raised while composing config", message)
     if config:
         assert error.__context__ is not None
-        return _place(config[1], error.__context__, failure) + _value(error.__context__, failure)
+        return _location(config[1], error.__context__, failure) + _value(error.__context__, failure)
     for override in failure.overrides:
         key = override.key
         if f"Could not override '{key}'" in message:
@@ -172,11 +172,11 @@ def _syntax(error: OverrideParseException, failure: Failure) -> str:
     choices = {choice: group for group in groups for choice in failure.options(group)}
     close = difflib.get_close_matches(str(override), choices, n=1, cutoff=0.7)
     hint = f"; did you mean '{choices[close[0]]}={close[0]}'?" if close else ""
-    return f"'{override}' is no override{hint} (write KEY=VALUE)"
+    return f"'{override}' is not an override{hint} (write KEY=VALUE)"
 
 
 def _too_long(failure: Failure) -> str:
-    """A whole number of more digits than Python reads."""
+    """The message for a whole number of more digits than Python reads."""
     limit = sys.get_int_max_str_digits()
     long = next((item for item in failure.overrides if re.search(rf"\d{{{limit + 1},}}", item.value)), None)
     where = f"{long.key}: '{long.value}'" if long else "a number"
@@ -200,11 +200,11 @@ def _unknown_key(key: str, failure: Failure) -> str:
     if key == "recipe":
         given = next(override for override in failure.overrides if override.root == "recipe")
         return f"{given}: lrk {failure.verb} has no recipes; write: lrk run {given}"
-    return _from_file(key, failure) or unknown_key(key, failure.keys())
+    return _only_from_file(key, failure) or unknown_key(key, failure.keys())
 
 
 def unknown_key(key: str, keys: list[str]) -> str:
-    """That ``key`` is none of ``keys``: whose key it is, or else which one was meant."""
+    """The message for a ``key`` that is not one of ``keys``: which methods or verbs have it, else the nearest key."""
     section, _, leaf = key.rpartition(".")
     siblings = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
     listed = f" ({section} has: {', '.join(siblings)})" if siblings else ""
@@ -213,22 +213,35 @@ def unknown_key(key: str, keys: list[str]) -> str:
 
 
 def _owners(section: str, leaf: str, known: bool) -> str:
-    """The methods or verbs that have the key, or the section where it is not ``known`` here; empty where none has."""
+    """Which methods or verbs have a key that is unknown here; empty if none has.
+
+    Args:
+        section, leaf: the key, split at its last dot.
+        known: whether the section itself exists here. If not, the verbs that have the section may be the answer.
+    """
     if section == "method" and known:
-        found = [f"method={name}" for name, kind in methods.config_classes().items() if leaf in flat(kind)]
-    elif section == "bench" and known:
-        found = [f"lrk bench {name}" for name, kind in BENCHES.items() if leaf in flat(kind)]
-    else:
-        having = {verb: set(flat(root)) for verb, root in VERBS.items()}
-        found = [f"lrk {verb}" for verb, keys in having.items() if section and f"{section}.{leaf}" in keys]
-        if not (found or known):
-            found = [f"lrk {verb}" for verb, keys in having.items() if section in keys]
-            return f"{section}.* are keys of {' and '.join(found)}" if found else ""
-    return f"it is a key of {' and '.join(found)}" if found else ""
+        owners = [f"method={name}" for name, kind in methods.config_classes().items() if leaf in flat(kind)]
+        return f"it is a key of {_first_names(owners, 'methods')}" if owners else ""
+    if section == "bench" and known:
+        owners = [f"lrk bench {name}" for name, kind in BENCHES.items() if leaf in flat(kind)]
+        return f"it is a key of {_first_names(owners, 'kinds')}" if owners else ""
+    keys_of = {verb: set(flat(root)) for verb, root in VERBS.items()}
+    owners = [f"lrk {verb}" for verb, keys in keys_of.items() if section and f"{section}.{leaf}" in keys]
+    if owners:
+        return f"it is a key of {_first_names(owners, 'verbs')}"
+    owners = [] if known else [f"lrk {verb}" for verb, keys in keys_of.items() if section in keys]
+    return f"{section}.* are keys of {_first_names(owners, 'verbs')}" if owners else ""
+
+
+def _first_names(names: list[str], noun: str) -> str:
+    """Up to three names in a sentence; of more, the first two and how many others (``noun``) there are."""
+    if len(names) > 3:
+        names = [*names[:2], f"{len(names) - 2} other {noun}"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _suggest(key: str, keys: list[str], siblings: list[str]) -> str:
-    """The key that was meant: within a section its ``siblings`` only, else the same or the most similar name."""
+    """The hint at the nearest key: one that ends alike, else one of the section's ``siblings``, else of all keys."""
     section, _, leaf = key.rpartition(".")
     same = [known for known in keys if known.rpartition(".")[2] == leaf]
     if same:
@@ -246,10 +259,10 @@ def _suggest(key: str, keys: list[str], siblings: list[str]) -> str:
 
 
 def _value(error: BaseException, failure: Failure) -> str:
-    """A value that its key cannot hold."""
+    """The message for a value that its key cannot hold."""
     key = getattr(error, "full_key", None) or "?"
     message = str(error).partition("\n")[0]
-    if from_file := _from_file(key, failure):
+    if from_file := _only_from_file(key, failure):
         return from_file
     value = next((override.value for override in failure.overrides if override.key == key), None)
     shown = getattr(error, "value", None) if value is None else value
@@ -262,13 +275,13 @@ def _value(error: BaseException, failure: Failure) -> str:
     if converted:
         below = [override.key for override in failure.overrides if override.key.startswith(f"{key}.")]
         if below and "'dict'" in message:
-            return _unknown_key(below[0], failure)  # a key of what is no section
+            return _unknown_key(below[0], failure)  # a key below one that is not a section
         name = (converted[1] or converted[2]).capitalize()
         return f"{key}: '{shown}' is not {NOUNS.get(name, name)}{' or null' if optional else ''}"
     if "Cannot merge DictConfig with ListConfig" in message:
         if kind is list:
             return f"{key}: '{shown}' is not a list; write {key}=[VALUE,VALUE]"
-        return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
+        return f"{key}: '{shown}' cannot replace a whole section; give {key}.KEY=VALUE"
     if isinstance(error, ValidationError):
         if "not a valid bool" in message:
             return f"{key}: '{shown}' is not {NOUNS['Boolean']}"
@@ -277,27 +290,29 @@ def _value(error: BaseException, failure: Failure) -> str:
         if "not Optional" in message:
             return f"{key}: null is not allowed"
         if "Invalid type assigned" in message:
-            return f"{key}: '{shown}' cannot stand for a whole section; give {key}.KEY=VALUE"
+            return f"{key}: '{shown}' cannot replace a whole section; give {key}.KEY=VALUE"
     if "not in" in message and is_dataclass(kind):
-        section = key.rpartition(".")[0]
-        return unknown_key(key, [f"{section}.{item.name}" for item in fields(kind)])
+        section, names = key.rpartition(".")[0], [item.name for item in fields(kind)]
+        if not section:  # of an item in a list, such as a stage of a recipe
+            return f"{key}: unknown key{nearest(key, names)} (allowed: {', '.join(names)})"
+        return unknown_key(key, [f"{section}.{name}" for name in names])
     return _unknown_key(key, failure) if "is not in struct" in message else f"{key}: {message}"
 
 
-def _from_file(key: str, failure: Failure) -> str:
-    """What to write for a mapping of a method, or a key in one, that only a file can give; empty for another key."""
+def _only_from_file(key: str, failure: Failure) -> str:
+    """The message for a method's setting that only a file can give, or a key in it; empty for any other key."""
     section, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     typed = next((item for item in failure.overrides if re.match(rf"method\.{re.escape(name)}(\.|$)", item.key)), None)
     if section != "method" or typed is None or f"method.{name}" not in set(failure.keys()):
         return ""
     settings = (item for kind in methods.config_classes().values() for item in fields(kind) if item.name == name)
-    way = next((item.metadata["given_by"] for item in settings if "given_by" in item.metadata), None)
-    return f"{typed.key}: '{typed.value}' cannot be set by itself; give a file: {way}" if way else ""
+    file = next((item.metadata["given_by"] for item in settings if "given_by" in item.metadata), None)
+    return f"{typed.key}: '{typed.value}' cannot be set by itself; give a file: {file}" if file else ""
 
 
-def _place(config: str, error: BaseException, failure: Failure) -> str:
-    """File and line of the key that an error in a YAML file is about."""
+def _location(config: str, error: BaseException, failure: Failure) -> str:
+    """The file, and where it is found the line, of the key that an error in a YAML file is about."""
     leaf = (getattr(error, "full_key", None) or "").rpartition(".")[2]
     assert failure.loader is not None
     for source in failure.loader.get_sources():

@@ -1,4 +1,4 @@
-"""Where configuration files lie, and what their first line says. Light: help and lists need no Hydra."""
+"""Finds configuration files and their one-line descriptions, without importing Hydra."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def groups_of(verb: str) -> tuple[str, ...]:
 
 
 def conf_folder() -> Path:
-    """The checkout's ``conf/`` where this package lies in a checkout, else the copy in the wheel."""
+    """The checkout's ``conf/`` if this package is in a checkout, else the copy in the wheel."""
     if (runs.ROOT / "conf").is_dir() and (runs.ROOT / "pyproject.toml").is_file():
         return runs.ROOT / "conf"
     return runs.ROOT / "lowrank_cli" / "conf"
 
 
 def conf_folders(config_dir: str | None) -> list[Path]:
-    """Where groups are looked up, first match wins."""
+    """The folders in which groups are looked up, in order. Raises UserError if ``config_dir`` is missing."""
     if config_dir is None:
         return [conf_folder()]
     folder = Path(config_dir).expanduser()
@@ -34,16 +34,16 @@ def conf_folders(config_dir: str | None) -> list[Path]:
 
 
 def files(group: str, config_dir: str | None = None) -> dict[str, Path]:
-    """The choices of a group, sorted, each with its file; not those that others are made from, such as ``_base``."""
-    found: dict[str, Path] = {}
+    """The choices of a group, sorted, each with its file; without files that only others inherit, such as ``_base``."""
+    choices: dict[str, Path] = {}
     for folder in reversed(conf_folders(config_dir)):
         for path in (folder / group).rglob("[!_]*.yaml"):
-            found[path.relative_to(folder / group).with_suffix("").as_posix()] = path
-    return dict(sorted(found.items()))
+            choices[path.relative_to(folder / group).with_suffix("").as_posix()] = path
+    return dict(sorted(choices.items()))
 
 
 def description(path: Path) -> str:
-    """The first comment line of a configuration file, or why it cannot be read: a broken one hides no other."""
+    """The first comment line of a configuration file, or why it cannot be read, so that lists still show the others."""
     try:
         first = read_text(path, "YAML").partition("\n")[0]
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The keys that schemas hold, and what they mean: their ``#:`` comments, beside the values of a file."""
+"""The keys of the schemas and their meaning (``#:`` comments), with the values of configuration files."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from lowrank_cli.reader import read_text
 from lowrank_cli.schema import BENCHES, KINDS, VERBS, BenchConfig, StudyConfig, TuneConfig
 
 Row = tuple[str, str, str]  #: key, value and meaning
-#: Values that are explained themselves, by level.
+#: Keys whose choices are explained one by one, by level.
 EXPLAINED = {"score.kind": KINDS}
 
 
 def method_keys(choice: str, config_dir: str | None) -> list[Row]:
     """Each setting in the file of ``method=choice``, in the file's order."""
-    found = files("method", config_dir)
-    if choice not in found:
-        raise unknown("list methods", choice, found)
-    values = _read(found[choice])
-    require_choice(f"{found[choice]}: name", values.get("name"), methods.names())
+    choices = files("method", config_dir)
+    if choice not in choices:
+        raise unknown("list methods", choice, choices)
+    values = _read(choices[choice])
+    require_choice(f"{choices[choice]}: name", values.get("name"), methods.names())
     return _rows("method", methods.config_classes()[values["name"]], values)
 
 
 def section_keys(section: str, config_dir: str | None) -> list[Row]:
-    """Each setting of a section, with the value that its verb's file, or the group's file named there, gives it.
+    """Each setting of a section, with its value in the verb's file, or in the group's file that the verb's file names.
 
     Args:
         section: a section, or ``bench=NAME`` for one of the kinds of ``lrk bench``.
     """
     section, _, kind_of_bench = section.partition("=")
     verb = verbs_of(section)[0]
-    if verb == "study":  # every study is its own
+    if verb == "study":  # it has no defaults in conf/: every study sets its own values
         return [
             *_rows("study", StudyConfig, _defaults(StudyConfig)),
             *_rows("study.tune", TuneConfig, _defaults(TuneConfig)),
         ]
-    found = files("", config_dir)
-    primary = _read(found[verb])
+    paths = files("", config_dir)
+    primary = _read(paths[verb])
     listed = [item for item in primary.get("defaults", ()) if isinstance(item, dict)]
     choices = {group: name for item in listed for group, name in item.items()}
     if section == "bench" and kind_of_bench:
@@ -57,12 +57,12 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
     if section in primary:
         given = primary[section]
     else:
-        where = f"list keys {section}" if kind_of_bench else f"{found[verb]}: defaults: {section}"
+        where = f"list keys {section}" if kind_of_bench else f"{paths[verb]}: defaults: {section}"
         require_choice(where, choices.get(section), files(section, config_dir))
-        given = _inherited(section, found[f"{section}/{choices[section]}"], config_dir)
+        given = _inherited(section, paths[f"{section}/{choices[section]}"], config_dir)
     kind = sections(verb)[section]
     if kind is BenchConfig:
-        require_choice(f"{found[f'bench/{choices[section]}']}: measure", given.get("measure"), BENCHES)
+        require_choice(f"{paths[f'bench/{choices[section]}']}: measure", given.get("measure"), BENCHES)
         kind = BENCHES[given["measure"]]
     return _rows(section, kind, _defaults(kind) | given)
 
@@ -74,45 +74,45 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 def sections(verb: str) -> dict[str, Any]:
-    """The sections of a verb's configuration with their schemas, but for the method's."""
+    """The sections of a verb's configuration with their schemas, except the method's."""
     return {name: kind for name, kind in get_type_hints(VERBS[verb]).items() if is_dataclass(kind)}
 
 
 def verbs_of(section: str) -> list[str]:
-    """The verbs that have a section; first the one that is named like it. Raises UserError where none has."""
-    having = {verb: sections(verb) for verb in VERBS if verb != "run"}
-    found = [verb for verb, own in having.items() if section in own]
-    if not found:
-        raise unknown("list keys", section, dict.fromkeys(name for own in having.values() for name in own))
-    return sorted(found, key=lambda verb: verb != section)
+    """The verbs that have a section, the one of the same name first. Raises UserError if none has it."""
+    sections_of = {verb: sections(verb) for verb in VERBS if verb != "run"}
+    verbs = [verb for verb, names in sections_of.items() if section in names]
+    if not verbs:
+        raise unknown("list keys", section, dict.fromkeys(name for names in sections_of.values() for name in names))
+    return sorted(verbs, key=lambda verb: verb != section)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A configuration file by itself. Raises UserError where it cannot be read or holds no keys."""
+    """The values of one configuration file alone. Raises UserError if it cannot be read or is not a mapping."""
     try:
         values = OmegaConf.to_container(OmegaConf.create(read_text(path, "YAML")))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: it is no configuration; expected keys with values")
+        raise UserError(f"{path}: not a configuration; expected keys with values")
     return cast(dict[str, Any], values)
 
 
 def _inherited(group: str, path: Path, config_dir: str | None) -> dict[str, Any]:
-    """The values of a group's file, on top of those of the files that its defaults list names."""
+    """The values of a group's file, merged over those of the files in its defaults list."""
     values = _read(path)
     merged: dict[str, Any] = {}
     for name in values.get("defaults", ()):
-        files_of = [folder / group / f"{name}.yaml" for folder in conf_folders(config_dir)]
-        if base := next((file for file in files_of if file.is_file()), None):
+        candidates = [folder / group / f"{name}.yaml" for folder in conf_folders(config_dir)]
+        if base := next((file for file in candidates if file.is_file()), None):
             merged |= _inherited(group, base, config_dir)
     return merged | values
 
 
 def _rows(section: str, kind: type, values: dict[str, Any]) -> list[Row]:
     meanings: dict[str, str] = {}
-    for part in reversed(kind.__mro__[:-1]):
-        meanings |= comments(part)
+    for base in reversed(kind.__mro__[:-1]):
+        meanings |= comments(base)
     rows = []
     for name in (name for name in values if name not in ("defaults", "name")):
         key = f"{section}.{name}"
@@ -123,14 +123,14 @@ def _rows(section: str, kind: type, values: dict[str, Any]) -> list[Row]:
 
 
 def knows(kind: Any, key: str) -> bool:
-    """Whether a schema holds a dotted key; what a section without a schema holds is left to composing."""
+    """Whether a schema has a dotted key; in a section without a schema every key is taken for known."""
     name, _, rest = key.partition(".")
     section = get_type_hints(kind).get(name)
     return section is not None and (not rest or not is_dataclass(section) or knows(section, rest))
 
 
 def flat(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema; none of what is no schema."""
+    """Every dotted key of a schema; none if ``kind`` is not one."""
     hints = get_type_hints(kind) if is_dataclass(kind) else {}
     for item in fields(kind) if hints else ():
         yield f"{prefix}{item.name}"
@@ -138,8 +138,8 @@ def flat(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def comments(schema: type) -> dict[str, str]:
-    """Field → its ``#:`` comment, in the lines above it or at the end of its own, without the markup."""
-    found: dict[str, list[str]] = {}
+    """Field → its ``#:`` comment, from the lines above the field or the end of its line, without markup."""
+    texts: dict[str, list[str]] = {}
     above: list[str] = []
     field = ""
     for line in inspect.getsource(schema).splitlines():
@@ -147,9 +147,9 @@ def comments(schema: type) -> dict[str, str]:
         text = [re.sub(r":\w+:`(.*?)`", r"\1", comment.strip().replace("``", ""))] if comment else []
         if named := re.match(r" {4}(\w+): ", code):
             field = named[1]
-            found[field], above = above + text, []
+            texts[field], above = above + text, []
         elif code.strip():
-            found.setdefault(field, []).extend(text)
+            texts.setdefault(field, []).extend(text)
         else:
             above += text
-    return {name: " ".join(lines) for name, lines in found.items() if lines}
+    return {name: " ".join(lines) for name, lines in texts.items() if lines}

@@ -18,7 +18,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from lowrank_cli.config.composition import loader, quoted
-from lowrank_cli.config.errors import Failure, explained, refuse_strange
+from lowrank_cli.config.errors import Failure, explained, refuse_unsupported
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import Override, parse_overrides
 
@@ -35,7 +35,7 @@ def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -
     load = loader(config_dir)
     with explained(Failure(load, verb, parse_overrides(overrides))):
         parsed = OverridesParser.create(config_loader=load).parse_overrides(list(overrides))
-        refuse_strange(parsed)
+        refuse_unsupported(parsed)
         if not any(override.is_sweep_override() for override in parsed):
             raise UserError("-m: nothing to sweep over; give a key several values, such as seed=0,1,2, or leave out -m")
         return BasicSweeper.split_arguments(parsed, None)[0]
@@ -53,25 +53,25 @@ def is_launcher_override(override: str) -> bool:
 
 
 def saved_launcher(overrides: Sequence[str]) -> list[str]:
-    """The launcher's overrides of a saved sweep, which may come from anybody.
+    """The launcher's overrides of a saved sweep, if they are safe: the sweep may come from anybody.
 
-    Raises UserError for another override, and for a value that is more than a number or a word: it could be a command.
+    Raises UserError for any other override, and for a value other than a number or a word: it could be a command.
     """
     for override in overrides:
         value = Override.parse(override).value
         if not (is_launcher_override(override) and re.fullmatch(r"[\w.-]*", value)):
             raise UserError(
-                f"--resume: the sweep was started with {override}; type it again, or another launcher, behind --resume"
+                f"--resume: the sweep was started with {override}; type it again, or another launcher, after --resume"
             )
     return list(overrides)
 
 
 def _refuse_code(value: Any, override: str) -> None:
-    """Settings that Hydra would call, or fill in, instead of handing them on."""
+    """Refuse settings that Hydra would call or interpolate instead of passing them on."""
     if isinstance(value, dict):
         for key, item in value.items():
             if str(key).startswith("_"):
-                raise UserError(f"{override}: '{key}' is no setting of a launcher")
+                raise UserError(f"{override}: '{key}' is not a setting of a launcher")
             _refuse_code(item, override)
     elif isinstance(value, list):
         for item in value:
@@ -84,9 +84,9 @@ class Launcher:
     """Starts the jobs of a sweep, one after another or as ``hydra/launcher=…`` says."""
 
     def __init__(self, overrides: Sequence[str]):
-        """``overrides`` are Hydra's; wrong ones are found here, before anything is written."""
+        """Check the overrides (``hydra/launcher=…``, ``hydra.launcher.*``). Raises UserError for wrong ones."""
         self._overrides = list(overrides)
-        self._loader = loader()  # a user's own files set no launcher: Hydra would call what they name
+        self._loader = loader()  # without the user's files: Hydra would call what they name
         with explained(Failure(self._loader, "_job", parse_overrides(self._overrides))):
             for override in OverridesParser.create().parse_overrides(self._overrides):
                 _refuse_code(override.value(), override.input_line or "")

@@ -94,7 +94,7 @@ def configured(values: Mapping[str, Any], source: str, given: Collection[str] | 
         if getattr(config, key) == MISSING:
             raise UserError(f"{source}: method.{key} is missing")
     with inside("method", f"{source}: method"):
-        for key, value in config.absorb(given).items() if given is not None else ():
+        for key, value in config.values_from_files(given).items() if given is not None else ():
             setattr(config, key, value)
         config.validate()
     return create(config)

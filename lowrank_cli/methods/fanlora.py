@@ -53,7 +53,7 @@ class FanLoRAConfig(LowRankConfig):
         metadata={"given_by": "method.setting=FILE (YAML, layer: roles, such as layers: {all: [V, D]})"},
     )
 
-    def absorb(self, given: Collection[str]) -> dict[str, Any]:
+    def values_from_files(self, given: Collection[str]) -> dict[str, Any]:
         if self.layers and "setting" not in given:
             return {}
         selection = read(self.setting or BUNDLED)

@@ -73,7 +73,7 @@ class PatternConfig(LoRAConfig):
         metadata={"given_by": 'method.rank_pattern=FILE (JSON, module: rank: {"model.layers.0.mlp.up_proj": 4})'},
     )
 
-    def absorb(self, given: Collection[str]) -> dict[str, Any]:
+    def values_from_files(self, given: Collection[str]) -> dict[str, Any]:
         if self.rank_pattern is None or (self.ranks and "rank_pattern" not in given):
             return {}
         return {"ranks": read_pattern(self.rank_pattern)}

@@ -14,7 +14,7 @@ class MethodConfig:
     """What every method has."""
 
     name: str = MISSING  #: the method's registered name
-    made_with: ClassVar[tuple[str, ...]] = ()  #: keys whose values what a run keeps depends on
+    made_with: ClassVar[tuple[str, ...]] = ()  #: settings that cannot change once a run has saved an adapter
 
     def validate(self) -> None:
         """Check ranges that need no model."""
@@ -23,9 +23,10 @@ class MethodConfig:
         """Keys whose values do not go with what a run of this method with the values ``made`` keeps."""
         return [key for key in self.made_with if key in made and getattr(self, key) != made[key]]
 
-    def absorb(self, given: Collection[str]) -> dict[str, Any]:
-        """Values from files that this section names: they become part of it, so that what is saved is what ran.
+    def values_from_files(self, given: Collection[str]) -> dict[str, Any]:
+        """Values from the files that this section names, to be saved in it, so that the saved file is what ran.
 
-        ``given`` are the keys that the user set.
+        Args:
+            given: the section's keys that the user set.
         """
         return {}

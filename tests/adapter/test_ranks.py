@@ -197,7 +197,7 @@ def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
         target_modules=["all"],
         rank_pattern=f"{tmp_path}/{save_load.PATTERN}",
     )
-    config.ranks = config.absorb({"rank_pattern"})["ranks"]
+    config.ranks = config.values_from_files({"rank_pattern"})["ranks"]
     config.validate()
     adapter = methods.create(config).adapt(small.model())
     assert adapter.ranks() == found.ranks() and D1 not in adapter.ranks() and adapter.ranks()[Q0] == 1
@@ -209,7 +209,7 @@ def test_lora_starts_from_the_ranks_that_another_run_found(tmp_path):
     assert not (again / save_load.PATTERN).exists()  # nothing has moved since
     save_load.load(methods.create(config).adapt(small.model()), again)
     Path(config.rank_pattern).unlink()
-    assert config.absorb(set()) == {}  # the saved configuration holds the ranks
+    assert config.values_from_files(set()) == {}  # the saved configuration holds the ranks
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def snapshot() -> set[Path]:
         (["evaluate", "method=none", "prune.drop=3"], ["prune.drop: unknown key; it is a key of lrk prune"]),
         (["evaluate", "method=none", "prune.drp=3"], ["prune.drp: unknown key; prune.* are keys of lrk prune"]),
         (["train", "evaluate.split=dev"], ["it is a key of lrk evaluate (evaluate has: batch_size, "]),
+        (
+            ["bench", "evaluate.shots=3"],
+            ["it is a key of lrk train, lrk prune and lrk evaluate"],
+        ),
+        (
+            ["evaluate", "method=none", "method.rank=3"],
+            ["it is a key of method=adalora, method=alora and 9 other methods (method has: name)"],
+        ),
         (["evaluate", "method=none", "evaluate.shots=99", "task.limit=8"], ["evaluate.shots: 99", "8"]),
         (["run", "recipe=milroa"], ["recipe", "did you mean 'milora'"]),
         (["compare", "nowhere"], ["nowhere"]),

@@ -443,7 +443,7 @@ def test_rows_without_end_are_refused(read):
     [
         (b"a: [", "cannot be read as YAML"),
         (b"# \xff\nname: lora", "cannot be read: 'utf-8'"),
-        (b"- 1", "it is no configuration"),
+        (b"- 1", "not a configuration; expected keys with values"),
         (b"defaults: [_lora]", "name: unknown value 'None'"),
     ],
 )

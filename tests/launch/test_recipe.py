@@ -223,7 +223,7 @@ MISTAKES = {
     "  - {name: a/b, stage: train}": "the name must be unique, of letters, digits, - and _",
     "  - {name: a, stage: train}\n  - {name: a, stage: train}": "the name must be unique",
     "  []": "recipe mine: it has no stages",
-    "  - {name: a, stages: train}": "mine.yaml, line",
+    "  - name: a\n    stges: train": "mine.yaml, line 5: stges: unknown key; did you mean 'stage'? (allowed: name,",
     "  - {name: a}": "missing",
     "  - {name: a, stage: train, overrides: [task.path=nowhere]}": "task.path: there is no folder 'nowhere'",
 }

@@ -1,4 +1,4 @@
-"""The frozen model that a benchmark's methods share, on its device, and which of the methods can be measured there."""
+"""The frozen model that a benchmark's methods share, and which of the methods can be measured on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_cli.bench.shared_weights import lacking
+from lowrank_cli.bench.shared_weights import missing_requirement
 from lowrank_cli.inference import progress
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.models.load import load
@@ -24,7 +24,7 @@ class BaseModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  #: None for random weights
     device: torch.device
-    facts: dict[str, Any]  #: what ``bench.json`` says of it
+    facts: dict[str, Any]  #: its description in ``bench.json``
 
     @property
     def vocabulary(self) -> int:
@@ -32,10 +32,10 @@ class BaseModel:
 
 
 def load_base(config: BenchRun, run: Run, generates: bool = False) -> BaseModel:
-    """Load ``config.model``, seeded, and print the run's first lines.
+    """Load or draw (``config.seed``) the model, and print the run's first lines.
 
     Args:
-        generates: whether tokens are generated, for which weights may be packed (``hardware.prepack``).
+        generates: whether tokens are generated; then the weights may be packed (``hardware.prepack``).
     """
     device = prepare(config.hardware).device
     torch.manual_seed(config.seed)
@@ -55,16 +55,16 @@ def load_base(config: BenchRun, run: Run, generates: bool = False) -> BaseModel:
 
 
 def autocast(config: BenchRun) -> torch.autocast:
-    """bf16 arithmetic on fp32 weights, where the hardware config asks for it."""
+    """Computes in bf16 on fp32 weights if ``hardware.precision`` is ``autocast``."""
     hardware = config.hardware
     return torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.precision == "autocast")
 
 
-def obtainable(config: BenchRun) -> dict[str, MethodConfig | None]:
-    """The entries of ``bench.methods`` that can be measured here. Prints which are left out, and why."""
+def available_methods(config: BenchRun) -> dict[str, MethodConfig | None]:
+    """The entries of ``bench.methods`` that can be measured here. Prints which are skipped, and why."""
     variants = dict(config.variants)
     for entry in config.variants:
-        if reason := lacking(entry, config):
-            progress.console().print(f"'{entry}' is left out: {reason}")
+        if reason := missing_requirement(entry, config):
+            progress.console().print(f"'{entry}' is skipped: {reason}")
             del variants[entry]
     return variants

@@ -1,4 +1,4 @@
-"""``lrk bench decode``: generation with adapters that are not merged, and with many of them in one batch."""
+"""``lrk bench decode``: generation with unmerged adapters, one alone or many in one batch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.bench import vllm
-from lowrank_cli.bench.base_model import autocast, load_base, obtainable
+from lowrank_cli.bench.base_model import autocast, available_methods, load_base
 from lowrank_cli.bench.decode_rows import Sample, compared, figures, metrics, row
 from lowrank_cli.bench.rounds import in_turns, memory_meaning, peak_memory, reset_peak, synchronized
-from lowrank_cli.bench.shared_weights import Twin, crowds, is_vllm, twins
+from lowrank_cli.bench.shared_weights import BenchModel, bench_models, is_vllm, tenant_models
 from lowrank_cli.inference import progress
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import BenchRun, DecodeBench
@@ -26,20 +26,20 @@ __all__ = ["figures", "measure", "metrics"]
 
 
 def measure(config: BenchRun, run: Run) -> dict[str, Any]:
-    """Rows for each method, number of beams and number of adapters in the batch, and each pair of methods."""
+    """Rows for each method, number of beams and number of adapters in the batch, and for each pair of methods."""
     bench = config.bench
     assert isinstance(bench, DecodeBench)
     base = load_base(config, run, generates=True)
-    variants = obtainable(config)
-    elsewhere = {entry: variants.pop(entry) for entry in list(variants) if is_vllm(entry)}
-    settings: dict[int | None, dict[str, Twin]] = {None: twins(base.model, variants, config.seed)}
+    variants = available_methods(config)
+    vllm_variants = {entry: variants.pop(entry) for entry in list(variants) if is_vllm(entry)}
+    settings: dict[int | None, dict[str, BenchModel]] = {None: bench_models(base.model, variants, config.seed)}
     if bench.tenants:
         grouped = config.hardware.grouped
-        crowded = crowds(base.model, variants, bench.tenants, bench.batch_size, config.seed, grouped)
-        settings.update((count, models) for count, models in crowded.items())
-    total = len(bench.beams) * (bench.rounds + 1) * len(settings) * (len(variants) + len(elsewhere))
+        with_tenants = tenant_models(base.model, variants, bench.tenants, bench.batch_size, config.seed, grouped)
+        settings.update((count, models) for count, models in with_tenants.items())
+    total = len(bench.beams) * (bench.rounds + 1) * len(settings) * (len(variants) + len(vllm_variants))
     with (
-        vllm.served(base.model, elsewhere, config, list(settings), run.file("vllm.log")) as served,
+        vllm.served(base.model, vllm_variants, config, list(settings), run.file("vllm.log")) as served,
         autocast(config),
         progress.bar("measuring", total, shown=True) as bar,
     ):
@@ -50,11 +50,11 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
 
 
 def compare(
-    settings: Mapping[int | None, Mapping[str, Twin]], prompts: Tensor, bench: DecodeBench, bar: progress.Bar
+    settings: Mapping[int | None, Mapping[str, BenchModel]], prompts: Tensor, bench: DecodeBench, bar: progress.Bar
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows for each method, number of beams and number of adapters in the batch, and each pair of methods."""
     rows, pairs = [], []
-    present = [twin for models in settings.values() for twin in models.values()]
+    present = [bench_model for models in settings.values() for bench_model in models.values()]
     for beams in bench.beams:
         for tenants, models in settings.items():
             cell = rounds(models, present, prompts, bench, beams, bar)
@@ -65,8 +65,8 @@ def compare(
 
 
 def rounds(
-    models: Mapping[str, Twin],
-    present: Sequence[Twin],
+    models: Mapping[str, BenchModel],
+    present: Sequence[BenchModel],
     prompts: Tensor,
     bench: DecodeBench,
     beams: int,
@@ -74,23 +74,23 @@ def rounds(
 ) -> dict[str, list[Sample]]:
     """The samples of each method, round by round."""
 
-    def sample(twin: Twin) -> Sample:
-        if isinstance(twin, vllm.Served):
-            return twin.sample(prompts, bench.new_tokens)
-        return generate(twin, prompts, beams, bench.new_tokens)
+    def sample(bench_model: BenchModel) -> Sample:
+        if isinstance(bench_model, vllm.Served):
+            return bench_model.sample(prompts, bench.new_tokens)
+        return generate(bench_model, prompts, beams, bench.new_tokens)
 
     return in_turns(models, present, bench.rounds, sample, bar)
 
 
-def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
-    """Time one call of ``generate`` on prompts (B, T) of equal length, with all that a batch of them needs."""
+def generate(bench_model: BenchModel, prompts: Tensor, beams: int, new_tokens: int) -> Sample:
+    """Time one call of ``generate`` on prompts (B, T) of equal length, the setup for their batch included."""
     reset_peak(prompts.device)
     clock = Clock(prompts.device)
     began = clock.now()
-    model = twin.model if isinstance(twin.model, PreTrainedModel) else twin.model.get_base_model()
+    model = bench_model.model if isinstance(bench_model.model, PreTrainedModel) else bench_model.model.get_base_model()
     cache = growing_cache(model, new_tokens) if beams == 1 else {}
-    with twin.around():
-        made = twin.model.generate(
+    with bench_model.context():
+        tokens = bench_model.model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new_tokens,
@@ -99,17 +99,17 @@ def generate(twin: Twin, prompts: Tensor, beams: int, new_tokens: int) -> Sample
             use_cache=True,
             stopping_criteria=StoppingCriteriaList([clock]),
             **cache,
-            **twin.arguments,
+            **bench_model.arguments,
         )
     ended = clock.now()
-    assert made.shape[1] == prompts.shape[1] + new_tokens
+    assert tokens.shape[1] == prompts.shape[1] + new_tokens
     steps, cpu_steps = ([b - a for a, b in pairwise(times)] for times in (clock.times, clock.cpu_times))
     return Sample(ended - began, clock.times[0] - began, steps, peak_memory(prompts.device), cpu_steps)
 
 
 @dataclass
 class Clock(StoppingCriteria):
-    """Notes the time of each token, and never stops."""
+    """Records the time of each token; never stops the generation."""
 
     device: torch.device
     times: list[float] = field(default_factory=list)

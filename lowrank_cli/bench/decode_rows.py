@@ -1,4 +1,4 @@
-"""What ``lrk bench decode`` makes of its samples: a row for each method, flat metrics and figures."""
+"""The results of ``lrk bench decode`` from its samples: a row for each method, flat metrics and figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 
 from lowrank_cli.bench.rounds import ratio
-from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.methods.protocol import Observes
 from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, DecodeBench
 
@@ -28,7 +28,7 @@ class Sample:
     cpu_steps: list[float] = field(default_factory=list)  #: processor time of each later token
 
 
-def row(bench: DecodeBench, name: str, twin: Twin, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+def row(bench: DecodeBench, name: str, bench_model: BenchModel, cell: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
     """One method in one setting, next to the others of ``cell``."""
     samples = cell[name]
     tokens = bench.batch_size * bench.new_tokens
@@ -42,37 +42,43 @@ def row(bench: DecodeBench, name: str, twin: Twin, cell: Mapping[str, Sequence[S
         "cpu_ms_per_token": 1000 * statistics.median(step for sample in samples for step in sample.cpu_steps),
         "step_ratio": step_ratio(samples, cell[BASE], "steps"),
         "cpu_step_ratio": step_ratio(samples, cell[BASE], "cpu_steps"),
-        **_to_vllm(twin, cell, samples),
+        **_to_vllm(bench_model, cell, samples),
         "first_token_seconds": statistics.median(sample.first for sample in samples),
         "peak_memory_bytes": max(sample.memory for sample in samples),
-        "parameters": twin.parameters,
-        "activated_parameters": _activated(twin),
-        "modules": twin.modules,
-        "adapters_bytes": twin.own_bytes,
-        "adapter_bytes": twin.own_bytes // twin.adapters,
+        "parameters": bench_model.parameters,
+        "activated_parameters": _activated(bench_model),
+        "modules": bench_model.modules,
+        "adapters_bytes": bench_model.adapters_bytes,
+        "adapter_bytes": bench_model.adapters_bytes // bench_model.adapters,
         "seconds": [sample.seconds for sample in samples],
     }
 
 
-def _activated(twin: Twin) -> int | None:
-    """What the method says that a prompt used, on average; None of a bank, which does not count it."""
-    if twin.adapter is None:
-        return None if twin.own_bytes else twin.parameters
-    if not isinstance(twin.method, Observes):
-        return twin.parameters
-    observed, _ = twin.method.observations(twin.adapter, lambda counts: counts)
-    return int(observed.get("activated_parameters", twin.parameters))
+def _activated(bench_model: BenchModel) -> int | None:
+    """Parameters that the method activated for a prompt, on average; None for a bank, which does not count them."""
+    if bench_model.adapter is None:
+        return None if bench_model.adapters_bytes else bench_model.parameters
+    if not isinstance(bench_model.method, Observes):
+        return bench_model.parameters
+    observed, _ = bench_model.method.observations(bench_model.adapter, lambda counts: counts)
+    return int(observed.get("activated_parameters", bench_model.parameters))
 
 
 def step_ratio(samples: Sequence[Sample], reference: Sequence[Sample], times: str) -> float:
-    """``times`` of a decoding step relative to ``reference``: without the prompt."""
+    """The time of a decoding step, without the prompt, relative to ``reference``.
+
+    Args:
+        times: the attribute of :class:`Sample` to compare, ``steps`` or ``cpu_steps``.
+    """
     return ratio(samples, reference, lambda sample: statistics.median(getattr(sample, times)))[0]
 
 
-def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence[Sample]) -> dict[str, float]:
-    """A step's time relative to vLLM's with LoRAs, of the bare model to vLLM's bare one, where that is measured."""
-    counterpart = VLLM_LORA if twin.modules else VLLM
-    other = next((found for name, found in cell.items() if name.split()[0] == counterpart), None)
+def _to_vllm(
+    bench_model: BenchModel, cell: Mapping[str, Sequence[Sample]], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """A step's time relative to vLLM's, with LoRAs or (for the bare model) without, if that is measured."""
+    counterpart = VLLM_LORA if bench_model.modules else VLLM
+    other = next((theirs for name, theirs in cell.items() if name.split()[0] == counterpart), None)
     if other is None:
         return {}
     return {
@@ -82,9 +88,9 @@ def _to_vllm(twin: Twin, cell: Mapping[str, Sequence[Sample]], samples: Sequence
 
 
 def speed_ratio(samples: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
-    """Speed relative to ``reference``."""
-    median, both = ratio(samples, reference, lambda sample: 1 / sample.seconds)
-    return {"ratio": median, "ratio_quartiles": both}
+    """Speed relative to ``reference``: the median and the quartiles over the rounds."""
+    median, quartiles = ratio(samples, reference, lambda sample: 1 / sample.seconds)
+    return {"ratio": median, "ratio_quartiles": quartiles}
 
 
 def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
@@ -95,7 +101,7 @@ def compared(cell: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Flat numbers, ``bench/<method>/beams_<n>[/tenants_<n>]/<what>``."""
-    plain = (
+    keys = (
         "tokens_per_second",
         "ratio",
         "ms_per_token",
@@ -114,25 +120,25 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
         return f"beams_{row['beams']}" + (f"/tenants_{row['tenants']}" if row["tenants"] else "")
 
     return {
-        f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in record["rows"] for key in plain if key in row
+        f"bench/{row['method']}/{setting(row)}/{key}": row[key] for row in record["rows"] for key in keys if key in row
     }
 
 
 def figures(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bars of the ratios to the base; ms per token against tenants, and against the modules that a method keeps."""
+    """Plots: ratios to the base as bars; ms per token over tenants, and over the modules that a method keeps."""
     alone = [row for row in record["rows"] if row["tenants"] is None]
-    found = [_bars(record, alone)]
+    plots = [_bars(record, alone)]
     if record["bench"]["tenants"]:
-        found.append(_over_tenants(record))
+        plots.append(_over_tenants(record))
     kept = {(row["method"].split()[0], row["modules"]) for row in alone if row["method"] != BASE}
     swept = [name for name in dict(kept) if sum(name == method for method, _ in kept) > 1]
     if swept:
-        found.append(_over_modules(record, swept))
-    return found
+        plots.append(_over_modules(record, swept))
+    return plots
 
 
 def shown(name: str) -> str:
-    """An entry of ``bench.methods`` with its files' names alone, not their folders."""
+    """An entry of ``bench.methods`` without the folders of its files."""
     return re.sub(r"=\S*/", "=", name)
 
 
@@ -173,17 +179,17 @@ def _over_tenants(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_modules(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A line for each method and number of adapters in the batch. The base stands at no modules.
+    """A line for each method and number of adapters in the batch; the base has 0 modules.
 
-    Settings of as many modules make one point, their median.
+    Settings with the same number of modules are one point, their median.
     """
     beams, counts = record["bench"]["beams"][0], [None, *record["bench"]["tenants"]]
     rows = [row for row in record["rows"] if row["beams"] == beams and row["method"].split()[0] in (BASE, *names)]
     columns = sorted({row["modules"] for row in rows})
 
     def value(name: str, count: int | None, modules: int) -> float | None:
-        of = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["tenants"] == count]
-        times = [row["ms_per_token"] for row in of if row["modules"] == modules]
+        matching = [row for row in rows if row["method"].split()[0] in (BASE, name) and row["tenants"] == count]
+        times = [row["ms_per_token"] for row in matching if row["modules"] == modules]
         return statistics.median(times) if times else None
 
     lines = {

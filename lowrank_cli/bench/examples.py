@@ -1,4 +1,4 @@
-"""One batch of examples that everything in a benchmark is measured on."""
+"""The batch of examples on which a benchmark measures everything."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Batch = dict[str, Tensor]
 def batch_of(config: BenchRun, base: BaseModel) -> Batch:
     """``bench.batch_size`` examples of the task, or as many rows of random tokens, on the model's device.
 
-    The examples are that batch of the first epoch of ``lrk train`` whose longest is nearest to ``bench.prompt_length``
-    tokens, answer included. Of random tokens all but the first are answers.
+    Of the batches in the first epoch of ``lrk train``, it is the one whose longest example is nearest to
+    ``bench.prompt_length`` tokens, answer included. In random rows all tokens but the first are answers.
 
     Raises:
         UserError: data missing or malformed, or fewer training examples than a batch has.
@@ -46,7 +46,7 @@ def batch_of(config: BenchRun, base: BaseModel) -> Batch:
 
 
 def described(batch: Batch, config: BenchRun) -> str:
-    """What ``batch`` is, for people."""
+    """``batch`` in words: its shape, where it is from, and how many tokens are answers."""
     rows, length = batch["input_ids"].shape
     answered = int((batch["labels"][:, 1:] != IGNORED).sum())
     source = config.task.name if config.task else "random"

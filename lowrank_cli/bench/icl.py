@@ -1,8 +1,8 @@
 """``lrk bench icl``: what it costs to answer queries in context, and what a calibrating method adds.
 
 ``base`` scores the answers by their log probabilities, the KV cache of the demonstrations computed once; ``whole
-prompts`` runs every prompt with every answer, nothing shared. A method is measured with all that it does for a set of
-queries, its probes and what it precomputes included, but for its fit.
+prompts`` runs every prompt with every answer, nothing shared. A method is measured with everything that it does for a
+set of queries, probes and precomputation included, except its fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowrank_cli.tasks.task import Example
 
 __all__ = ["figures", "measure", "metrics"]
 
-WHOLE = "whole prompts"  #: the row of what shares nothing
+WHOLE = "whole prompts"  #: the row of prompts that share no cache
 
 
 def measure(config: BenchRun, run: Run) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
     plain = partial(choice_scores, session, queries, prompts, bench.shots)
     work: dict[str, Callable[[], Any]] = {BASE: plain, WHOLE: partial(whole_prompts, session, queries, prompts)}
     for entry, variant in calibrating.items():
-        own = replace(session, method=methods.create(variant), config=replace(session.config, method=variant))
-        work[entry] = partial(_ask, own, fit(own), queries)
+        calibrated = replace(session, method=methods.create(variant), config=replace(session.config, method=variant))
+        work[entry] = partial(_answer, calibrated, fit(calibrated), queries)
     error = (torch.tensor(work[BASE]()) - torch.tensor(work[WHOLE]())).abs().max().item()
     with progress.bar("measuring", (bench.rounds + 1) * len(work), shown=True) as bar:
         samples = interleaved({e: partial(timed, w, session.device) for e, w in work.items()}, bench.rounds, bar)
@@ -64,7 +64,7 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
 
 
 def _evaluation(config: BenchRun, variant: Any) -> EvaluateRun:
-    """The configuration of ``lrk evaluate`` that asks the same."""
+    """The configuration of ``lrk evaluate`` for the same queries and demonstrations."""
     bench = config.bench
     assert isinstance(bench, InContextBench) and config.task is not None
     evaluate = EvaluateConfig(batch_size=bench.batch_size, num_beams=1, shots=bench.shots, split="test")
@@ -81,17 +81,17 @@ def _evaluation(config: BenchRun, variant: Any) -> EvaluateRun:
     )
 
 
-def _ask(session: Session, fitted: Fitted, queries: Sequence[Example]) -> None:
-    """Answer ``queries`` behind one set of demonstrations, everything that the method needs for it computed anew."""
+def _answer(session: Session, fitted: Fitted, queries: Sequence[Example]) -> None:
+    """Answer ``queries`` after one set of demonstrations, with everything that the method precomputes for it."""
     assert isinstance(session.method, Calibrates)
     head, shots = head_weight(session.model), session.config.evaluate.shots  # type: ignore[attr-defined]
-    asked = WordingScorer(session, [session.method], fitted.wordings[0], head, fitted.seed)
-    asked.results(Arrangement(0, 0, 0), queries, shots)
+    scorer = WordingScorer(session, [session.method], fitted.wordings[0], head, fitted.seed)
+    scorer.results(Arrangement(0, 0, 0), queries, shots)
 
 
 @torch.no_grad()
 def whole_prompts(session: Session, examples: Sequence[Example], prompts: Sequence[str]) -> list[list[float]]:
-    """Log probabilities of every answer by a full pass over prompt and answer, in batches of alike lengths."""
+    """Log probabilities of every answer, from a full pass over prompt and answer, in batches of similar length."""
     shots = session.config.evaluate.shots  # type: ignore[attr-defined]
     tokens = encode.encode_prompts(session.tokenizer, prompts, [session.max_length(shots)] * len(prompts))
     requests = [
@@ -100,7 +100,7 @@ def whole_prompts(session: Session, examples: Sequence[Example], prompts: Sequen
         for column, answer in enumerate(answers(session, example))
     ]
     requests.sort(key=lambda request: len(request[2]) + len(request[3]))
-    found = [[0.0] * len(example.choices) for example in examples]
+    scores = [[0.0] * len(example.choices) for example in examples]
     for at in range(0, len(requests), session.batch_size):
         chunk = requests[at : at + session.batch_size]
         batch = encode.collate_prompts([p + answer for *_, p, answer in chunk], session.tokenizer.pad_token_id)
@@ -109,6 +109,7 @@ def whole_prompts(session: Session, examples: Sequence[Example], prompts: Sequen
         longest = max(len(answer) for *_, answer in chunk)
         logits = session.model(**batch, position_ids=positions, use_cache=False, logits_to_keep=longest + 1).logits
         for (index, column, _, answer), row in zip(chunk, logits, strict=True):
-            said = row[-len(answer) - 1 : -1].float()  # (longest + 1, V) -> (K, V)
-            found[index][column] = log_softmax(said, torch.tensor(answer, device=said.device)[:, None]).sum().item()
-    return found
+            predicted = row[-len(answer) - 1 : -1].float()  # (longest + 1, V) -> (K, V)
+            tokens_of_answer = torch.tensor(answer, device=predicted.device)[:, None]  # (K, 1)
+            scores[index][column] = log_softmax(predicted, tokens_of_answer).sum().item()
+    return scores

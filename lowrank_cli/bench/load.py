@@ -1,7 +1,7 @@
-"""``lrk bench load``: one more adapter for a model that serves others, in our bank and in the PEFT library.
+"""``lrk bench load``: loading one more adapter into a serving model, with our bank and with the PEFT library.
 
-Our bank verifies what it loads: hashes of all files, the model's fingerprint and all shapes; ``and check`` also repeats
-the logits that the adapter was saved with. The library's ``load_adapter`` does none of this.
+Our bank verifies what it loads: the hashes of all files, the model's fingerprint and all shapes; ``load and check``
+also compares logits with those saved with the adapter. The library's ``load_adapter`` does none of this.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.bench.base_model import load_base, obtainable
+from lowrank_cli.bench.base_model import available_methods, load_base
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import is_peft, single_twin
+from lowrank_cli.bench.shared_weights import adapted_copy, is_peft
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
@@ -35,7 +35,7 @@ __all__ = ["figures", "measure", "metrics"]
 
 @dataclass(frozen=True)
 class Loading:
-    """Something to time, and what takes the adapter out again."""
+    """The work to time, and what removes the adapter again."""
 
     work: Callable[[], object]
     undo: Callable[[], object] = lambda: None
@@ -54,11 +54,11 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
     sizes = []
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the library's own use of Transformers
-        for number, (entry, variant) in enumerate(obtainable(config).items()):
+        for number, (entry, variant) in enumerate(available_methods(config).items()):
             folder = Path(name) / str(number)
             folder.mkdir()
             assert variant is not None
-            adapter = single_twin(base.model, entry, variant, config.seed).adapter
+            adapter = adapted_copy(base.model, entry, variant, config.seed).adapter
             assert adapter is not None
             save_load.save(adapter, folder, {})
             loadings |= (_peft if is_peft(entry) else _bank)(base.model, entry, folder)
@@ -80,7 +80,7 @@ def _bank(base: PreTrainedModel, entry: str, folder: Path) -> dict[str, Loading]
     try:
         bank.load("first", folder)
     except UserError:
-        raise UserError(f"bench.methods: '{entry}' is not saved as a LoRA, so it is not loaded into a bank") from None
+        raise UserError(f"bench.methods: '{entry}' is not saved as a LoRA, so a bank cannot load it") from None
 
     def load_and_check() -> None:
         bank.load("second", folder)

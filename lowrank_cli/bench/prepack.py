@@ -1,7 +1,7 @@
-"""``lrk bench prepack``: a decoding step with the frozen weights packed for the CPU, and with them as they are.
+"""``lrk bench prepack``: a decoding step with the frozen weights packed for the CPU, and with them unpacked.
 
-Every row of the batch has an adapter of its own, out of a bank; ``base`` has none. ``lrk generate`` and ``lrk bench
-decode`` pack weights where they fit (``hardware.prepack``).
+Every row of the batch has its own adapter, from a bank; ``base`` has none. ``lrk generate`` and ``lrk bench decode``
+pack weights if memory allows (``hardware.prepack``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.module_copy import copied
-from lowrank_cli.bench.base_model import load_base, obtainable
+from lowrank_cli.bench.base_model import available_methods, load_base
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import Twin, crowds
+from lowrank_cli.bench.shared_weights import BenchModel, tenant_models
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.inference import progress
 from lowrank_cli.models import prepack
@@ -28,18 +28,18 @@ __all__ = ["figures", "measure", "metrics"]
 
 
 def measure(config: BenchRun, run: Run) -> dict[str, Any]:
-    """Two rows for each of ``bench.methods``; times are relative to the bare model's with its weights as they are."""
+    """Two rows for each of ``bench.methods``; times are relative to the bare model with unpacked weights."""
     bench = config.bench
     assert isinstance(bench, PrepackBench)
     base = load_base(config, run)
     plain = base.model.requires_grad_(False)
     packed = copied(plain)
     prepack.prepack(packed)
-    variants, count = obtainable(config), bench.tenants
+    variants, count = available_methods(config), bench.tenants
     models = {
-        name + suffix: twin
+        name + suffix: bench_model
         for model, suffix in ((plain, ""), (packed, ", packed"))
-        for name, twin in crowds(model, variants, [count], count, config.seed)[count].items()
+        for name, bench_model in tenant_models(model, variants, [count], count, config.seed)[count].items()
     }
     prompts = torch.randint(base.vocabulary, (count, bench.prompt_length))
     logits: dict[str, Tensor] = {}
@@ -61,14 +61,14 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def decoding_step(twin: Twin, prompts: Tensor, steps: int) -> tuple[Timing, Tensor]:
-    """The median of so many steps after the prompts (B, T), and the last logits (B, V)."""
-    with twin.around():
-        cache = returned_cache(twin.model(input_ids=prompts, use_cache=True))
+def decoding_step(bench_model: BenchModel, prompts: Tensor, steps: int) -> tuple[Timing, Tensor]:
+    """The median time of ``steps`` decoding steps after the prompts (B, T), and the last logits (B, V)."""
+    with bench_model.context():
+        cache = returned_cache(bench_model.model(input_ids=prompts, use_cache=True))
         outputs: list[Tensor] = []
 
         def step() -> None:
-            out = twin.model(input_ids=prompts[:, :1], use_cache=True, **pass_cache(twin.model, cache))
+            out = bench_model.model(input_ids=prompts[:, :1], use_cache=True, **pass_cache(bench_model.model, cache))
             outputs.append(out.logits[:, -1])  # (B, 1, V) -> (B, V)
 
         timings = [timed(step, prompts.device) for _ in range(steps)]

@@ -1,7 +1,7 @@
 """How every benchmark takes its samples and compares them: interleaved rounds, and ratios within a round.
 
-Each round measures everything once, so that what slows the machine down for a while slows all of it. A ratio is taken
-within a round; reported are the median over the rounds and the quartiles.
+Each round measures every method once, so that a slow phase of the machine affects all of them. Ratios are taken within
+a round; their median and quartiles over the rounds are reported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.inference.progress import Bar
 from lowrank_cli.runs.process import peak_memory_bytes, reset_peak_memory, resident_bytes
 
@@ -28,10 +28,10 @@ M = TypeVar("M", bound=HasMemory)
 
 
 def interleaved(work: Mapping[str, Callable[[], S]], rounds: int, bar: Bar) -> dict[str, list[S]]:
-    """The samples that each of ``work`` returns, round by round.
+    """The samples that each function of ``work`` returns, round by round.
 
-    The order rotates and alternates from round to round, so that none always follows the same other one. A first round
-    is not counted.
+    The order rotates and reverses from round to round, so that none always follows the same other one. One more round
+    comes first, as a warm-up.
     """
     names = list(work)
     samples: dict[str, list[S]] = {name: [] for name in names}
@@ -47,39 +47,57 @@ def interleaved(work: Mapping[str, Callable[[], S]], rounds: int, bar: Bar) -> d
 
 
 def in_turns(
-    models: Mapping[str, Twin], present: Iterable[Twin], rounds: int, sample: Callable[[Twin], M], bar: Bar
+    models: Mapping[str, BenchModel],
+    present: Iterable[BenchModel],
+    rounds: int,
+    sample: Callable[[BenchModel], M],
+    bar: Bar,
 ) -> dict[str, list[M]]:
-    """Interleaved samples of each model, without the memory that the others ``present`` hold."""
-    holders = list({id(twin.model): twin for twin in present if not twin.apart}.values())
+    """Interleaved samples of each model.
 
-    def take(twin: Twin) -> M:
-        others = 0 if twin.apart else sum(other.held_bytes() for other in holders if other.model is not twin.model)
-        taken = sample(twin)
+    Args:
+        present: all models in memory; what the others hold is subtracted from a sample's memory.
+    """
+    holders = list(
+        {id(bench_model.model): bench_model for bench_model in present if not bench_model.separate_process}.values()
+    )
+
+    def take(bench_model: BenchModel) -> M:
+        others = (
+            0
+            if bench_model.separate_process
+            else sum(other.held_bytes() for other in holders if other.model is not bench_model.model)
+        )
+        taken = sample(bench_model)
         taken.memory -= others
         return taken
 
-    return interleaved({name: partial(take, twin) for name, twin in models.items()}, rounds, bar)
+    return interleaved({name: partial(take, bench_model) for name, bench_model in models.items()}, rounds, bar)
 
 
 def ratio(samples: Sequence[S], reference: Sequence[S], of: Callable[[S], float]) -> tuple[float, list[float]]:
-    """Median and quartiles of ``of`` a sample over ``of`` the reference's sample of the same round."""
-    ratios = [of(own) / of(other) for own, other in zip(samples, reference, strict=True)]
+    """Median and quartiles over the rounds of ``of(sample) / of(reference sample)``."""
+    ratios = [of(sample) / of(other) for sample, other in zip(samples, reference, strict=True)]
     return statistics.median(ratios), quartiles(ratios)
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower and the upper one."""
+    """The lower and the upper quartile."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return [low, high]
 
 
 def flat(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
-    """Flat numbers, ``bench/<method>/<key>``, of the rows of a benchmark's record."""
+    """The values of ``keys`` in the rows of a benchmark's record, as ``bench/<method>/<key>``."""
     return {f"bench/{row['method']}/{key}": row[key] for row in record["rows"] for key in keys if key in row}
 
 
 def bars(record: Mapping[str, Any], key: str, **about: Any) -> dict[str, Any]:
-    """A bar for each row: the ratio at ``key``, with its quartiles; ``about`` is what else the figure says."""
+    """A bar plot of the ratios at ``key``, with quartiles.
+
+    Args:
+        about: further entries of the figure, such as ``file``, ``title`` and ``label``.
+    """
     rows = record["rows"]
     return {
         "kind": "bars",
@@ -92,7 +110,7 @@ def bars(record: Mapping[str, Any], key: str, **about: Any) -> dict[str, Any]:
 
 
 def synchronized(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -103,7 +121,7 @@ def held_memory(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let :func:`peak_memory` count from now on."""
+    """Restart the measurement of :func:`peak_memory`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -111,11 +129,11 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, resident in the process otherwise."""
+    """Largest number of bytes since :func:`reset_peak`: allocated on a GPU, resident in the process otherwise."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
 
 
 def memory_meaning(device: torch.device, of: str) -> str:
-    """What the peak memory of a benchmark's rows is; ``of`` names what was measured."""
+    """A description of the peak memory in a benchmark's rows; ``of`` names the measured operation."""
     what = "largest allocation on the device" if device.type == "cuda" else "largest resident size of the process"
     return f"{what} during a {of}, without the other methods' adapters"

@@ -1,8 +1,8 @@
-"""``lrk bench score``: what exact scores of all ranks cost, one at a time and together, beside approximations.
+"""``lrk bench score``: the cost of scoring all ranks, exactly (one at a time or together) and approximately.
 
-One at a time, the model runs twice for each rank, without it and with it alone (here for a sample of ranks, whose mean
-stands for all). Together is what ``lrk score`` does: many ablations share a pass, and the layers below the ablated one
-run once. Both give the same scores; ``bench.json`` has their largest difference.
+One at a time, the model runs twice for each rank, without it and with it alone (here for a sample of ranks, from whose
+mean the total is extrapolated). Together is what ``lrk score`` does: many ablations share a pass, and the layers below
+the ablated one run once. Both give the same scores; ``bench.json`` has their largest difference.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import answer_losses
-from lowrank_cli.bench.base_model import BaseModel, autocast, load_base, obtainable
+from lowrank_cli.bench.base_model import BaseModel, autocast, available_methods, load_base
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import single_twin
+from lowrank_cli.bench.shared_weights import adapted_copy
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
@@ -31,7 +31,7 @@ from lowrank_cli.scoring.probe import Probe
 
 __all__ = ["figures", "measure", "metrics"]
 
-APPROXIMATE = ("taylor", "magnitude")  #: kinds of score that are measured as well
+APPROXIMATE = ("taylor", "magnitude")  #: approximate kinds of score
 Rank = tuple[str, int]  #: key of a module, and one of its ranks
 
 
@@ -39,15 +39,15 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
     """Rows of each method; times are relative to its ranks one at a time."""
     base = load_base(config, run)
     batch = batch_of(config, base)
-    found: dict[str, Any] = {"rows": [], "notes": [], "largest_difference": {}, "fewer_operations": {}}
-    variants = obtainable(config)
+    record: dict[str, Any] = {"rows": [], "notes": [], "largest_difference": {}, "fewer_operations": {}}
+    variants = available_methods(config)
     total = len(variants) * (config.bench.rounds + 1) * (2 + len(APPROXIMATE))
     with autocast(config), progress.bar("measuring", total, shown=True) as bar:
         for entry, variant in variants.items():
             assert variant is not None
-            _measure(entry, variant, base, batch, config, bar, found)
+            _measure(entry, variant, base, batch, config, bar, record)
     title = f"Scores of all ranks on {described(batch, config)}"
-    return {**base.facts, "title": title, "data": described(batch, config), **found}
+    return {**base.facts, "title": title, "data": described(batch, config), **record}
 
 
 def _measure(
@@ -57,12 +57,12 @@ def _measure(
     batch: Batch,
     config: BenchRun,
     bar: progress.Bar,
-    found: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
-    """Add what is measured of one method to ``found``."""
+    """Measure one method, and add the results to ``record``."""
     bench = config.bench
     assert isinstance(bench, ScoreBench)
-    adapter = single_twin(base.model, entry, variant, config.seed).adapter
+    adapter = adapted_copy(base.model, entry, variant, config.seed).adapter
     assert adapter is not None
     try:
         kinds.require_ranks(adapter)
@@ -89,16 +89,16 @@ def _measure(
     samples = interleaved(work, bench.rounds, bar)
     exact: kinds.Scores = results[names[1]]
     differences = [
-        abs(value - exact.components[part][key][rank])
-        for part, values in zip(("without", "alone"), results[names[0]], strict=True)
+        abs(value - exact.components[component][key][rank])
+        for component, values in zip(("without", "alone"), results[names[0]], strict=True)
         for (key, rank), value in zip(sample, values, strict=True)
     ]
     plain = operations(partial(one_at_a_time, adapter, inputs, sample[:1])) * len(ranks)
     fewer = plain / operations(partial(kinds.score, "ab", adapter, probe))
-    found["rows"] += rows(samples, names[0], ranks=len(ranks))
-    found["largest_difference"][entry] = max(differences)
-    found["fewer_operations"][entry] = fewer
-    found["notes"].append(
+    record["rows"] += rows(samples, names[0], ranks=len(ranks))
+    record["largest_difference"][entry] = max(differences)
+    record["fewer_operations"][entry] = fewer
+    record["notes"].append(
         f"{entry}: {len(ranks)} ranks, {len(sample)} of them one at a time; both ways differ by {max(differences):.1e} "
         f"at most; together take {fewer:.2f} × fewer operations in matrix products"
     )
@@ -106,10 +106,10 @@ def _measure(
 
 @torch.no_grad()
 def one_at_a_time(adapter: Adapter, batch: Batch, ranks: Sequence[Rank]) -> tuple[list[float], list[float]]:
-    """S(M∖i), and S(M_i), of each of ``ranks``: minus the mean loss without it, and with no other."""
-    found: tuple[list[float], list[float]] = ([], [])
+    """S(M∖i) and S(M_i) of each of ``ranks``: the negative mean loss without it, and with it alone."""
+    scores: tuple[list[float], list[float]] = ([], [])
     try:
-        for alone, values in enumerate(found):
+        for alone, values in enumerate(scores):
             for key, rank in ranks:
                 for other, module in adapter.modules.items():
                     gate = torch.full_like(module.lora_a[:, 0], float(not alone))  # (R, I) -> (R,)
@@ -121,7 +121,7 @@ def one_at_a_time(adapter: Adapter, batch: Batch, ranks: Sequence[Rank]) -> tupl
     finally:
         for module in adapter.modules.values():
             module.rank_gate = None
-    return found
+    return scores
 
 
 def operations(work: Callable[[], object]) -> int:

@@ -23,71 +23,84 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.schema import PEFTS, VLLM, VLLM_LORA, BenchRun, MethodConfig
 
-NOISE = 0.02  #: standard deviation of what is added to every trained tensor: no update is zero, as after training
+NOISE = 0.02  #: standard deviation of the noise of :func:`perturb`
 
 
 @dataclass
-class Twin:
-    """The base model, or a copy of its modules (not of its weights) with one adapter or many."""
+class BenchModel:
+    """One entry of a benchmark: the base model, or a copy of its modules (not its weights) with adapters."""
 
-    model: Any  #: a ``PreTrainedModel``, or what the PEFT library makes of one
+    model: Any  #: a ``PreTrainedModel``, or a ``PeftModel``
     method: Method | None = None
     adapter: Adapter | None = None
-    parameters: int = 0  #: trained numbers of one adapter
-    own_bytes: int = 0  #: memory of the adapters' tensors: what this twin does not share with the others
-    modules: int = 0  #: linears, or parts of them, that an adapter updates
-    adapters: int = 1  #: that the model holds
-    apart: bool = False  #: it computes in a process of its own
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext  #: generation runs inside it
-    #: more arguments of ``generate``, or of a training pass of the PEFT library's
+    parameters: int = 0  #: trained parameters of one adapter
+    adapters_bytes: int = 0  #: bytes of the adapters' tensors, which this entry does not share with the others
+    modules: int = 0  #: linears, or slices of packed ones, that an adapter updates
+    adapters: int = 1  #: number of adapters in the model
+    separate_process: bool = False  #: whether it runs in its own process
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  #: entered around each generation
+    #: more arguments of ``generate``, or of a ``PeftModel``'s forward pass
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def held_bytes(self) -> int:
-        """``own_bytes``, and what the modules keep between calls."""
-        parts = self.adapter.modules.values() if self.adapter else ()
-        return self.own_bytes + sum(part.cached_bytes() for part in parts)
+        """``adapters_bytes``, and the tensors that the low-rank modules cache between calls."""
+        modules = self.adapter.modules.values() if self.adapter else ()
+        return self.adapters_bytes + sum(module.cached_bytes() for module in modules)
 
 
-def twins(base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], seed: int) -> dict[str, Twin]:
-    """``base`` itself for None, and for each method a twin of it, adapted and perturbed with ``seed``.
+def bench_models(
+    base: PreTrainedModel, variants: Mapping[str, MethodConfig | None], seed: int
+) -> dict[str, BenchModel]:
+    """One model for each entry of ``bench.methods``, all on the frozen weights of ``base``.
 
-    Raises UserError for a method that would change the weights they share.
+    Args:
+        variants: the method of each entry; None is ``base`` itself.
+        seed: draws the adapters, and the noise that is added to them.
+
+    Raises:
+        UserError: a method changes the weights that all share.
     """
     base.requires_grad_(False)
 
-    def twin(name: str, config: MethodConfig | None) -> Twin:
+    def make(name: str, config: MethodConfig | None) -> BenchModel:
         if config is None:
-            return Twin(base)
+            return BenchModel(base)
         if not is_peft(name):
-            return single_twin(base, name, config, seed)
+            return adapted_copy(base, name, config, seed)
         return _fused(_peft(base, config, 1, seed), PEFTS[name.split()[0]])
 
-    return {name: twin(name, config) for name, config in variants.items()}
+    return {name: make(name, config) for name, config in variants.items()}
 
 
-def crowds(
+def tenant_models(
     base: PreTrainedModel,
     variants: Mapping[str, MethodConfig | None],
     counts: Sequence[int],
     rows: int,
     seed: int,
     grouped: str = "torch",
-) -> dict[int, dict[str, Twin]]:
-    """The same, for each of ``counts``, with so many adapters that take turns over the ``rows`` of a batch.
+) -> dict[int, dict[str, BenchModel]]:
+    """Like :func:`bench_models`, with several adapters each; they alternate over the rows of a batch.
 
-    Ours stand in a bank, computed as ``grouped`` says. Raises UserError for a method that cannot.
+    Args:
+        counts: numbers of adapters, one set of models for each.
+        rows: rows of a batch.
+        grouped: how a bank computes the updates of our methods (``hardware.grouped``).
+
+    Raises:
+        UserError: a method's adapters cannot share a batch.
     """
-    found: dict[int, dict[str, Twin]] = {count: {} for count in counts}
+    models: dict[int, dict[str, BenchModel]] = {count: {} for count in counts}
     for name, config in variants.items():
         if config is None:
-            make: Callable[[list[str]], Twin] = lambda turns: Twin(base)  # noqa: E731
+            make: Callable[[list[str]], BenchModel] = lambda adapters: BenchModel(base)  # noqa: E731
         elif is_peft(name):
-            make = partial(_peft_crowd, _peft(base, config, max(counts), seed))
+            make = partial(_peft_tenants, _peft(base, config, max(counts), seed))
         else:
-            make = partial(_crowd, *_bank(base, name, config, max(counts), seed, grouped))
+            make = partial(_bank_model, *_bank(base, name, config, max(counts), seed, grouped))
         for count in counts:
-            found[count][name] = make([str(row % count) for row in range(rows)])
-    return found
+            models[count][name] = make([str(row % count) for row in range(rows)])
+    return models
 
 
 def is_peft(entry: str) -> bool:
@@ -100,33 +113,33 @@ def is_vllm(entry: str) -> bool:
     return entry.split()[0] in (VLLM, VLLM_LORA)
 
 
-def lacking(entry: str, config: BenchRun) -> str | None:
-    """Why an entry of ``bench.methods`` that needs another package cannot be measured, or None."""
+def missing_requirement(entry: str, config: BenchRun) -> str | None:
+    """What an entry of ``bench.methods`` needs and this machine lacks, or None."""
     if is_vllm(entry) and getattr(config.bench, "vllm", None) is None:
-        return "bench.vllm names no Python that has vLLM"
+        return "bench.vllm does not name a Python that has vLLM"
     package = PEFTS.get(entry.split()[0])
     if package and importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed"
     return "Liger's kernels need a GPU" if package == "liger_kernel" and config.hardware.device == "cpu" else None
 
 
-def _fused(twin: Twin, package: str | None) -> Twin:
-    """``twin``, whose training passes take the fused loss of ``package``."""
+def _fused(bench_model: BenchModel, package: str | None) -> BenchModel:
+    """``bench_model`` with the fused loss of ``package``, if one is named."""
     if package == "trl":
         from trl.trainer.utils import add_fused_lm_head
 
-        add_fused_lm_head(twin.model.get_base_model())
-        twin.arguments = {"fused_lm_head": True}
+        add_fused_lm_head(bench_model.model.get_base_model())
+        bench_model.arguments = {"fused_lm_head": True}
     elif package == "liger_kernel":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
         others = dict.fromkeys(("rope", "rms_norm"), False)
-        _apply_liger_kernel_to_instance(twin.model.get_base_model(), fused_linear_cross_entropy=True, **others)
-    return twin
+        _apply_liger_kernel_to_instance(bench_model.model.get_base_model(), fused_linear_cross_entropy=True, **others)
+    return bench_model
 
 
-def single_twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> Twin:
-    """A copy of ``base``'s modules with one adapter; see :func:`twins`."""
+def adapted_copy(base: PreTrainedModel, name: str, config: MethodConfig, seed: int) -> BenchModel:
+    """A copy of ``base``'s modules with one adapter; see :func:`bench_models`."""
     shared = {id(tensor) for tensor in base.parameters()}
     before = fingerprint(base)
     model = copied(base)
@@ -139,46 +152,46 @@ def single_twin(base: PreTrainedModel, name: str, config: MethodConfig, seed: in
     perturb(adapter)
     model.eval()
     size = sum(tensor.nbytes for tensor in save_load.tensors(adapter).values())
-    return Twin(model, method, adapter, adapter.count(), size, len(adapter.modules))
+    return BenchModel(model, method, adapter, adapter.count(), size, len(adapter.modules))
 
 
 @torch.no_grad()
 def perturb(adapter: Adapter) -> None:
-    """Add noise to every trained tensor."""
+    """Add noise to every trained tensor, so that no update is zero, as after training."""
     for parameter in adapter.trained.values():
         parameter.add_(torch.randn_like(parameter) * NOISE)
 
 
 def _bank(
     base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str
-) -> tuple[Twin, Bank]:
-    """A bank of ``count`` adapters by number, and the twin that they were made with."""
-    twin, bank = single_twin(base, name, config, seed), Bank(copied(base), grouped=grouped)
-    assert twin.adapter is not None
+) -> tuple[BenchModel, Bank]:
+    """A bank of adapters named 0 to ``count`` - 1, and the model with one adapter that made them."""
+    bench_model, bank = adapted_copy(base, name, config, seed), Bank(copied(base), grouped=grouped)
+    assert bench_model.adapter is not None
     for number in range(count):
-        perturb(twin.adapter)
+        perturb(bench_model.adapter)
         try:
-            bank.add(str(number), twin.adapter)
+            bank.add(str(number), bench_model.adapter)
         except UserError as error:
             why = str(error).rpartition("cannot be one of many: ")[2]
             raise UserError(f"bench.tenants: '{name}' cannot share a batch ({why})") from None
-    return twin, bank
+    return bench_model, bank
 
 
-def _crowd(twin: Twin, bank: Bank, turns: list[str]) -> Twin:
+def _bank_model(single: BenchModel, bank: Bank, adapters: list[str]) -> BenchModel:
     size = sum(bank.bytes(name) for name in bank.names)
-    return Twin(
+    return BenchModel(
         bank.model,
-        parameters=twin.parameters,
+        parameters=single.parameters,
         adapters=len(bank.names),
-        own_bytes=size,
-        modules=twin.modules,
-        around=partial(bank.batch, turns),
+        adapters_bytes=size,
+        modules=single.modules,
+        context=partial(bank.batch, adapters),
     )
 
 
-def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
-    """``count`` LoRAs of the PEFT library, by number, with the rank and the linears of ``config``."""
+def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> BenchModel:
+    """``count`` LoRAs of the PEFT library, named 0 to ``count`` - 1, with the rank and the linears of ``config``."""
     try:
         import peft
     except ImportError:
@@ -200,22 +213,22 @@ def _peft(base: PreTrainedModel, config: Any, count: int, seed: int) -> Twin:
         for number in range(1, count):
             adapted.add_adapter(str(number), settings)
     adapted.eval()
-    own = [parameter for name, parameter in adapted.named_parameters() if ".lora_" in name]
-    return Twin(
+    trained = [parameter for name, parameter in adapted.named_parameters() if ".lora_" in name]
+    return BenchModel(
         adapted,
-        parameters=sum(parameter.numel() for parameter in own) // count,
+        parameters=sum(parameter.numel() for parameter in trained) // count,
         adapters=count,
-        own_bytes=sum(parameter.numel() * parameter.element_size() for parameter in own),
+        adapters_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         modules=len(targets),
     )
 
 
-def _peft_crowd(twin: Twin, turns: list[str]) -> Twin:
-    return Twin(
-        twin.model,
-        parameters=twin.parameters,
-        adapters=twin.adapters,
-        own_bytes=twin.own_bytes,
-        modules=twin.modules,
-        arguments={"adapter_names": turns},
+def _peft_tenants(bench_model: BenchModel, adapters: list[str]) -> BenchModel:
+    return BenchModel(
+        bench_model.model,
+        parameters=bench_model.parameters,
+        adapters=bench_model.adapters,
+        adapters_bytes=bench_model.adapters_bytes,
+        modules=bench_model.modules,
+        arguments={"adapter_names": adapters},
     )

@@ -1,4 +1,4 @@
-"""Rows, metrics and bars of benchmarks that measure nothing but time."""
+"""Rows, metrics and figures of benchmarks that measure only time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lowrank_cli.bench.rounds import bars, flat, ratio, synchronized
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds on the clock, and processor time of the process."""
+    """Wall-clock time, and processor time of the process, in seconds."""
 
     seconds: float
     cpu_seconds: float
 
     def scaled(self, factor: float) -> Timing:
-        """That of ``factor`` times the work."""
+        """The time of ``factor`` times the work."""
         return Timing(self.seconds * factor, self.cpu_seconds * factor)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> Timing:
-    """How long ``work`` takes, what it started on a GPU included."""
+    """How long ``work`` takes, including what it starts on a GPU."""
     synchronized(device)
     began, processor = time.perf_counter(), time.process_time()
     work()
@@ -35,33 +35,37 @@ def timed(work: Callable[[], object], device: torch.device) -> Timing:
 
 
 def rows(samples: Mapping[str, Sequence[Timing]], reference: str, **about: Any) -> list[dict[str, Any]]:
-    """A row for each of ``samples``, with ratios to the one named ``reference``; ``about`` is part of every row."""
-    found = []
-    for name, own in samples.items():
-        median, both = ratio(own, samples[reference], lambda sample: sample.seconds)
+    """A row for each of ``samples``, with ratios to the one named ``reference``.
+
+    Args:
+        about: further entries of every row.
+    """
+    result = []
+    for name, timings in samples.items():
+        median, quartiles = ratio(timings, samples[reference], lambda sample: sample.seconds)
         row = {
             "method": name,
-            "ms": 1000 * statistics.median(sample.seconds for sample in own),
-            "cpu_ms": 1000 * statistics.median(sample.cpu_seconds for sample in own),
+            "ms": 1000 * statistics.median(sample.seconds for sample in timings),
+            "cpu_ms": 1000 * statistics.median(sample.cpu_seconds for sample in timings),
             "reference": reference,
             "time_ratio": median,
-            "time_ratio_quartiles": both,
-            "cpu_ratio": ratio(own, samples[reference], lambda sample: max(sample.cpu_seconds, 1e-9))[0],
+            "time_ratio_quartiles": quartiles,
+            "cpu_ratio": ratio(timings, samples[reference], lambda sample: max(sample.cpu_seconds, 1e-9))[0],
             **about,
-            "seconds": [sample.seconds for sample in own],
-            "cpu_seconds": [sample.cpu_seconds for sample in own],
+            "seconds": [sample.seconds for sample in timings],
+            "cpu_seconds": [sample.cpu_seconds for sample in timings],
         }
-        found.append(row)
-    return found
+        result.append(row)
+    return result
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Flat numbers, ``bench/<what>/<number>``."""
+    """Flat numbers, ``bench/<method>/<key>``."""
     return flat(record, ("ms", "cpu_ms", "time_ratio", "cpu_ratio", "between_share"))
 
 
 def figures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Bars of the time."""
+    """A bar plot of the time ratios."""
     figure = bars(
         record,
         "time_ratio",

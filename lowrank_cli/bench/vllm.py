@@ -1,7 +1,7 @@
 """vLLM in ``lrk bench decode``: the same weights and prompts, and our LoRAs as ``lrk export`` writes them.
 
-It runs in processes of its own, by the Python that ``bench.vllm`` names, one for each entry: an engine that can take
-adapters computes the bare model differently from one that cannot.
+Each entry runs in its own process of the Python that ``bench.vllm`` names, because an engine with LoRA enabled computes
+the bare model differently from one without.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.files.export import as_lora, save_lora
 from lowrank_cli.bench.decode_rows import Sample
-from lowrank_cli.bench.shared_weights import Twin, perturb, single_twin
+from lowrank_cli.bench.shared_weights import BenchModel, adapted_copy, perturb
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.models.load import quiet
 from lowrank_cli.schema import BenchRun, DecodeBench
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  #: ``max_lora_rank`` that vLLM 0.32 takes
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  #: values of ``max_lora_rank`` in vLLM 0.32
 START_SECONDS = 600  #: for importing vLLM and loading the model
 ANSWER_SECONDS = 1800  #: for a batch
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the worker's own process, which takes the time
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in the worker itself, which takes the time
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
 @dataclass
-class Served(Twin):
-    """The base model, or it with LoRAs, in a process of vLLM's."""
+class Served(BenchModel):
+    """The base model, or the base model with LoRAs, in a vLLM process."""
 
     worker: Worker | None = None
-    folders: tuple[str | None, ...] = (None,)  #: of adapters, which take turns over the rows
+    folders: tuple[str | None, ...] = (None,)  #: of the adapters, which alternate over the rows; None is the bare model
 
     def sample(self, prompts: Tensor, new_tokens: int) -> Sample:
         """Time the continuation of prompts (B, T)."""
@@ -60,17 +60,21 @@ class Served(Twin):
 @contextmanager
 def served(
     base: PreTrainedModel, variants: Mapping[str, Any], config: BenchRun, counts: Sequence[int | None], log: Path
-) -> Iterator[dict[int | None, dict[str, Twin]]]:
-    """For each number of adapters in ``counts`` (None: one, alone) what vLLM runs of ``variants``, by entry.
+) -> Iterator[dict[int | None, dict[str, BenchModel]]]:
+    """vLLM's models for each number of adapters, by entry, while the context is open.
 
-    vLLM's own messages go to ``log``.
+    Args:
+        variants: the method of each of vLLM's entries; None is the bare model.
+        counts: numbers of adapters in a batch; None is a single adapter.
+        log: receives vLLM's messages.
 
-    Raises UserError where ``bench.vllm`` is no Python with vLLM, and where vLLM does not take the model.
+    Raises:
+        UserError: ``bench.vllm`` is not a Python with vLLM, or vLLM does not support the model.
     """
     assert isinstance(config.bench, DecodeBench)
-    found: dict[int | None, dict[str, Twin]] = {count: {} for count in counts}
+    models: dict[int | None, dict[str, BenchModel]] = {count: {} for count in counts}
     if not variants:
-        yield found
+        yield models
         return
     with ExitStack() as undo:
         folder = Path(undo.enter_context(TemporaryDirectory(prefix="lrk-vllm-")))
@@ -78,44 +82,46 @@ def served(
             base.save_pretrained(folder / "model")
         for entry, variant in variants.items():
             most = max(count or 1 for count in counts)
-            paths, twin = ([], None) if variant is None else _exported(base, entry, variant, most, config.seed, folder)
+            paths, bench_model = (
+                ([], None) if variant is None else _exported(base, entry, variant, most, config.seed, folder)
+            )
             worker = undo.enter_context(
                 Worker(str(config.bench.vllm), engine_settings(folder / "model", config, variant, most), log)
             )
             for count in counts:
-                if twin is None:
-                    found[count][entry] = Served(None, worker=worker, apart=True)
+                if bench_model is None:
+                    models[count][entry] = Served(None, worker=worker, separate_process=True)
                     continue
-                found[count][entry] = Served(
+                models[count][entry] = Served(
                     None,
-                    parameters=twin.parameters,
-                    own_bytes=twin.own_bytes * (count or 1),
-                    modules=twin.modules,
+                    parameters=bench_model.parameters,
+                    adapters_bytes=bench_model.adapters_bytes * (count or 1),
+                    modules=bench_model.modules,
                     adapters=count or 1,
-                    apart=True,
+                    separate_process=True,
                     worker=worker,
                     folders=tuple(paths[: count or 1]),
                 )
-        yield found
+        yield models
 
 
 def _exported(
     base: PreTrainedModel, entry: str, variant: Any, count: int, seed: int, folder: Path
-) -> tuple[list[str], Twin]:
-    """Folders of ``count`` different LoRAs, and the twin that they were made with."""
-    twin, paths = single_twin(base, entry, variant, seed), []
-    assert twin.adapter is not None
+) -> tuple[list[str], BenchModel]:
+    """The folders of ``count`` different exported LoRAs, and the model that made them."""
+    bench_model, paths = adapted_copy(base, entry, variant, seed), []
+    assert bench_model.adapter is not None
     for number in range(count):
-        perturb(twin.adapter)
+        perturb(bench_model.adapter)
         path = folder / f"{entry.replace(' ', '-')}-{number}"
         path.mkdir()
-        save_lora(twin.adapter, as_lora(twin.adapter, None)[0], path)
+        save_lora(bench_model.adapter, as_lora(bench_model.adapter, None)[0], path)
         paths.append(str(path))
-    return paths, twin
+    return paths, bench_model
 
 
 def engine_settings(model: Path, config: BenchRun, variant: Any, adapters: int) -> dict[str, Any]:
-    """Arguments of vLLM's ``LLM``: it has room for the batch, and for its prompts in one pass."""
+    """Arguments of vLLM's ``LLM``, sized for the batch and for all its prompts in one pass."""
     bench = config.bench
     assert isinstance(bench, DecodeBench)
     tokens = bench.prompt_length + bench.new_tokens
@@ -134,7 +140,7 @@ def engine_settings(model: Path, config: BenchRun, variant: Any, adapters: int) 
         return settings
     rank = next((rank for rank in RANKS if rank >= variant.rank), None)
     if rank is None:
-        raise UserError(f"bench.rank: {variant.rank} is above what vLLM takes (allowed: up to {RANKS[-1]})")
+        raise UserError(f"bench.rank: {variant.rank} is too large for vLLM (allowed: up to {RANKS[-1]})")
     return settings | {"enable_lora": True, "max_loras": adapters, "max_lora_rank": rank}
 
 
@@ -169,11 +175,11 @@ class Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(BrokenPipeError):  # what was not written yet
+            with suppress(BrokenPipeError):  # when flushing unwritten data
                 pipe.close()  # type: ignore[union-attr]
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """The answer to one request. Raises WorkFailed where there is none in time, or vLLM failed."""
+        """The answer to one request. Raises WorkFailed if vLLM fails or does not answer within ``seconds``."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:

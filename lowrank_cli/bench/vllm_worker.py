@@ -1,7 +1,7 @@
-"""Decodes with vLLM for ``lrk bench decode``, in a Python of its own: one JSON object a line in, one a line out.
+"""Decodes with vLLM for ``lrk bench decode``, run by a Python that has vLLM: JSON lines in, JSON lines out.
 
-The first line is what the engine is made of (:func:`engine`), every other one a batch (:func:`decode`). An answer holds
-``error`` where it failed. Imports vLLM and the standard library only, since nothing else need be installed there.
+The first line configures the engine (:func:`engine`), every other one is a batch (:func:`decode`). The answer to a
+failed request has the key ``error``. Imports vLLM and the standard library only; that environment may have no more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer until the input ends. What vLLM prints goes to stderr."""
+    """Answer requests until the input ends. vLLM's output goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     model = None
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def engine(settings: dict[str, Any]) -> Any:
-    """vLLM's engine, with these arguments of its ``LLM``."""
+    """The engine of vLLM's ``LLM``, made with these arguments."""
     from vllm import LLM
 
     return LLM(**settings).llm_engine

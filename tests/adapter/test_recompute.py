@@ -9,7 +9,7 @@ import torch
 
 from lowrank_cli.adapter.fused_autograd import Recompute, recompute_of
 from lowrank_cli.adapter.training.recompute import GatedProduct, recompute
-from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.bench.train_step import saved_bytes
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
@@ -67,7 +67,7 @@ def test_less_is_saved():
     def saved(what):
         adapter = small.adapted()
         recompute(adapter.model, what)
-        return saved_bytes(Twin(adapter.model.train()), batch)
+        return saved_bytes(BenchModel(adapter.model.train()), batch)
 
     layers, feed_forward, nothing = saved("layers"), saved("feed_forward"), saved("none")
     assert layers < feed_forward

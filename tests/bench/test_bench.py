@@ -21,7 +21,7 @@ from lowrank_cli.bench.base_model import BaseModel
 from lowrank_cli.bench.decode_rows import Sample, speed_ratio
 from lowrank_cli.bench.examples import batch_of
 from lowrank_cli.bench.rounds import in_turns
-from lowrank_cli.bench.shared_weights import Twin, crowds, twins
+from lowrank_cli.bench.shared_weights import BenchModel, bench_models, tenant_models
 from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
@@ -43,11 +43,11 @@ def measured(*overrides: str) -> Run:
     return Run.open("outputs/latest")
 
 
-def small_twins(entries=("base", "lora", "milora", "dora", "moelora")):
+def small_models(entries=("base", "lora", "milora", "dora", "moelora")):
     configs = {
         name: None if name == "base" else small.method("lora" if name == "peft" else name).config for name in entries
     }
-    return twins(small.model(), configs, seed=1)
+    return bench_models(small.model(), configs, seed=1)
 
 
 def settings(**changes) -> DecodeBench:
@@ -166,24 +166,24 @@ def test_the_7b_shape_is_llama_2s():
 
 
 def test_all_methods_share_one_set_of_weights_and_the_base_is_not_wrapped():
-    models = small_twins()
+    models = small_models()
     frozen = {name: parameter.data_ptr() for name, parameter in models["base"].model.named_parameters()}
     assert not any(hasattr(module, "parts") for module in models["base"].model.modules())
-    for name, twin in models.items():
+    for name, bench_model in models.items():
         if name != "base":
-            shared = {p.data_ptr() for p in twin.model.parameters()} & set(frozen.values())
+            shared = {p.data_ptr() for p in bench_model.model.parameters()} & set(frozen.values())
             assert shared == set(frozen.values())
-            routers = twin.adapter.routing.routers if twin.adapter.routing else []
+            routers = bench_model.adapter.routing.routers if bench_model.adapter.routing else []
             statistics = sum(buffer.numel() for router in routers for buffer in router.buffers())
-            assert twin.own_bytes == 4 * (twin.adapter.count() + statistics)
+            assert bench_model.adapters_bytes == 4 * (bench_model.adapter.count() + statistics)
 
 
 def test_a_benchmark_leaves_every_model_as_it_was():
-    models, prompts = small_twins(), small.ids(2, 4)
+    models, prompts = small_models(), small.ids(2, 4)
 
     def logits():
         with torch.no_grad():
-            return {name: twin.model(input_ids=prompts).logits for name, twin in models.items()}
+            return {name: bench_model.model(input_ids=prompts).logits for name, bench_model in models.items()}
 
     before = logits()
     assert torch.equal(before["base"], small.model()(input_ids=prompts).logits)
@@ -194,11 +194,11 @@ def test_a_benchmark_leaves_every_model_as_it_was():
 
 
 def test_rounds_run_every_method_once_in_changing_order(monkeypatch):
-    order, models = [], small_twins(("base", "lora", "milora"))
-    by_model = {id(twin.model): name for name, twin in models.items()}
+    order, models = [], small_models(("base", "lora", "milora"))
+    by_model = {id(bench_model.model): name for name, bench_model in models.items()}
 
-    def generate(twin, *arguments):
-        order.append(by_model[id(twin.model)])
+    def generate(bench_model, *arguments):
+        order.append(by_model[id(bench_model.model)])
         return Sample(len(order), 0.5, [0.1], 10_000_000)
 
     monkeypatch.setattr(decode, "generate", generate)
@@ -217,14 +217,14 @@ def test_rounds_run_every_method_once_in_changing_order(monkeypatch):
 def test_what_other_settings_hold_is_no_memory_of_a_method():
     bank = nn.Linear(1, 1)
     cells = [
-        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(nn.Linear(1, 1), own_bytes=10)},
-        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(bank, own_bytes=100)},
-        {"base": Twin(nn.Linear(1, 1)), "lora": Twin(bank, own_bytes=100)},
+        {"base": BenchModel(nn.Linear(1, 1)), "lora": BenchModel(nn.Linear(1, 1), adapters_bytes=10)},
+        {"base": BenchModel(nn.Linear(1, 1)), "lora": BenchModel(bank, adapters_bytes=100)},
+        {"base": BenchModel(nn.Linear(1, 1)), "lora": BenchModel(bank, adapters_bytes=100)},
     ]
-    present = [twin for cell in cells for twin in cell.values()]
+    present = [bench_model for cell in cells for bench_model in cell.values()]
     bar = SimpleNamespace(advance=lambda: None)
     for cell, own in zip(cells, (10, 100, 100)):
-        found = in_turns(cell, present, 1, lambda twin: SimpleNamespace(memory=1110), bar)
+        found = in_turns(cell, present, 1, lambda bench_model: SimpleNamespace(memory=1110), bar)
         assert (found["base"][0].memory, found["lora"][0].memory) == (1000, 1000 + own)
 
 
@@ -255,7 +255,7 @@ def test_a_benchmark_is_resumed_from_its_own_configuration(monkeypatch):
 def test_every_method_that_adapts_beside_the_weights_can_be_measured():
     for name in methods.names():
         if methods.can(name, methods.protocol.Adapts) and name != "full":
-            small_twins(("base", name))
+            small_models(("base", name))
 
 
 def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone():
@@ -297,14 +297,18 @@ def test_time_is_drawn_against_the_modules_that_are_kept():
 
 @pytest.mark.parametrize("name", ["lora", "peft"])
 def test_rows_take_turns_between_the_adapters(name):
-    models = crowds(small.model(), {"base": None, name: small.method("lora").config}, [1, 2], rows=3, seed=1)
+    models = tenant_models(small.model(), {"base": None, name: small.method("lora").config}, [1, 2], rows=3, seed=1)
     ids = small.ids(1).repeat(3, 1)
 
     def chosen(count):
-        twin = models[count][name]
-        with twin.around():
-            made = twin.model.generate(
-                input_ids=ids, max_new_tokens=2, output_scores=True, return_dict_in_generate=True, **twin.arguments
+        bench_model = models[count][name]
+        with bench_model.context():
+            made = bench_model.model.generate(
+                input_ids=ids,
+                max_new_tokens=2,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **bench_model.arguments,
             )
         return made.scores[0]
 
@@ -350,25 +354,25 @@ def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
 
 
 def test_a_training_step_reaches_every_trained_tensor_and_leaves_the_model_as_it_was():
-    models = small_twins(("base", "lora", "milora", "dora", "moelora", "peft"))
+    models = small_models(("base", "lora", "milora", "dora", "moelora", "peft"))
     ids = small.ids(2, 6)
     marks = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": marks}
     batch["labels"] = ids.masked_fill(marks.bool(), -100)
-    for name, twin in models.items():
-        before = {key: parameter.clone() for key, parameter in twin.model.named_parameters()}
-        twin.model.train()
-        train_step.loss(twin, batch).backward()
-        if twin.adapter is not None:
-            assert all(parameter.grad is not None for parameter in twin.adapter.trained.values()), name
-        train_step.timed(twin, batch)
-        assert all(parameter.grad is None for parameter in twin.model.parameters())
-        assert all(torch.equal(parameter, before[key]) for key, parameter in twin.model.named_parameters())
+    for name, bench_model in models.items():
+        before = {key: parameter.clone() for key, parameter in bench_model.model.named_parameters()}
+        bench_model.model.train()
+        train_step.loss(bench_model, batch).backward()
+        if bench_model.adapter is not None:
+            assert all(parameter.grad is not None for parameter in bench_model.adapter.trained.values()), name
+        train_step.timed(bench_model, batch)
+        assert all(parameter.grad is None for parameter in bench_model.model.parameters())
+        assert all(torch.equal(parameter, before[key]) for key, parameter in bench_model.model.named_parameters())
 
 
 def test_the_losses_of_a_step_are_one():
     """Ours at answers only, PEFT's over all logits: the adapters differ, so a module that adds nothing is compared."""
-    models = small_twins(("base", "peft"))
+    models = small_models(("base", "peft"))
     ids = small.ids(2, 6)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["labels"][:, :4] = -100
@@ -412,7 +416,7 @@ def test_a_loss_of_another_package_is_left_out_where_it_is_not_to_be_had(lrk, mo
     monkeypatch.setitem(PEFTS, "peft+trl", "no_such_package")
     ended = lrk("bench", "train", *TRAIN, "bench.rounds=1", "bench.methods=[base,peft+trl]")
     assert ended.code == 0, ended
-    assert "'peft+trl' is left out: the package no_such_package is not installed" in ended.err
+    assert "'peft+trl' is skipped: the package no_such_package is not installed" in ended.err
     assert [row["method"] for row in Run.open("outputs/latest").read_json("bench.json")["rows"]] == ["base"]
 
 

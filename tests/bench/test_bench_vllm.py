@@ -59,7 +59,7 @@ def test_vllm_is_measured_bare_and_with_our_adapters(lrk, python):  # noqa: F811
 
 def test_without_it_its_entries_are_left_out(lrk):  # noqa: F811
     ended = lrk("bench", "decode", *TINY, "bench.methods=[base,vllm]")
-    assert ended.code == 0 and "'vllm' is left out: bench.vllm names no Python that has vLLM" in ended.err
+    assert ended.code == 0 and "'vllm' is skipped: bench.vllm does not name a Python that has vLLM" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_engine_has_room_for_the_adapters_ranks(rank, expected):
     config = compose("bench", []).config
     settings = engine_settings(Path("model"), config, SimpleNamespace(rank=rank), 3)
     assert (settings["max_lora_rank"], settings["max_loras"]) == (expected, 3)
-    with pytest.raises(UserError, match=r"^bench\.rank: 600 is above what vLLM takes \(allowed: up to 512\)"):
+    with pytest.raises(UserError, match=r"^bench\.rank: 600 is too large for vLLM \(allowed: up to 512\)"):
         engine_settings(Path("model"), config, SimpleNamespace(rank=600), 1)
 
 

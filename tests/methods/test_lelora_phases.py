@@ -132,17 +132,17 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
         for part in (method.state(), save_load.tensors(adapter), optimizer_state.moments(optimizer))
     )
     assert "phase.2.rewards" in saved and saved["policy.heads.weight"].any()
-    again, twin = lelora()
-    save_load.assign(twin, tensors, "checkpoint")
-    other = torch.optim.AdamW(list(twin.trained.values()), lr=0.01, fused=True)
+    again, bench_model = lelora()
+    save_load.assign(bench_model, tensors, "checkpoint")
+    other = torch.optim.AdamW(list(bench_model.trained.values()), lr=0.01, fused=True)
     optimizer_state.load_moments(other, moments, "moments")
-    again.load_state(twin, saved)
+    again.load_state(bench_model, saved)
     rows = [
         train(*pair, 6, 20, first=8, optimizer=own)[0]
-        for pair, own in (((method, adapter), optimizer), ((again, twin), other))
+        for pair, own in (((method, adapter), optimizer), ((again, bench_model), other))
     ]
     assert len(rows[0]) == 3 and rows[0] == rows[1]
-    after = [save_load.tensors(one) for one in (adapter, twin)]
+    after = [save_load.tensors(one) for one in (adapter, bench_model)]
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
     assert torch.equal(*(one._strategies.policy.heads.weight for one in (method, again)))
 

@@ -7,7 +7,7 @@ import torch
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.adapter.training.recompute import recompute
-from lowrank_cli.bench.shared_weights import Twin
+from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.bench.train_step import saved_bytes
 
 FLOAT = 4  # bytes
@@ -51,7 +51,7 @@ def test_only_the_ranks_are_saved_for_the_backward_pass(checkpointing):
 
     def saved(adapter, model):
         recompute(model, checkpointing)
-        return saved_bytes(Twin(model.train(), adapter=adapter), batch)
+        return saved_bytes(BenchModel(model.train(), adapter=adapter), batch)
 
     bare = small.model().requires_grad_(False)
     ours, lora = small.adapted("lora_fa"), small.adapted("lora")

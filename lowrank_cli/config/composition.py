@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lowrank_cli.config.errors import Failure, explained, refuse_unsupported
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.errors import UserError, require_choice, require_range
-from lowrank_cli.methods.protocol import Calibrates
+from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check
 from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides
 
@@ -66,6 +66,8 @@ class Composed:
     resolved: dict[str, Any]  #: the same as plain values: what config.yaml holds
     choices: dict[str, str]  #: the file chosen in each group
     overrides: list[str]  #: as the user gave them
+    #: the run whose adapter is used: ``config.run``, or the closest run in its lineage that has one
+    adapter_run: Path | None = None
 
     @property
     def keys(self) -> set[str]:
@@ -86,6 +88,7 @@ class Source:
     path: str
     resolved: dict[str, Any]
     choices: dict[str, str]
+    adapter_run: Path | None = None  #: see :attr:`Composed.adapter_run`; None as long as the run does not exist
 
 
 def loader(config_dir: str | None = None) -> ConfigLoaderImpl:
@@ -173,7 +176,7 @@ def compose(
         refuse_code(composed, source.path if source and adopted else f"model={choices.get('model')}")
     if source is not None and not (verb == "train" and methods.can(composed.config.method.name, Calibrates)):
         _check_made_with(composed.config.method, source)  # what calibrates is fitted anew
-    return composed
+    return composed if source is None else replace(composed, adapter_run=source.adapter_run)
 
 
 def refuse_code(composed: Composed, where: str) -> None:
@@ -202,9 +205,11 @@ def restore(run: runs.Run) -> Composed:
     """The configuration of an existing run, from its folder."""
     info, file = run.info, run.path / "config.yaml"
     try:
-        return rebuild(info["stage"], run.config(), info.get("choices", {}), info.get("overrides", []))
+        composed = rebuild(info["stage"], run.config(), info.get("choices", {}), info.get("overrides", []))
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
+    path = getattr(composed.config, "run", None)
+    return composed if path is None else replace(composed, adapter_run=_adapter_run(runs.Run.open(path)))
 
 
 def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> Composed:
@@ -319,7 +324,17 @@ def _source(run: runs.Run) -> Source:
     for group, kind in kinds.items():
         for key in resolved[group]:
             require_choice(f"{file}: {group}", key, [item.name for item in fields(kind)])
-    return Source(str(run.path), resolved, choices)
+    return Source(str(run.path), resolved, choices, _adapter_run(run))
+
+
+def _adapter_run(run: runs.Run) -> Path | None:
+    """``run``, or the closest run in its lineage that has an adapter."""
+    for earlier in run.lineage():
+        name = earlier.config("method.name")["method"]["name"]
+        require_choice(f"{earlier.path / 'config.yaml'}: method.name", name, methods.names())
+        if methods.can(name, Adapts) and earlier.info["stage"] != "score":
+            return earlier.path.absolute()
+    return None
 
 
 def _method_name(load: ConfigLoaderImpl, choice: str) -> Any:

@@ -7,22 +7,11 @@ from typing import Any, TypedDict
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
-from lowrank_cli.errors import UserError, require_choice
-from lowrank_cli.methods.protocol import Adapts, Method
+from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Method
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import RunConfig, parse_overrides
-
-
-def adapter_run(config: RunConfig) -> Path | None:
-    """The run whose adapter ``config`` uses: ``config.run``, or the closest run in its lineage that has one."""
-    path = getattr(config, "run", None)
-    for run in () if path is None else Run.open(path).lineage():
-        name = run.config("method.name", "run")["method"]["name"]
-        require_choice(f"{run.path / 'config.yaml'}: method.name", name, methods.names())
-        if methods.can(name, Adapts) and run.info["stage"] != "score":
-            return run.path
-    return None
 
 
 def newest_run_note(config: RunConfig, run: Run) -> str:

@@ -20,7 +20,7 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
+from lowrank_cli.inference.adapter_run import method_of, newest_run_note
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.methods.protocol import Adapts, Method
 from lowrank_cli.models.load import check_task, load
@@ -153,18 +153,20 @@ class Session:
         return answer_losses(model, inputs, batch["labels"], self.model).sum()
 
 
-def start(config: RunConfig) -> Session:
+def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     """Load everything that ``config`` names, seeded.
 
     The adapter is freshly initialised; :func:`lowrank_cli.stages.evaluate.load_adapter` loads its weights.
+
+    Args:
+        adapter_run: the earlier run whose adapter is used, as composition found it.
 
     Raises:
         UserError: something does not fit, if possible before anything slow happens.
     """
     accelerator = prepare(config.hardware)
     method = methods.create(config.method)
-    earlier = adapter_run(config)
-    adapts = method if earlier is None or isinstance(method, Adapts) else method_of(Run.open(earlier))
+    adapts = method if adapter_run is None or isinstance(method, Adapts) else method_of(Run.open(adapter_run))
     check_task(config.model, config.task)
     task = tasks.load(config.task)
     shots = getattr(getattr(config, "evaluate", None), "shots", 0)
@@ -189,5 +191,5 @@ def start(config: RunConfig) -> Session:
         adapter,
         header=loaded.header,
         max_positions=loaded.max_positions,
-        adapter_run=earlier,
+        adapter_run=adapter_run,
     )

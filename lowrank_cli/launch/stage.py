@@ -211,7 +211,7 @@ def perform(run: Run, composed: Composed, resume: bool) -> None:
     """Do the stage's work in this process."""
     module = importlib.import_module(stages.STAGES[composed.verb])
     with library_warnings(run):
-        metrics = module.run(composed.config, run, resume=resume)
+        metrics = module.run(composed.config, run, composed.adapter_run, resume=resume)
     run.complete(metrics)
 
 

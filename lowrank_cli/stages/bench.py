@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def run(config: BenchRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: BenchRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Measure, and write ``bench.json`` and ``figures.json``. Resumed, it starts again."""
     kind, hardware = KINDS[config.bench.measure], config.hardware
     measured = kind.measure(config, run)

@@ -13,7 +13,6 @@ from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.icl.fit import load_or_fit
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import adapter_run
 from lowrank_cli.inference.predict import Record, predict, score, write_answers
 from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
@@ -37,12 +36,11 @@ class Observed:
             progress.console().print("; ".join(self.doubts), soft_wrap=True)
 
 
-def run(config: EvaluateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: EvaluateRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
-    earlier = adapter_run(config)
-    if earlier:
-        check_template(config.task, earlier / "adapter")
-    session = start(config)
+    if adapter_run:
+        check_template(config.task, adapter_run / "adapter")
+    session = start(config, adapter_run)
     load_adapter(session)
     if isinstance(session.method, Calibrates):
         fitted = load_or_fit(session)

@@ -19,13 +19,13 @@ from lowrank_cli.schema import ExportRun
 from lowrank_cli.stages.evaluate import load_adapter
 
 
-def run(config: ExportRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Write ``export/`` into ``run``'s folder.
 
     Raises:
         UserError: the exported logits differ by more than ``export.max_error``.
     """
-    session = start(config)
+    session = start(config, adapter_run)
     load_adapter(session)
     session.greet(run)
     session.model.eval()

@@ -20,7 +20,7 @@ from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import adapter_run, method_of, newest_run_note
+from lowrank_cli.inference.adapter_run import method_of, newest_run_note
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.inference.tenants import Tenants
 from lowrank_cli.methods.protocol import Adapts, Calibrates
@@ -42,7 +42,7 @@ class Printer(TextStreamer):
         super().on_finalized_text(escaped(text), stream_end)
 
 
-def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: GenerateRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Write ``answers.jsonl``, and the answers to stdout or to ``generate.output``. A resumed run starts over.
 
     Raises:
@@ -62,7 +62,7 @@ def run(config: GenerateRun, run: Run, *, resume: bool = False) -> dict[str, flo
     writer = Writer(loaded, config)
     began = time.monotonic()
     if settings.tenants is None:
-        _adapt(config, loaded.model)
+        _adapt(config, loaded.model, adapter_run)
         records = [_one(writer, requests[0], streamed=output is None)]
     else:
         records = _many(writer, requests, settings, config.hardware.grouped)
@@ -97,15 +97,14 @@ def _output(settings: GenerateConfig) -> Path | None:
     return output
 
 
-def _adapt(config: GenerateRun, model: PreTrainedModel) -> None:
-    """Put the run's adapter, if there is one, into the model."""
-    earlier = adapter_run(config)
-    method = methods.create(config.method) if earlier is None else method_of(Run.open(earlier))
+def _adapt(config: GenerateRun, model: PreTrainedModel, adapter_run: Path | None) -> None:
+    """Put the adapter of ``adapter_run``, if there is one, into the model."""
+    method = methods.create(config.method) if adapter_run is None else method_of(Run.open(adapter_run))
     if methods.can(config.method.name, Calibrates):
         raise UserError(f"method: {config.method.name} scores given answers and generates none (see lrk export)")
-    if earlier is not None and isinstance(method, Adapts):
+    if adapter_run is not None and isinstance(method, Adapts):
         adapter = method.adapt(model)
-        save_load.load(adapter, earlier / "adapter")
+        save_load.load(adapter, adapter_run / "adapter")
 
 
 class Writer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
@@ -17,11 +19,11 @@ from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.score import adapted, measure, write
 
 
-def run(config: PruneRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: PruneRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Prune the adapter of ``config.run``, save it into ``run``'s folder, and return its metrics on dev and test."""
     source = Run.open(str(config.run))
     scoring = source if source.info["stage"] == "score" else None
-    session, adapter = adapted(config)
+    session, adapter = adapted(config, adapter_run)
     require_ranks(adapter)
     modules = config.level == "module"
     choose = pruning.keep_modules if modules else pruning.keep_ranks

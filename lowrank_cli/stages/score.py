@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import adapter_run
 from lowrank_cli.inference.session import Session, start
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import AUTO, KINDS, RunConfig, ScoreConfig, ScoreRun
@@ -30,9 +30,9 @@ MEANINGS = {
 }
 
 
-def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: ScoreRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Score the adapter of ``config.run`` and write ``scores.json`` and ``figures.json`` into ``run``'s folder."""
-    session, adapter = adapted(config)
+    session, adapter = adapted(config, adapter_run)
     session.greet(run)
     began = time.monotonic()
     scores = measure(session, config.score, config.level, usual(adapter, config.level, config.score.window))
@@ -48,13 +48,12 @@ def run(config: ScoreRun, run: Run, *, resume: bool = False) -> dict[str, float]
     }
 
 
-def adapted(config: RunConfig) -> tuple[Session, Adapter]:
-    """A session with the adapter of ``config.run``, and that adapter. Raises UserError if the run has none."""
-    earlier = adapter_run(config)
-    if earlier is None:
+def adapted(config: RunConfig, adapter_run: Path | None) -> tuple[Session, Adapter]:
+    """A session with the adapter of ``adapter_run``, and that adapter. Raises UserError if there is none."""
+    if adapter_run is None:
         raise UserError("run: the run has no adapter of its own, so there are no ranks")
-    check_template(config.task, earlier / "adapter")
-    session = start(config)
+    check_template(config.task, adapter_run / "adapter")
+    session = start(config, adapter_run)
     load_adapter(session)
     assert session.adapter is not None
     return session, session.adapter

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
 
 
-def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]:
+def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Train, keep the best adapter in ``run``'s folder, and return its metrics on dev and test.
 
     A method that calibrates instead of training fits in one pass and starts over when resumed.
@@ -55,7 +56,7 @@ def run(config: TrainRun, run: Run, *, resume: bool = False) -> dict[str, float]
         WorkFailed: a loss is not finite.
         KeyboardInterrupt: a signal asked to stop; a checkpoint is written first.
     """
-    session = start(config)
+    session = start(config, adapter_run)
     if session.adapter_run is not None:
         load_adapter(session)
     if isinstance(session.method, Calibrates):

@@ -54,7 +54,7 @@ def accuracy(overrides: list[str], method: type[LoRA], folder: Path) -> dict[str
     run = Run.create(
         folder, stage="train", config=composed.resolved, choices=composed.choices, overrides=overrides, command=""
     )
-    return train.run(composed.config, run)
+    return train.run(composed.config, run, None)
 
 
 def main() -> None:

@@ -102,7 +102,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    session, adapter = adapted(compose("score", [f"run={args.run}"]).config)
+    composed = compose("score", [f"run={args.run}"])
+    session, adapter = adapted(composed.config, composed.adapter_run)
     probe, ranks = session.probe(args.batch, args.tokens), args.level == "rank"
     places = [(key, i) for key, rank in adapter.ranks().items() for i in range(rank if ranks else 1)]
     drawn = places if ranks else sorted({adapter.sites[key].layer or 0 for key in adapter.modules})

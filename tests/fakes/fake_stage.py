@@ -16,7 +16,7 @@ from lowrank_cli.errors import UserError, WorkFailed
 BEST_RATE = 0.3  #: the one with the lowest dev loss
 
 
-def run(config, run, *, resume=False):
+def run(config, run, adapter_run, *, resume=False):
     if config.task.max_length == 3:
         raise UserError("task.max_length: 3 is too short")
     train, devices = getattr(config, "train", None), os.environ.get("CUDA_VISIBLE_DEVICES")

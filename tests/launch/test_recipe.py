@@ -11,6 +11,7 @@ import pytest
 import yaml
 from command import one_line, runs
 
+from lowrank_cli.config.composition import compose, restore
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, single_run, stage, sweep
@@ -117,6 +118,27 @@ def test_stages_run_in_a_row(lrk):
     assert f"{path}\n" in ended.out and ended.out.endswith(f"  next: lrk compare {path}\n")
     assert "train.max_steps=3" in saved(path, ".")["recipe"]["stages"][0]["overrides"]
     assert (path / "01-small" / "plots" / "loss.png").is_file()
+
+
+FOUR = """
+  - {name: large, stage: train, overrides: [method=lora, method.rank=4]}
+  - {name: worth, stage: score, overrides: ["run={large}"]}
+  - {name: small, stage: prune, overrides: ["run={worth}", prune.drop=4]}
+  - {name: again, stage: evaluate, overrides: ["run={small}"]}
+"""
+
+
+def test_a_stage_uses_the_adapter_of_the_closest_stage_that_left_one(lrk):
+    """What pruning reads is a scoring; what it takes ranks out of is the trained adapter."""
+    planned = recipe.plan("run", list(write(FOUR)[2:]), "conf")[1]
+    assert [stage.adapter_run for _, stage in planned] == [None] * 4, "they do not exist yet"
+    assert lrk("run", *write(FOUR), *SHORT).code == 0
+    (path,) = runs()
+    stages = [Run.open(path / name) for name in ("01-large", "02-worth", "03-small", "04-again")]
+    used = [restore(stage).adapter_run for stage in stages]
+    assert [run and run.name for run in used] == [None, "01-large", "01-large", "03-small"]
+    assert compose("prune", [f"run={stages[1].path}", "prune.drop=4"]).adapter_run == used[2]
+    assert compose("train", [f"run={stages[2].path}"]).adapter_run == compose("evaluate", []).adapter_run == used[3]
 
 
 def test_overrides_reach_the_stages_that_know_them(lrk):

@@ -1,8 +1,8 @@
 """Reads untrusted files: limits their size and depth, and checks them against a schema.
 
 A schema is a type: ``int``, ``float`` (accepts integers), ``str``, ``bool``, ``None``, ``list[…]``, ``dict[str, …]``,
-unions of them, a ``TypedDict``, a dataclass (whose keys may be missing: composition requires them), or
-``Annotated[type, Where(…)]`` for a further condition. Keys that are not in a schema may hold anything.
+unions of them, a ``TypedDict``, a dataclass (keys with a default may be missing), or ``Annotated[type, Where(…)]`` for
+a further condition. Keys that are not in a schema may hold anything.
 Errors are one line: ``FILE: KEY is VALUE; expected …``.
 """
 
@@ -13,7 +13,7 @@ import stat
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -215,7 +215,8 @@ def _keys(kind: Any) -> dict[str, tuple[Any, bool]]:
     """The keys of a TypedDict or a dataclass: their types, and whether they are required."""
     hints = get_type_hints(kind, include_extras=True)
     if is_dataclass(kind):
-        return {item.name: (hints[item.name], False) for item in fields(kind)}
+        defaults = ((item.name, (item.default, item.default_factory)) for item in fields(kind))
+        return {name: (hints[name], both == (MISSING, MISSING)) for name, both in defaults}
     return {
         name: (get_args(hint)[0], False) if get_origin(hint) is NotRequired else (hint, kind.__total__)
         for name, hint in hints.items()

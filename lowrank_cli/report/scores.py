@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.scores import FILE, SavedScores
 from lowrank_cli.schema import KINDS
 
 ENDS = 5  #: ranks or modules shown of each end
@@ -20,25 +20,25 @@ COLUMNS = ("module", "rank no.", "score")
 
 def shown(run: Run) -> list[RenderableType]:
     """Tables of a run that scored ranks or modules; none for another."""
-    if not run.done or not (run.path / "scores.json").is_file():
+    if not run.done or not (run.path / FILE).is_file():
         return []
-    record = run.read_json("scores.json")
-    unit = number_format.unit(score for module in record["modules"] for score in module["scores"])
-    worth = {module["module"]: [score / unit for score in module["scores"]] for module in record["modules"]}
+    saved = SavedScores.read(run.path)
+    unit = number_format.unit(score for module in saved.modules for score in module["scores"])
+    worth = {module["module"]: [score / unit for score in module["scores"]] for module in saved.modules}
     number = _format([value for values in worth.values() for value in values])
-    says = f"{record['kind']}: {KINDS[record['level']][record['kind']]}{number_format.in_unit(unit)}"
-    return [Text(says), _by_role(record, worth, number), _ends(record, worth, number)]
+    says = f"{saved.kind}: {KINDS[saved.level][saved.kind]}{number_format.in_unit(unit)}"
+    return [Text(says), _by_role(saved, worth, number), _ends(saved.level, worth, number)]
 
 
-def _by_role(record: dict[str, Any], worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
+def _by_role(saved: SavedScores, worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
     """Roles, the one worth most first."""
     groups: dict[str, list[float]] = {}
     modules: dict[str, int] = {}
-    for module in record["modules"]:
+    for module in saved.modules:
         role = module["role"] or module["module"]
         groups.setdefault(role, []).extend(worth[module["module"]])
         modules[role] = modules.get(role, 0) + 1
-    ranks = record["level"] == "rank"
+    ranks = saved.level == "rank"
     table = _table("by role", "role", "modules", *(["ranks"] if ranks else []), "mean", "lowest", "highest")
     for role, values in sorted(groups.items(), key=lambda item: -sum(item[1]) / len(item[1])):
         counts = [str(modules[role]), *([str(len(values))] if ranks else [])]
@@ -47,12 +47,12 @@ def _by_role(record: dict[str, Any], worth: dict[str, list[float]], number: Call
     return table
 
 
-def _ends(record: dict[str, Any], worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
+def _ends(level: str, worth: dict[str, list[float]], number: Callable[[float], str]) -> Table:
     scored = [(value, module, index) for module, values in worth.items() for index, value in enumerate(values)]
     scored.sort(key=lambda item: -item[0])
     few = len(scored) <= 2 * ENDS
-    units = f"{len(scored)} {record['level']}s"
-    columns = COLUMNS if record["level"] == "rank" else [name for name in COLUMNS if name != "rank no."]
+    units = f"{len(scored)} {level}s"
+    columns = COLUMNS if level == "rank" else [name for name in COLUMNS if name != "rank no."]
     table = _table(f"all {units}" if few else f"the {ENDS} highest and the {ENDS} lowest of {units}", *columns)
     for entry in scored if few else [*scored[:ENDS], None, *scored[-ENDS:]]:
         cells = ("…", "", "") if entry is None else (entry[1], str(entry[2]), number(entry[0]))

@@ -21,6 +21,7 @@ from rich.text import Text
 from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.report import export_hints
 from lowrank_cli.runs.process import is_gone
+from lowrank_cli.runs.scores import SavedScores
 from lowrank_cli.schema import parse_overrides
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def _next(run: Run, selective: str) -> Iterable[str]:
     if status == "done" and stage == "score":
         if run.config("score")["score"].get("level") != "module":
             return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
-        of_layer = Counter(entry["layer"] for entry in run.read_json("scores.json")["modules"])
+        of_layer = Counter(entry["layer"] for entry in SavedScores.read(run.path).modules)
         keep = min(2, min(of_layer.values()) - 1)
         return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
     if status == "done" and stage in ("run", "study"):

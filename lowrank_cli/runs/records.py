@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from lowrank_cli.reader import Count, Finite, PlainName, Where
-from lowrank_cli.schema import KINDS, VERBS
+from lowrank_cli.schema import VERBS
 
 Stage = Annotated[str, Where(VERBS.__contains__, f"one of {', '.join(VERBS)}")]
 Status = Annotated[
@@ -79,27 +79,6 @@ HistoryRow = TypedDict(
 )
 
 
-class ScoredModule(TypedDict):
-    """One module of ``scores.json``."""
-
-    module: str
-    layer: int | None
-    role: str | None
-    scores: list[Finite]
-    exact: NotRequired[list[Finite | None]]
-
-
-class ScoresRecord(TypedDict):
-    """``scores.json``."""
-
-    level: Annotated[str, Where(KINDS.__contains__, f"one of {', '.join(KINDS)}")]
-    kind: Annotated[
-        str,
-        Where(lambda kind: any(kind in of for of in KINDS.values()), "a kind of score (lrk list keys score)"),
-    ]
-    modules: list[ScoredModule]
-
-
 class Figure(TypedDict):
     """One entry of ``figures.json``; see :func:`lowrank_cli.report.plots.draw`."""
 
@@ -156,7 +135,6 @@ class Layers(TypedDict):
 #: Kind of each file that :meth:`lowrank_cli.runs.Run.read_json` knows by its name.
 RECORDS: dict[str, Any] = {
     "metrics.json": dict[str, float | None],
-    "scores.json": ScoresRecord,
     "figures.json": list[Figure],
     "arrangements.json": list[Arrangement],
     "bench.json": BenchRecord,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lowrank_cli.adapter.adapted_model import Adapter
@@ -12,6 +13,7 @@ from lowrank_cli.inference import progress, pruning
 from lowrank_cli.inference.predict import write_answers
 from lowrank_cli.inference.session import Session
 from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs.scores import FILE, SavedScores
 from lowrank_cli.schema import AUTO, PruneRun
 from lowrank_cli.scoring.heatmaps import allocation
 from lowrank_cli.scoring.kinds import Scores, require_ranks
@@ -71,11 +73,11 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
     Raises:
         UserError: they are of another adapter, of another ``level``, or of another ``kind`` than requested.
     """
-    record = scoring.read_json("scores.json")
-    values = {entry["module"]: entry["scores"] for entry in record["modules"]}
-    exact = {entry["module"]: entry["exact"] for entry in record["modules"] if "exact" in entry}
+    saved = SavedScores.read(scoring.path)
+    values = {entry["module"]: entry["scores"] for entry in saved.modules}
+    exact = {entry["module"]: entry["exact"] for entry in saved.modules if "exact" in entry}
     parts = {"exact": exact} if len(exact) == len(values) else {}
-    scores = Scores(record["kind"], values, parts, level=record["level"])
+    scores = Scores(saved.kind, values, parts, level=saved.level)
     scored_run = scoring.config("run")["run"]
     if scores.level != level:
         raise UserError(
@@ -88,6 +90,7 @@ def read(scoring: Run, adapter: Adapter, level: str, kind: str | None) -> Scores
             f"or name the adapter's run, which is scored first: run={scored_run})"
         )
     expected = adapter.ranks() if level == "rank" else dict.fromkeys(adapter.ranks(), 1)
-    if any({key: len(row) for key, row in rows.items()} != expected for rows in (values, *parts.values())):
-        raise UserError(f"{scoring.path / 'scores.json'} does not belong to the adapter of {scored_run}")
+    tables: list[Mapping[str, Sequence[float | None]]] = [values, *parts.values()]
+    if any({key: len(row) for key, row in table.items()} != expected for table in tables):
+        raise UserError(f"{scoring.path / FILE} does not belong to the adapter of {scored_run}")
     return scores

@@ -5,29 +5,20 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.inference import progress
 from lowrank_cli.inference.session import Session, start
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import AUTO, KINDS, RunConfig, ScoreConfig, ScoreRun
+from lowrank_cli.runs.scores import SavedScores, ScoredModule
+from lowrank_cli.schema import AUTO, RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import cost, kinds, modules
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.heatmaps import heat_map
 from lowrank_cli.scoring.kinds import Scores
 from lowrank_cli.stages.evaluate import check_template, load_adapter
-
-#: Meanings of the other numbers in ``scores.json``.
-MEANINGS = {
-    "whole": "S, that is minus the dev loss (nats), with the whole adapter",
-    "bare": "S with no module of the adapter",
-    "without": "S without this one; of it and the next, scores = whole - without + alone - bare",
-    "alone": "S with this one and no other",
-    "slope_at_1": "whole - without to first order: slope of S in the gate of this one, all gates open",
-    "exact": "whole - without + alone - bare; null for those that are not near the cut",
-    "slope_at_0": "alone - bare to first order: the same with all gates closed; by taylor scores are their sum",
-}
 
 
 def run(config: ScoreRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
@@ -108,17 +99,19 @@ def trained_tokens(session: Session) -> int:
 
 
 def write(run: Run, adapter: Adapter, scores: Scores) -> None:
-    """Write ``scores.json`` with all measurements and their meaning, and a heat map of each module's mean score."""
+    """Write ``scores.json`` with all measurements, and a heat map of each module's mean score."""
     listed = []
     for key, values in scores.worth.items():
         site = adapter.sites[key]
         measured = {name: by_module[key] for name, by_module in scores.components.items()}
-        listed.append({"module": key, "layer": site.layer, "role": site.role, "scores": values, **measured})
-    losses = {} if scores.whole is None else {"whole": scores.whole, "bare": scores.bare}
-    meaning = {"scores": KINDS[scores.level][scores.kind]} | {
-        name: MEANINGS[name] for name in (*losses, *scores.components)
-    }
-    about = {"level": scores.level, "kind": scores.kind, "meaning": meaning}
-    about |= {"reason": scores.reason} if scores.reason else {}
-    run.write_json("scores.json", {**about, **losses, "modules": listed})
+        entry = {"module": key, "layer": site.layer, "role": site.role, "scores": values, **measured}
+        listed.append(cast(ScoredModule, entry))
+    SavedScores(
+        level=scores.level,
+        kind=scores.kind,
+        modules=listed,
+        whole=scores.whole,
+        bare=scores.bare,
+        reason=scores.reason,
+    ).save(run)
     run.write_json("figures.json", [heat_map(adapter, scores)])

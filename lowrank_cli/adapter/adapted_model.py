@@ -180,7 +180,6 @@ def inject(
     alpha: float,
     dropout: float,
     kind: Callable[..., LowRank] = LowRank,
-    rank_key: str = "rank",
 ) -> Adapter:
     """Freeze ``model`` and put a fresh module at each site; a classification head trains in full.
 
@@ -190,17 +189,7 @@ def inject(
         alpha: updates are scaled by alpha / rank.
         dropout: probability of zeroing an input of A.
         kind: makes a module from (in features, out features, rank, alpha, dropout, device).
-        rank_key: the method's key that set ``rank``, for the error message.
-
-    Raises:
-        UserError: ``rank`` exceeds the smaller side of a matrix.
     """
-    for site in sites:
-        if rank > min(site.in_features, site.out_features):
-            raise UserError(
-                f"method.{rank_key}: {rank} is above the matrix '{site.key}' of {site.out_features} × "
-                f"{site.in_features} (allowed: 1 to {min(site.in_features, site.out_features)})"
-            )
     adapter = Adapter(model, {site.key: site for site in sites})
     for site in sites:
         device = next(model.get_submodule(site.path).parameters()).device

@@ -8,6 +8,7 @@ import torch
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.low_rank import LowRank, resized
+from lowrank_cli.adapter.target_sites import Site
 from lowrank_cli.errors import UserError, nearest
 
 
@@ -49,6 +50,16 @@ def all_but_lowest(scores: Mapping[str, Sequence[float]], count: int) -> dict[st
     }
 
 
+def require_ranks(sites: Mapping[str, Site], wanted: Mapping[str, int], source: str) -> None:
+    """Raise UserError, naming ``source``, unless ``sites``, by key, can have the ``wanted`` ranks."""
+    for key, rank in wanted.items():
+        site = sites.get(key)
+        if site is None:
+            raise UserError(f"{source}: has '{key}', which this method does not make{nearest(key, sites)}")
+        if not 1 <= rank <= min(site.in_features, site.out_features):
+            raise UserError(f"{source}: rank {rank} of '{key}' does not fit {site.out_features} × {site.in_features}")
+
+
 def rebuild(
     adapter: Adapter, wanted: Mapping[str, int], source: str, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
@@ -63,14 +74,10 @@ def rebuild(
     """
     if wanted == adapter.ranks():
         return
-    for key, rank in wanted.items():
-        site = adapter.sites.get(key)
-        if site is None:
-            raise UserError(f"{source}: has '{key}', which this method does not make{nearest(key, adapter.sites)}")
-        if not 1 <= rank <= min(site.in_features, site.out_features):
-            raise UserError(f"{source}: rank {rank} of '{key}' does not fit {site.out_features} × {site.in_features}")
+    require_ranks(adapter.sites, wanted, source)
+    for key in wanted:
         if key in adapter.emptied:
-            adapter.attach(site, adapter.emptied.pop(key))
+            adapter.attach(adapter.sites[key], adapter.emptied.pop(key))
     plan = {}
     for key, rank in adapter.ranks().items():
         new = wanted.get(key, 0)

@@ -7,6 +7,7 @@ below are known; the structure of other decoders is inferred (:mod:`lowrank_cli.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -247,6 +248,17 @@ def _unknown_role(model: PreTrainedModel, target: str, roles: list[str]) -> User
     structure = structure_of(model)
     why = f"; {structure.left_out}" if structure and structure.left_out else ""
     return UserError(f"method.target_modules: family '{kind}' has no role '{target}' (it has {' '.join(roles)}{why})")
+
+
+def require_rank(sites: Iterable[Site], rank: int, key: str) -> None:
+    """Raise UserError, naming the method's ``key``, if ``rank`` exceeds the smaller side of a site."""
+    for site in sites:
+        most = min(site.in_features, site.out_features)
+        if rank > most:
+            raise UserError(
+                f"method.{key}: {rank} is above the matrix '{site.key}' of {site.out_features} × {site.in_features} "
+                f"(allowed: 1 to {most})"
+            )
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

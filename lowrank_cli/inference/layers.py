@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lowrank_cli.adapter.target_sites import ROLES, find_sites, structure_of
+from lowrank_cli.adapter.target_sites import ROLES, structure_of
+from lowrank_cli.methods.protocol import ChoosesSites, Method
 from lowrank_cli.models.outline import outline
 from lowrank_cli.schema import ModelConfig
 
 
-def layers(model: ModelConfig, targets: Sequence[str] | None) -> str | None:
+def layers(model: ModelConfig, method: Method) -> str | None:
     """``30 in model.layers, each with Q K V O G U D``; None if the model's configuration is not on this machine.
 
     Raises:
-        UserError: the model lacks one of ``targets``, a method's ``target_modules``.
+        UserError: the settings of ``method`` do not fit the model.
     """
     network = outline(model)
     if network is None:
         return None
-    if targets:
-        find_sites(network, list(targets))
+    if isinstance(method, ChoosesSites):
+        method.sites(network)
     structure = structure_of(network)
     if structure is None:
         return f"not found in this '{network.config.model_type}': methods take its linears by name, not by role"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import answer_losses
-from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.adapter_run import method_of, newest_run_note
 from lowrank_cli.inference.device import greet, prepare
-from lowrank_cli.methods.protocol import Adapts, Method
+from lowrank_cli.methods.protocol import Adapts, ChoosesSites, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PredictConfig, RunConfig
@@ -176,8 +174,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         )
     torch.manual_seed(config.seed)
     labels = len(task.label_words) if config.model.kind == "encoder" else None
-    targets = getattr(config.method, "target_modules", None)
-    fits = partial(find_sites, targets=list(targets)) if targets else None  # fails on a wrong name before a download
+    fits = adapts.sites if isinstance(adapts, ChoosesSites) else None  # fails on a wrong setting before a download
     loaded = load(config.model, config.hardware, labels, fits)
     model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares its trainable tensors
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None

@@ -65,7 +65,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
         ("stage", composed.verb),
         ("method", f"{config.method.name}{f' ({values})' if values else ''}"),
         common[0],
-        *_layers(config),
+        *_layers(composed),
         ("task", f"{task.name} ({data}; {task.answer}, {task.metric}{f', limit {task.limit}' if task.limit else ''})"),
         common[1],
     ]
@@ -94,18 +94,21 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
 
 
-def _layers(config: Any) -> list[tuple[str, str]]:
-    """A row with the model's layers and their roles; none for the bundled model.
+def _layers(composed: Composed) -> list[tuple[str, str]]:
+    """A row with the model's layers and their roles; none for the bundled model, which fits every method's defaults.
 
-    Raises UserError for target modules that the model lacks, if its configuration is on this machine.
+    Raises UserError for settings of the method that do not fit the model, if its configuration is on this machine.
     """
-    model = config.model
-    if model.bundled and not (model.path or model.gguf):
+    config, model = composed.config, composed.config.model
+    bundled = model.bundled and not (model.path or model.gguf)
+    if bundled and not any(key.startswith("method.") for key in composed.keys):
         return []
     from lowrank_cli.inference.layers import layers
 
-    targets = getattr(config.method, "target_modules", None)
-    return [("layers", layers(model, targets) or "not known before the model is downloaded, with its config.json")]
+    found = layers(model, methods.create(config.method))
+    if bundled:
+        return []
+    return [("layers", found or "not known before the model is downloaded, with its config.json")]
 
 
 def _quantized(hardware: HardwareConfig) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.adapter.kinds.rank_values import Importance
+    from lowrank_cli.adapter.low_rank import LowRank
     from lowrank_cli.methods.protocol import Step
 
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 class BudgetConfig(LoRAConfig):
     """LoRA that starts with more ranks than its budget: ``rank`` is the final mean rank of a module."""
 
+    start_rank_key: ClassVar[str] = "initial_rank"
     initial_rank: Optional[int] = MISSING  #: of every module at the start; null is twice ``rank``
     final_share: float = MISSING  #: share of all steps, the last ones, at the final budget
 
@@ -82,19 +84,6 @@ class AdaLoRAConfig(BudgetConfig):
         require_range("method.orthogonality", self.orthogonality, 0)
 
 
-def inject_values(model: PreTrainedModel, config: BudgetConfig) -> Adapter:
-    """Inject modules with the initial rank and a value for each rank."""
-    from lowrank_cli.adapter.adapted_model import inject
-    from lowrank_cli.adapter.kinds.rank_values import RankValues
-    from lowrank_cli.adapter.target_sites import find_sites
-
-    sites = find_sites(model, list(config.target_modules))
-    rank = config.start_rank
-    return inject(
-        model, sites, rank=rank, alpha=config.alpha, dropout=config.dropout, kind=RankValues, rank_key="initial_rank"
-    )
-
-
 def observe_budget(adapter: Adapter) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Initial parameters, and the remaining ranks with their heat map."""
     from lowrank_cli.adapter.kinds.rank_values import initial_parameters
@@ -125,12 +114,18 @@ class AdaLoRA(LoRA):
 
         from lowrank_cli.adapter.kinds.rank_values import value_modules
 
-        adapter = inject_values(model, self.config)
+        adapter = super().adapt(model)
         for module in value_modules(adapter).values():
             nn.init.normal_(module.lora_a, std=0.02)
             nn.init.normal_(module.lora_b, std=0.02)
             nn.init.zeros_(module.values)
         return adapter
+
+    def kind(self) -> type[LowRank]:
+        """Modules with a value for each rank."""
+        from lowrank_cli.adapter.kinds.rank_values import RankValues
+
+        return RankValues
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
         """γ · Σ_modules (‖Pᵀ P − 1‖² + ‖Q Qᵀ − 1‖²)."""

@@ -70,9 +70,8 @@ class FanLoRA(Method):
     Config = FanLoRAConfig
     config: FanLoRAConfig
 
-    def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Wrap the selected modules. Raises UserError if the model lacks these layers or roles."""
-        from lowrank_cli.adapter.adapted_model import inject
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The selected modules. Raises UserError if the model lacks these layers or roles, or they are too small."""
         from lowrank_cli.adapter.target_sites import known_sites
         from lowrank_cli.scoring.selection import fitting
 
@@ -87,11 +86,28 @@ class FanLoRA(Method):
                 f"({str(error).removeprefix('method.setting: ')}); to find one for this model: lrk train method=lora, "
                 f"then lrk score score.level=module, then lrk prune prune.keep=2"
             ) from None
-        rank = self._matched_rank(every, sites) if config.match_parameters else config.rank
+        self._rank(every, sites)
+        return sites
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """Wrap the selected modules."""
+        from lowrank_cli.adapter.adapted_model import inject
+        from lowrank_cli.adapter.target_sites import known_sites
+
+        config, sites = self.config, self.sites(model)
+        rank = self._rank(known_sites(model), sites)
         return inject(model, sites, rank=rank, alpha=config.alpha * rank / config.rank, dropout=config.dropout)
 
-    def _matched_rank(self, every: list[Site], kept: list[Site]) -> int:
-        """The rank at which ``kept`` have as many parameters as ``every`` site with ``method.rank``."""
+    def _rank(self, every: list[Site], kept: list[Site]) -> int:
+        """The rank at which ``kept`` have as many parameters as ``every`` site with ``method.rank``, if matched.
+
+        Raises UserError if it exceeds the smaller side of a site.
+        """
+        from lowrank_cli.adapter.target_sites import require_rank
+
+        if not self.config.match_parameters:
+            require_rank(kept, self.config.rank, "rank")
+            return self.config.rank
         all_features, kept_features = (sum(s.in_features + s.out_features for s in sites) for sites in (every, kept))
         rank = max(1, round(self.config.rank * all_features / kept_features))
         small = min(kept, key=lambda site: min(site.in_features, site.out_features))

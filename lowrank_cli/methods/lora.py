@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.adapter.low_rank import LowRank
+    from lowrank_cli.adapter.target_sites import Site
 
 
 @dataclass
@@ -48,6 +49,7 @@ class LoRAConfig(LowRankConfig):
     """One low-rank module on each target linear."""
 
     made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha", "target_modules")
+    start_rank_key: ClassVar[str] = "rank"  #: what sets ``start_rank``
     #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
     target_modules: list[str] = MISSING
 
@@ -56,8 +58,13 @@ class LoRAConfig(LowRankConfig):
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")
 
+    @property
+    def start_rank(self) -> int:
+        """The rank of a fresh module."""
+        return self.rank
+
     def module_ranks(self) -> dict[str, int]:
-        """The rank of each module by its key; empty if all have ``rank``."""
+        """The rank of each module by its key; empty if all have ``start_rank``."""
         return {}
 
 
@@ -106,15 +113,24 @@ class LoRA(Method):
     Config: ClassVar[type[LoRAConfig]] = PatternConfig
     config: LoRAConfig
 
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target linears. Raises UserError if the model lacks one, or one is smaller than its rank."""
+        from lowrank_cli.adapter.ranks import require_ranks
+        from lowrank_cli.adapter.target_sites import find_sites, require_rank
+
+        config = self.config
+        sites = find_sites(model, list(config.target_modules))
+        require_rank(sites, config.start_rank, config.start_rank_key)
+        require_ranks({site.key: site for site in sites}, config.module_ranks(), "method.rank_pattern")
+        return sites
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Wrap the target linears of ``model``; a classification head, if any, trains in full."""
         from lowrank_cli.adapter.adapted_model import inject
         from lowrank_cli.adapter.ranks import rebuild
-        from lowrank_cli.adapter.target_sites import find_sites
 
-        config = self.config
-        sites = find_sites(model, list(config.target_modules))
-        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=self.kind())
+        config, sites, kind = self.config, self.sites(model), self.kind()
+        adapter = inject(model, sites, rank=config.start_rank, alpha=config.alpha, dropout=config.dropout, kind=kind)
         if ranks := config.module_ranks():
             rebuild(adapter, ranks, "method.rank_pattern")
             adapter.initial_ranks = adapter.ranks()

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lowrank_cli.adapter.low_rank import LowRank
     from lowrank_cli.adapter.routing.choice_stats import Choices
     from lowrank_cli.adapter.routing.router import Router
+    from lowrank_cli.adapter.target_sites import Site
     from lowrank_cli.methods.protocol import Start, Step
 
 POOLERS = ("self_attention", "average", "max", "last_token")
@@ -121,29 +122,35 @@ class MiLoRA(LoRA):
         self._optimizer: torch.optim.Optimizer | None = None
         self._warming = config.soft_start > 0  # whether the next step trains every module
 
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """As LoRA's, the same roles in every layer. Raises UserError also for linears without a role."""
+        from lowrank_cli.adapter.target_sites import layers
+
+        sites = super().sites(model)
+        strangers = [site.path for site in sites if site.layer is None]
+        if strangers:
+            raise UserError(f"method.target_modules: '{strangers[0]}' has no role in a layer; milora routes roles")
+        roles, depth, names = {site.role for site in sites}, len(layers(model)), self.config.activation
+        self.config.check_k(len(roles))
+        if len({(site.layer, site.role) for site in sites}) < depth * len(roles):
+            raise UserError("method.target_modules: milora needs the same roles in every layer")
+        if depth % len(names):
+            raise UserError(
+                f"method.activation: {len(names)} names cannot share {depth} layers equally (allowed: 1 to {depth} "
+                f"names, a divisor of it)"
+            )
+        return sites
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
-        """Add LoRA's modules and a router for each layer. Raises UserError for linears without a role."""
+        """Add LoRA's modules and a router for each layer."""
         from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
         from lowrank_cli.adapter.routing.router import GATES
         from lowrank_cli.adapter.target_sites import layers, layers_path
 
-        adapter = super().adapt(model)
-        strangers = [site.path for site in adapter.sites.values() if site.layer is None]
-        if strangers:
-            raise UserError(f"method.target_modules: '{strangers[0]}' has no role in a layer; milora routes roles")
+        adapter, blocks, names = super().adapt(model), layers(model), list(self.config.activation)
         self.roles = list(dict.fromkeys(str(site.role) for site in adapter.sites.values()))
-        self.config.check_k(len(self.roles))
-        blocks = layers(model)
         by_role = {(site.layer, site.role): adapter.modules[site.key] for site in adapter.sites.values()}
-        if any((index, role) not in by_role for index in range(len(blocks)) for role in self.roles):
-            raise UserError("method.target_modules: milora needs the same roles in every layer")
         modules = [[by_role[index, role] for role in self.roles] for index in range(len(blocks))]
-        names = list(self.config.activation)
-        if len(blocks) % len(names):
-            raise UserError(
-                f"method.activation: {len(names)} names cannot share {len(blocks)} layers equally (allowed: 1 to "
-                f"{len(blocks)} names, a divisor of it)"
-            )
         width = model.config.get_text_config().hidden_size
         routers = [self._router(width, names[index * len(names) // len(blocks)]) for index in range(len(blocks))]
         adapter.routing = PromptRouting(model, blocks, modules, routers, self.config.k, GATES[self.config.gate])

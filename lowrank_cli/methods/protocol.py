@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.target_sites import Site
     from lowrank_cli.calibration.ida import TokenRule
     from lowrank_cli.scoring.probe import Probe
 
@@ -56,6 +57,21 @@ class Adapts(Protocol):
 
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Adapt ``model`` in place, freeze the rest, and return the handle. The function must not change."""
+        ...
+
+
+@runtime_checkable
+class ChoosesSites(Protocol):
+    """Adapts some linears of a model, and knows from their names and shapes whether its settings fit."""
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """What :meth:`Adapts.adapt` wraps.
+
+        No weight is read: ``model`` may be on torch's meta device.
+
+        Raises:
+            UserError: the method's settings do not fit the model.
+        """
         ...
 
 

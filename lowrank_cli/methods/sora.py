@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from lowrank_cli.errors import WorkFailed, require_range
-from lowrank_cli.methods.adalora import BudgetConfig, inject_values, observe_budget
+from lowrank_cli.methods.adalora import BudgetConfig, observe_budget
 from lowrank_cli.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.low_rank import LowRank
     from lowrank_cli.methods.protocol import Step
 
 
@@ -60,10 +61,16 @@ class SoRA(LoRA):
 
         from lowrank_cli.adapter.kinds.rank_values import value_modules
 
-        adapter = inject_values(model, self.config)
+        adapter = super().adapt(model)
         for module in value_modules(adapter).values():
             nn.init.normal_(module.values)
         return adapter
+
+    def kind(self) -> type[LowRank]:
+        """Modules with a gate for each rank."""
+        from lowrank_cli.adapter.kinds.rank_values import RankValues
+
+        return RankValues
 
     def after_step(self, step: Step) -> None:
         """The proximal step of all gates; at the start of the final share, prune to the budget."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli.models import gguf
-from lowrank_cli.models.load import cached, factory_of, one_line, quiet
+from lowrank_cli.models.load import BUNDLED, cached, factory_of, one_line, quiet
 from lowrank_cli.schema import ModelConfig
 
 
@@ -31,6 +31,8 @@ def _folder(model: ModelConfig) -> Path | None:
         return gguf.converted(gguf.find(Path(model.gguf), f"model.gguf: {model.gguf}"))
     if model.path:
         return Path(model.path) if (Path(model.path) / "config.json").is_file() else None
+    if model.bundled:
+        return BUNDLED
     if model.id and (snapshot := cached(model.id, model.revision)):
         return snapshot
     file = gguf.in_package(model.package) if model.package else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import small
@@ -276,7 +277,7 @@ def test_check_shows_layers_and_roles_without_weights(lrk, folder):
     out = lrk("check", "train", "method=milora", "model=hub", f"model.path={folder('mixtral')}").out
     assert "each with Q K V O (experts fused into 3-D parameters take no low-rank module)" in out
     out = lrk("check", "train", "method=lora", "model=gpt2").out
-    assert "looked at when the model is loaded: its config.json is not here yet" in out
+    assert "not known before the model is downloaded, with its config.json" in out
     assert "layers" not in lrk("check", "train", "method=lora").out
 
 
@@ -285,6 +286,26 @@ def test_check_refuses_roles_that_the_model_lacks(lrk, folder):
     message = one_line(lrk("check", "train", *chosen, "method.target_modules=[G]"))
     assert message == "method.target_modules: family 'phi' has no role 'G' (it has Q K V O U D)"
     assert lrk("check", "train", *chosen, "method.target_modules=[U]").code == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("method=milora method.target_modules=[lm_head] method.k=1", "method.target_modules: 'lm_head' has no role"),
+        ("method=milora method.target_modules=[q_proj,V] method.k=3", "method.k: 3 is out of range (allowed: 1 to 2)"),
+        ("method=lora method.rank=129", "method.rank: 129 is above the matrix 'model.layers.0.self_attn.q_proj'"),
+        ("method=sora method.initial_rank=99", "method.initial_rank: 99 is above the matrix 'model.layers.0.self_attn"),
+        ("method=fanlora method.rank=300", "method.rank: the parameters of rank 300 on all roles make rank 1000"),
+        ("method=lelora method.target_modules=[lm_head]", "method.target_modules: 'lm_head' shares its weight with"),
+        ("method=lora method.rank_pattern=ranks.json", "method.rank_pattern: has 'layers.7.q', which this method does"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_found_before_its_weights_load(lrk, monkeypatch, settings, message):
+    Path("ranks.json").write_text('{"layers.7.q": 2}')
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", None)
+    for verb in ("check", "train"):
+        assert one_line(lrk(verb, *settings.split(), "task.limit=8")).startswith(message)
+    assert not Path("outputs").exists()
 
 
 def test_lists_name_tested_models():

@@ -19,6 +19,7 @@ from lowrank_cli.config.composition import Source, compose
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
 from lowrank_cli.launch.stage import check
+from lowrank_cli.methods.protocol import ChoosesSites
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.cut import usual
@@ -67,6 +68,13 @@ def test_every_method_has_a_config_file_that_sets_every_field(name):
 def test_a_fresh_adapter_is_exactly_the_bare_model(name, family):
     before = small.model(family)(input_ids=small.ids()).logits
     assert torch.equal(adapted(name, family).model(input_ids=small.ids()).logits, before)
+
+
+@pytest.mark.parametrize("name", [name for name in small.TRAINABLE if methods.can(name, ChoosesSites)])
+def test_sites_are_known_without_weights(name):
+    with torch.device("meta"):
+        outline = small.FAMILIES["llama"]()
+    assert small.method(name).sites(outline) == list(adapted(name).sites.values())
 
 
 @pytest.mark.parametrize("name", small.TRAINABLE)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.low_rank import LowRank
+    from lowrank_cli.adapter.target_sites import Site
     from lowrank_cli.methods.lelora.strategy import Strategies
     from lowrank_cli.methods.protocol import Step
 
@@ -90,29 +92,34 @@ class LeLoRA(LoRA):
         policy = self.config.policy
         return "" if policy == "fixed" else f"changes shapes with method.policy={policy} (allowed: fixed)"
 
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """As LoRA's, of which none may share its weight with the input embedding if windows move."""
+        sites, embedding = super().sites(model), model.get_input_embeddings().weight
+        for site in sites:
+            if self.config.policy != "fixed" and model.get_submodule(site.path).weight is embedding:
+                raise UserError(f"method.target_modules: '{site.path}' shares its weight with the input embedding")
+        return sites
+
+    def kind(self) -> type[LowRank]:
+        from lowrank_cli.adapter.kinds.svd_window import MovingWindow
+
+        return MovingWindow
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """As LoRA, with all windows at ``start``."""
-        from lowrank_cli.adapter.adapted_model import inject
         from lowrank_cli.adapter.kinds.svd_window import MovingWindow, window
-        from lowrank_cli.adapter.target_sites import find_sites
         from lowrank_cli.methods.lelora.strategy import Strategies
 
-        config = self.config
-        sites = find_sites(model, list(config.target_modules))
-        adapter = inject(model, sites, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=MovingWindow)
-        for site in sites:
+        config, adapter = self.config, super().adapt(model)
+        for site in adapter.sites.values():
             module = adapter.modules[site.key]
             assert isinstance(module, MovingWindow)
             module.set_components(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
         if config.policy == "fixed":
             return adapter
-        embedding = model.get_input_embeddings().weight
-        for path, linear in adapter.linears.items():
-            if linear.weight is embedding:
-                raise UserError(f"method.target_modules: '{path}' shares its weight with the input embedding")
         self._strategies = Strategies(
             adapter,
-            budget=config.rank * len(sites),
+            budget=config.rank * len(adapter.sites),
             limit=config.rank * config.width_limit,
             places=config.places,
             refresh=config.refresh,

@@ -108,6 +108,8 @@ def _layers(composed: Composed) -> list[tuple[str, str]]:
     found = layers(model, methods.create(config.method))
     if bundled:
         return []
+    if found is None and model.gguf:
+        found = "not known before the GGUF file is converted, which the first run does"
     return [("layers", found or "not known before the model is downloaded, with its config.json")]
 
 

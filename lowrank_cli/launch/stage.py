@@ -83,7 +83,8 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
         folders |= {f"task.parts.{name}.path": item.path for name, item in config.task.parts.items()}
     for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
-            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'")
+            hint = f"; write model.gguf={path} for a GGUF file" if path.endswith(".gguf") else ""
+            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'{hint}")
     if (file := config.model.gguf) is not None and not file.startswith(later) and not Path(file).exists():
         raise UserError(f"model.gguf: there is no file or folder '{tables.shown(file)}'")
 

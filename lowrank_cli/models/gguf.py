@@ -123,7 +123,10 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"model.gguf: {file} cannot be converted: {reason}") from error
+        raise UserError(
+            f"model.gguf: {file} cannot be converted: {reason}; give the model as a folder of transformers instead, "
+            f"with model.path=FOLDER"
+        ) from error
     if report["missing_keys"]:
         absent = sorted(report["missing_keys"])
         raise UserError(
@@ -173,7 +176,13 @@ def _checked(file: Path) -> str:
         architecture = reader.fields["general.architecture"].contents()
         kind = reader.fields["general.file_type"].contents() if "general.file_type" in reader.fields else None
     except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise UserError(f"model.gguf: {file} is truncated or damaged ({error})") from error
+        if isinstance(error, IndexError) or "cannot reshape" in str(error):  # numpy's, reading beyond the end
+            size = file.stat().st_size
+            raise UserError(
+                f"model.gguf: {file} is truncated: it ends after {size} bytes, in the middle of its data; download or "
+                f"copy it again"
+            ) from error
+        raise UserError(f"model.gguf: {file} is damaged ({error})") from error
     readable = set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"}
     if not {architecture, architecture.replace("moe", "_moe"), architecture.replace("-", "_")} & readable:
         raise UserError(

@@ -178,6 +178,8 @@ def _checked_folder(folder: Path, shown: str) -> Path:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{shown} is an adapter, not a model; name its run with run=PATH")
+        if any(folder.glob("*.gguf")):
+            raise UserError(f"{shown} holds GGUF and no config.json; write model.gguf={folder} instead of model.path")
         inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
         hint = f"; did you mean its folder '{inner[0]}'?" if inner else ""
         raise UserError(f"{shown} holds no config.json{hint}")

@@ -119,6 +119,29 @@ def test_outline_needs_no_weights(file):
     assert outline(config(gguf=str(file))).config.num_hidden_layers == LAYERS
 
 
+def test_a_file_that_cannot_be_converted_names_a_way_out(file, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ValueError("unknown tensor")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fails)
+    refused(
+        r"cannot be converted: unknown tensor; give the model as .* with model\.path=FOLDER$", config(gguf=str(file))
+    )
+
+
+def test_the_plan_says_that_a_file_is_converted_first(file, lrk):
+    arguments = ("check", "generate", "a", "model=hub", "method=none", f"model.gguf={file}")
+    assert "not known before the GGUF file is converted, which the first run does" in lrk(*arguments).out
+    module.convert(file)
+    assert f"{LAYERS} in model.layers, each with Q K V O G U D" in lrk(*arguments).out
+
+
+def test_a_file_that_is_given_as_a_folder(file, lrk):
+    ended = lrk("generate", "a", "model=hub", "method=none", f"model.path={file}")
+    assert ended.code == 2 and ended.err.endswith(f"; write model.gguf={file} for a GGUF file\n")
+    refused(rf"holds GGUF and no config\.json; write model\.gguf={file.parent} instead", config(path=str(file.parent)))
+
+
 def test_files_that_are_not_there(tmp_path, file):
     refused(r"^model\.gguf: nowhere: there is no such file$", config(gguf="nowhere"))
     (tmp_path / "empty").mkdir()
@@ -133,7 +156,8 @@ def test_files_that_are_not_there(tmp_path, file):
 def test_truncated_files(file, share, cache):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
-    message = "is not a GGUF file" if share == 0 else r"is truncated or damaged"
+    size = file.stat().st_size
+    message = "is not a GGUF file" if share == 0 else rf"is truncated: it ends after {size} bytes, in the middle of"
     refused(rf"^model\.gguf: {re.escape(str(file))} {message}", config(gguf=str(file)))
     assert not any(path.is_dir() for path in cache.iterdir())
 
@@ -141,7 +165,7 @@ def test_truncated_files(file, share, cache):
 def test_damaged_files(file):
     whole = file.read_bytes()
     file.write_bytes(b"GGUF" + struct.pack("<I", 99) + whole[8:])
-    refused(r"is truncated or damaged \(.*version 99", config(gguf=str(file)))
+    refused(r"is damaged \(.*version 99", config(gguf=str(file)))
 
 
 def test_architectures_that_transformers_does_not_read(tmp_path):

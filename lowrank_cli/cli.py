@@ -89,7 +89,13 @@ EXAMPLES = {
         "lrk compare outputs/latest --baseline lora --output comparison",
         "lrk compare --baseline lora --across-tasks",
     ],
-    "list": ["lrk list", "lrk list tasks", "lrk list methods milora", "lrk list keys train"],
+    "list": [
+        "lrk list",
+        "lrk list tasks",
+        "lrk list methods milora",
+        "lrk list keys train",
+        "lrk list runs method=lora done",
+    ],
     "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora", "lrk check study study=lora_variants"],
 }
 
@@ -398,18 +404,34 @@ def list_(
             metavar=f"[{'|'.join((*LISTS, KEYS))}]", help="default: all except keys", autocompletion=_complete_list
         ),
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[NAME]", help="after methods: explain a method's keys; after keys: a section's"),
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="after methods or keys: explain those of a method or a section; after runs: only those that are "
+            "method=NAME, task=NAME, seed=N, …, done, failed, …",
+        ),
     ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="of runs: by a metric such as test/accuracy, best first")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="of runs: the newest, or with --sort the best, N")] = None,
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
     config_dir: ConfigDir = None,
 ) -> None:
-    """List methods, models, tasks, hardware, recipes and runs, or explain the keys of a method or a section."""
-    from lowrank_cli.launch.listing import print_list, print_method_keys, print_section_keys
+    """List methods, models, tasks, hardware, recipes, studies or runs, or explain the keys of a method or section."""
+    from lowrank_cli.launch.listing import print_list, print_method_keys, print_runs, print_section_keys
 
     if what is not None and what not in (*LISTS, KEYS):
         raise unknown("list", what, (*LISTS, KEYS))
+    if what == "runs":
+        print_runs(names or [], sort, limit, outputs)
+        return
+    if sort is not None or limit is not None:
+        raise UserError("list: --sort and --limit are for runs: lrk list runs --sort METRIC")
+    name, more = names[0] if names else None, names[1:] if names else []
+    if more:
+        raise UserError(f"list: unexpected '{more[0]}' after '{name}'")
     if what == KEYS:
         print_section_keys(name, config_dir)
         return
@@ -422,7 +444,7 @@ def list_(
         print_method_keys(name, config_dir)
         return
     for group in LISTS if what is None else (what,):
-        print_list(group, outputs, config_dir)
+        print_runs([], None, None, outputs) if group == "runs" else print_list(group, config_dir)
 
 
 @app.command(cls=Verb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -12,12 +13,16 @@ from lowrank_cli import methods
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, verbs_of
+from lowrank_cli.errors import unknown
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
-from lowrank_cli.runs import scan
-from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig
+from lowrank_cli.report.compare import LOWER_IS_BETTER
+from lowrank_cli.runs import Run, scan
+from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig, parse_overrides
 from lowrank_cli.terminal import Terminal
 
+FILTERS = ("method", "task", "model", "hardware", "recipe", "study", "stage", "seed", "status")  #: of lrk list runs
+STATUSES = ("done", "failed", "interrupted", "running", "pending")
 Stages = list[tuple[str, Composed]]  #: what would run, by name: stages, or the jobs of a sweep
 
 
@@ -171,12 +176,55 @@ def _print_keys(title: str, rows: list[Row]) -> None:
     Terminal().print(tables.Trimmed(table), crop=False)
 
 
-def print_list(what: str, outputs: str, config_dir: str | None) -> None:
-    """The choices of a group with their first comment line, or the runs."""
-    console = Terminal()
-    if what == "runs":
-        console.print(tables.runs_table(*scan(outputs)), crop=False)
+def print_runs(filters: Sequence[str], sort: str | None, limit: int | None, outputs: str) -> None:
+    """The runs, oldest first, or by a metric from the best on.
+
+    Args:
+        filters: ``KEY=VALUE`` of ``stage``, ``seed`` or a config group, or a status; of one kind either will do.
+        limit: how many of the newest, or of the best.
+
+    Raises:
+        UserError: an unknown filter, or a metric that no listed run has.
+    """
+    runs, broken = scan(outputs)
+    wanted: dict[str, list[str]] = {}
+    for item in parse_overrides(filters):
+        key, value = (item.key, item.value) if item.sets else ("status", item.key)
+        if key not in FILTERS:
+            raise unknown("list runs", key, FILTERS)
+        if key == "status" and value not in STATUSES:
+            raise unknown("list runs", value, (*STATUSES, *(f"{name}=…" for name in FILTERS)))
+        wanted.setdefault(key, []).append(value)
+    for key, values in wanted.items():
+        runs = [run for run in runs if _value(run, key) in values]
+    if sort is not None:
+        scores = {run.path: run.metrics[sort] for run in runs if run.done and sort in run.metrics}
+        if runs and not scores:
+            raise unknown("--sort", sort, dict.fromkeys(name for run in runs if run.done for name in run.metrics))
+        sign = 1 if sort.endswith(LOWER_IS_BETTER) else -1
+        runs = sorted((run for run in runs if run.path in scores), key=lambda run: sign * scores[run.path])
+    if limit is not None:
+        runs = runs[:limit] if sort is not None else runs[-limit:]
+    if wanted and not runs:
+        Terminal().print(f"no run under '{outputs}' fits {' '.join(filters)}")
         return
+    narrowed = wanted or sort or limit
+    Terminal().print(tables.runs_table(runs, {} if narrowed else broken, sort), crop=False)
+
+
+def _value(run: Run, key: str) -> str:
+    """What a filter looks at."""
+    info = run.info
+    if key == "model":
+        return str(info.get("model") or info.get("choices", {}).get("model"))
+    if key == "status":
+        return tables.status(run)
+    return str(info.get(key) if key in ("stage", "seed") else info.get("choices", {}).get(key))
+
+
+def print_list(what: str, config_dir: str | None) -> None:
+    """The choices of a group with their first comment line."""
+    console = Terminal()
     group = {"hardware": what, "studies": "study"}.get(what, what.removesuffix("s"))
     table = Table(title=f"{group}=", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)

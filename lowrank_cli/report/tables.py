@@ -270,14 +270,19 @@ def first_line(error: Any) -> str:
     return lines[-1 if lines[0].startswith("Traceback") else 0].strip()
 
 
-def runs_table(runs: Sequence[Run], broken: Mapping[Path, UserError]) -> RenderableType:
-    """``lrk list runs``: one line a run in the order given, under the folder that runs stand in; broken ones last."""
+def runs_table(runs: Sequence[Run], broken: Mapping[Path, UserError], metric: str | None = None) -> RenderableType:
+    """``lrk list runs``: one line a run in the order given, under the folder that runs stand in; broken ones last.
+
+    ``result`` is ``metric``, or else the first of the run's metrics of quality.
+    """
     if not (runs or broken):
         return Text("no runs yet; start one with: lrk train")
     columns = ["run", "stage", "status", "seed", "result", "time"]
     table = Fitted(None, columns, leave_out=["seed", "time", "stage"], gap=1, widest_result=24)
     folder = None
-    for path, cells in [*((run.path, _cells(run)) for run in runs), *((p, _broken(why)) for p, why in broken.items())]:
+    rows = [(run.path, _cells(run, metric)) for run in runs]
+    rows += [(path, _broken(why)) for path, why in broken.items()]
+    for path, cells in rows:
         if path.parent != folder:
             folder = path.parent
             table.rows.append([Text(f"{shown(folder)}/", style="dim")])
@@ -285,7 +290,7 @@ def runs_table(runs: Sequence[Run], broken: Mapping[Path, UserError]) -> Rendera
     return table
 
 
-def _cells(run: Run) -> list[str | Text]:
+def _cells(run: Run, metric: str | None) -> list[str | Text]:
     """A run's line: stage, status, seed, result and time."""
     seed = run.info.get("seed")
     try:
@@ -293,7 +298,7 @@ def _cells(run: Run) -> list[str | Text]:
             _stage(run),
             _status(run),
             NONE if seed is None else str(seed),
-            _outcome(run, 1),
+            f"{metric} {number(run.metrics[metric])}" if metric else _outcome(run, 1),
             _seconds(run.info),
         ]
     except UserError as error:
@@ -410,11 +415,15 @@ def _stage(run: Run) -> str:
     return str(run.info.get("stage", NONE))
 
 
-def _status(run: Run) -> Text:
+def status(run: Run) -> str:
     """As noted; a run whose process was killed could not note its end."""
     gone = is_gone(run.info.get("process"), run.path / "run.json")
-    status = "interrupted" if gone else str(run.info.get("status", NONE))
-    return Text(status, style=STATUS_STYLES.get(status, ""))
+    return "interrupted" if gone else str(run.info.get("status", NONE))
+
+
+def _status(run: Run) -> Text:
+    shown = status(run)
+    return Text(shown, style=STATUS_STYLES.get(shown, ""))
 
 
 def _outcome(run: Run, metrics: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -358,3 +359,27 @@ def test_train_evaluate_and_compare_for_real(lrk):
     assert first["dev/accuracy"] == second["dev/accuracy"]
     ended = lrk("compare", "--output", "comparison")
     assert ended.code == 0 and "milora" in ended.out and any(Path("comparison").iterdir())
+
+
+def test_list_runs_filters_sorts_and_limits(lrk, fake_stages):
+    for method, seed in (("lora", 2), ("lora", 7), ("milora", 3)):
+        lrk("train", f"method={method}", f"seed={seed}", "train.max_steps=1")
+    lrk("train", "method=lora", "seed=4", "train.max_steps=3", "train.learning_rate=2")
+
+    def seeds(*words: str) -> list[str]:
+        return re.findall(r"(?:done|failed) +(\d+) ", lrk("list", "runs", *words).out)
+
+    assert seeds() == ["2", "7", "3", "4"]
+    assert seeds("method=lora", "done") == ["2", "7"] and seeds("failed") == ["4"]
+    assert seeds("seed=2", "seed=3") == ["2", "3"]  # of one key either will do
+    assert seeds("--sort", "test/accuracy") == ["7", "3", "2"] and seeds("--limit", "1") == ["4"]
+    assert "test/accuracy 0.5700" in lrk("list", "runs", "--sort", "test/accuracy", "--limit", "1").out
+    assert "no run under 'outputs' fits method=dora" in lrk("list", "runs", "method=dora").out
+    for words, message in (
+        (["dne"], "did you mean 'done'"),
+        (["metod=lora"], "did you mean 'method'"),
+        (["--sort", "test/acuracy"], "did you mean 'test/accuracy'"),
+    ):
+        ended = lrk("list", "runs", *words)
+        assert ended.code == 2 and message in ended.err
+    assert "for runs" in lrk("list", "tasks", "--sort", "x").err

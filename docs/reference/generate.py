@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from lowrank_cli import cli
 from lowrank_cli.config.composition import loader
 from lowrank_cli.config.folders import GROUPS, description, files, groups_of
-from lowrank_cli.config.keys import EXPLAINED, comments, sections
+from lowrank_cli.config.keys import EXPLAINED, comments, section_keys, sections
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import VERBS
 
@@ -74,8 +74,8 @@ def keys() -> Iterator[str]:
     for name in dict.fromkeys(name for verb in verbs for name in sections(verb)):
         having = [verb for verb in verbs if name in sections(verb)]
         verb = name if name in having else having[0]
-        if name == "bench":
-            yield from bench_tables()
+        if name in ("bench", "study"):
+            yield from bench_tables() if name == "bench" else study_table()
             continue
         section = OmegaConf.to_object(loaded(verb)[name])
         yield f"## {name}\n\n{paragraph(inspect.getdoc(type(section)) or '')}\n\nOf {in_verbs(having, verbs)}.\n"
@@ -104,18 +104,27 @@ def method_pages() -> Iterator[str]:
 
 def choices() -> Iterator[str]:
     """What every group can be set to."""
-    yield "# Models, tasks, hardware, recipes\n"
+    yield "# Models, tasks, hardware, recipes, studies\n"
     yield "Each name is a YAML file of `conf/`, and `--config-dir DIR` adds your own. `lrk list` prints these tables.\n"
-    for group in (*(name for name in GROUPS if name != "method"), "recipe"):
+    for group in (*(name for name in GROUPS if name != "method"), "recipe", "study"):
         yield f"## {group}=\n"
         yield from table(
             ("name", "what it is"), ((f"`{name}`", description(path)) for name, path in files(group).items())
         )
 
 
+def study_table() -> Iterator[str]:
+    """The keys of a study, which its file sets."""
+    yield "## study\n\nA study is a file of its own ([how-to](../how-to/study.md)).\n"
+    yield from table(
+        ("key", "default", "meaning"), ((f"`{key}`", value, text) for key, value, text in section_keys("study", None))
+    )
+
+
 def loaded(verb: str, *overrides: str) -> Any:
     """The composed values of a verb, not yet validated and without a look at earlier runs."""
-    return loader().load_configuration(verb, list(overrides), RunMode.RUN)
+    chosen = ["study=_study"] if verb == "study" else []
+    return loader().load_configuration(verb, [*chosen, *overrides], RunMode.RUN)
 
 
 def key_table(name: str, section: Any) -> Iterator[str]:

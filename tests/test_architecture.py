@@ -183,7 +183,7 @@ def test_one_part_knows_each_library():
 #: Who parses JSON besides the reader: data of a task and prompts, line by line, what compare has written itself, and
 #: what a benchmark and its own process tell each other.
 PARSERS = {
-    *("reader", "tasks.sources", "runs.prompt_file", "report.compare"),
+    *("reader", "tasks.sources", "runs.prompt_file", "report.run_results"),
     *("bench.vllm", "bench.vllm_worker"),
 }
 

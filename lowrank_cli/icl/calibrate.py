@@ -22,7 +22,7 @@ from lowrank_cli.icl.fit import FOLDER, Fitted, calibrating_method, fit, load_or
 from lowrank_cli.icl.queries import WordingScorer
 from lowrank_cli.inference import progress
 from lowrank_cli.inference.choice_scores import answers
-from lowrank_cli.inference.predict import write_answers
+from lowrank_cli.inference.predict import with_correct, write_answers
 from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.runs import Run, atomic_folder
@@ -68,7 +68,7 @@ def evaluate(session: Session, run: Run, fitted: Fitted, split: str) -> dict[str
     for key, by_value in curves.items():
         of_key, others = others[: len(by_value)], others[len(by_value) :]
         figures.append(arrangement_stats.curve(key, list(by_value), of_key, split))
-    write_answers(run, results[0].records, figures)
+    write_answers(run, with_correct(session, results[0].records), figures)
     run.write_json("arrangements.json", [result.summary for result in results])
     return _metrics(session, results, split)
 

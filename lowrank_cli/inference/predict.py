@@ -87,6 +87,22 @@ def score(session: Session, records: Sequence[Record]) -> dict[str, float]:
     return {"mean": sum(values.values()) / len(values), **values}
 
 
+def with_correct(session: Session, records: Sequence[Record]) -> list[Record]:
+    """The records, each with ``correct`` where its task's metric is a share of correct answers."""
+    from lowrank_cli.tasks import metrics  # importing evaluate takes seconds
+
+    config = session.config.task
+    result = list(records)
+    for name, task in (config.parts or {"": config}).items():
+        indices = [index for index, record in enumerate(records) if record.get("task", "") == name]
+        own = [records[index] for index in indices]
+        references = [list(record["references"]) for record in own]
+        correct = metrics.correct(task.metric, [record["prediction"] for record in own], references, task.extract)
+        for index, one in zip(indices, correct or (), strict=correct is not None):
+            result[index] = {**records[index], "correct": one}
+    return result
+
+
 def write_answers(run: Run, records: list[Record], figures: list[dict[str, Any]]) -> None:
     """Write ``predictions.jsonl``, and ``figures.json`` if there are figures."""
     run.write_text("predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))

@@ -29,7 +29,7 @@ from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
 from lowrank_cli.report import tables
-from lowrank_cli.report.compare import LOWER_IS_BETTER
+from lowrank_cli.report.run_results import LOWER_IS_BETTER
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, config_hash, remove_leftovers, stopping
 from lowrank_cli.schema import StudyConfig

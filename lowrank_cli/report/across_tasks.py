@@ -1,110 +1,69 @@
-"""``lrk compare --across-tasks``: each method against the baseline over all tasks together, paired by task and seed."""
+"""Each method against the baseline on all tasks of a model together, with random effects of task and seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import fmean
 
-from rich.console import RenderableType
-from rich.text import Text
-
-from lowrank_cli.errors import UserError
-from lowrank_cli.report.comparison import Row, Section
-from lowrank_cli.report.statistics import sign_flip_test
-from lowrank_cli.report.tables import NONE, Fitted, number
-
-HEADERS = ["method", "tasks", "pairs", "difference", "p", "p by seed"]
+from lowrank_cli.report.comparison import AcrossTasks, Row, Section
+from lowrank_cli.report.statistics import holm, mixed_mean, sign_flip_test
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """One method on one model."""
-
-    model: str
-    method: str  #: with its setting, where a task has several rows of the method
-    tasks: int
-    pairs: int
-    difference: float  #: mean over the pairs; of losses that of their logarithms
-    p_value: float | None  #: of the sign-flip test over all pairs
-    p_by_seed: float | None  #: the same over the means by seed: for pairs that share what was prepared for a seed
-
-
-def pooled(sections: Sequence[Section]) -> list[Pooled]:
-    """Over the rows that were tested against a baseline, in the order of their first task.
-
-    Raises:
-        UserError: no model has a method with pairs on two tasks.
-    """
+def across_tasks(sections: Sequence[Section]) -> list[AcrossTasks]:
+    """For each model and method that was tested on two tasks or more, in the order of its first task."""
     several = {(s.model, row.method) for s in sections for row in s.rows if _count(s, row.method) > 1}
     grouped: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for section in sections:
         for row in section.rows:
-            if row.compared_to is not None:
+            if row.baseline is not None and row.difference is not None:
                 name = row.label if (section.model, row.method) in several else row.method
-                differences = _differences(row, row.compared_to, section.metric.endswith("loss"))
+                differences = _differences(row, row.baseline, section.metric)
                 grouped.setdefault((section.model, name), {})[section.task] = differences
-    found = []
-    for (model, name), tasks in grouped.items():
-        by_seed: dict[int, list[float]] = {}
-        for differences in tasks.values():
-            for seed, difference in differences.items():
-                by_seed.setdefault(seed, []).append(difference)
-        every = [difference for own in by_seed.values() for difference in own]
-        if len(tasks) > 1 and every:
-            means = [fmean(own) for own in by_seed.values()]
-            tests = sign_flip_test(every), sign_flip_test(means)
-            found.append(Pooled(model, name, len(tasks), len(every), fmean(every), *tests))
-    if not found:
-        raise UserError("--across-tasks: no method shares seeds with the baseline on two tasks of a model")
-    return found
+    results = [_across(*key, tasks) for key, tasks in grouped.items() if len(tasks) > 1]
+    for model in {result.model for result in results}:
+        tested = [i for i, result in enumerate(results) if result.model == model and result.p_value is not None]
+        for i, p in zip(tested, holm([results[i].p_value or 0.0 for i in tested]), strict=True):
+            results[i] = replace(results[i], p_holm=p)
+    return results
 
 
 def _count(section: Section, method: str) -> int:
     return sum(row.method == method for row in section.rows)
 
 
-def _differences(row: Row, baseline: Row, logarithms: bool) -> dict[int, float]:
-    """Seed → difference. Logarithms of losses make tasks comparable: −0.1 is about 10 % less on each."""
-    scale = math.log if logarithms else float
+def _differences(row: Row, baseline: Row, metric: str) -> dict[int, float]:
+    """Seed → difference on a scale that tasks share: log of losses (-0.1: about 10 % less), BLEU as 0 to 1."""
+
+    def scaled(value: float) -> float:
+        return math.log(value) if metric.endswith("loss") else value / 100 if metric.endswith("bleu") else value
+
     shared = sorted(row.values.keys() & baseline.values.keys())
-    return {seed: scale(row.values[seed]) - scale(baseline.values[seed]) for seed in shared}
+    return {seed: scaled(row.values[seed]) - scaled(baseline.values[seed]) for seed in shared}
 
 
-def terminal(found: Sequence[Pooled], baseline: str) -> list[RenderableType]:
-    """A table for each model."""
-    tables: list[RenderableType] = []
-    for model in dict.fromkeys(item.model for item in found):
-        table = Fitted(f"{model} · all tasks together, against {baseline}", HEADERS, leave_out=[])
-        table.rows += [_cells(item) for item in found if item.model == model]
-        tables += [table, Text()]
-    return tables
+def _across(model: str, method: str, tasks: dict[str, dict[int, float]]) -> AcrossTasks:
+    """One method's result.
 
-
-def markdown(found: Sequence[Pooled], baseline: str) -> str:
-    """The same as GitHub Markdown."""
-    lines = []
-    for model in dict.fromkeys(item.model for item in found):
-        rows = [HEADERS, ["---"] * len(HEADERS), *(_cells(item) for item in found if item.model == model)]
-        lines += [f"### {model} · all tasks together, against {baseline}", ""]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
-    return "\n".join(lines)
-
-
-def note(sections: Sequence[Section]) -> str:
-    """What the table means."""
-    logarithms = " (of losses: of their logarithms)" if any(s.metric.endswith("loss") for s in sections) else ""
-    return (
-        f"All tasks together: mean difference over pairs of the same task and seed{logarithms}; p of the sign-flip "
-        "test over all pairs, and over the means by seed (pairs of a seed are not independent where they share a run)."
+    Args:
+        tasks: task → seed → difference.
+    """
+    cells = [(task, seed, value) for task, by_seed in tasks.items() for seed, value in by_seed.items()]
+    names, seeds, values = zip(*cells, strict=True)
+    by_seed = [fmean(value for _, own, value in cells if own == seed) for seed in dict.fromkeys(seeds)]
+    estimate = mixed_mean(values, names, seeds)
+    low, high = estimate.interval() if estimate else (None, None)
+    return AcrossTasks(
+        model,
+        method,
+        len(tasks),
+        len(cells),
+        estimate.mean if estimate else fmean(values),
+        low,
+        high,
+        p_value=estimate.p_value() if estimate else None,
+        p_holm=None,
+        sign_flip=sign_flip_test(by_seed),
+        detectable=estimate.detectable() if estimate else None,
     )
-
-
-def _cells(item: Pooled) -> list[str]:
-    difference = f"{'+' if item.difference >= 0 else ''}{number(item.difference)}"
-    return [item.method, str(item.tasks), str(item.pairs), difference, _p(item.p_value), _p(item.p_by_seed)]
-
-
-def _p(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}" if value >= 0.001 else "<0.001"

@@ -1,71 +1,27 @@
-"""``lrk compare``: methods side by side over seeds, with an interval, a paired test and no winner by chance.
+"""``lrk compare``: methods side by side over seeds, with intervals, paired tests and no winner by chance.
 
-Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
-that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
-seed. It is named by the values that most of the section's runs do not have; those that they have stand above it.
-An adapter that was measured with other values than it was trained with is a row of its own, ``trained.KEY=VALUE``.
+:func:`build_comparison` returns the comparison as data, for other reports and for scripts:
+
+    build_comparison(paths, baseline=None, metric=None, outputs="outputs", across_tasks=False) -> Comparison
+
+Its sections hold rows (values, runs and costs by seed, medians, intervals) and their differences from the baseline; see
+:mod:`lowrank_cli.report.comparison`. ``paths`` may be the folder of one study, finished or not.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
 
 from rich.console import RenderableType
 
-from lowrank_cli.errors import UserError, nearest, unknown
-from lowrank_cli.report import across_tasks as across
-from lowrank_cli.report import comparison, plots, tables
-from lowrank_cli.report.comparison import Row, Section
-from lowrank_cli.report.statistics import median_interval, sign_flip_test
-from lowrank_cli.runs import Run, atomic_write
-
-MIN_SEEDS = 3  #: below this an interval says nothing, so no row is best
-LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
-ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
-#: Keys that name a run or change its speed, not what it learns or predicts.
-IRRELEVANT = {
-    "seed",
-    "outputs",
-    "name",
-    "run",
-    "evaluate.split",
-    "evaluate.batch_size",
-    "score.tokens",
-    "hardware.threads",
-    "method.setting",  # its name stands for it, its layers may differ from seed to seed
-    "method.layers",
-    "method.ranks",  # those of method.rank_pattern
-    "train.log_every",
-    "train.checkpoint_every",
-}
-
-TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
-
-Setting = tuple[tuple[str, str], ...]  #: keys and values
-
-
-@dataclass
-class Result:
-    """A finished run, as far as a comparison needs it."""
-
-    method: str
-    model: str
-    task: str
-    seed: int
-    started: str
-    config: dict[str, str]  #: dotted key → value as JSON, without ``IRRELEVANT``
-    metrics: dict[str, float]
-    seconds: float | None  #: of training
-    memory: int | None
-    source: Path | None  #: the run whose adapter an evaluation read
-    modules: Any  #: what a setting keeps, which goes by its name
+from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.report import formats
+from lowrank_cli.report.across_tasks import across_tasks as results_across_tasks
+from lowrank_cli.report.comparison import Comparison
+from lowrank_cli.report.differences import compare_with_baseline, mark_best, mark_pareto
+from lowrank_cli.report.run_results import Result, collect, locate, section_of
+from lowrank_cli.report.study_results import STUDY, read_study, study_sections
 
 
 def compare(
@@ -76,316 +32,93 @@ def compare(
     outputs: str,
     across_tasks: bool = False,
 ) -> RenderableType:
-    """Compare the finished runs in ``paths``: run, sweep or recipe folders, or folders that hold such.
+    """What ``lrk compare`` prints; arguments as in :func:`build_comparison`.
 
-    Without ``paths`` everything in ``outputs`` is compared; a relative path that is not here is looked up
-    there. ``baseline`` is a method (or ``"method setting"`` where it has several); the others are tested
-    against it, paired by seed. ``metric`` defaults to each task's own on the test split. ``output`` is a
-    folder that gets ``compare.md`` and ``compare.csv``, and a picture of each section in which one number was
-    swept. ``across_tasks`` also tests the methods over all tasks together.
-    Raises :class:`UserError` for a path without finished runs, an unknown baseline or metric.
+    Args:
+        output: a folder to write the comparison to, in every format of :mod:`lowrank_cli.report.formats`.
     """
+    folder = None if output is None else Path(output)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UserError(f"--output: '{output}' is a file; name a folder")
+    comparison = build_comparison(paths, baseline=baseline, metric=metric, outputs=outputs, across_tasks=across_tasks)
+    if folder is not None:
+        formats.write(comparison, folder)
+    return formats.terminal(comparison)
+
+
+def build_comparison(
+    paths: Sequence[str | Path],
+    *,
+    baseline: str | None = None,
+    metric: str | None = None,
+    outputs: str = "outputs",
+    across_tasks: bool = False,
+) -> Comparison:
+    """Compare the finished runs in ``paths``: the folder of one study, or runs, sweeps, recipes and folders of them.
+
+    A study may have no finished run at all; the comparison then has no sections and says how many cells are missing.
+
+    Args:
+        paths: empty for everything in ``outputs``. A relative path that is not here is looked up there.
+        baseline: a method, or ``"method setting"`` where it has several; the others are tested against it, paired by
+            seed. Of a study it defaults to the study's.
+        metric: defaults to each task's own on the test split.
+        across_tasks: also test the methods over all tasks together. Always done for a study with several tasks.
+
+    Raises:
+        UserError: a path without finished runs, an unknown baseline or metric, a study next to other paths.
+    """
+    folders = [locate(str(path), outputs) for path in paths or [outputs]]
+    studies = [folder for folder in folders if (folder / STUDY).is_file()]
+    if studies and len(folders) > 1:
+        raise UserError(f"compare: '{studies[0]}' is a study, which is compared alone")
+    if studies:
+        comparison = _of_study(studies[0], baseline, metric)
+    else:
+        comparison = _of_runs([str(path) for path in paths or [outputs]], outputs, baseline, metric, across_tasks)
+    for section in comparison.sections:
+        mark_best(section)
+        mark_pareto(section)
+    if comparison.baseline is not None and comparison.sections:
+        compare_with_baseline(comparison.sections, comparison.baseline)
+    if across_tasks or comparison.study is not None:
+        comparison.across_tasks = results_across_tasks(comparison.sections)
+    if across_tasks and comparison.study is None and not comparison.across_tasks:
+        raise UserError("--across-tasks: no method shares seeds with the baseline on two tasks of a model")
+    return comparison
+
+
+def _of_study(folder: Path, baseline: str | None, metric: str | None) -> Comparison:
+    study = read_study(folder)
+    if metric is not None and metric not in study.metrics and study.missing < study.cells:
+        raise unknown("--metric", metric, sorted(study.metrics))
+    sections = study_sections(study, metric)
+    names = {row.method for section in sections for row in section.rows}
+    own = study.record["baseline"]
+    return Comparison(
+        sections,
+        baseline or (own if own in names else None),
+        broken=study.broken,
+        study=study.record["name"],
+        cells=study.cells,
+        missing=study.missing,
+    )
+
+
+def _of_runs(
+    paths: Sequence[str], outputs: str, baseline: str | None, metric: str | None, across_tasks: bool
+) -> Comparison:
     if across_tasks and baseline is None:
         raise UserError("--across-tasks: methods are tested against a baseline; name it with --baseline METHOD")
-    results, unfinished, broken = collect(paths or [outputs], outputs)
+    results, unfinished, broken = collect(paths, outputs)
     present = sorted({name for result in results for name in result.metrics})
     if metric is not None and metric not in present:
         raise unknown("--metric", metric, present)
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.model, result.task), []).append(result)
-    sections = [_section(members, metric) for _, members in sorted(groups.items())]
+    sections = [section_of(members, metric) for _, members in sorted(groups.items())]
     sections = [section for section in sections if section.rows]
     if not sections:
         raise UserError("compare: none of these runs has a finite test or dev metric; name one with --metric")
-    if baseline is not None:
-        _test_against(sections, baseline)
-    notes = comparison.notes(sections, baseline, unfinished, broken)
-    pooled = across.pooled(sections) if across_tasks else []
-    if pooled:
-        notes.append(across.note(sections))
-    if output is not None:
-        folder = Path(output)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output: '{output}' is a file; name a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        together = across.markdown(pooled, baseline or "")
-        atomic_write(folder / "compare.md", comparison.markdown(sections, baseline, notes, together))
-        atomic_write(folder / "compare.csv", comparison.csv_text(sections, baseline))
-        for section in sections:
-            if (entry := comparison.curve(section)) is not None:
-                plots.write(plots.picture(entry), folder / entry["file"])
-    return comparison.terminal(sections, baseline, notes, across.terminal(pooled, baseline or ""))
-
-
-def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list[str]]:
-    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished; why some are broken.
-
-    Raises UserError where there are none.
-    """
-    folders: dict[Path, None] = {}
-    for path in paths:
-        found = [file.parent.resolve() for file in sorted(_locate(path, outputs).rglob("run.json"))]
-        if not found:
-            raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
-        folders.update(dict.fromkeys(found))
-    done: dict[Path, Result] = {}
-    unfinished, broken = 0, []
-    for folder in folders:
-        try:
-            run = Run.open(folder)
-            if not {"method", "model", "task"} <= run.info.get("choices", {}).keys():
-                continue  # a recipe or a benchmark
-            if run.done and run.metrics:
-                done[folder] = _result(run)
-            else:
-                unfinished += 1
-        except UserError as error:
-            broken.append(str(error).removeprefix("run: "))
-    if not done:
-        why = f"; {len(broken)} broken: {broken[0]}" if broken else ""
-        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({unfinished} not finished{why})")
-    return _join(done), unfinished, broken
-
-
-def _locate(path: str, outputs: str) -> Path:
-    for folder in (Path(path), Path(outputs) / path):
-        if folder.is_dir():
-            return folder.resolve()
-    if Path(path).is_absolute():
-        raise UserError(f"compare: there is no folder '{path}'")
-    parents = [parent for parent in (Path(path).parent, (Path(outputs) / path).parent) if parent.is_dir()]
-    siblings = [entry.name for parent in parents for entry in parent.iterdir() if entry.is_dir()]
-    raise UserError(f"compare: there is no folder '{path}'{nearest(Path(path).name, siblings)}")
-
-
-def _result(run: Run) -> Result:
-    info = run.info
-    config, stages = _lineage(run)
-    if stages:
-        config["adapter"] = " + ".join(stages)
-    config["trained"] = _trained_otherwise(run, config)
-    measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
-    metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    return Result(
-        method=info["choices"]["method"],
-        model=info.get("model") or info["choices"]["model"],
-        task=info["choices"]["task"],
-        seed=config["seed"],
-        started=info.get("started", ""),
-        config={key: value for key, value in _flat(config) if not IRRELEVANT & {key, key.rpartition(".")[0]}},
-        metrics=metrics,
-        seconds=metrics.get("train/seconds"),
-        memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
-        source=Path(measured).resolve() if measured else None,
-        modules=config.get("method", {}).get("layers"),
-    )
-
-
-def _present(run: Run) -> Iterator[Run]:
-    """The run, the one whose adapter it reads, and so on, as far as they are still there."""
-    for one in run.lineage():
-        yield one
-        below = one.config().get("run")
-        if below is None or not (Path(below) / "run.json").exists():
-            return
-
-
-def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
-    """A run's settings on top of those of the runs that its adapter came from, and the stages that made the adapter.
-
-    The seed is that of the first training.
-    """
-    runs = list(_present(run))
-    config: dict[str, Any] = {}
-    stages: list[str] = []
-    scored = False
-    for earlier in reversed(runs):
-        own = earlier.config("seed")
-        if scored:
-            own.pop("score", None)  # a pruning of what was scored scores nothing
-        config = {**config, **own, "seed": config.get("seed", own["seed"])}
-        stages += [earlier.info["stage"]] if earlier.info["stage"] in ADAPTERS else []
-        scored = earlier.info["stage"] == "score"
-    return config, stages
-
-
-def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
-    """What the adapter that a run measured was trained with, where ``config`` says otherwise; statistics are fitted."""
-    training = (own for own in _present(run) if own.info["stage"] == "train" and not (own.path / "statistics").is_dir())
-    first = next(training, None)
-    if first is None:  # it may be gone
-        return {}
-    trained = first.config()
-    found: dict[str, Any] = {}
-    for group in ("method", "task", "hardware"):
-        then, now = trained.get(group, {}), config.get(group, {})
-        if then.get("name") != now.get("name"):
-            found[group] = then.get("name")
-            continue
-        used = dict(_flat(now))
-        for key, value in _flat(then):
-            full = f"{group}.{key}"
-            if key in used and used[key] != value and not IRRELEVANT & {full, full.rpartition(".")[0]}:
-                found[key] = json.loads(value)
-    return found
-
-
-def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
-    if not isinstance(config, dict):
-        yield prefix[:-1], json.dumps(config)
-        return
-    for key, value in config.items():
-        yield from _flat(value, f"{prefix}{key}.")
-
-
-def _join(results: dict[Path, Result]) -> list[Result]:
-    """Evaluations of a training that is here too, in its own setting, only add their metrics to it."""
-    joined = {path: result for path, result in results.items() if result.source not in results}
-    for path, result in results.items():
-        if path in joined or result.source is None:
-            continue
-        training = joined.get(result.source)
-        if training is not None and all(result.config.get(k, v) == v for k, v in training.config.items()):
-            joined[result.source] = replace(training, metrics={**result.metrics, **training.metrics})
-        else:
-            joined[path] = result
-    return list(joined.values())
-
-
-def _section(results: list[Result], metric: str | None) -> Section:
-    metric = metric or _own_metric(results)
-    held = [result for result in results if metric in result.metrics]
-    rows: dict[tuple[str, Setting], dict[int, Result]] = {}
-    clashes = 0
-    for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
-        by_seed = rows.setdefault((result.method, _setting(result, held)), {})
-        clashes += result.seed in by_seed and by_seed[result.seed].modules != result.modules
-        by_seed[result.seed] = result
-    lower = metric.endswith(LOWER_IS_BETTER)
-    names, shared = _names(rows)
-    made = [_row(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
-    made.sort(key=lambda row: row.median if lower else -row.median)
-    _mark_best(made, lower)
-    repeats = len(held) - sum(len(row.values) for row in made)
-    missing = len(results) - len(held)
-    return Section(results[0].model, results[0].task, metric, lower, made, missing, repeats, clashes, shared)
-
-
-def _own_metric(results: list[Result]) -> str:
-    """The task's metric on the test split, else the next best quality metric that any run has."""
-    own = {result.config.get("task.metric", '""').strip('"') for result in results}
-    names = tables.quality(dict.fromkeys(name for result in results for name in result.metrics))
-    return min(names, key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in own), default="")
-
-
-def _setting(result: Result, section: list[Result]) -> Setting:
-    """Keys that vary in the section and, of the method's own keys, among the runs of that method.
-
-    How another setting was trained is said always: such a run is none of those trained in its own setting.
-    """
-    found = []
-    for key, value in sorted(result.config.items()):
-        peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
-        if key.startswith(TRAINED) or len({peer.config.get(key, value) for peer in peers}) > 1:
-            found.append((key, value))
-    return tuple(found)
-
-
-def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tuple[str, Setting], str], str]:
-    """Each row's setting in short, and what goes without saying in them.
-
-    Keys are their last word, where no other one ends with it. Where several keys vary besides the methods' own, a value
-    that more than half of the runs have is said once for all, unless two rows would then have one name.
-    """
-    runs = Counter(item for (_, setting), by_seed in rows.items() for item in setting for _ in by_seed)
-    keys = {key for key, _ in runs}
-    ends = Counter(key.rpartition(".")[2] for key in keys if not key.startswith(TRAINED))
-
-    def shown(items: Iterable[tuple[str, str]]) -> str:
-        short = {key: key if key.startswith(TRAINED) else key.rpartition(".")[2] for key in keys}
-        return " ".join(f"{short[key] if ends[short[key]] == 1 else key}={_value(value)}" for key, value in items)
-
-    common = {key for key in keys if not key.startswith(("method.", TRAINED))}
-    of_key = {key: sum(count for (other, _), count in runs.items() if other == key) for key in common}
-    shared = (
-        {(k, v) for (k, v), count in runs.items() if k in common and 2 * count > of_key[k]} if len(common) > 1 else ()
-    )
-    names = {(method, setting): shown(i for i in setting if i not in shared) for method, setting in rows}
-    taken = Counter((method, name) for (method, _), name in names.items())
-    whole = {row: name if taken[row[0], name] == 1 else shown(row[1]) for row, name in names.items()}
-    return whole, shown(sorted(shared))
-
-
-def _value(value: str) -> str:
-    """A JSON value as it is typed; a folder from here."""
-    plain = value.replace('"', "")
-    return tables.shown(plain) if plain.startswith("/") else plain
-
-
-def _row(method: str, setting: str, metric: str, by_seed: dict[int, Result]) -> Row:
-    values = {seed: result.metrics[metric] for seed, result in sorted(by_seed.items())}
-    low, high = median_interval(list(values.values()))
-
-    def middle(read: Callable[[Result], float | None]) -> float | None:
-        known = [value for value in map(read, by_seed.values()) if value is not None]
-        return median(known) if known else None
-
-    return Row(
-        method,
-        setting,
-        values,
-        median(values.values()),
-        low,
-        high,
-        trainable=middle(lambda result: result.metrics.get("trainable_parameters")),
-        activated=middle(lambda result: result.metrics.get("activated_parameters")),
-        seconds=middle(lambda result: result.seconds),
-        memory=middle(lambda result: result.memory),
-        deviation=middle(lambda result: result.metrics.get(f"{metric}_std")),
-        worst=middle(lambda result: result.metrics.get(f"{metric}_worst")),
-    )
-
-
-def _mark_best(rows: list[Row], lower: bool) -> None:
-    """Mark the first row if its interval lies beyond every other and all rest on enough seeds."""
-    if len(rows) < 2 or any(len(row.values) < MIN_SEEDS for row in rows):
-        return
-    first, *others = rows
-    first.best = all(first.high < row.low if lower else first.low > row.high for row in others)
-
-
-def _test_against(sections: list[Section], baseline: str) -> None:
-    """Fill in each row's paired difference to the baseline row of its section.
-
-    Of several that is the one of the same setting, or of the same swept number (such as the rank).
-    """
-    rows = [row for section in sections for row in section.rows]
-    labels = dict.fromkeys([*(row.method for row in rows), *(row.label for row in rows)])
-    if baseline not in labels:
-        raise unknown("--baseline", baseline, labels)
-    for section in sections:
-        candidates = [row for row in section.rows if baseline in (row.method, row.label)]
-        _, numbers = comparison.swept(section.rows)
-        for row in section.rows:
-            same = [other for other in candidates if other.setting == row.setting]
-            if not same and row.label in numbers:
-                same = [other for other in candidates if numbers.get(other.label) == numbers[row.label]]
-            same = same or [other for other in candidates if other.label == baseline] or candidates
-            if len(same) > 1:
-                raise _several(baseline, (other.label for other in same))
-            if same and same[0] is not row:
-                shared = sorted(row.values.keys() & same[0].values.keys())
-                differences = [row.values[seed] - same[0].values[seed] for seed in shared]
-                row.compared_to = same[0]
-                row.pairs = len(differences)
-                row.difference = fmean(differences) if differences else None
-                row.p_value = sign_flip_test(differences)
-    for section in sections if all(row.pairs is None for row in rows) else ():
-        if len(section.rows) > 1:
-            raise _several(baseline, (row.label for row in section.rows if row.method == baseline))
-
-
-def _several(baseline: str, labels: Iterable[str]) -> UserError:
-    named = "; ".join(f"'{label}'" for label in dict.fromkeys(labels))
-    return UserError(f"--baseline: '{baseline}' has several settings; name one of: {named}")
+    return Comparison(sections, baseline, unfinished=unfinished, broken=broken)

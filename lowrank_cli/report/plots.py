@@ -201,8 +201,8 @@ def heatmap(entry: dict[str, Any]) -> Figure:
         _write_in(axes, image, values, _digits(finite), 8)
     for y, line in enumerate(entry.get("outlined", [])):
         for x in (x for x, framed in enumerate(line) if framed):
-            frame = {"fill": False, "edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
-            axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, **frame))
+            style: dict[str, Any] = {"edgecolor": DEV, "linewidth": 2.2, "joinstyle": "miter", "clip_on": False}
+            axes.add_patch(Rectangle((x - 0.44, y - 0.42), 0.88, 0.84, fill=False, **style))
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
     if _whole(finite) and not number_format.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)

@@ -13,7 +13,7 @@ from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.icl.fit import load_or_fit
 from lowrank_cli.inference import progress
-from lowrank_cli.inference.predict import Record, predict, score, write_answers
+from lowrank_cli.inference.predict import Record, predict, score, with_correct, write_answers
 from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
 from lowrank_cli.reader import check
@@ -112,7 +112,7 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
     metrics["total_parameters"] = session.model.num_parameters()
     metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
     metrics["activated_parameters"] = metrics["trainable_parameters"]
-    return metrics, records, _combine(observed)
+    return metrics, with_correct(session, records), _combine(observed)
 
 
 def _observe(session: Session) -> Observed:

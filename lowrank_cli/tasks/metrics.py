@@ -36,12 +36,16 @@ class _Share(_Metric):
 
     normalize: Callable[[str], object]
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-        right = [
-            self.normalize(guess) is not None and self.normalize(guess) in [self.normalize(text) for text in texts]
+    @classmethod
+    def correct(cls, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
+        return [
+            cls.normalize(guess) is not None and cls.normalize(guess) in [cls.normalize(text) for text in texts]
             for guess, texts in zip(predictions, references)
         ]
-        return {self.name: sum(right) / len(right)}
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        correct = self.correct(predictions, references)
+        return {self.name: sum(correct) / len(correct)}
 
 
 class Accuracy(_Share):
@@ -118,14 +122,29 @@ def compute(
     """
     require_choice("metric", name, METRICS)
     assert len(predictions) == len(references) > 0
-    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
-    guesses = list(predictions)
-    if extract:
-        guesses = [_extracted(extract, text) or "" for text in guesses]
-        lists = [[_extracted(extract, text) or text for text in texts] for texts in lists]
+    guesses, lists = _compared(predictions, references, extract)
     with tempfile.TemporaryDirectory() as folder:  # evaluate makes a folder even when it keeps data in memory
         metric = METRICS[name](keep_in_memory=True, cache_dir=folder, experiment_id="lrk")
         return {name: float(metric.compute(predictions=guesses, references=lists)[name])}
+
+
+def correct(
+    name: str, predictions: Sequence[str], references: Sequence[str | Sequence[str]], extract: str | None = None
+) -> list[bool] | None:
+    """Which predictions are correct, if the metric is a share of correct ones; arguments as in :func:`compute`."""
+    metric = METRICS[name]
+    return metric.correct(*_compared(predictions, references, extract)) if issubclass(metric, _Share) else None
+
+
+def _compared(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]], extract: str | None
+) -> tuple[list[str], list[list[str]]]:
+    """What ``extract`` leaves of predictions and references; each prediction has a list of references."""
+    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    if not extract:
+        return list(predictions), lists
+    guesses = [_extracted(extract, text) or "" for text in predictions]
+    return guesses, [[_extracted(extract, text) or text for text in texts] for texts in lists]
 
 
 def _extracted(pattern: str, text: str) -> str | None:

@@ -15,7 +15,7 @@ from command import one_line, runs, shell
 
 from lowrank_cli import cli, methods, schema
 from lowrank_cli.config.keys import section_keys, sections
-from lowrank_cli.report.compare import collect
+from lowrank_cli.report.run_results import collect
 from lowrank_cli.runs import Run, this_process
 from lowrank_cli.runs.process import began
 

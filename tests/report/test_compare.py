@@ -1,133 +1,40 @@
-"""``lrk compare``: the statistics against brute force, the grouping, the no-winner rule, the files."""
+"""``lrk compare``: the grouping, the differences, the no-winner rule, the files."""
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
-import random
 from statistics import median
 
 import pytest
 from command import reconfigure
 from rich.console import Console
+from scipy.stats import ttest_rel
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.report import compare as module
-from lowrank_cli.report import plots
-from lowrank_cli.report.compare import compare
-from lowrank_cli.report.statistics import DRAWS, median_interval, sign_flip_test
-from lowrank_cli.runs import Run
-
-
-@pytest.fixture
-def add(tmp_path):
-    """Add a finished run; dotted keys of ``config`` are set in its config.yaml."""
-    outputs, number = tmp_path / "outputs", itertools.count()
-
-    def add(
-        method, seed, value, *, task="tiny_yesno", stage="train", metric="test/accuracy", folder=None, config=None,
-        status="done", run=None, **metrics,
-    ):  # fmt: skip
-        resolved = {
-            "seed": seed,
-            "outputs": str(outputs),
-            "name": None,
-            "method": {"name": method, "rank": 8},
-            "task": {"name": task, "metric": "accuracy"},
-            "evaluate": {"split": "test", "num_beams": 1},
-        }
-        resolved |= {"run": str(run)} if stage == "evaluate" else {"train": {"learning_rate": 1e-3}}
-        for key, setting in (config or {}).items():
-            group, name = key.split(".")
-            resolved.setdefault(group, {})[name] = setting
-        made = Run.create(
-            outputs, stage=stage, config=resolved, choices={"method": method, "model": "llama", "task": task},
-            overrides=[], command="lrk", folder=folder or outputs / "day" / f"{next(number):03d}-{method}",
-        )  # fmt: skip
-        made.update(started=f"2025-01-01T00:{next(number):02d}:00+00:00")
-        if status == "done":
-            made.finish({metric: value, "trainable_parameters": 262144, **metrics})
-            made.update(peak_memory_bytes=2**29, seconds=60.0)
-        elif status == "failed":
-            made.fail("no")
-        return made
-
-    add.outputs = outputs
-    return add
+from lowrank_cli.report import formats, plots
+from lowrank_cli.report.compare import build_comparison, compare
+from lowrank_cli.report.run_results import IRRELEVANT
 
 
 def run_compare(add, paths=(), **options):
     """Rows of compare.csv, compare.md and the terminal's text."""
-    options = {"baseline": None, "metric": None, "outputs": str(add.outputs)} | options
-    folder = add.outputs.parent / "out"
-    shown = compare([str(path) for path in paths], output=str(folder), **options)
+    comparison = build_comparison(paths, **{"outputs": str(add.outputs)} | options)
     console = Console(width=200, file=io.StringIO())
-    console.print(shown)
-    rows = list(csv.DictReader(io.StringIO((folder / "compare.csv").read_text())))
-    return rows, (folder / "compare.md").read_text(), console.file.getvalue()
+    console.print(formats.terminal(comparison))
+    rows = list(csv.DictReader(io.StringIO(formats.csv_text(comparison))))
+    return rows, formats.markdown(comparison), console.file.getvalue()
 
 
-# Statistics
-
-
-@pytest.mark.parametrize("n", range(1, 30))
-def test_median_interval_is_the_narrowest_symmetric_one_that_covers(n):
-    def coverage(k):  # of [x_(k), x_(n+1-k)]: the number of values below the median is Binomial(n, 1/2)
-        return sum(math.comb(n, i) for i in range(k, n - k + 1)) / 2**n
-
-    low, high = median_interval([float(value) for value in range(1, n + 1)])
-    k = int(low)
-    assert high == n + 1 - k
-    assert coverage(k) >= 0.95 or k == 1
-    if k < (n + 1) // 2:
-        assert coverage(k + 1) < 0.95
-
-
-def test_median_interval_of_few_and_unsorted_values():
-    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert median_interval([0.5]) == (0.5, 0.5)
-    values = [0.9, 0.1, 0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8]
-    assert median_interval(values) == (0.2, 0.8)  # n = 9: second smallest and second largest cover with 96.1 %
-
-
-def brute_force(differences):
-    n = len(differences)
-    seen = abs(sum(differences) / n)
-    means = [abs(sum(s * d for s, d in zip(signs, differences)) / n) for signs in itertools.product((1, -1), repeat=n)]
-    return sum(mean >= seen - 1e-12 for mean in means) / len(means)
-
-
-@pytest.mark.parametrize(
-    "differences, p",
-    [([1.0, 2.0], 0.5), ([1.0, 2.0, 3.0], 0.25), ([0.01] * 6, 2 / 64), ([1.0, -1.0], 1.0), ([0.0, 0.0, 0.0], 1.0)],
-)
-def test_sign_flip_by_hand(differences, p):
-    assert sign_flip_test(differences) == pytest.approx(p)
-    assert brute_force(differences) == pytest.approx(p)
-
-
-def test_sign_flip_equals_brute_force_and_scipy():
-    from scipy.stats import permutation_test
-
-    draw = random.Random(3)
-    for n in range(2, 11):
-        differences = [round(draw.gauss(0.01, 0.02), 3) for _ in range(n)]
-        assert sign_flip_test(differences) == pytest.approx(brute_force(differences))
-    theirs = permutation_test((differences, [0.0] * n), lambda a, b: (a - b).mean(-1), permutation_type="samples",
-                              vectorized=False, n_resamples=2**n)  # fmt: skip
-    assert sign_flip_test(differences) == pytest.approx(theirs.pvalue)
-
-
-def test_sign_flip_needs_two_pairs_and_draws_above_the_exact_range():
-    assert sign_flip_test([]) is None
-    assert sign_flip_test([1.0]) is None
-    draw = random.Random(1)
-    differences = [draw.gauss(0.4, 1) for _ in range(18)]
-    assert sign_flip_test(differences) == pytest.approx(brute_force(differences), abs=0.01)
-    assert sign_flip_test([1.0] * 40) == 1 / (DRAWS + 1)
+def draw_compare(add, monkeypatch, **options):
+    """The entries drawn as lines, and the names of all plots."""
+    drawn = []
+    monkeypatch.setattr(plots, "lines", lambda entry, lines=plots.lines: drawn.append(entry) or lines(entry))
+    folder = add.outputs.parent / "out"
+    compare([], options.get("baseline"), None, str(folder), str(add.outputs))
+    return drawn, {path.name for path in folder.glob("*.png")}
 
 
 # Grouping
@@ -144,12 +51,15 @@ def test_rows_hold_median_interval_test_and_costs(add):
     assert (float(first["median"]), float(second["median"])) == (median(milora), median(lora))
     assert (float(first["interval_low"]), float(first["interval_high"])) == (0.81, 0.86)
     assert float(first["mean_difference"]) == pytest.approx((0.01 + 0.02 + 0.03) / 3)
-    assert float(first["p_value"]) == 0.25 and first["pairs"] == "3"
+    assert float(first["p_sign_flip"]) == 0.25 and first["pairs"] == "3" and first["test_examples"] == ""
+    assert float(first["p_value"]) == pytest.approx(ttest_rel(milora, lora).pvalue)
+    assert float(first["difference_low"]) == pytest.approx(ttest_rel(milora, lora).confidence_interval().low)
     assert second["pairs"] == "" and second["p_value"] == ""
     assert (second["train_seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
     assert first["seeds"] == "0 1 2" and first["metric"] == "test/accuracy"
-    assert "| milora | 3 | 0.8500 | 0.8100–0.8600 | +0.0200 | 0.250 (3) | 262k | 81.9k | 3m 20s | 512 MiB |" in markdown
-    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – | – |" in markdown
+    tested = "+0.0200 | -0.0048 to +0.0448 | 0.074 | 0.250 (3) | ±0.0326"
+    assert f"| milora | 3 | 0.8500 | 0.8100–0.8600 | {tested} | 262k ◆ | 81.9k | 3m 20s ◆ | 512 MiB ◆ |" in markdown
+    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – | – | – | – | – | 262k | 262k | 1m 41s ◆ | 512 MiB |" in markdown
     assert "### llama · tiny_yesno · test/accuracy (higher is better)" in markdown
     assert "0.250 (3)" in shown and "sign-flip" in shown
 
@@ -160,11 +70,11 @@ def test_runs_over_arrangements_show_their_spread(add):
         add("none", seed, 0.7)
     add("lora", 0, 0.9, task="tiny_topic")
     rows, markdown, _ = run_compare(add)
-    found = {row["method"]: (row["std"], row["worst"]) for row in rows}
+    found = {row["method"]: (row["arrangement_std"], row["arrangement_worst"]) for row in rows}
     assert found == {"idaicl": ("0.125", "0.5"), "none": ("", ""), "lora": ("", "")}
     assert "| idaicl ★ | 3 | 0.8000 | 0.8000–0.8000 | 0.1250 | 0.5000 |" in markdown
     assert "| none | 3 | 0.7000 | 0.7000–0.7000 | – | – |" in markdown and "| lora | 1 | 0.9000 | – | 262k" in markdown
-    assert "behind several arrangements of demonstrations" in markdown
+    assert "several arrangements of demonstrations" in markdown
 
 
 def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
@@ -177,8 +87,8 @@ def test_pairs_are_by_seed_and_one_pair_has_no_p(add):
     by_method = {row["method"]: row for row in rows}
     assert float(by_method["milora"]["mean_difference"]) == pytest.approx(0.3)
     assert (by_method["milora"]["pairs"], by_method["milora"]["p_value"]) == ("1", "")
-    assert (by_method["full"]["pairs"], by_method["full"]["mean_difference"]) == ("0", "")
-    assert "| +0.3000 | – |" in markdown
+    assert (by_method["full"]["pairs"], by_method["full"]["mean_difference"]) == ("", "")
+    assert "| +0.3000 | – | – | – | – |" in markdown
 
 
 def test_settings_are_not_pooled_and_tasks_stand_apart(add):
@@ -213,8 +123,6 @@ def test_a_baseline_of_the_same_setting_is_taken(add):
 
 
 def test_a_baseline_of_the_same_swept_number_is_taken_and_drawn_over_it(add, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "lines", lambda entry, lines=plots.lines: drawn.append(entry) or lines(entry))
     for rank in (2, 4, 16):
         for seed in (1, 2):
             add("lora", seed, rank / 100, config={"method.rank": rank, "method.alpha": 2.0 * rank})
@@ -224,7 +132,7 @@ def test_a_baseline_of_the_same_swept_number_is_taken_and_drawn_over_it(add, mon
     assert differences == pytest.approx(
         {"alpha=8.0 rank=2": 0.02, "alpha=16.0 rank=4": 0.04, "alpha=64.0 rank=16": 0.16}
     )
-    (entry,) = drawn
+    (entry,), _ = draw_compare(add, monkeypatch)
     assert (entry["columns"], entry["column_label"], sorted(entry["rows"])) == ([2, 4, 16], "rank", ["lora", "sora"])
 
 
@@ -243,7 +151,7 @@ def test_what_most_runs_have_is_said_once_and_names_stay_distinct(add):
         "milora limit=20 batch_size=8",
         "none ",
     ]
-    line = "where a setting says nothing else: limit=null batch_size=16"
+    line = "unless a setting says otherwise: limit=null batch_size=16"
     assert line in markdown and line in shown
     assert [row["pairs"] for row in rows] == ["", "2", "2", "", "1"]  # of its own setting, or else the row "milora"
     add("none", 1, 0.1, stage="evaluate", run=add.outputs / "gone")  # does not say its limit
@@ -341,8 +249,6 @@ def test_sweep_and_recipe_folders_and_single_runs(add):
 
 
 def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "lines", lambda entry, lines=plots.lines: drawn.append(entry) or lines(entry))
     for seed in range(2):
         add("lora", seed, 0.5 + seed)
         for k in (10, 1, 7):
@@ -350,15 +256,13 @@ def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, mon
             add("milora", seed, 0.4, task="tiny_choice", config={"method.gate": f"kind{k}"})
         add("milora", seed, 0.4, task="tiny_topic", config={"method.k": 1})
         add("milora", seed, 0.4, task="tiny_topic", config={"method.k": 7})
-    run_compare(add)
-    (entry,) = drawn
+    (entry,), names = draw_compare(add, monkeypatch)
     assert (entry["columns"], entry["column_label"]) == ([1, 7, 10], "k")
     values = dict(zip(entry["rows"], entry["values"], strict=True))
     assert values["lora"] == [1.0] * 3
     assert values["milora"] == pytest.approx([0.51, 0.57, 0.6])
-    folder = add.outputs.parent / "out"
-    assert [path.name for path in folder.glob("*.png")] == ["compare-llama-tiny_yesno.png"]
-    assert (folder / "compare-llama-tiny_yesno.png").read_bytes().startswith(b"\x89PNG")
+    assert [name for name in names if name.startswith("compare")] == ["compare-llama-tiny_yesno.png"]
+    assert (add.outputs.parent / "out" / "compare-llama-tiny_yesno.png").read_bytes().startswith(b"\x89PNG")
 
 
 # Metrics and the winner
@@ -432,11 +336,12 @@ def test_a_narrow_terminal_shows_every_number_whole(add):
     for method in ("lora", "milora"):
         spread(add, method, [0.81, 0.82, 0.83], activated_parameters=81920)
     shown = compare([], "lora", None, None, str(add.outputs))
-    for width, headers in ((160, 1), (60, 2)):
+    for width, tables in ((160, 1), (100, 2), (60, 3)):
         console = Console(width=width, file=io.StringIO())
         console.print(shown)
         text = console.file.getvalue()
-        assert text.count("method") == headers
+        assert text.count("method") == tables
+        assert max(map(len, text.splitlines())) <= width
         for cell in ("0.8100–0.8300", "+0.0000", "1.000 (3)", "262k", "81.9k", "512 MiB"):
             assert cell in text
 
@@ -491,7 +396,7 @@ def test_no_finished_runs_and_no_quality_metric(add):
 def test_nothing_that_changes_a_result_is_ignored():
     named = {"method.setting", "method.layers"}  # what they hold goes by its name, method.chosen_by
     named |= {"method.ranks"}  # goes by method.rank_pattern
-    assert not any(key.startswith(("method.", "model.", "task.")) for key in module.IRRELEVANT - named)
+    assert not any(key.startswith(("method.", "model.", "task.")) for key in IRRELEVANT - named)
 
 
 def test_settings_of_modules_go_by_their_name(add):
@@ -523,7 +428,7 @@ def test_prunings_of_scorings_of_two_kinds_are_two_rows(add):
     assert found == {("adapter=train", "0.9"), ("kind=ablation", "0.7"), ("kind=kl", "0.8")}
 
 
-def test_across_tasks_pools_pairs_of_task_and_seed(add):
+def test_across_tasks_fits_random_effects_of_task_and_seed(add):
     """Differences by hand: +0.1, +0.2, +0.3 on one task, +0.2, +0.2 on the other; seed 2 is on the first alone."""
     for task, gains in {"tiny_yesno": (0.1, 0.2, 0.3), "tiny_topic": (0.2, 0.2)}.items():
         for seed, gain in enumerate(gains):
@@ -531,9 +436,9 @@ def test_across_tasks_pools_pairs_of_task_and_seed(add):
             add("milora", seed, 0.5 + gain, task=task)
     _, written, shown = run_compare(add, baseline="lora", across_tasks=True)
     row = next(line.split() for line in shown.split("all tasks together")[1].splitlines() if "milora" in line)
-    # all five pairs have one sign: p = 2^(1-5); the three means by seed too: 2^(1-3)
-    assert row == ["milora", "2", "5", "+0.2000", "0.062", "0.250"], row
-    assert "| milora | 2 | 5 | +0.2000 | 0.062 | 0.250 |" in written
+    # tasks do not differ, so the estimate is a mean of seeds; the three means by seed have one sign: p = 2^(1-3)
+    assert row[:4] == ["milora", "2", "5", "+0.2100"] and "0.250" in row, row
+    assert "| milora | 2 | 5 | +0.2100 |" in written
 
 
 def test_across_tasks_takes_logarithms_of_losses(add):

@@ -13,7 +13,7 @@ from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.pruning import keep_ranks, ranks_to_drop
 from lowrank_cli.launch import single_run
-from lowrank_cli.report.compare import collect
+from lowrank_cli.report.run_results import collect
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig
 

@@ -9,7 +9,7 @@ import evaluate
 import pytest
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.tasks.metrics import METRICS, compute
+from lowrank_cli.tasks.metrics import METRICS, compute, correct
 
 GSM = r"####\s*\$?(-?[\d,]*\.?\d+)"
 
@@ -93,3 +93,13 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
         compute(name, ["a 1"], ["a 1"])
     assert sorted(home.rglob("*")) == before
     assert not list(tmp_path.glob("*/*"))
+
+
+def test_correct_answers_are_those_that_a_share_counts():
+    references = [["4"], ["so 5"], ["6", "7"]]
+    for name in ("accuracy", "exact_match", "number_match"):
+        right = correct(name, ["4 ", "is 5", "7"], references)
+        assert sum(right) / 3 == compute(name, ["4 ", "is 5", "7"], references)[name]
+    assert correct("number_match", ["4 ", "is 5", "7"], references) == [True, True, True]
+    assert correct("accuracy", ["A: 4", "x", "7"], references, extract=r"\d") == [True, False, True]
+    assert correct("bleu", ["4"], [["4"]]) is None

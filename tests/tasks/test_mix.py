@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -81,6 +82,8 @@ def test_scored_and_generated_parts_are_measured_one_by_one():
     assert [record["index"] for record in records] == list(range(24))
     for record in records:
         assert ("scores" in record) == (record["task"] == "tiny_topic")
+    for name, part in zip(("tiny_topic", "tiny_arithmetic"), parts):
+        assert part == pytest.approx(fmean(record["correct"] for record in records if record["task"] == name))
     figure = next(figure for figure in run.read_json("figures.json") if figure["file"] == "activated_modules.png")
     assert [panel["title"] for panel in figure["panels"]] == ["tiny_topic", "tiny_arithmetic"]
     for panel in figure["panels"]:

@@ -1,0 +1,157 @@
+"""Plots of a comparison: swept numbers, Pareto fronts, and forest plots of differences. matplotlib is imported late."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_cli.errors import escaped
+from lowrank_cli.report import plots
+from lowrank_cli.report.comparison import Comparison, Row, Section, swept
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Label of each cost that Pareto fronts are drawn over, and its unit.
+COST_AXES = {
+    "trainable": ("trainable parameters in thousands", 1e3),
+    "seconds": ("training time in s", 1.0),
+    "memory": ("peak memory in MiB", 2.0**20),
+}
+FRONT, OTHER, ZERO = plots.DEV, plots.TRAIN, "#888888"
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Write the plots that the comparison has data for, as PNG."""
+    for section in comparison.sections:
+        if (entry := curve(section)) is not None:
+            plots.write(plots.picture(entry), folder / entry["file"])
+        if (figure := pareto(section)) is not None:
+            plots.write(figure, folder / _name("pareto", section.model, section.task))
+        tested = [(row.label, d.mean, d.low, d.high) for row in section.rows if (d := row.difference) is not None]
+        if tested:
+            figure = forest(f"{section.model} · {section.task}", _difference_label(section, comparison), tested)
+            plots.write(figure, folder / _name("forest", section.model, section.task))
+    for model in dict.fromkeys(result.model for result in comparison.across_tasks):
+        results = [(r.method, r.mean, r.low, r.high) for r in comparison.across_tasks if r.model == model]
+        figure = forest(f"{model} · all tasks together", f"difference from {comparison.baseline}", results)
+        plots.write(figure, folder / _name("forest", model, "all"))
+
+
+def _name(*parts: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", "-".join(parts)) + ".png"
+
+
+def _difference_label(section: Section, comparison: Comparison) -> str:
+    better = "left" if section.lower_is_better else "right"
+    return f"{section.metric}, difference from {comparison.baseline} ({better} is better)"
+
+
+def forest(title: str, label: str, rows: Sequence[tuple[str, float, float | None, float | None]]) -> Figure:
+    """Differences with their 95 % intervals around a line at 0; those whose interval excludes 0 are coloured.
+
+    Args:
+        label: of the horizontal axis.
+        rows: name, difference, and the ends of its interval, from top to bottom.
+    """
+    figure, axes = plots._figure(7.2, 1.3 + 0.36 * len(rows))
+    axes.axvline(0, color=ZERO, linewidth=0.9)
+    for place, (_, mean, low, high) in enumerate(rows):
+        excludes = low is not None and high is not None and not low <= 0 <= high
+        colour = FRONT if excludes else OTHER
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot([mean], [place], color=colour, marker="o", markersize=5)
+    axes.set_yticks(range(len(rows)), [_literal(name) for name, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=plots.GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(_literal(label))
+    axes.set_title(_literal(title), fontsize=10)
+    return figure
+
+
+def pareto(section: Section) -> Figure | None:
+    """Median over each cost that differs between rows, with intervals and the front; None without such a cost."""
+    costs = [cost for cost in COST_AXES if len({getattr(row, cost) for row in section.rows} - {None}) > 1]
+    if not costs:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 + 3.6 * len(costs), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, costs, strict=True):
+        _pareto_panel(axes, section, cost)
+    panels[0].set_ylabel(_literal(f"{section.metric}, median and interval"))
+    figure.suptitle(_literal(f"{section.model} · {section.task}"), fontsize=10)
+    return figure
+
+
+def _pareto_panel(axes: Any, section: Section, cost: str) -> None:
+    label, unit = COST_AXES[cost]
+    points = [(row, getattr(row, cost) / unit) for row in section.rows if getattr(row, cost) is not None]
+    values = [value for _, value in points]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_xscale("log")
+    front = sorted((value, row.median) for row, value in points if cost in row.pareto)
+    costs, medians = [value for value, _ in front], [middle for _, middle in front]
+    axes.plot(costs, medians, color=FRONT, linewidth=1, alpha=0.6, drawstyle="steps-post")  # what a budget can reach
+    for row, value in points:
+        colour = FRONT if cost in row.pareto else OTHER
+        axes.plot([value, value], [row.low, row.high], color=colour, linewidth=1.2, alpha=0.5)
+        axes.plot([value], [row.median], color=colour, marker="D" if cost in row.pareto else "o", markersize=5)
+        axes.annotate(
+            _literal(row.label),
+            (value, row.median),
+            xytext=(6, 3),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
+    axes.margins(x=0.18)
+    axes.set_xlabel(label)
+    plots._plain(axes)
+
+
+def _literal(text: str) -> str:
+    """``text`` as it is: no formulas, no control characters."""
+    return escaped(text).replace("$", r"\$")
+
+
+def curve(section: Section) -> dict[str, Any] | None:
+    """The plot of a section in which one number was swept: medians and intervals over it, as ``lines``.
+
+    A method without this number is a level line. None below three values.
+    """
+    key, numbers = swept(section.rows)
+    columns = sorted(set(numbers.values()))
+    if len(columns) < 3:
+        return None
+    by_method: dict[str, dict[float, Row]] = {}
+    for row in section.rows:
+        for column in [numbers[row.label]] if row.label in numbers else columns:
+            by_method.setdefault(row.method, {})[column] = row
+    seeds = sorted({len(row.values) for row in section.rows})
+    counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    several = f"median and interval of {counted} seeds" if seeds[-1] > 1 else "1 seed"
+
+    def grid(part: str) -> list[list[float | None]]:
+        return [[getattr(line.get(column), part, None) for column in columns] for line in by_method.values()]
+
+    return {
+        "file": _name("compare", section.model, section.task),
+        "kind": "lines",
+        "title": f"{section.model} · {section.task}",
+        "rows": list(by_method),
+        "columns": columns,
+        "values": grid("median"),
+        **({"low": grid("low"), "high": grid("high")} if seeds[-1] > 1 else {}),
+        "column_label": key,
+        "label": f"{section.metric}, {several}",
+    }

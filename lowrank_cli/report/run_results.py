@@ -1,0 +1,315 @@
+"""Finished runs, grouped into the sections and rows of a comparison.
+
+Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
+that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
+seed. It is named by the values that most of the section's runs do not have; those that they have stand above it.
+An adapter that was measured with other values than it was trained with is a row of its own, ``trained.KEY=VALUE``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from lowrank_cli.errors import UserError, nearest
+from lowrank_cli.report import tables
+from lowrank_cli.report.comparison import Row, Section
+from lowrank_cli.report.statistics import median_interval
+from lowrank_cli.runs import Run
+
+LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
+ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
+#: Keys that name a run or change its speed, not what it learns or predicts.
+IRRELEVANT = {
+    "seed",
+    "outputs",
+    "name",
+    "run",
+    "evaluate.split",
+    "evaluate.batch_size",
+    "score.tokens",
+    "hardware.threads",
+    "method.setting",  # its name stands for it, its layers may differ from seed to seed
+    "method.layers",
+    "method.ranks",  # those of method.rank_pattern
+    "train.log_every",
+    "train.checkpoint_every",
+}
+
+TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
+
+Setting = tuple[tuple[str, str], ...]  #: keys and values
+
+
+@dataclass
+class Result:
+    """A finished run, as far as a comparison needs it."""
+
+    path: Path
+    method: str
+    model: str
+    task: str
+    seed: int
+    started: str
+    config: dict[str, str]  #: dotted key → value as JSON, without ``IRRELEVANT``
+    metrics: dict[str, float]
+    seconds: float | None  #: of training
+    memory: int | None
+    source: Path | None  #: the run whose adapter an evaluation read
+    modules: Any  #: what a setting keeps, which goes by its name
+    answers: dict[str, Path]  #: split → run folder whose ``predictions.jsonl`` is of it
+
+
+def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list[str]]:
+    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished; why some are broken.
+
+    Raises UserError where there are none.
+    """
+    folders: dict[Path, None] = {}
+    for path in paths:
+        found = [file.parent.resolve() for file in sorted(locate(path, outputs).rglob("run.json"))]
+        if not found:
+            raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
+        folders.update(dict.fromkeys(found))
+    done: dict[Path, Result] = {}
+    unfinished, broken = 0, []
+    for folder in folders:
+        try:
+            run = Run.open(folder)
+            if not {"method", "model", "task"} <= run.info.get("choices", {}).keys():
+                continue  # a recipe or a benchmark
+            if run.done and run.metrics:
+                done[folder] = result_of(run)
+            else:
+                unfinished += 1
+        except UserError as error:
+            broken.append(str(error).removeprefix("run: "))
+    if not done:
+        why = f"; {len(broken)} broken: {broken[0]}" if broken else ""
+        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({unfinished} not finished{why})")
+    return _join(done), unfinished, broken
+
+
+def locate(path: str, outputs: str) -> Path:
+    """The folder of a path given on the command line: from here, else in ``outputs``. Raises UserError if none."""
+    for folder in (Path(path), Path(outputs) / path):
+        if folder.is_dir():
+            return folder.resolve()
+    if Path(path).is_absolute():
+        raise UserError(f"compare: there is no folder '{path}'")
+    parents = [parent for parent in (Path(path).parent, (Path(outputs) / path).parent) if parent.is_dir()]
+    siblings = [entry.name for parent in parents for entry in parent.iterdir() if entry.is_dir()]
+    raise UserError(f"compare: there is no folder '{path}'{nearest(Path(path).name, siblings)}")
+
+
+def result_of(run: Run) -> Result:
+    """What a comparison needs of a finished run."""
+    info = run.info
+    config, stages = _lineage(run)
+    if stages:
+        config["adapter"] = " + ".join(stages)
+    config["trained"] = _trained_otherwise(run, config)
+    measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
+    metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    split = run.config().get("evaluate", {}).get("split", "test")
+    return Result(
+        path=run.path.resolve(),
+        method=info["choices"]["method"],
+        model=info.get("model") or info["choices"]["model"],
+        task=info["choices"]["task"],
+        seed=config["seed"],
+        started=info.get("started", ""),
+        config={key: value for key, value in _flat(config) if not IRRELEVANT & {key, key.rpartition(".")[0]}},
+        metrics=metrics,
+        seconds=metrics.get("train/seconds"),
+        memory=info.get("device_memory_bytes", info.get("peak_memory_bytes")),
+        source=Path(measured).resolve() if measured else None,
+        modules=config.get("method", {}).get("layers"),
+        answers={split: run.path.resolve()} if (run.path / "predictions.jsonl").is_file() else {},
+    )
+
+
+def _present(run: Run) -> Iterator[Run]:
+    """The run, the one whose adapter it reads, and so on, as far as they are still there."""
+    for one in run.lineage():
+        yield one
+        below = one.config().get("run")
+        if below is None or not (Path(below) / "run.json").exists():
+            return
+
+
+def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
+    """A run's settings on top of those of the runs that its adapter came from, and the stages that made the adapter.
+
+    The seed is that of the first training.
+    """
+    runs = list(_present(run))
+    config: dict[str, Any] = {}
+    stages: list[str] = []
+    scored = False
+    for earlier in reversed(runs):
+        own = earlier.config("seed")
+        if scored:
+            own.pop("score", None)  # a pruning of what was scored scores nothing
+        config = {**config, **own, "seed": config.get("seed", own["seed"])}
+        stages += [earlier.info["stage"]] if earlier.info["stage"] in ADAPTERS else []
+        scored = earlier.info["stage"] == "score"
+    return config, stages
+
+
+def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
+    """What the adapter that a run measured was trained with, where ``config`` says otherwise; statistics are fitted."""
+    training = (own for own in _present(run) if own.info["stage"] == "train" and not (own.path / "statistics").is_dir())
+    first = next(training, None)
+    if first is None:  # it may be gone
+        return {}
+    trained = first.config()
+    found: dict[str, Any] = {}
+    for group in ("method", "task", "hardware"):
+        then, now = trained.get(group, {}), config.get(group, {})
+        if then.get("name") != now.get("name"):
+            found[group] = then.get("name")
+            continue
+        used = dict(_flat(now))
+        for key, value in _flat(then):
+            full = f"{group}.{key}"
+            if key in used and used[key] != value and not IRRELEVANT & {full, full.rpartition(".")[0]}:
+                found[key] = json.loads(value)
+    return found
+
+
+def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    if not isinstance(config, dict):
+        yield prefix[:-1], json.dumps(config)
+        return
+    for key, value in config.items():
+        yield from _flat(value, f"{prefix}{key}.")
+
+
+def _join(results: dict[Path, Result]) -> list[Result]:
+    """Evaluations of a training that is here too, in its own setting, only add their metrics to it."""
+    joined = {path: result for path, result in results.items() if result.source not in results}
+    for path, result in results.items():
+        if path in joined or result.source is None:
+            continue
+        training = joined.get(result.source)
+        if training is not None and all(result.config.get(k, v) == v for k, v in training.config.items()):
+            joined[result.source] = replace(
+                training,
+                metrics={**result.metrics, **training.metrics},
+                answers={**result.answers, **training.answers},
+            )
+        else:
+            joined[path] = result
+    return list(joined.values())
+
+
+def section_of(results: list[Result], metric: str | None) -> Section:
+    """The runs of one model on one task, by ``metric`` or else by the task's own; ``rows`` is empty if none has it."""
+    metric = metric or own_metric(results)
+    held = [result for result in results if metric in result.metrics]
+    rows: dict[tuple[str, Setting], dict[int, Result]] = {}
+    clashes = 0
+    for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
+        by_seed = rows.setdefault((result.method, _setting(result, held)), {})
+        clashes += result.seed in by_seed and by_seed[result.seed].modules != result.modules
+        by_seed[result.seed] = result
+    names, shared = _names(rows)
+    made = [row_of(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
+    section = new_section(results[0].model, results[0].task, metric, made)
+    section.without_metric = len(results) - len(held)
+    section.repeats = len(held) - sum(len(row.values) for row in made)
+    section.clashes, section.shared = clashes, shared
+    return section
+
+
+def new_section(model: str, task: str, metric: str, rows: Sequence[Row]) -> Section:
+    """A section with its rows from best median to worst."""
+    lower = metric.endswith(LOWER_IS_BETTER)
+    return Section(model, task, metric, lower, sorted(rows, key=lambda row: row.median if lower else -row.median))
+
+
+def own_metric(results: list[Result]) -> str:
+    """The task's metric on the test split, else the next best quality metric that any run has."""
+    own = {result.config.get("task.metric", '""').strip('"') for result in results}
+    names = tables.quality(dict.fromkeys(name for result in results for name in result.metrics))
+    return min(names, key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in own), default="")
+
+
+def _setting(result: Result, section: list[Result]) -> Setting:
+    """Keys that vary in the section and, of the method's own keys, among the runs of that method.
+
+    How another setting was trained is said always: such a run is none of those trained in its own setting.
+    """
+    found = []
+    for key, value in sorted(result.config.items()):
+        peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
+        if key.startswith(TRAINED) or len({peer.config.get(key, value) for peer in peers}) > 1:
+            found.append((key, value))
+    return tuple(found)
+
+
+def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tuple[str, Setting], str], str]:
+    """Each row's setting in short, and what goes without saying in them.
+
+    Keys are their last word, where no other one ends with it. Where several keys vary besides the methods' own, a value
+    that more than half of the runs have is said once for all, unless two rows would then have one name.
+    """
+    runs = Counter(item for (_, setting), by_seed in rows.items() for item in setting for _ in by_seed)
+    keys = {key for key, _ in runs}
+    ends = Counter(key.rpartition(".")[2] for key in keys if not key.startswith(TRAINED))
+
+    def shown(items: Iterable[tuple[str, str]]) -> str:
+        short = {key: key if key.startswith(TRAINED) else key.rpartition(".")[2] for key in keys}
+        return " ".join(f"{short[key] if ends[short[key]] == 1 else key}={_value(value)}" for key, value in items)
+
+    common = {key for key in keys if not key.startswith(("method.", TRAINED))}
+    of_key = {key: sum(count for (other, _), count in runs.items() if other == key) for key in common}
+    shared = (
+        {(k, v) for (k, v), count in runs.items() if k in common and 2 * count > of_key[k]} if len(common) > 1 else ()
+    )
+    names = {(method, setting): shown(i for i in setting if i not in shared) for method, setting in rows}
+    taken = Counter((method, name) for (method, _), name in names.items())
+    whole = {row: name if taken[row[0], name] == 1 else shown(row[1]) for row, name in names.items()}
+    return whole, shown(sorted(shared))
+
+
+def _value(value: str) -> str:
+    """A JSON value as it is typed; a folder from here."""
+    plain = value.replace('"', "")
+    return tables.shown(plain) if plain.startswith("/") else plain
+
+
+def row_of(method: str, setting: str, metric: str, by_seed: Mapping[int, Result]) -> Row:
+    """The row of runs that differ by their seed alone; all have ``metric``."""
+    results = dict(sorted(by_seed.items()))
+    split = metric.partition("/")[0]
+
+    def middle(read: Callable[[Result], float | None]) -> float | None:
+        known = [value for value in map(read, results.values()) if value is not None]
+        return median(known) if known else None
+
+    row = empty_row(method, setting, {seed: result.metrics[metric] for seed, result in results.items()})
+    row.runs = {seed: [result.path] for seed, result in results.items()}
+    row.answers = {seed: [result.answers[split]] for seed, result in results.items() if split in result.answers}
+    row.trainable = middle(lambda result: result.metrics.get("trainable_parameters"))
+    row.activated = middle(lambda result: result.metrics.get("activated_parameters"))
+    row.seconds = middle(lambda result: result.seconds)
+    row.memory = middle(lambda result: result.memory)
+    row.arrangement_std = middle(lambda result: result.metrics.get(f"{metric}_std"))
+    row.arrangement_worst = middle(lambda result: result.metrics.get(f"{metric}_worst"))
+    return row
+
+
+def empty_row(method: str, setting: str, values: dict[int, float]) -> Row:
+    """A row of values by seed, without runs and costs."""
+    numbers = list(values.values())
+    low, high = median_interval(numbers)
+    std = stdev(numbers) if len(numbers) > 1 else None
+    return Row(method, setting, values, median(numbers), low, high, fmean(numbers), std)

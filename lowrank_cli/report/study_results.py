@@ -1,0 +1,109 @@
+"""A study's folder as sections of a comparison: one for each group and task, a row for each arm and pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NotRequired, TypedDict
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.reader import PlainName, read_json
+from lowrank_cli.report.comparison import Row, Section
+from lowrank_cli.report.run_results import Result, empty_row, new_section, own_metric, result_of, row_of
+from lowrank_cli.runs import Run
+
+STUDY = "study.json"  #: marks the folder of a study
+
+
+class StudyRecord(TypedDict):
+    """The keys of ``study.json`` that a comparison reads."""
+
+    name: str
+    baseline: PlainName
+    arms: list[PlainName]
+    pools: NotRequired[dict[PlainName, list[PlainName]]]
+    seeds: list[int]
+    groups: dict[PlainName, list[PlainName]]  # group → tasks
+
+
+@dataclass
+class StudyResults:
+    """The finished cells of a study; a cell is one seed of one arm on one task of a group."""
+
+    record: StudyRecord
+    results: dict[tuple[str, str], dict[str, dict[int, Result]]]  #: group and task → arm → seed
+    broken: list[str]  #: why each broken cell cannot be read
+    cells: int
+
+    @property
+    def missing(self) -> int:
+        """Cells without a finished run."""
+        return self.cells - sum(len(by_seed) for arms in self.results.values() for by_seed in arms.values())
+
+    @property
+    def metrics(self) -> set[str]:
+        """The metrics that any cell has."""
+        every = (result for arms in self.results.values() for by_seed in arms.values() for result in by_seed.values())
+        return {name for result in every for name in result.metrics}
+
+
+def read_study(folder: Path) -> StudyResults:
+    """The finished cells of a study, which may still be running. Raises UserError for a broken study.json."""
+    record: StudyRecord = read_json(folder / STUDY, StudyRecord)
+    study = StudyResults(record, {}, [], 0)
+    for group, tasks in record["groups"].items():
+        for task in tasks:
+            arms = study.results.setdefault((group, task), {})
+            for arm in record["arms"]:
+                for seed in record["seeds"]:
+                    study.cells += 1
+                    cell = folder / "runs" / group / task / arm / str(seed)
+                    try:
+                        result = _finished(cell)
+                    except UserError as error:
+                        study.broken.append(str(error).removeprefix("run: "))
+                    else:
+                        if result is not None:
+                            arms.setdefault(arm, {})[seed] = result
+    return study
+
+
+def _finished(cell: Path) -> Result | None:
+    if not (cell / "run.json").is_file():
+        return None
+    run = Run.open(cell)
+    return result_of(run) if run.done and run.metrics else None
+
+
+def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
+    """A section for each group and task with a finished cell that has ``metric``, or else the task's own."""
+    sections = []
+    for (group, task), arms in study.results.items():
+        results = [result for by_seed in arms.values() for result in by_seed.values()]
+        name = metric or own_metric(results)
+        rows = {}
+        for arm, by_seed in arms.items():
+            measured = {seed: result for seed, result in by_seed.items() if name in result.metrics}
+            if measured:
+                rows[arm] = row_of(arm, "", name, measured)
+        pools = study.record.get("pools", {}).items()
+        pooled = [row for pool, members in pools if (row := _pool(pool, [rows[arm] for arm in members if arm in rows]))]
+        if rows:
+            section = new_section(group, task, name, [*rows.values(), *pooled])
+            section.without_metric = len(results) - sum(len(row.values) for row in rows.values())
+            sections.append(section)
+    return sections
+
+
+def _pool(name: str, members: list[Row]) -> Row | None:
+    """The mean of several arms by seed, over the seeds that all of them have; None without one."""
+    seeds = sorted(set.intersection(*(set(row.values) for row in members))) if members else []
+    if not seeds:
+        return None
+    values = {seed: [row.values[seed] for row in members] for seed in seeds}
+    pool = empty_row(name, "", {seed: fmean(of_arms) for seed, of_arms in values.items()})
+    pool.pool, pool.pool_values = tuple(row.method for row in members), values
+    pool.runs = {seed: [folder for row in members for folder in row.runs[seed]] for seed in seeds}
+    pool.answers = {seed: [folder for row in members for folder in row.answers.get(seed, [])] for seed in seeds}
+    return pool

@@ -376,7 +376,7 @@ def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: 
 def compare(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN_OR_FOLDER]...", help="runs, sweeps, or folders of them; else all of --outputs"),
+        typer.Argument(metavar="[RUN_OR_FOLDER]...", help="runs, sweeps, folders of them, or a study; else --outputs"),
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="the method to test the others against")] = None,
     metric: Annotated[str | None, typer.Option(help="what to compare, such as test/accuracy")] = None,
@@ -385,11 +385,11 @@ def compare(
     ] = False,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, plots of swept numbers"),
+        typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, LaTeX, plots, PEFT's JSON"),
     ] = None,
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
 ) -> None:
-    """Compare finished runs: method by task by model, over seeds, with spread and a paired test."""
+    """Compare finished runs or a study: methods by task and model, over seeds, with intervals and paired tests."""
     from lowrank_cli.report.compare import compare as compare_runs
     from lowrank_cli.terminal import Terminal
 

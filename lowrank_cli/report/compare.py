@@ -20,8 +20,8 @@ from lowrank_cli.report import formats
 from lowrank_cli.report.across_tasks import across_tasks as results_across_tasks
 from lowrank_cli.report.comparison import Comparison
 from lowrank_cli.report.differences import compare_with_baseline, mark_best, mark_pareto
-from lowrank_cli.report.run_results import Result, collect, locate, section_of
-from lowrank_cli.report.study_results import STUDY, read_study, study_sections
+from lowrank_cli.report.run_results import STUDY, Result, collect, locate, section_of
+from lowrank_cli.report.study_results import read_study, study_sections
 
 
 def compare(
@@ -110,15 +110,21 @@ def _of_runs(
 ) -> Comparison:
     if across_tasks and baseline is None:
         raise UserError("--across-tasks: methods are tested against a baseline; name it with --baseline METHOD")
-    results, unfinished, broken = collect(paths, outputs)
-    present = sorted({name for result in results for name in result.metrics})
+    collected = collect(paths, outputs)
+    present = sorted({name for result in collected.results for name in result.metrics})
     if metric is not None and metric not in present:
         raise unknown("--metric", metric, present)
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
+    for result in collected.results:
         groups.setdefault((result.model, result.task), []).append(result)
     sections = [section_of(members, metric) for _, members in sorted(groups.items())]
     sections = [section for section in sections if section.rows]
     if not sections:
         raise UserError("compare: none of these runs has a finite test or dev metric; name one with --metric")
-    return Comparison(sections, baseline, unfinished=unfinished, broken=broken)
+    return Comparison(
+        sections,
+        baseline,
+        unfinished=collected.unfinished,
+        broken=collected.broken,
+        in_studies=collected.in_studies,
+    )

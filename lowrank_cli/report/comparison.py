@@ -123,6 +123,7 @@ class Comparison:
     baseline: str | None
     across_tasks: list[AcrossTasks] = field(default_factory=list)
     unfinished: int = 0  #: runs
+    in_studies: int = 0  #: runs that are left out because a study holds them
     broken: list[str] = field(default_factory=list)  #: why each broken run cannot be read
     study: str | None = None  #: its name
     cells: int = 0  #: of a study: groups × tasks × arms × seeds

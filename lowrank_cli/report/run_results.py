@@ -42,6 +42,7 @@ IRRELEVANT = {
     "train.checkpoint_every",
 }
 
+STUDY = "study.json"  #: marks the folder of a study
 TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
 
 Setting = tuple[tuple[str, str], ...]  #: keys and values
@@ -66,17 +67,29 @@ class Result:
     answers: dict[str, Path]  #: split → run folder whose ``predictions.jsonl`` is of it
 
 
-def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list[str]]:
-    """Finished runs in ``paths``, evaluations joined to their training; how many are not finished; why some are broken.
+@dataclass
+class Collected:
+    """The runs in some folders."""
 
-    Raises UserError where there are none.
-    """
+    results: list[Result]  #: of finished runs, evaluations joined to their training
+    unfinished: int
+    broken: list[str]  #: why each broken run cannot be read
+    in_studies: int  #: runs in the folders of studies, which are left out: they include those of tuning
+
+
+def collect(paths: Sequence[str], outputs: str) -> Collected:
+    """The runs in ``paths``. Raises UserError if none of them is finished."""
     folders: dict[Path, None] = {}
+    in_studies = 0
     for path in paths:
-        found = [file.parent.resolve() for file in sorted(locate(path, outputs).rglob("run.json"))]
+        root = locate(path, outputs)
+        found = [file.parent.resolve() for file in sorted(root.rglob("run.json"))]
         if not found:
             raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
-        folders.update(dict.fromkeys(found))
+        studies = {file.parent.resolve() for file in root.rglob(STUDY)}
+        single = [folder for folder in found if studies.isdisjoint([folder, *folder.parents])]
+        in_studies += len(found) - len(single)
+        folders.update(dict.fromkeys(single))
     done: dict[Path, Result] = {}
     unfinished, broken = 0, []
     for folder in folders:
@@ -92,8 +105,10 @@ def collect(paths: Sequence[str], outputs: str) -> tuple[list[Result], int, list
             broken.append(str(error).removeprefix("run: "))
     if not done:
         why = f"; {len(broken)} broken: {broken[0]}" if broken else ""
-        raise UserError(f"compare: no finished runs in {', '.join(map(str, paths))} ({unfinished} not finished{why})")
-    return _join(done), unfinished, broken
+        studies_too = f"; {in_studies} in studies, which are compared by their own folders" if in_studies else ""
+        where = ", ".join(map(str, paths))
+        raise UserError(f"compare: no finished runs in {where} ({unfinished} not finished{why}{studies_too})")
+    return Collected(_join(done), unfinished, broken, in_studies)
 
 
 def locate(path: str, outputs: str) -> Path:

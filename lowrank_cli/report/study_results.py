@@ -10,10 +10,8 @@ from typing import NotRequired, TypedDict
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report.comparison import Row, Section
-from lowrank_cli.report.run_results import Result, empty_row, new_section, own_metric, result_of, row_of
+from lowrank_cli.report.run_results import STUDY, Result, empty_row, new_section, own_metric, result_of, row_of
 from lowrank_cli.runs import Run
-
-STUDY = "study.json"  #: marks the folder of a study
 
 
 class StudyRecord(TypedDict):

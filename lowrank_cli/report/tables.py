@@ -370,8 +370,9 @@ def _plain(cell: str | Text) -> Text:
 
 @dataclass
 class Fitted:
-    """A bare table that folds no word: columns are left out where the terminal is narrow, and the rest runs over.
+    """A bare table that folds no word.
 
+    In a narrow terminal headings break after ``/`` and ``.``, then columns are left out, and the rest runs over.
     Print it with ``crop=False``. Only ``result`` is wrapped, between its words.
     """
 
@@ -385,19 +386,21 @@ class Fitted:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.heading is not None:
             yield Text(self.heading, style="bold", no_wrap=True, overflow="ignore")
-        for gone in range(len(self.leave_out) + 1):
-            table = self._table(self.leave_out[:gone])
+        ways = [(0, False), *((gone, True) for gone in range(len(self.leave_out) + 1))]
+        for gone, broken in ways:
+            table = self._table(self.leave_out[:gone], broken)
             needed = console.measure(table, options=options.update(width=10_000)).minimum
             if needed <= options.max_width:
                 break
         yield from console.render(Trimmed(table), options.update(width=max(needed, options.max_width)))
 
-    def _table(self, gone: Sequence[str]) -> Table:
+    def _table(self, gone: Sequence[str], broken: bool) -> Table:
         table = Table(box=None, padding=(0, self.gap, 0, 0))
         shown = [i for i, column in enumerate(self.columns) if column not in gone]
         for column in (self.columns[i] for i in shown):
             justify: JustifyMethod = "right" if column in ("seed", "time") else "left"
-            table.add_column(Text(column.replace("/", "/\n").replace(".", ".\n")), justify=justify, overflow="fold")
+            title = column.replace("/", "/\n").replace(".", ".\n") if broken else column
+            table.add_column(Text(title), justify=justify, overflow="fold")
         for row in self.rows:
             add(table, *(row[i] for i in shown if i < len(row)))
         for i, made in zip(shown, table.columns, strict=True):

@@ -304,7 +304,7 @@ def test_an_evaluation_is_paired_by_the_seed_of_its_training_from_every_director
     outputs = Path("outputs").absolute()
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    assert {result.seed for result in collect([str(outputs)], "outputs")[0]} == {3}
+    assert {result.seed for result in collect([str(outputs)], "outputs").results} == {3}
 
 
 @pytest.fixture

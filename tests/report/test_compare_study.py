@@ -134,6 +134,19 @@ def test_a_broken_cell_is_named_and_a_broken_study_is_refused(study):
         build_comparison([folder])
 
 
+def test_runs_of_a_study_are_left_out_of_other_comparisons(study, add):
+    folder, fill = study
+    fill()
+    with pytest.raises(UserError, match="30 in studies, which are compared by their own folders"):
+        build_comparison([folder.parent])
+    add("milora", 0, 0.5)
+    comparison = build_comparison([folder.parent])
+    assert [row.method for section in comparison.sections for row in section.rows] == ["milora"]
+    assert "30 in studies" in formats.markdown(comparison)
+    named = build_comparison([folder / "runs" / "bundled" / "task_a" / "dora"])
+    assert list(named.sections[0].rows[0].values) == [0, 1, 2]
+
+
 def test_without_saved_answers_the_error_is_over_seeds_alone(study):
     folder, fill = study
     fill(answers=False)

@@ -42,7 +42,7 @@ def test_every_format_is_written(comparison, tmp_path):
 
 
 def check_latex(text):
-    """Raise AssertionError for what TeX would stop at: braces, environments, columns, and characters that it acts on."""
+    """Raise AssertionError for what TeX would stop at: braces, environments, columns, unescaped characters."""
     bare = re.sub(r"\\[\\&%$#_{}]", "", text)
     assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
     opened = []

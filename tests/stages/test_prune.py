@@ -147,10 +147,10 @@ def test_train_score_prune_evaluate_and_train_on(capsys):
     assert further.metrics["trainable_parameters"] == pruned.metrics["trainable_parameters"]
     assert further.history()[0]["train/loss"] < trained.history()[0]["train/loss"]  # not from the start
 
-    results, unfinished, broken = collect(["outputs"], "outputs")
-    made = [json.loads(result.config["adapter"]) for result in results]
+    collected = collect(["outputs"], "outputs")
+    made = [json.loads(result.config["adapter"]) for result in collected.results]
     assert sorted(made) == ["train", *["train + prune"] * 4, "train + prune + train"]
-    assert (unfinished, broken) == (0, [])
+    assert (collected.unfinished, collected.broken) == (0, [])
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def _absent(comparison: Comparison) -> Iterable[str]:
         "not finished": comparison.unfinished,
         "without the metric": sum(section.without_metric for section in sections),
         "replaced by a newer run of the same seed": sum(section.repeats for section in sections),
+        "in studies, which are compared by their own folders": comparison.in_studies,
     }
     if any(left_out.values()):
         yield f"Left out: {', '.join(f'{runs} {why}' for why, runs in left_out.items() if runs)}."

@@ -46,6 +46,8 @@ class RunInfo(TypedDict):
     command: NotRequired[str]
     seed: NotRequired[int | None]
     started: NotRequired[str]
+    git: NotRequired[dict[str, Any] | None]
+    packages: NotRequired[dict[str, str]]
     seconds: NotRequired[Finite]
     peak_memory_bytes: NotRequired[Count]
     device_memory_bytes: NotRequired[Count]

@@ -117,7 +117,7 @@ def loaded(record):
     last = train["metrics"][-1]
     whole = {key: int(train[f"accelerator_memory_{key}"]) for key in ("reserved_avg", "max", "reserved_99th")}
     whole |= {"file_size": int(train["file_size"]), "samples": int(last["train samples"])}
-    whole |= {"tokens": int(last["train total tokens"])}
+    whole |= {"tokens": int(last["train total tokens"]), "parameters": int(train["num_trainable_params"])}
     numbers = [run["total_time"], train["train_time"], last["test accuracy"], last["train loss"]]
     versions = [meta["package_info"][f"{name}-version"] for name in ("peft", "transformers", "datasets", "torch")]
     versions.append(meta["package_info"]["bitsandbytes-version"])

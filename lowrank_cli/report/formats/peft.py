@@ -1,9 +1,9 @@
 """Runs in the JSON layout of PEFT's method comparison, so that its loader and its page read them.
 
-One file for each run, as PEFT has one for each experiment. In huggingface/peft, the keys are those that ``log_results``
-of ``method_comparison/MetaMathQA/utils.py`` writes (commit 0134244) and ``method_comparison/processing.py`` reads
-(commit 0006753). PEFT's loader needs whole numbers, so what a run did not measure is 0: reserved accelerator memory,
-and all accelerator memory on a CPU.
+One file for each run, as PEFT has one for each experiment. In huggingface/peft (commit 5d602fd) the keys are those that
+``log_results`` of ``method_comparison/MetaMathQA/utils.py`` writes and ``method_comparison/processing.py`` reads.
+PEFT's loader needs numbers, so what a run did not measure is 0: reserved accelerator memory, all of it on a CPU, and
+the train loss of a run that did not train.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _plain(name: str) -> str:
 def experiment_record(run: Run, section: Section, row: Row, seed: int, experiment: str) -> dict[str, Any]:
     """The record of one run; the metrics of its last entry hold the metric that the section compares."""
     info, config = run.info, run.config()
-    model, train = config.get("model", {}), config.get("train", {})
+    model, method, train = config.get("model", {}), config.get("method", {}), config.get("train", {})
     parameters, total = run.metrics.get("trainable_parameters"), run.metrics.get("total_parameters")
     whole = parameters is not None and parameters == total
     return {
@@ -50,13 +50,14 @@ def experiment_record(run: Run, section: Section, row: Row, seed: int, experimen
             "total_time": info.get("seconds", 0.0),
             "experiment_name": experiment,
             "peft_branch": f"lowrank-cli {info.get('packages', {}).get('lowrank-cli', '')}".strip(),
+            "peft_worktree_is_dirty": (info.get("git") or {}).get("dirty", False),
             "train_config": {
                 "model_id": model.get("id") or info.get("model") or section.model,
                 "dtype": config.get("hardware", {}).get("precision"),
                 "seed": seed,
                 **train,
             },
-            "peft_config": None if whole else {"peft_type": row.method.upper(), **config.get("method", {})},
+            "peft_config": None if whole else {"peft_type": str(method.get("name", "")).upper(), **method},
             "error_msg": "",
         },
         "train_info": {

@@ -36,12 +36,12 @@ def paired_bootstrap(table: np.ndarray, resamples: int = RESAMPLES, seed: int = 
 
     A resample draws seeds with replacement, then examples with replacement, and takes the mean over the cells drawn:
     the pigeonhole bootstrap (Owen 2007), as every seed answers the same examples. Pairs stay together, since a cell is
-    a difference already. The cost is resamples · seeds · examples multiplications: 0.1 s for 5 seeds and 1,000
+    a difference already. The cost is resamples · seeds · examples multiplications: 0.05 s for 5 seeds and 1,000
     examples.
 
     Resampled seeds vary less than seeds, by the factor 1 - 1/seeds, and percentiles know no Student's t, so with few
     seeds the interval is too short: in simulations it covers 78 % for three seeds, 88 % for five, 92 % for ten, where
-    those of :func:`lowrank_cli.report.statistics.crossed_mean` cover 91 to 94 %.
+    those of :func:`lowrank_cli.report.statistics.crossed_mean` cover 92 to 96 %.
 
     Args:
         table: difference of the scores of two methods, seeds × examples.
@@ -53,8 +53,8 @@ def paired_bootstrap(table: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     means = []
     for start in range(0, resamples, CHUNK):
         count = min(CHUNK, resamples - start)
-        of_seeds = draw.multinomial(seeds, [1 / seeds] * seeds, size=count)  # (count, seeds)
-        of_examples = draw.multinomial(examples, [1 / examples] * examples, size=count)  # (count, examples)
-        means.append(((of_seeds @ table) * of_examples).sum(1) / table.size)  # (count,)
+        shares = draw.multinomial(seeds, [1 / seeds] * seeds, size=count) / seeds  # (count, seeds)
+        drawn = draw.integers(examples, size=(count, examples))
+        means.append(np.take_along_axis(shares @ table, drawn, axis=1).mean(1))  # (count,)
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)

@@ -128,11 +128,11 @@ def _answers_table(row: Row, baseline: Row, seeds: Sequence[int], metric: str) -
     for seed in seeds:
         sides = []
         for side in (row, baseline):
-            found = _answers_of(side, seed, metric)
-            if found is None:
+            runs = _answers_of(side, seed, metric)
+            if runs is None:
                 return None
-            questions |= {one.questions for one in found}
-            sides.append(np.mean([one.correct for one in found], axis=0))  # (examples,)
+            questions |= {one.questions for one in runs}
+            sides.append(np.mean([one.correct for one in runs], axis=0))  # (examples,)
             if len(questions) > 1:
                 return None
         lines.append(sides[0] - sides[1])
@@ -145,9 +145,9 @@ def _answers_of(row: Row, seed: int, metric: str) -> list[Answers] | None:
     values = row.pool_values[seed] if row.pool else [row.values[seed]]
     if len(folders) != len(values):
         return None
-    found = [answers(folder, metric, value) for folder, value in zip(folders, values, strict=True)]
-    known = [one for one in found if one is not None]
-    return known if len(known) == len(found) else None
+    runs = [answers(folder, metric, value) for folder, value in zip(folders, values, strict=True)]
+    known = [one for one in runs if one is not None]
+    return known if len(known) == len(runs) else None
 
 
 def _correct_for_several(rows: Iterable[Row]) -> None:

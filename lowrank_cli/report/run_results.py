@@ -2,7 +2,7 @@
 
 Runs of one model on one task make a section; in it a row is a method with one setting (the configuration keys
 that vary there, seed apart), so different ranks or learning rates are never pooled. A row holds one value a
-seed. It is named by the values that most of the section's runs do not have; those that they have stand above it.
+seed. Its name has the values that most of the section's runs do not share; the shared ones are above the table.
 An adapter that was measured with other values than it was trained with is a row of its own, ``trained.KEY=VALUE``.
 """
 
@@ -83,12 +83,12 @@ def collect(paths: Sequence[str], outputs: str) -> Collected:
     in_studies = 0
     for path in paths:
         root = locate(path, outputs)
-        found = [file.parent.resolve() for file in sorted(root.rglob("run.json"))]
-        if not found:
+        inside = [file.parent.resolve() for file in sorted(root.rglob("run.json"))]
+        if not inside:
             raise UserError(f"compare: '{path}' is no run and holds none (a run has a run.json)")
         studies = {file.parent.resolve() for file in root.rglob(STUDY)}
-        single = [folder for folder in found if studies.isdisjoint([folder, *folder.parents])]
-        in_studies += len(found) - len(single)
+        single = [folder for folder in inside if studies.isdisjoint([folder, *folder.parents])]
+        in_studies += len(inside) - len(single)
         folders.update(dict.fromkeys(single))
     done: dict[Path, Result] = {}
     unfinished, broken = 0, []
@@ -185,18 +185,18 @@ def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     if first is None:  # it may be gone
         return {}
     trained = first.config()
-    found: dict[str, Any] = {}
+    differing: dict[str, Any] = {}
     for group in ("method", "task", "hardware"):
         then, now = trained.get(group, {}), config.get(group, {})
         if then.get("name") != now.get("name"):
-            found[group] = then.get("name")
+            differing[group] = then.get("name")
             continue
         used = dict(_flat(now))
         for key, value in _flat(then):
             full = f"{group}.{key}"
             if key in used and used[key] != value and not IRRELEVANT & {full, full.rpartition(".")[0]}:
-                found[key] = json.loads(value)
-    return found
+                differing[key] = json.loads(value)
+    return differing
 
 
 def _flat(config: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -228,18 +228,18 @@ def _join(results: dict[Path, Result]) -> list[Result]:
 def section_of(results: list[Result], metric: str | None) -> Section:
     """The runs of one model on one task, by ``metric`` or else by the task's own; ``rows`` is empty if none has it."""
     metric = metric or own_metric(results)
-    held = [result for result in results if metric in result.metrics]
+    measured = [result for result in results if metric in result.metrics]
     rows: dict[tuple[str, Setting], dict[int, Result]] = {}
     clashes = 0
-    for result in sorted(held, key=lambda result: result.started):  # of a seed the newest run counts
-        by_seed = rows.setdefault((result.method, _setting(result, held)), {})
+    for result in sorted(measured, key=lambda result: result.started):  # of a seed the newest run counts
+        by_seed = rows.setdefault((result.method, _setting(result, measured)), {})
         clashes += result.seed in by_seed and by_seed[result.seed].modules != result.modules
         by_seed[result.seed] = result
     names, shared = _names(rows)
     made = [row_of(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
     section = new_section(results[0].model, results[0].task, metric, made)
-    section.without_metric = len(results) - len(held)
-    section.repeats = len(held) - sum(len(row.values) for row in made)
+    section.without_metric = len(results) - len(measured)
+    section.repeats = len(measured) - sum(len(row.values) for row in made)
     section.clashes, section.shared = clashes, shared
     return section
 
@@ -260,21 +260,21 @@ def own_metric(results: list[Result]) -> str:
 def _setting(result: Result, section: list[Result]) -> Setting:
     """Keys that vary in the section and, of the method's own keys, among the runs of that method.
 
-    How another setting was trained is said always: such a run is none of those trained in its own setting.
+    Keys of how it was trained are always part of it: such a run is not one of those trained in that setting.
     """
-    found = []
+    setting = []
     for key, value in sorted(result.config.items()):
         peers = [r for r in section if r.method == result.method] if key.startswith("method.") else section
         if key.startswith(TRAINED) or len({peer.config.get(key, value) for peer in peers}) > 1:
-            found.append((key, value))
-    return tuple(found)
+            setting.append((key, value))
+    return tuple(setting)
 
 
 def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tuple[str, Setting], str], str]:
-    """Each row's setting in short, and what goes without saying in them.
+    """Each row's setting in short, and the values that most rows share.
 
     Keys are their last word, where no other one ends with it. Where several keys vary besides the methods' own, a value
-    that more than half of the runs have is said once for all, unless two rows would then have one name.
+    that more than half of the runs have is left out, unless two rows would then have the same name.
     """
     runs = Counter(item for (_, setting), by_seed in rows.items() for item in setting for _ in by_seed)
     keys = {key for key, _ in runs}

@@ -32,7 +32,7 @@ def mixed_mean(values: Sequence[float], *groupings: Sequence[Hashable]) -> Estim
     kinds = [kind for kind in kinds if 1 < kind.max() + 1 < n]
     shares = [np.eye(n), *((kind[:, None] == kind[None, :]).astype(float) for kind in kinds)]  # each (n, n)
 
-    def parts(variances: Any) -> tuple[Any, Any, float]:
+    def inverses(variances: Any) -> tuple[Any, Any, float]:
         """V⁻¹, the projection P that takes out the mean, and var(mean)."""
         inverse = np.linalg.inv(sum(v * share for v, share in zip(variances, shares, strict=True)))
         of_mean = 1 / float(inverse.sum())
@@ -41,20 +41,20 @@ def mixed_mean(values: Sequence[float], *groupings: Sequence[Hashable]) -> Estim
 
     def loss(variances: Any) -> tuple[float, Any]:
         """Restricted -2 log-likelihood without constants, and its gradient."""
-        inverse, projection, of_mean = parts(variances)
+        inverse, projection, of_mean = inverses(variances)
         fitted = projection @ y
         value = -np.linalg.slogdet(inverse)[1] - np.log(of_mean) + y @ fitted
         return value, np.array([(projection * share).sum() - fitted @ share @ fitted for share in shares])
 
     floor = [1e-4] + [0.0] * len(kinds)
     start = np.full(len(shares), 1 / len(shares))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(low, None) for low in floor])
-    inverse, projection, of_mean = parts(found.x)
+    fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(low, None) for low in floor])
+    inverse, projection, of_mean = inverses(fit.x)
     mean = of_mean * float(inverse.sum(1) @ y)
-    kept = [share for share, variance in zip(shares, found.x, strict=True) if variance > 1e-6]
+    kept = [share for share, variance in zip(shares, fit.x, strict=True) if variance > 1e-6]
     products = [projection @ share for share in kept]
     information = np.array([[(a * b.T).sum() / 2 for b in products] for a in products])
     weights = inverse.sum(1)
     slope = np.array([of_mean**2 * weights @ share @ weights for share in kept])  # of var(mean) in each variance
-    df = 2 * of_mean**2 / float(slope @ np.linalg.solve(information, slope))
+    df = 2 * of_mean**2 / float(slope @ np.linalg.pinv(information) @ slope)
     return Estimate(float(mean * scale), float(of_mean**0.5 * scale), max(df, 1.0))

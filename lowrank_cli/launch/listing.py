@@ -16,7 +16,7 @@ from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, ve
 from lowrank_cli.errors import unknown
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
-from lowrank_cli.report.compare import LOWER_IS_BETTER
+from lowrank_cli.report.run_results import LOWER_IS_BETTER
 from lowrank_cli.runs import Run, scan
 from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig, parse_overrides
 from lowrank_cli.terminal import Terminal

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.report import number_format
@@ -19,12 +20,15 @@ from lowrank_cli.runs import Run, atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 150
+P = ParamSpec("P")
+T = TypeVar("T")
+
 FEW_POINTS = 30  #: with fewer each train loss is marked
 FALL = 5  #: times the last train losses; a first one above that gets a logarithmic axis
 LETTER = 0.085  #: width of a letter of a title, in inches; 0.7 inches are lost beside the axes
 ANNOTATED_CELLS = 300  #: a heatmap with more cells shows colours only
-TRAIN, DEV, RATE, GRID = "#6f86a3", "#c8502d", "#eef2e6", "#dddddd"
+TRAIN, DEV, RATE, REFERENCE = "#0072b2", "#d55e00", "#f1f3f5", "#5d5d5d"
+STYLE = Path(__file__).with_name("style.mplstyle")
 
 
 def draw(run: Run) -> list[Path]:
@@ -75,10 +79,24 @@ def _literal(value: Any) -> Any:
     return escaped(value).replace("$", r"\$") if isinstance(value, str) else value
 
 
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """``draw`` in the style of all plots, whatever the user's matplotlibrc says."""
+
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> T:
+        from matplotlib import rc_context
+
+        with rc_context(fname=STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+@styled
 def write(figure: Figure, file: Path) -> None:
     """Save ``figure`` as PNG, whole or not at all."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=DPI)
+    figure.savefig(image, format="png")
     atomic_write(file, image.getvalue())
 
 
@@ -87,7 +105,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
@@ -104,17 +122,12 @@ def _whole_ticks(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
 def _series(history: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     rows = [(row["step"], row[key]) for row in history if row.get(key) is not None]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
+@styled
 def loss(history: list[dict[str, Any]], heading: str) -> Figure:
     """Train and dev loss over steps, the best dev step marked, the learning rate shaded behind them."""
     figure, axes = _figure(7.2, 4.2)
@@ -123,10 +136,10 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
         behind = axes.twinx()
         behind.fill_between(steps, rates, color=RATE, linewidth=0)
         behind.set_ylim(0, max([rate for rate in rates if math.isfinite(rate)] or [0]) * 1.05 or 1)
-        behind.set_ylabel("learning rate", color="#8a9a70")
-        behind.tick_params(colors="#8a9a70", labelsize=8)
+        behind.set_ylabel("learning rate")
         behind.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-        behind.spines[["top", "left", "right", "bottom"]].set_visible(False)
+        behind.spines[:].set_visible(False)
+        behind.grid(False)
         axes.set_zorder(behind.get_zorder() + 1)
         axes.patch.set_visible(False)
     steps, values = _series(history, "train/loss")
@@ -135,12 +148,12 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
         axes.plot(steps, values, color=TRAIN, linewidth=0.8, alpha=0.4)
         values = _smooth(values, len(values) // 40)
     label, marker = ("train (smoothed)", None) if crowded else ("train", "o" if len(steps) <= FEW_POINTS else None)
-    axes.plot(steps, values, color=TRAIN, linewidth=1.5, marker=marker, markersize=3.5, label=label)
+    axes.plot(steps, values, color=TRAIN, marker=marker, label=label)
     if _falls_far(values):
         axes.set_yscale("log")
     steps, values = _series(history, "dev/loss")
     if steps:
-        axes.plot(steps, values, color=DEV, linewidth=1.8, marker="o", markersize=3.5, label="dev")
+        axes.plot(steps, values, color=DEV, marker="o", label="dev")
     steps, values = _series((row for row in history if not row.get("not_kept")), "dev/loss")
     finite = [(value, step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if finite:
@@ -156,13 +169,12 @@ def loss(history: list[dict[str, Any]], heading: str) -> Figure:
             linestyle="none",
             label=f"best dev: {value:.4g} at step {step}",
         )
-    axes.set_title(heading, fontsize=10, loc="left")
+    axes.set_title(heading)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.set_xlim(left=0)
     _whole_ticks(axes.xaxis)
-    _plain(axes)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend()
     return figure
 
 
@@ -179,6 +191,7 @@ def _smooth(values: list[float], reach: int) -> list[float]:
     return [sum(window) / len(window) if window else math.nan for window in finite]
 
 
+@styled
 def heatmap(entry: dict[str, Any]) -> Figure:
     """Rows × columns of coloured cells; the values are written in while there are few."""
     from matplotlib.patches import Rectangle
@@ -193,10 +206,9 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     finite = _finite(values)
     axes.set_facecolor("#eeeeee")  # shows through where a value is missing
     image = axes.imshow(values, **_colours(entry, finite), aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=9)
-    axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=9)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axes.set_yticks(range(len(rows)), [str(row) for row in rows])
+    _cells_only(axes)
     if len(rows) * len(columns) <= ANNOTATED_CELLS:
         _write_in(axes, image, values, _digits(finite), 8)
     for y, line in enumerate(entry.get("outlined", [])):
@@ -206,10 +218,9 @@ def heatmap(entry: dict[str, Any]) -> Figure:
     bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=max(10, 2 * len(rows)))
     if _whole(finite) and not number_format.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
-    bar.set_label(f"{entry.get('label', '')}{number_format.in_unit(unit)}", fontsize=9)
-    bar.ax.tick_params(labelsize=8, length=2)
+    bar.set_label(f"{entry.get('label', '')}{number_format.in_unit(unit)}")
     bar.outline.set_visible(False)
-    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
+    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)))
     axes.set_ylabel(entry.get("row_label", ""))
     axes.set_xlabel(entry.get("column_label", ""))
     return figure
@@ -219,18 +230,41 @@ def _finite(values: list[list[float]]) -> list[float]:
     return [value for line in values for value in line if math.isfinite(value)] or [0.0]
 
 
+def _scale(*colours: str) -> Any:
+    """A colour map through ``colours``."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("values", colours)
+
+
+def _cells_only(axes: Any) -> None:
+    """No lines but the white ones between cells."""
+    from matplotlib.ticker import IndexLocator
+
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(IndexLocator(1, 0))
+    axes.tick_params(which="minor", length=0)
+    axes.grid(which="minor", axis="both", color="white", linewidth=1)
+
+
 def _colours(entry: dict[str, Any], finite: list[float]) -> dict[str, Any]:
     """The colours of a heatmap and where they begin and end."""
     from matplotlib.colors import LogNorm, Normalize
 
     if "scale" in entry:
-        return {"cmap": "YlGnBu", "norm": Normalize(*entry["scale"])}
+        return {"cmap": _scale("#ffffff", TRAIN), "norm": Normalize(*entry["scale"])}
     if min(finite) < 0:
         most = max(map(abs, finite))
-        return {"cmap": "RdBu", "norm": Normalize(-most, most)}
+        return {"cmap": _scale(DEV, "#ffffff", TRAIN), "norm": Normalize(-most, most)}
     if number_format.spans_decades(finite):
-        return {"cmap": "YlGnBu", "norm": LogNorm(min(value for value in finite if value > 0), max(finite))}
-    return {"cmap": "YlGnBu", "norm": Normalize(0, max(finite) or 1)}
+        return {
+            "cmap": _scale("#ffffff", TRAIN),
+            "norm": LogNorm(min(value for value in finite if value > 0), max(finite)),
+        }
+    return {"cmap": _scale("#ffffff", TRAIN), "norm": Normalize(0, max(finite) or 1)}
 
 
 def _write_in(axes: Any, image: Any, values: list[list[float]], digits: str, size: int) -> None:
@@ -240,7 +274,7 @@ def _write_in(axes: Any, image: Any, values: list[list[float]], digits: str, siz
             text = format(value, digits if abs(value) < 100 else ".0f") if math.isfinite(value) else "–"
             red, green, blue, opaque = image.to_rgba(value)
             dark = opaque and 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#222222")
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#16191d")
 
 
 def _digits(values: list[float]) -> str:
@@ -254,6 +288,7 @@ def _digits(values: list[float]) -> str:
     return ".0f" if largest >= 100 or _whole(values) else f".{1 + (largest < 10)}f"
 
 
+@styled
 def heatmaps(entry: dict[str, Any]) -> Figure:
     """Small multiples: grids of the same rows and columns in one colour scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -264,7 +299,7 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
     across = min(len(panels), 2 if len(columns) > 16 or len(panels) == 4 else 3)
     down = math.ceil(len(panels) / across)
     width = 0.9 + min(max(0.26 * len(columns), 1.6), 5.5)  # inches of a panel
-    figure = Figure(figsize=(width * across + 1, (0.2 * len(rows) + 0.7) * down + 0.6), layout="constrained")
+    figure = Figure(figsize=(width * across + 1, (0.2 * len(rows) + 0.7) * down + 0.6))
     FigureCanvasAgg(figure)
     axes = figure.subplots(down, across, squeeze=False)
     finite = _finite([line for grid in grids for line in grid])
@@ -274,44 +309,43 @@ def heatmaps(entry: dict[str, Any]) -> Figure:
             place.set_visible(False)
             continue
         image = place.imshow(grids[at], **colours, aspect="auto", interpolation="nearest")
-        place.set_title(panels[at]["title"], fontsize=8, loc="left")
+        place.set_title(panels[at]["title"], fontsize=8, fontweight="normal")
         place.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=6)
         step = math.ceil(len(columns) / 16)
         place.set_xticks(range(0, len(columns), step), [str(column) for column in columns[::step]], fontsize=6)
-        place.tick_params(length=0)
-        place.spines[:].set_visible(False)
+        _cells_only(place)
         if len(columns) <= 16:
             _write_in(place, image, grids[at], _digits(finite), 6)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     if _whole(finite) and not number_format.spans_decades(finite):
         _whole_ticks(bar.ax.yaxis)
-    bar.set_label(entry.get("label", ""), fontsize=8)
+    bar.set_label(entry.get("label", ""))
     bar.outline.set_visible(False)
-    figure.suptitle(entry["title"], fontsize=10, x=0.01, ha="left")
-    figure.supxlabel(entry.get("column_label", ""), fontsize=8)
+    figure.suptitle(entry["title"], x=0.01, ha="left")
+    figure.supxlabel(entry.get("column_label", ""))
     return figure
 
 
+@styled
 def lines(entry: dict[str, Any]) -> Figure:
     """Each row of values as a line over the numbers in ``columns``, from ``low`` to ``high`` if these are given.
 
     That is a band; of more than two lines a bar at every point, side by side. Numbers that double, or grow by another
     factor, stand at equal distances.
     """
-    from matplotlib import colormaps
     from matplotlib.ticker import NullLocator
     from numpy import linspace
 
     figure, axes = _figure(7.2, 4.2)
     if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
-        axes.set_prop_cycle(color=colormaps["viridis"](linspace(0, 0.95, len(entry["rows"]))))
+        axes.set_prop_cycle(color=_scale("#cfe3f0", TRAIN)(linspace(0, 1, len(entry["rows"]))))
     columns, table = entry["columns"], _numbers(entry["values"])
     factor = _factor(columns)
     lows, highs = (_numbers(entry.get(key, [])) for key in ("low", "high"))
     bars = bool(lows) and len(lows) > 2
     for at, (name, values) in enumerate(zip(entry["rows"], table, strict=True)):
         places = _beside_each_other(columns, factor, 0.06 * (at - (len(table) - 1) / 2)) if bars else columns
-        (line,) = axes.plot(places, values, linewidth=1.6, marker="o", markersize=3, label=textwrap.fill(str(name), 26))
+        (line,) = axes.plot(places, values, marker="o", label=textwrap.fill(str(name), 26))
         if bars:
             axes.vlines(places, lows[at], highs[at], color=line.get_color(), alpha=0.5, linewidth=1.2)
         elif lows:
@@ -323,12 +357,11 @@ def lines(entry: dict[str, Any]) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(columns, [f"{value:g}" for value in columns])
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(entry["title"], fontsize=11, loc="left")
+    axes.set_title(entry["title"])
     axes.set_xlabel(entry.get("column_label", ""))
     axes.set_ylabel(entry.get("label", ""))
-    _plain(axes)
     if len(table) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -348,6 +381,7 @@ def _beside_each_other(columns: list[float], factor: float | None, shift: float)
     return [value + shift * gap for value in columns]
 
 
+@styled
 def box(entry: dict[str, Any]) -> Figure:
     """Each row's values as a box from quartile to quartile, whiskers to the extremes, the mean and every point."""
     width = max(3.6, 1.1 * len(entry["rows"]) + 1.6)
@@ -366,11 +400,10 @@ def box(entry: dict[str, Any]) -> Figure:
         apart = [place + 0.06 * offset for offset in _beside(values)]
         axes.plot(apart, values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
     shown = [drawn["medians"][0], drawn["means"][0]]
-    axes.legend(shown, ["median", "mean"], frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(shown, ["median", "mean"], loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_xticks(list(places), [f"{name}\n(n = {len(v)})" for name, v in zip(entry["rows"], entry["values"])])
-    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)), fontsize=11, loc="left")
+    axes.set_title(textwrap.fill(entry["title"], int((width - 0.7) / LETTER)))
     axes.set_ylabel(entry.get("label", ""))
-    _plain(axes)
     return figure
 
 
@@ -384,6 +417,7 @@ def _beside(values: list[float]) -> list[float]:
     return found
 
 
+@styled
 def bubbles(entry: dict[str, Any]) -> Figure:
     """Each value as the colour of a disc, its area in proportion to ``sizes``, row by row over ``columns``."""
     rows, columns, sizes = entry["rows"], entry["columns"], _numbers(entry["sizes"])
@@ -396,7 +430,9 @@ def bubbles(entry: dict[str, Any]) -> Figure:
         [y for _, y in places],
         c=[value for line in _numbers(entry["values"]) for value in line],
         s=[120 * size / largest for line in sizes for size in line],
-        cmap="viridis",
+        cmap=_scale("#e3f0f8", TRAIN),
+        edgecolors=TRAIN,
+        linewidths=0.5,
         vmin=low,
         vmax=high,
     )
@@ -405,15 +441,14 @@ def bubbles(entry: dict[str, Any]) -> Figure:
         _whole_ticks(axes.xaxis)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(entry.get("column_label", ""))
-    axes.set_title(textwrap.fill(entry["title"], 70), fontsize=11, loc="left")
-    _plain(axes)
-    figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""), fontsize=9)
+    axes.set_title(textwrap.fill(entry["title"], 70))
+    figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""))
     marks, names = discs.legend_elements("sizes", num=4, fmt="{x:.3g}", func=lambda areas: areas * largest / 120)
-    style = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
-    figure.legend(marks, names, ncols=len(names), title=entry.get("size_label"), loc="outside lower right", **style)
+    figure.legend(marks, names, ncols=len(names), title=entry.get("size_label"), loc="outside lower right")
     return figure
 
 
+@styled
 def bars(entry: dict[str, Any]) -> Figure:
     """A group of bars for each row, one bar a column, with error bars and a line at 1."""
     rows, columns = entry["rows"], entry["columns"]
@@ -426,12 +461,11 @@ def bars(entry: dict[str, Any]) -> Figure:
         reach = [[v - x for v, x in zip(values, low)], [x - v for v, x in zip(values, high)]]
         drawn = axes.bar(places, values, width, yerr=reach, capsize=3, error_kw={"linewidth": 0.9}, label=str(column))
         axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
-    axes.axhline(1, color=GRID, linewidth=1)
-    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 14, break_long_words=False) for row in rows], fontsize=8)
-    axes.set_title(textwrap.fill(entry["title"], int((inches - 0.7) / LETTER)), fontsize=11, loc="left")
+    axes.axhline(1, color=REFERENCE, linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(rows)), [textwrap.fill(str(row), 14, break_long_words=False) for row in rows])
+    axes.set_title(textwrap.fill(entry["title"], int((inches - 0.7) / LETTER)))
     axes.set_ylabel(entry.get("label", ""))
-    _plain(axes)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

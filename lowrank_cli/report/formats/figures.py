@@ -20,7 +20,7 @@ COST_AXES = {
     "seconds": ("training time in s", 1.0),
     "memory": ("peak memory in MiB", 2.0**20),
 }
-FRONT, OTHER, ZERO = plots.DEV, plots.TRAIN, "#888888"
+FRONT, OTHER = plots.TRAIN, plots.REFERENCE
 
 
 def write(comparison: Comparison, folder: Path) -> None:
@@ -49,6 +49,7 @@ def _difference_label(section: Section, comparison: Comparison) -> str:
     return f"{section.metric}, difference from {comparison.baseline} ({better} is better)"
 
 
+@plots.styled
 def forest(title: str, label: str, rows: Sequence[tuple[str, float, float | None, float | None]]) -> Figure:
     """Differences with their 95 % intervals around a line at 0; those whose interval excludes 0 are coloured.
 
@@ -57,24 +58,23 @@ def forest(title: str, label: str, rows: Sequence[tuple[str, float, float | None
         rows: name, difference, and the ends of its interval, from top to bottom.
     """
     figure, axes = plots._figure(7.2, 1.3 + 0.36 * len(rows))
-    axes.axvline(0, color=ZERO, linewidth=0.9)
+    axes.axvline(0, color=plots.REFERENCE, linewidth=0.9, linestyle="--")
     for place, (_, mean, low, high) in enumerate(rows):
         excludes = low is not None and high is not None and not low <= 0 <= high
         colour = FRONT if excludes else OTHER
         if low is not None and high is not None:
-            axes.plot([low, high], [place, place], color=colour, linewidth=1.6, solid_capstyle="butt")
+            axes.plot([low, high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot([mean], [place], color=colour, marker="o", markersize=5)
     axes.set_yticks(range(len(rows)), [_literal(name) for name, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color=plots.GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
     axes.set_xlabel(_literal(label))
-    axes.set_title(_literal(title), fontsize=10)
+    axes.set_title(_literal(title))
     return figure
 
 
+@plots.styled
 def pareto(section: Section) -> Figure | None:
     """Median over each cost that differs between rows, with intervals and the front; None without such a cost."""
     costs = [cost for cost in COST_AXES if len({getattr(row, cost) for row in section.rows} - {None}) > 1]
@@ -83,13 +83,13 @@ def pareto(section: Section) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.2 + 3.6 * len(costs), 3.8), layout="constrained")
+    figure = Figure(figsize=(1.2 + 3.6 * len(costs), 3.8))
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):
         _pareto_panel(axes, section, cost)
     panels[0].set_ylabel(_literal(f"{section.metric}, median and interval"))
-    figure.suptitle(_literal(f"{section.model} · {section.task}"), fontsize=10)
+    figure.suptitle(_literal(f"{section.model} · {section.task}"), x=0.01, ha="left")
     return figure
 
 
@@ -116,7 +116,6 @@ def _pareto_panel(axes: Any, section: Section, cost: str) -> None:
         )
     axes.margins(x=0.18)
     axes.set_xlabel(label)
-    plots._plain(axes)
 
 
 def _literal(text: str) -> str:

@@ -71,6 +71,8 @@ def _finished(cell: Path) -> Result | None:
     if not (cell / "run.json").is_file():
         return None
     run = Run.open(cell)
+    if missing := {"method", "model", "task"} - run.info.get("choices", {}).keys():
+        raise UserError(f"{cell / 'run.json'}: choices.{min(missing)} is missing")
     return result_of(run) if run.done and run.metrics else None
 
 

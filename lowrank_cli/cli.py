@@ -27,7 +27,7 @@ from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "study")  #: they take overrides
-VERBS = (*STAGES, "compare", "list", "check")
+VERBS = (*STAGES, "compare", "report", "list", "check")
 KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
 EXAMPLES = {
@@ -88,6 +88,11 @@ EXAMPLES = {
         "lrk compare",
         "lrk compare outputs/latest --baseline lora --output comparison",
         "lrk compare --baseline lora --across-tasks",
+    ],
+    "report": [
+        "lrk report",
+        "lrk report outputs/latest --output report.html",
+        "lrk report outputs/2026-01-31/101500-sweep",
     ],
     "list": [
         "lrk list",
@@ -394,6 +399,29 @@ def compare(
     from lowrank_cli.terminal import Terminal
 
     Terminal().print(compare_runs(runs or [], baseline, metric, output, outputs, across_tasks))
+
+
+@app.command(cls=Verb)
+def report(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER]...", help="runs, sweeps, recipes, studies, or folders of them; else the newest"
+        ),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="the method to test the others against")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.html", help="else report.html in the folder; of several folders, here"),
+    ] = None,
+    outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
+) -> None:
+    """Write one HTML page about runs: curves, comparison, predictions. It needs no network."""
+    from lowrank_cli.report import tables
+    from lowrank_cli.report.html.page import write
+    from lowrank_cli.terminal import Terminal
+
+    Terminal().print(f"report: {tables.shown(write(paths or [], baseline, output, outputs))}")
 
 
 @app.command("list", cls=Verb)

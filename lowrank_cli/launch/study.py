@@ -36,6 +36,7 @@ from lowrank_cli.schema import StudyConfig
 from lowrank_cli.terminal import Terminal
 
 LEDGER, TRIALS = "study.json", "tuning.json"
+COMPARISON = "comparison"  #: folder of the tables and plots for a paper
 LOCKS = ".devices"  #: of the study's folder: the locks by which its processes share GPUs
 
 
@@ -122,17 +123,36 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
 
 
 def work(run: Run, composed: Composed) -> None:
-    """Prepare, tune and compare, as far as it is not done. Raises WorkFailed where runs failed, after all others."""
+    """Prepare, tune and compare, as far as it is not done, then write the comparison and the page about it.
+
+    Raises:
+        WorkFailed: runs failed; all others were made.
+    """
     run.begin()
-    with stage.recorded(run):
-        study = _Study(run, composed)
-        study.prepare()
-        best = study.tune()
-        study.compare(best)
-        if study.failed:
-            again = f"continue with: lrk study --resume {tables.typed(run.path)}"
-            raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {again}")
-        run.finish({"study/runs": len(study.board.states)})
+    try:
+        with stage.recorded(run):
+            study = _Study(run, composed)
+            study.prepare()
+            best = study.tune()
+            study.compare(best)
+            if study.failed:
+                again = f"continue with: lrk study --resume {tables.typed(run.path)}"
+                raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {again}")
+            run.finish({"study/runs": len(study.board.states)})
+    except WorkFailed:
+        _publish(run)
+        raise
+    _publish(run)
+
+
+def _publish(run: Run) -> None:
+    """``comparison/`` (Markdown, CSV, LaTeX, plots) and ``report.html``."""
+    from lowrank_cli.report import formats
+    from lowrank_cli.report.compare import build_comparison
+    from lowrank_cli.report.html import page
+
+    formats.write(build_comparison([run.path]), run.file(COMPARISON))
+    page.write([str(run.path)], None, None, "")
 
 
 class _Study:
@@ -309,12 +329,19 @@ def _entry(cell: Cell, search: Search) -> Tuned:
 
 
 def summary(run: Run) -> RenderableType:
-    """What tuning chose, and what to do next."""
+    """The comparison, what tuning chose, and what to do next."""
     tuning = run.read_json(TRIALS, list[Tuned]) if (run.path / TRIALS).is_file() else []
+    shown: list[RenderableType] = [tuned_table(tuning)] if tuning else []
+    if (run.path / COMPARISON).is_dir():
+        from lowrank_cli.report import formats
+        from lowrank_cli.report.compare import build_comparison
+
+        shown += [Text(), formats.terminal(build_comparison([run.path]))]
+    lines = [f"  folder: {tables.shown(run.path)}"]
+    if (page := run.path / "report.html").is_file():
+        lines.append(f"  report: {tables.shown(page)}")
     ways = tables.next_steps(run)
-    return Group(
-        tuned_table(tuning), Text(f"  folder: {tables.shown(run.path)}", no_wrap=True, overflow="ignore"), *ways
-    )
+    return Group(*shown, *(Text(line, no_wrap=True, overflow="ignore") for line in lines), *ways)
 
 
 def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:

@@ -254,7 +254,7 @@ def _next(run: Run, selective: str) -> Iterable[str]:
         keep = min(2, min(of_layer.values()) - 1)
         return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
     if status == "done" and stage in ("run", "study"):
-        return [f"lrk compare {where}"]
+        return [f"lrk compare {where}"] if stage == "run" else []
     return (
         [f"lrk compare {typed(run.path.parent)}"]
         if status == "done" and stage not in ("export", "bench", "generate")

@@ -11,15 +11,11 @@ from lowrank_cli import stages
 from lowrank_cli.config.composition import Composed, refuse_code, restore
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
-from lowrank_cli.reader import read_json
+from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.report import tables
-from lowrank_cli.runs import Run, discard, is_alive, this_process
-from lowrank_cli.runs.process import LAPSE
-from lowrank_cli.runs.records import Working
+from lowrank_cli.runs import Run, discard
 from lowrank_cli.schema import TRUST
 from lowrank_cli.terminal import Terminal
-
-RECORDS = ("run.json", "sweep.json")  #: files that name the process working in their folder
 
 
 def handler(verb: str) -> ModuleType:
@@ -97,19 +93,6 @@ def refuse_to_act(run: Run, trusted: bool) -> None:
             raise UserError(
                 f"--resume: '{tables.shown(run.path)}' would start the program bench.vllm={program}; start it anew"
             )
-
-
-def refuse_running(folder: Path) -> None:
-    """Refuse a folder in which a process works: in itself, in a job or stage of it, or in the run that contains it."""
-    above = [parent / name for parent in list(folder.absolute().parents)[:2] for name in RECORDS]
-    for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
-        process = read_json(file, Working).get("process") if file.is_file() else None
-        if process is not None and process != this_process() and is_alive(process, file):
-            where, machine = tables.shown(file.parent), process["host"]
-            if machine != this_process()["host"]:
-                patience = f"; after a kill, wait {LAPSE * process['beat']} s"
-                raise UserError(f"--resume: '{where}' is running on '{machine}'; end that first{patience}")
-            raise UserError(f"--resume: '{where}' is running (process {process['pid']}); end that first")
 
 
 def take_back(path: Path, outputs: str) -> None:

@@ -23,6 +23,7 @@ from lowrank_cli.config.composition import Composed, compose, rebuild
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.inference.progress import console
 from lowrank_cli.launch import stage
+from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.study_estimate import Counts, counts, estimate, tuning_runs
 from lowrank_cli.launch.study_plan import Cell, Job, Plan, composed_cells, require_plain, split
 from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
@@ -104,7 +105,8 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
     if kept:
         run = Run.open(kept, key="folder")
         if not (kept / LEDGER).is_file():
-            raise UserError(f"folder: '{config.folder}' is not a study's (it holds no {LEDGER})")
+            raise UserError(f"folder: '{config.folder}' is not the folder of a study (it holds no {LEDGER})")
+        refuse_running(kept, key="folder")
         remove_leftovers(kept)
     run = stage.create(composed, config_dir, command, kept.absolute() if kept else folder)
     study: StudyConfig = config.study
@@ -276,7 +278,7 @@ class _Study:
     def _prepared(self, job: Job) -> Run:
         """The folder of a run, made where it is not there. Raises UserError where it was made with other overrides."""
         composed = stage.check(job.verb, list(job.overrides), self.config_dir)
-        folder = self.root / job.folder
+        folder = self.run.file(job.folder)
         if (folder / "run.json").is_file():
             run = Run.open(folder)
             if run.info["config_hash"] == config_hash(composed.resolved):

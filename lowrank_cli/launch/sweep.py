@@ -25,7 +25,8 @@ from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.sweep import JobFolder, Launcher, expand, is_launcher_override, saved_launcher
 from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed
 from lowrank_cli.launch import gpu_locks, stage
-from lowrank_cli.launch.single_run import handler, refuse_running, refuse_to_act, trusts
+from lowrank_cli.launch.running import refuse_running
+from lowrank_cli.launch.single_run import handler, refuse_to_act, trusts
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report import tables
 from lowrank_cli.runs import (

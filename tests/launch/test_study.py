@@ -71,6 +71,8 @@ def test_every_arm_is_tuned_alike_and_compared_with_its_best_value(study):
         assert [trial["values"]["train.learning_rate"] for trial in entry["trials"]] == [0.1, 0.3, 0.5]
         assert [trial["mean"] for trial in entry["trials"]] == [0.2, 0.0, 0.2]
         assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.3}, [])
+    assert (folder / "report.html").is_file() and (folder / "comparison" / "compare.tex").is_file()
+    assert "tuned" in ended.err + ended.out and "detectable" in ended.err + ended.out
     final = {name: status for name, status in statuses(folder).items() if name.startswith("runs/")}
     assert final == {f"runs/all/yesno/{arm}/{seed}": "done" for arm in SMALL["arms"] for seed in (0, 1)}
     for name in final:
@@ -119,11 +121,14 @@ def test_a_killed_study_goes_on_where_it_was(study, lrk):
 
 
 @fake
-def test_ctrl_c_stops_the_children_and_says_how_to_go_on():
+def test_ctrl_c_stops_the_children_and_says_how_to_go_on(lrk):
     write(seeds=[77])
     command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     waiting = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting")
+    for words in (["study=mine", "--config-dir", "mine", "folder=outputs/latest"], ["--resume", "outputs/latest"]):
+        ended = lrk("study", *words)
+        assert ended.code == 2 and "is running" in ended.err
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     (folder,) = runs()

@@ -38,6 +38,7 @@ CHANGES = {
 }
 PROGRAMS = {"git", "uname", Path(sys.executable).name}  #: what a command may start: provenance, and its own workers
 LOOPBACK = {"127.0.0.1", "::1", "localhost", None, b"localhost"}
+PATIENCE = 5  #: seconds that may pass for each of CPU time
 #: Imported once, before the first fork. What a stage still imports late costs time only.
 PRELOADED = (
     "lowrank_cli.cli",
@@ -123,10 +124,22 @@ class Command:
     def running(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
+    def _cpu_seconds(self) -> float:
+        """CPU time of the process itself; 0 where the system does not say."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+
     def wait(self, timeout: float) -> Ended:
-        """The end of the command; it is killed after ``timeout`` seconds, in which this process was not stopped too."""
+        """The end of the command.
+
+        It is killed after ``timeout`` seconds of its own CPU time, or, as it may wait for something, after ``PATIENCE``
+        times as many that pass: other processes may leave it little of the processor.
+        """
         waited, pause = 0.0, 0.001
-        while (late := self.running()) and waited < timeout:
+        while (late := self.running()) and waited < PATIENCE * timeout and self._cpu_seconds() < timeout:
             time.sleep(pause)
             waited += pause
             pause = min(pause * 1.5, 0.02)

@@ -101,7 +101,7 @@ EXAMPLES = {
         "lrk list keys train",
         "lrk list runs method=lora done",
     ],
-    "check": ["lrk check method=milora task=rte", "lrk check run recipe=milora", "lrk check study study=lora_variants"],
+    "check": ["lrk check method=milora task=rte", "lrk check recipe=milora", "lrk check study=lora_variants"],
 }
 
 
@@ -486,7 +486,9 @@ def check(
     probe: Annotated[bool, typer.Option(help="of a study: take a few steps, to say how long it takes")] = True,
 ) -> None:
     """Validate a configuration and print the plan, without weights or data; a study's with a short probe."""
-    verb, overrides = "train", list(overrides or [])
+    overrides = list(overrides or [])
+    groups = {override.partition("=")[0] for override in overrides}
+    verb = "study" if "study" in groups else "run" if "recipe" in groups else "train"
     if overrides and "=" not in overrides[0]:
         verb = overrides.pop(0)
         if verb not in STAGES:

@@ -176,7 +176,7 @@ def test_prepared_runs_are_made_for_each_seed_and_named_in_overrides(study):
 @fake
 def test_check_counts_the_runs_and_starts_none(lrk):
     write(tune={"search": {"train.learning_rate": [0.1, 0.3, 0.5]}, "seeds": [7, 8]})
-    ended = lrk("check", "study", "study=mine", "--config-dir", "mine", "--no-probe")
+    ended = lrk("check", "study=mine", "--config-dir", "mine", "--no-probe")
     assert (ended.code, ended.err) == (0, "")
     assert "16: 12 of tuning, 4 of the comparison" in ended.out and "plain (the baseline), routed" in ended.out
     assert not Path("outputs").exists()

@@ -24,7 +24,7 @@ from lowrank_cli.runs import Run
 def test_every_choice_meets_the_budget_and_leaves_the_function(family, reward):
     method, adapter = lelora(family, reward=reward)
     seen = []
-    switch = method._strategies.switch
+    switch = method.strategies.switch
 
     def watched(*arguments, **settings):
         before = logits(adapter)
@@ -33,7 +33,7 @@ def test_every_choice_meets_the_budget_and_leaves_the_function(family, reward):
         seen.append(row)
         return row
 
-    method._strategies.switch = watched
+    method.strategies.switch = watched
     rows, _ = train(method, adapter, 12, 12)
     assert [row["step"] for row in seen] == [1, 2, 4, 6], "each whole phase within 60 % of training"
     assert all(sum(row["widths"]) == 4 * len(adapter.modules) for row in seen)
@@ -52,7 +52,7 @@ def test_every_choice_meets_the_budget_and_leaves_the_function(family, reward):
 def test_the_figure_shows_the_drop_of_the_dev_loss_whatever_the_reward_is(reward):
     method, adapter = lelora(reward=reward)
     rows, _ = train(method, adapter, 12, 12)
-    found = {figure["file"]: figure for figure in figures(method._strategies)}
+    found = {figure["file"]: figure for figure in figures(method.strategies)}
     assert list(found) == ["windows.png", "rewards.png", "preferred_place.png", "preferred_width.png"]
     losses = [row["strategy/dev_loss"] for row in rows]
     (drops,) = found["rewards.png"]["values"]
@@ -65,17 +65,17 @@ def test_no_picture_of_what_a_run_had_no_time_for():
     for total, files in ((2, ["windows.png"]), (4, ["windows.png", "rewards.png"])):
         method, adapter = lelora()
         train(method, adapter, total, total)
-        assert [figure["file"] for figure in figures(method._strategies)] == files
+        assert [figure["file"] for figure in figures(method.strategies)] == files
 
 
 def test_a_rank_whose_component_stays_goes_on_with_its_moments():
     method, adapter = lelora()
     _, optimizer = train(method, adapter, 3, 100)
-    strategies, rank = method._strategies, 4
+    strategies, rank = method.strategies, 4
     parts = list(adapter.modules.values())
     starts = [8] * len(parts)
-    strategies._fold()
-    strategies._open(starts, [rank] * len(parts), optimizer)
+    strategies.fold()
+    strategies.open(starts, [rank] * len(parts), optimizer)
     train(method, adapter, 1, 100, first=5)
     part, other, third = parts[:3]
     for tensor in (part.lora_a, part.lora_b):
@@ -87,9 +87,9 @@ def test_a_rank_whose_component_stays_goes_on_with_its_moments():
         optimizer.state[other.lora_a] = optimizer.state[third.lora_a] = {"step": torch.tensor(9.0)}
     before = [part.lora_a.clone(), other.lora_a.clone()]
     moment = optimizer.state[part.lora_a]["exp_avg"].clone()
-    strategies._fold()
+    strategies.fold()
     starts[0], starts[2] = 10, 0
-    strategies._open(starts, [rank] * len(parts), optimizer)
+    strategies.open(starts, [rank] * len(parts), optimizer)
     assert torch.equal(part.lora_a[:2], before[0][2:]), "components 10 and 11 were open"
     assert torch.equal(optimizer.state[part.lora_a]["exp_avg"][:2], moment[2:])
     assert not optimizer.state[part.lora_a]["exp_avg"][2:].any(), "12 and 13 are new"
@@ -101,7 +101,7 @@ def test_a_rank_whose_component_stays_goes_on_with_its_moments():
 
 def test_the_last_choice_is_what_the_policy_prefers():
     method, adapter = lelora()
-    strategies = method._strategies
+    strategies = method.strategies
     greedy = []
     kept = strategies.policy.greedy
     strategies.policy.greedy = lambda x: greedy.append(kept(x)) or greedy[-1]
@@ -120,7 +120,7 @@ def test_behind_the_last_choice_nothing_as_large_as_the_weights_is_kept():
     assert not any(name.startswith(("spectrum.", "slopes.")) for name in kept)
     again, _ = lelora()
     again.load_state(adapter, kept)
-    assert again._strategies.preference() == method._strategies.preference()
+    assert again.strategies.preference() == method.strategies.preference()
 
 
 def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
@@ -144,7 +144,7 @@ def test_in_the_middle_of_a_phase_it_goes_on_bit_for_bit():
     assert len(rows[0]) == 3 and rows[0] == rows[1]
     after = [save_load.tensors(one) for one in (adapter, bench_model)]
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
-    assert torch.equal(*(one._strategies.policy.heads.weight for one in (method, again)))
+    assert torch.equal(*(one.strategies.policy.heads.weight for one in (method, again)))
 
 
 def test_a_policy_that_may_not_learn_ends_at_the_first_place_with_equal_widths():
@@ -158,7 +158,7 @@ def test_a_matrix_may_get_no_components_and_some_again(tmp_path):
     method, adapter = lelora()
     count = len(adapter.modules)
     chosen = [torch.where(torch.arange(count) % 3 == k, -30.0, 0.0) for k in range(3)]
-    method._strategies.policy.sample = lambda x, generator: (torch.zeros(count, dtype=torch.long), chosen[0])
+    method.strategies.policy.sample = lambda x, generator: (torch.zeros(count, dtype=torch.long), chosen[0])
     train(method, adapter, 2, 20)
     assert [part.rank == 0 for part in adapter.modules.values()] == [m % 3 == 0 for m in range(count)]
     save_load.save(adapter, tmp_path, {})
@@ -174,12 +174,12 @@ def test_random_switches_as_much_and_learns_nothing():
     method, adapter = lelora(policy="random")
     rows, _ = train(method, adapter, 12, 12)
     assert len(rows) == 4
-    log_places, means = method._strategies.policy(method._strategies.choice["x"])
+    log_places, means = method.strategies.policy(method.strategies.choice["x"])
     torch.testing.assert_close(log_places.exp(), torch.full_like(log_places, 0.25))
     assert not means.any()
     learned, other = lelora()
     train(learned, other, 12, 12)
-    assert learned._strategies.policy(learned._strategies.choice["x"])[1].any()
+    assert learned.strategies.policy(learned.strategies.choice["x"])[1].any()
 
 
 def test_large_matrices_are_decomposed_again_only_when_they_changed(monkeypatch):

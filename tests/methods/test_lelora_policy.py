@@ -26,7 +26,7 @@ def test_weight_gradients_are_those_of_autograd(family):
 
 def test_credit_is_the_drop_of_the_dev_loss_to_first_order_matrix_by_matrix():
     method, adapter = lelora()
-    strategies = method._strategies
+    strategies = method.strategies
 
     def loss():
         return adapter.model(input_ids=small.ids()).logits.square().mean()
@@ -53,7 +53,7 @@ def test_credit_is_the_drop_of_the_dev_loss_to_first_order_matrix_by_matrix():
 
 def test_credit_of_a_phase_adds_up_to_the_drop_of_the_dev_loss():
     method, adapter = lelora()
-    strategies = method._strategies
+    strategies = method.strategies
 
     def loss():
         return adapter.model(input_ids=small.ids()).logits.square().mean()
@@ -81,8 +81,8 @@ def test_dev_gradients_save_as_little_as_training_where_it_computes_again(what):
             with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
                 return model(input_ids=small.ids()).logits.square().mean()
 
-        method._strategies.switch(1, 0.1, [loss, loss], None, last=False)
-        saved[way], found[way] = sum(sizes), method._strategies.slopes
+        method.strategies.switch(1, 0.1, [loss, loss], None, last=False)
+        saved[way], found[way] = sum(sizes), method.strategies.slopes
         assert any(slope.any() for slope in found[way].values())
     assert saved[what] < saved["none"]
     torch.testing.assert_close(found[what], found["none"])

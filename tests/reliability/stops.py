@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from pathlib import Path
 
 from .box import Box, outcome, same
 from .kills import newest, trainable
@@ -44,24 +45,28 @@ def trial(seed: int, box: Box, samples: Samples) -> dict[str, float] | None:
     before = set(box.work.glob("outputs/2*/*"))
     command = box.start(*(word.format(run=run) for word in VERBS[verb]))
     _wait(command, moment)
-    early = not command.running()
     command.send(number)
-    ended = box.judged(command.wait(60), codes=(0,) if early else STOPPED)
-    if early:
+    ended = box.judged(command.wait(60), codes=(0, *STOPPED))
+    made = set(box.work.glob("outputs/2*/*")) - before
+    if ended.code == 0:  # the work was over when the signal came
+        if unfinished := [folder.name for folder in made if _status(folder) != "done"]:
+            raise Failed(f"exit code 0, but {unfinished[0]} is not done")
         return None
     assert ended.stopped_after is not None
     if ended.stopped_after > LIMIT:
         raise Failed(f"stopped after {ended.stopped_after:.1f} s, more than {LIMIT:g}")
-    made = set(box.work.glob("outputs/2*/*")) - before
     if made:  # before that there is nothing to go on with
         _says(ended.err)
     for folder in made:
-        for name in ("run.json", "sweep.json"):
-            if (folder / name).is_file() and (
-                status := json.loads((folder / name).read_text())["status"]
-            ) != "interrupted":
-                raise Failed(f"{name} says {status} after the stop")
+        if (status := _status(folder)) != "interrupted":
+            raise Failed(f"{folder.name} says {status} after the stop")
     return {f"{verb} {number.name}": round(ended.stopped_after, 3)}
+
+
+def _status(folder: Path) -> str:
+    """Of a run or a sweep."""
+    (file,) = (file for name in ("run.json", "sweep.json") if (file := folder / name).is_file())
+    return json.loads(file.read_text())["status"]
 
 
 def _continued(

@@ -76,7 +76,7 @@ class LeLoRA(LoRA):
 
     def __init__(self, config: LeLoRAConfig):
         super().__init__(config)
-        self._strategies: Strategies | None = None  # None if windows are fixed
+        self.strategies: Strategies | None = None  # None if windows are fixed
 
     def rewrites(self) -> str:
         """A window's updates are folded into the weights when it moves."""
@@ -117,7 +117,7 @@ class LeLoRA(LoRA):
             module.set_components(*window(adapter.linears[site.path].rows(site.span), config.start, config.rank))
         if config.policy == "fixed":
             return adapter
-        self._strategies = Strategies(
+        self.strategies = Strategies(
             adapter,
             budget=config.rank * len(adapter.sites),
             limit=config.rank * config.width_limit,
@@ -137,7 +137,7 @@ class LeLoRA(LoRA):
     def after_step(self, step: Step) -> None:
         """Choose windows after the first step, every ``phase`` steps, and finally at the end of exploration."""
         number, end = step.number, self._end(step)
-        if self._strategies is None or number > end:
+        if self.strategies is None or number > end:
             return
         if number == 1 and self.config.policy == "learned" and end < 2 * self.config.phase:
             step.say(
@@ -146,23 +146,23 @@ class LeLoRA(LoRA):
             )
         if number == 1 or number % self.config.phase == 0 or number == end:
             losses = [partial(step.dev_loss, batch) for batch in range(1, self.config.probe + 1)]
-            row = self._strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)
+            row = self.strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)
             step.log({f"strategy/{name}": value for name, value in row.items() if name != "step"})
 
     def state(self) -> dict[str, torch.Tensor]:
         """See :meth:`Strategies.state`."""
-        return self._strategies.state() if self._strategies else {}
+        return self.strategies.state() if self.strategies else {}
 
     def load_state(self, adapter: Adapter, state: dict[str, torch.Tensor]) -> None:
         """Restore :meth:`state`."""
-        if self._strategies:
-            self._strategies.load_state(state)
+        if self.strategies:
+            self.strategies.load_state(state)
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """After training: the cost of the strategies, and figures of windows, rewards and the policy."""
-        strategies = self._strategies
+        strategies = self.strategies
         if strategies is None or not strategies.log:
             return {}, []
         metrics = {"strategy/choices": len(strategies.log["step"]), "strategy/seconds": strategies.seconds}

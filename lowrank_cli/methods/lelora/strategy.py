@@ -147,13 +147,13 @@ class Strategies:
                 rewards = torch.full_like(credit, fall / (step - int(self.log["step"][-1])))
             self.phases = [*self.phases, {**self.choice, "rewards": rewards}][-PHASES:]
             self._learn()
-        self._fold()
+        self.fold()
         x = features(self.sites, self.spectra, self._drift(), self.energy, progress)
         greedy = last and self.learns
         places, logits = self.policy.greedy(x) if greedy else self.policy.sample(x, self.generator)
         widths = share_out(logits, self.budget, self.limits)
         starts = [window_start(self.places[p], k, w) for p, k, w in zip(places.tolist(), self.sizes, widths)]
-        self._open(starts, widths, optimizer)
+        self.open(starts, widths, optimizer)
         likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
         self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
         if last:
@@ -224,7 +224,7 @@ class Strategies:
             self.optimizer.step()
 
     @torch.no_grad()
-    def _fold(self) -> None:
+    def fold(self) -> None:
         """Fold every update into its weight, and decompose matrices that have changed enough."""
         for m, module in enumerate(self.modules):
             self.stale[m] += product_norm(module.scale * module.up(), module.down()) / self.norms[m]
@@ -237,7 +237,7 @@ class Strategies:
         """‖W − W₀‖_F / ‖W₀‖_F of the stored weights, (M,)."""
         return torch.stack([product_norm(module.folded_b, module.folded_a) for module in self.modules]) / self.norms
 
-    def _open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
+    def open(self, starts: list[int], widths: list[int], optimizer: torch.optim.Optimizer | None) -> None:
         """Open the windows; ranks whose component is also in the new window stay, with their optimizer moments."""
         self.slopes.clear()
         for m, (module, start, width) in enumerate(zip(self.modules, starts, widths)):

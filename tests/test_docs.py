@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 
 from lowrank_cli.cli import STAGES
+from lowrank_cli.config.composition import compose
+from lowrank_cli.launch.study_plan import split
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -171,8 +173,10 @@ def composed(words, lrk, page):
     named = re.compile(rf"\b({'|'.join(map(re.escape, STANDS_FOR))})$")
     verb, *rest = [named.sub(lambda at: STANDS_FOR[at[1]], word) for word in words[1:]]
     rest = [word for word in rest if not word.startswith("hydra")]  # launchers are extras
-    short = ["--dry-run"] if verb in STAGES else ["--no-probe"] if verb == "check" else []
-    ended = lrk(verb, *rest, *short)
+    if "study" in (verb, rest[0].partition("=")[0]):  # tests/config/test_studies.py composes its runs
+        compose("study", split(rest)[0])
+        return
+    ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))
     assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
 
 
@@ -182,8 +186,6 @@ def test_commands_of_results_compose(page, lrk, trained):
     shutil.copytree(trained, "outputs", symlinks=True)
     Path("smollm2").symlink_to(MODEL)
     Path("vllm/bin").mkdir(parents=True)
-    for name in ("FOLDER/trec", "FOLDER/sst2", "FOLDER/rte", "PAIRS"):
-        Path(name).mkdir(parents=True)
     Path("vllm/bin/python").symlink_to(sys.executable)
     for name, roles in {
         "keep1": "[V]",

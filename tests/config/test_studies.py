@@ -19,10 +19,11 @@ def plan(name: str, folder: Path) -> Plan:
 
 
 def cells(name: str) -> list[Cell]:
-    """The baseline on every task, and every arm on the first of its group."""
+    """The baseline on every task, and every arm on the first task of all."""
     study = plan(name, Path())
-    firsts = {group: next(iter(study.tasks(group))) for group in study.groups}
-    return [cell for cell in study.cells() if cell.arm == study.config.baseline or cell.task == firsts[cell.group]]
+    first = next(study.cells())
+    place = (first.group, first.task)
+    return [cell for cell in study.cells() if cell.arm == study.config.baseline or (cell.group, cell.task) == place]
 
 
 FEW = [(name, cell) for name in files("study") for cell in cells(name)]

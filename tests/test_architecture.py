@@ -132,7 +132,7 @@ NAMING = {
 
 def method_names_in(text: str) -> set[str]:
     """The registered methods that ``text``, code or prose, names; not those in a longer name such as ``qalora``."""
-    registered = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
+    registered = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - {"peft"}  # a library's name too
     prose = "|".join(registered - WORDS)
     chosen = "|".join(WORDS)
     found = re.findall(rf"(?<![a-z])({prose})(?![a-z])|method=({chosen})\b", text.lower().replace("lora-fa", "lora_fa"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Adapter:
         self._buffered: dict[str, nn.Module] = {}  # by the prefix that their buffers are saved under
         self._groups: dict[tuple[int | None, str], InputGroup] = {}  # by layer and roles
         self.routing: PromptRouting | None = None
+        self.tuner: Any = None  # another library's, see adopt
         self.fingerprint = fingerprint(model)
         model.requires_grad_(False)
 
@@ -51,6 +53,18 @@ class Adapter:
         for key, parameter in module.named_parameters(prefix=name):
             parameter.requires_grad_(True)
             self.trained[key] = parameter
+
+    def adopt(self, tuner: Any) -> None:
+        """Train, in fp32, what another library's tuner has added to the model.
+
+        Args:
+            tuner: has ``enable_adapter_layers()`` and ``disable_adapter_layers()``, as PEFT's do.
+        """
+        self.tuner = tuner
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                self.trained[name] = parameter
 
     def keep_buffers(self, module: nn.Module, name: str) -> None:
         """Save the buffers of ``module`` with the adapter, as ``name.<buffer>``."""
@@ -125,9 +139,13 @@ class Adapter:
         routing = self.routing.enabled if self.routing else False
         try:
             self._enable(dict.fromkeys(before, False), False)
+            if self.tuner:
+                self.tuner.disable_adapter_layers()
             yield
         finally:
             self._enable(before, routing)
+            if self.tuner:
+                self.tuner.enable_adapter_layers()
 
     def _enable(self, linears: dict[str, bool], routing: bool) -> None:
         for path, enabled in linears.items():
@@ -152,6 +170,8 @@ class Adapter:
 
     def merge(self) -> None:
         """Add all updates to the base weights. Raises UserError if that would not be the same function."""
+        if self.tuner:
+            raise UserError("merge: the updates of a PEFT tuner are kept apart, so no single weight equals them")
         if self.routing:
             raise UserError("merge: the modules are chosen prompt by prompt, so no single weight equals them")
         for module in self.modules.values():
@@ -195,11 +215,16 @@ def inject(
         device = next(model.get_submodule(site.path).parameters()).device
         adapter.attach(site, kind(site.in_features, site.out_features, rank, alpha, dropout, device))
     adapter.initial_ranks = adapter.ranks()
-    for name in head_names(model):
-        head = model.get_submodule(name)
+    train_heads(adapter)
+    return adapter
+
+
+def train_heads(adapter: Adapter) -> None:
+    """Train the classification heads of the model in full, in fp32."""
+    for name in head_names(adapter.model):
+        head = adapter.model.get_submodule(name)
         adapter.train_also(head, name)
         head.register_forward_pre_hook(_inputs_in_fp32)
-    return adapter
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lowrank_cli import methods, runs, schema
 from lowrank_cli.config import bench_methods
-from lowrank_cli.config.errors import Failure, explained, refuse_unsupported
+from lowrank_cli.config.errors import Failure, explained, refuse_unsupported, unknown_key
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.config.inline_files import inline_files
+from lowrank_cli.config.keys import knows
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check
@@ -52,6 +53,7 @@ READS = {
 NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
+OPEN = ("method.options.",)  #: mappings whose keys no schema fixes
 LONGEST_NAME = 100  #: bytes; a folder's name may have 255 (POSIX NAME_MAX), method, model and task included
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
@@ -148,9 +150,10 @@ def compose(
     with explained(Failure(load, verb, given)):
         if "hydra" in _file(load, verb):
             raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings cannot be set")
-        cfg = load.load_configuration(verb, [str(override) for override in given], RunMode.RUN)
+        cfg = load.load_configuration(verb, [_adding(override) for override in given], RunMode.RUN)
         chosen = cfg.hydra.runtime.choices.items()
         choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
+        _refuse_added(cfg, given)
         if source is not None:
             choices |= {key: source.choices[key] for key, value in choices.items() if value == FROM_RUN}
             cfg.run = source.path
@@ -424,6 +427,19 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
     if model.gguf and len(files := list(source.glob("*.gguf"))) == 1:  # of a folder
         source = files[0]
     model.name = source.stem if source.suffix == ".gguf" else source.name
+
+
+def _adding(override: Override) -> str:
+    """An override for Hydra, which adds a key only where told to: a mapping such as method.options takes any."""
+    return f"++{override}" if f"{override.key}.".startswith(OPEN) else str(override)
+
+
+def _refuse_added(cfg: DictConfig, given: Sequence[Override]) -> None:
+    """Refuse what :func:`_adding` let through where the method has no such mapping."""
+    kind = methods.config_classes().get(OmegaConf.select(cfg, "method.name", default=None))
+    for override in given:
+        if f"{override.key}.".startswith(OPEN) and not (kind and knows(kind, override.key.split(".")[1])):
+            raise UserError(unknown_key(override.key, [f"method.{item.name}" for item in fields(kind)] if kind else []))
 
 
 def _literal_path(override: Override) -> Override:

@@ -1,0 +1,99 @@
+"""Any tuner of the PEFT library that adapts linears, as a baseline: IA³, VeRA, BOFT, LoHa, LoKr, RandLoRA, HRA, ….
+
+The tuner is PEFT's own code, put into the model in place; training, seeds, selection on dev, resuming and comparing are
+those of every method. What it trains is saved under the names of its parameters; what it draws at random and keeps is
+drawn again from its seed, and the saved adapter's canary proves that it came out the same. It is neither merged nor
+scored by rank here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omegaconf import MISSING
+
+from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.methods.protocol import Method
+from lowrank_cli.schema import MethodConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowrank_cli.adapter.adapted_model import Adapter
+    from lowrank_cli.adapter.target_sites import Site
+
+#: Options of PEFT's configurations that follow from the rest of a run's.
+DERIVED = ("target_modules", "feedforward_modules", "peft_type", "task_type", "inference_mode", "modules_to_save")
+#: Warnings of what the tuners mend themselves: GPT-2's transposed weights, and BOFT without its CUDA extension.
+EXPECTED = "fan_in_fan_out is set to False but|Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
+
+
+@dataclass
+class PeftConfig(MethodConfig):
+    """A tuner and its options."""
+
+    made_with: ClassVar[tuple[str, ...]] = ("type", "target_modules", "options")
+    type: str = MISSING  #: the tuner, by PEFT's name in small letters: ``ia3``, ``vera``, ``boft``, ``loha``, …
+    #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
+    target_modules: list[str] = MISSING
+    options: dict[str, Any] = field(default_factory=dict)  #: of PEFT's configuration, such as ``{r: 8}``
+
+
+class Peft(Method):
+    """Trains what a tuner of the PEFT library adds to the model."""
+
+    Config = PeftConfig
+    config: PeftConfig
+    unmergeable = "the updates of a PEFT tuner are kept apart"
+    unprunable = "its tuner is PEFT's, which has no ranks to judge one by one"
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """The target linears. Raises UserError for an unknown tuner, an unknown option or a missing linear."""
+        from lowrank_cli.adapter.target_sites import find_sites
+
+        kind, config = self._kind(), self.config
+        known = [item.name for item in dataclasses.fields(kind) if item.name not in DERIVED]
+        for name in config.options:
+            if name not in known:
+                raise unknown(f"method.options of method.type={config.type}", name, known)
+        return find_sites(model, list(config.target_modules))
+
+    def adapt(self, model: PreTrainedModel) -> Adapter:
+        """Put the tuner into ``model``; a classification head, if any, trains in full."""
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        from lowrank_cli.adapter.adapted_model import Adapter, train_heads
+
+        sites, kind = self.sites(model), self._kind()
+        options = dict(self.config.options)
+        if "feedforward_modules" in (item.name for item in dataclasses.fields(kind)):
+            options["feedforward_modules"] = sorted({site.path for site in sites if site.role == "D"})
+        adapter = Adapter(model, {site.key: site for site in sites})
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=EXPECTED)
+                config = kind(target_modules=sorted({site.path for site in sites}), **options)
+                tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, "default")
+        except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+            raise UserError(f"method.type: '{self.config.type}' cannot adapt this model so: {error}") from error
+        adapter.adopt(tuner)
+        train_heads(adapter)
+        return adapter
+
+    def _kind(self) -> Any:
+        """The class of the tuner's configuration."""
+        try:
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+        except ModuleNotFoundError:
+            raise UserError("method=peft needs PEFT; install it with: pip install 'lowrank-cli[peft]'") from None
+        known = {
+            kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+            for kind in PEFT_TYPE_TO_TUNER_MAPPING
+            if "target_modules" in (item.name for item in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]))
+        }
+        if self.config.type not in known:
+            raise unknown("method.type", self.config.type, sorted(known))
+        return known[self.config.type]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lowrank_cli.bench.rounds import bars, flat, ratio, synchronized
+from lowrank_cli.bench.memory import synchronized
+from lowrank_cli.bench.rounds import bars, flat, ratio
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The frozen model that a benchmark's methods share, and which of the methods can be measured on this machine."""
+"""The frozen model that a benchmark's methods share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_cli.bench.shared_weights import missing_requirement
-from lowrank_cli.inference import progress
 from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import BenchRun, MethodConfig
+from lowrank_cli.schema import BenchRun
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,3 @@ def autocast(config: BenchRun) -> torch.autocast:
     """Computes in bf16 on fp32 weights if ``hardware.precision`` is ``autocast``."""
     hardware = config.hardware
     return torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.precision == "autocast")
-
-
-def available_methods(config: BenchRun) -> dict[str, MethodConfig | None]:
-    """The entries of ``bench.methods`` that can be measured here. Prints which are skipped, and why."""
-    variants = dict(config.variants)
-    for entry in config.variants:
-        if reason := missing_requirement(entry, config):
-            progress.console().print(f"'{entry}' is skipped: {reason}")
-            del variants[entry]
-    return variants

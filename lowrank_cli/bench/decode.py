@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.bench import vllm
-from lowrank_cli.bench.base_model import autocast, available_methods, load_base
+from lowrank_cli.bench.base_model import autocast, load_base
+from lowrank_cli.bench.bench_models import BenchModel, bench_models, tenant_models
 from lowrank_cli.bench.decode_rows import Sample, compared, figures, metrics, row
+from lowrank_cli.bench.entries import available_methods, is_vllm
 from lowrank_cli.bench.memory import memory_meaning, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.rounds import in_turns
-from lowrank_cli.bench.shared_weights import BenchModel, bench_models, is_vllm, tenant_models
 from lowrank_cli.inference import progress
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import BenchRun, DecodeBench

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy
 
+from lowrank_cli.bench.bench_models import BenchModel
 from lowrank_cli.bench.rounds import ratio
-from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.methods.protocol import Observes
 from lowrank_cli.schema import BASE, VLLM, VLLM_LORA, DecodeBench
 

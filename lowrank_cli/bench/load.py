@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.bench.base_model import available_methods, load_base
+from lowrank_cli.bench.base_model import load_base
+from lowrank_cli.bench.bench_models import adapted_copy
+from lowrank_cli.bench.entries import available_methods, is_peft
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import adapted_copy, is_peft
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.module_copy import copied
-from lowrank_cli.bench.base_model import available_methods, load_base
+from lowrank_cli.bench.base_model import load_base
+from lowrank_cli.bench.bench_models import BenchModel, tenant_models
+from lowrank_cli.bench.entries import available_methods
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import BenchModel, tenant_models
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.inference import progress
 from lowrank_cli.models import prepack

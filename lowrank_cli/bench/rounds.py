@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from lowrank_cli.bench.shared_weights import BenchModel
+from lowrank_cli.bench.bench_models import BenchModel
 from lowrank_cli.inference.progress import Bar
 
 S = TypeVar("S")

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import answer_losses
-from lowrank_cli.bench.base_model import BaseModel, autocast, available_methods, load_base
+from lowrank_cli.bench.base_model import BaseModel, autocast, load_base
+from lowrank_cli.bench.bench_models import adapted_copy
+from lowrank_cli.bench.entries import available_methods
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import adapted_copy
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lowrank_cli import methods
-from lowrank_cli.bench.base_model import autocast, available_methods, load_base
+from lowrank_cli.bench.base_model import autocast, load_base
+from lowrank_cli.bench.bench_models import BenchModel
+from lowrank_cli.bench.entries import available_methods
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.memory import synchronized
 from lowrank_cli.bench.rounds import interleaved
-from lowrank_cli.bench.shared_weights import BenchModel
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows
 from lowrank_cli.bench.train_step import cross_entropy, loss, set_up
 from lowrank_cli.inference import progress

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.training.compiled import compile_layers
 from lowrank_cli.adapter.training.recompute import recompute
-from lowrank_cli.bench.base_model import autocast, available_methods, load_base
+from lowrank_cli.bench.base_model import autocast, load_base
+from lowrank_cli.bench.bench_models import BenchModel, bench_models
+from lowrank_cli.bench.entries import available_methods, is_peft
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.memory import held_memory, memory_meaning, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.rounds import bars, flat, in_turns, quartiles, ratio
-from lowrank_cli.bench.shared_weights import BenchModel, bench_models, is_peft
 from lowrank_cli.inference import progress
 from lowrank_cli.methods.protocol import AddsLoss, Step, StepsOnDev
 from lowrank_cli.runs import Run

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.files.export import as_lora, save_lora
+from lowrank_cli.bench.bench_models import BenchModel, adapted_copy, perturb
 from lowrank_cli.bench.decode_rows import Sample
-from lowrank_cli.bench.shared_weights import BenchModel, adapted_copy, perturb
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.models.load import quiet
 from lowrank_cli.schema import BenchRun, DecodeBench

@@ -16,7 +16,7 @@ from lowrank_cli.adapter.kv_cache import (
     returned_cache,
 )
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.bench.shared_weights import perturb
+from lowrank_cli.bench.bench_models import perturb
 
 
 def filled(tokens=3):

@@ -9,7 +9,7 @@ import torch
 
 from lowrank_cli.adapter.fused_autograd import Recompute, recompute_of
 from lowrank_cli.adapter.training.recompute import GatedProduct, recompute
-from lowrank_cli.bench.shared_weights import BenchModel
+from lowrank_cli.bench.bench_models import BenchModel
 from lowrank_cli.bench.train_step import saved_bytes
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run

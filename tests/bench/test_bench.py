@@ -18,10 +18,10 @@ from torch import nn
 from lowrank_cli import methods
 from lowrank_cli.bench import decode, train_step
 from lowrank_cli.bench.base_model import BaseModel
+from lowrank_cli.bench.bench_models import BenchModel, bench_models, tenant_models
 from lowrank_cli.bench.decode_rows import Sample, speed_ratio
 from lowrank_cli.bench.examples import batch_of
 from lowrank_cli.bench.rounds import in_turns
-from lowrank_cli.bench.shared_weights import BenchModel, bench_models, tenant_models
 from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress

@@ -7,7 +7,7 @@ import torch
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.adapter.training.recompute import recompute
-from lowrank_cli.bench.shared_weights import BenchModel
+from lowrank_cli.bench.bench_models import BenchModel
 from lowrank_cli.bench.train_step import saved_bytes
 
 FLOAT = 4  # bytes

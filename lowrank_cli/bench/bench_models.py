@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,9 +18,10 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.bench.entries import is_peft
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Method
-from lowrank_cli.schema import PEFTS, VLLM, VLLM_LORA, BenchRun, MethodConfig
+from lowrank_cli.schema import PEFTS, MethodConfig
 
 NOISE = 0.02  #: standard deviation of the noise of :func:`perturb`
 
@@ -101,26 +101,6 @@ def tenant_models(
         for count in counts:
             models[count][name] = make([str(row % count) for row in range(rows)])
     return models
-
-
-def is_peft(entry: str) -> bool:
-    """Whether an entry of ``bench.methods`` is the PEFT library's."""
-    return entry.split()[0] in PEFTS
-
-
-def is_vllm(entry: str) -> bool:
-    """Whether an entry of ``bench.methods`` is vLLM's."""
-    return entry.split()[0] in (VLLM, VLLM_LORA)
-
-
-def missing_requirement(entry: str, config: BenchRun) -> str | None:
-    """What an entry of ``bench.methods`` needs and this machine lacks, or None."""
-    if is_vllm(entry) and getattr(config.bench, "vllm", None) is None:
-        return "bench.vllm does not name a Python that has vLLM"
-    package = PEFTS.get(entry.split()[0])
-    if package and importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
-    return "Liger's kernels need a GPU" if package == "liger_kernel" and config.hardware.device == "cpu" else None
 
 
 def _fused(bench_model: BenchModel, package: str | None) -> BenchModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, reduce
@@ -29,7 +28,7 @@ from lowrank_cli.config.keys import knows
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check
-from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides
+from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides, quoted
 
 INPUTS = (
     "run",
@@ -450,9 +449,3 @@ def _literal_path(override: Override) -> Override:
     if key not in PATHS or not value or value == "null" or value[0] in "'\"":
         return override
     return Override(key, quoted(os.path.expanduser(value)))
-
-
-def quoted(value: str) -> str:
-    """``value`` as one quoted string of Hydra's override grammar."""
-    body = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
-    return f"'{body}'"

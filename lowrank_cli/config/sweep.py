@@ -17,10 +17,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from lowrank_cli.config.composition import loader, quoted
+from lowrank_cli.config.composition import loader
 from lowrank_cli.config.errors import Failure, explained, refuse_unsupported
 from lowrank_cli.errors import UserError
-from lowrank_cli.schema import Override, parse_overrides
+from lowrank_cli.schema import Override, parse_overrides, quoted
 
 
 @dataclass

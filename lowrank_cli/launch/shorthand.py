@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_cli.config.composition import quoted
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.runs.prompt_file import read_requests
+from lowrank_cli.schema import quoted
 
 OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
 FILE, COUNTS = "generate.tenants=", "bench.tenants="

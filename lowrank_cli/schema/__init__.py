@@ -26,7 +26,7 @@ from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
 from lowrank_cli.schema.hardware import HardwareConfig
 from lowrank_cli.schema.method import MethodConfig
 from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
-from lowrank_cli.schema.override import Override, parse_overrides
+from lowrank_cli.schema.override import Override, parse_overrides, quoted
 from lowrank_cli.schema.prune import PruneConfig, PruneRun
 from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
 from lowrank_cli.schema.run import RunConfig
@@ -86,5 +86,6 @@ __all__ = [
     "TuneConfig",
     "mix",
     "parse_overrides",
+    "quoted",
     "require_window",
 ]

@@ -1,7 +1,8 @@
-"""A word of the command line that sets a key: ``KEY=VALUE``."""
+"""A word of the command line that sets a key, ``KEY=VALUE``: parsed, and with its value quoted."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,3 +32,9 @@ class Override:
 def parse_overrides(words: Iterable[str]) -> list[Override]:
     """The overrides in ``words``, in their order."""
     return [Override.parse(word) for word in words]
+
+
+def quoted(value: str) -> str:
+    """``value`` as one quoted string of Hydra's override grammar."""
+    body = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{body}'"

@@ -12,7 +12,7 @@ import yaml
 from command import reconfigure
 
 from lowrank_cli import config, methods, schema
-from lowrank_cli.config import composition, folders
+from lowrank_cli.config import folders
 from lowrank_cli.config.keys import comments, method_keys
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run, provenance
@@ -421,7 +421,7 @@ def test_quoting_survives_hydras_parser():
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for value in ["a", "it's", "\\", "\\'", "a\\\\'b\\", "'", "x, y"]:
-        parsed = OverridesParser.create().parse_override(f"key={composition.quoted(value)}")
+        parsed = OverridesParser.create().parse_override(f"key={schema.quoted(value)}")
         assert parsed.value() == value
 
 

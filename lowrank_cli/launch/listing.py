@@ -108,14 +108,14 @@ def _layers(composed: Composed) -> list[tuple[str, str]]:
     bundled = model.bundled and not (model.path or model.gguf)
     if bundled and not any(key.startswith("method.") for key in composed.keys):
         return []
-    from lowrank_cli.inference.layers import layers
+    from lowrank_cli.inference.layer_summary import layer_summary
 
-    found = layers(model, methods.create(config.method))
+    summary = layer_summary(model, methods.create(config.method))
     if bundled:
         return []
-    if found is None and model.gguf:
-        found = "not known before the GGUF file is converted, which the first run does"
-    return [("layers", found or "not known before the model is downloaded, with its config.json")]
+    if summary is None and model.gguf:
+        summary = "not known before the GGUF file is converted, which the first run does"
+    return [("layers", summary or "not known before the model is downloaded, with its config.json")]
 
 
 def _quantized(hardware: HardwareConfig) -> str:

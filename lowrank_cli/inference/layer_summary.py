@@ -8,7 +8,7 @@ from lowrank_cli.models.outline import outline
 from lowrank_cli.schema import ModelConfig
 
 
-def layers(model: ModelConfig, method: Method) -> str | None:
+def layer_summary(model: ModelConfig, method: Method) -> str | None:
     """``30 in model.layers, each with Q K V O G U D``; None if the model's configuration is not on this machine.
 
     Raises:

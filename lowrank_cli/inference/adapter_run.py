@@ -1,9 +1,9 @@
-"""Where an adapter comes from: the earlier run that holds it, and the method that made it."""
+"""Where an adapter comes from: the earlier run that holds it, and the method and the task that made it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
@@ -11,7 +11,8 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Method
 from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import RunConfig, parse_overrides
+from lowrank_cli.schema import RunConfig, TaskConfig, parse_overrides
+from lowrank_cli.tasks.task import template_hashes
 
 
 def newest_run_note(config: RunConfig, run: Run) -> str:
@@ -48,3 +49,31 @@ def method_of_adapter(folder: Path) -> Method:
     if folder.name == "adapter" and (folder.parent / "run.json").is_file():
         return method_of(Run.open(folder.parent))
     raise UserError(f"{folder}: {save_load.PROOF} does not say which method made the adapter; name its run")
+
+
+class About(TypedDict):
+    """The task that an adapter was trained on, in ``lrk.json``."""
+
+    task: str
+    template_hash: str
+    parts: NotRequired[dict[str, str]]
+
+
+def check_template(task: TaskConfig, folder: Path) -> None:
+    """Compare the prompts of a task, or of each task of a mix, with those that an adapter was trained on.
+
+    Args:
+        folder: of the adapter.
+
+    Raises:
+        UserError: the same task with another template or other label words; the metrics would not be comparable.
+    """
+    about = save_load.read_proof(folder)["about"]
+    check(about, About, str(folder / save_load.PROOF), "about")
+    trained = {about["task"]: about["template_hash"], **about.get("parts", {})}
+    for name, now in template_hashes(task).items():
+        if trained.get(name, now) != now:
+            raise UserError(
+                f"task.template: '{name}' was trained with another template or other label words "
+                f"(hash {trained[name][:12]}, now {now[:12]}); leave them as they were"
+            )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.adapter_run import method_of, newest_run_note
@@ -154,7 +155,7 @@ class Session:
 def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     """Load everything that ``config`` names, seeded.
 
-    The adapter is freshly initialised; :func:`lowrank_cli.stages.evaluate.load_adapter` loads its weights.
+    The adapter is freshly initialised; :func:`load_adapter` loads its weights.
 
     Args:
         adapter_run: the earlier run whose adapter is used, as composition found it.
@@ -190,3 +191,10 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         max_positions=loaded.max_positions,
         adapter_run=adapter_run,
     )
+
+
+def load_adapter(session: Session) -> None:
+    """Load the adapter's weights from the run that holds them."""
+    if session.adapter is not None:
+        assert session.adapter_run is not None, "composition finds a run for every method that trains"
+        save_load.load(session.adapter, session.adapter_run / "adapter")

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
-from lowrank_cli.adapter.files import save_load
-from lowrank_cli.errors import UserError
 from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.icl.fit import load_or_fit
 from lowrank_cli.inference import progress
+from lowrank_cli.inference.adapter_run import check_template
 from lowrank_cli.inference.predict import Record, predict, score, with_correct, write_answers
-from lowrank_cli.inference.session import Session, start
+from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
-from lowrank_cli.reader import check
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import EvaluateRun, TaskConfig
-from lowrank_cli.tasks.task import Example, template_hashes
+from lowrank_cli.schema import EvaluateRun
+from lowrank_cli.tasks.task import Example
 
 
 @dataclass
@@ -56,41 +54,6 @@ def run(config: EvaluateRun, run: Run, adapter_run: Path | None, *, resume: bool
     if session.accelerator.is_main_process:
         observed.print_doubts()
     return {**metrics, **observed.metrics}
-
-
-def load_adapter(session: Session) -> None:
-    """Load the adapter's weights from the run that holds them."""
-    if session.adapter is not None:
-        assert session.adapter_run is not None, "composition finds a run for every method that trains"
-        save_load.load(session.adapter, session.adapter_run / "adapter")
-
-
-class About(TypedDict):
-    """The task that an adapter was trained on, in ``lrk.json``."""
-
-    task: str
-    template_hash: str
-    parts: NotRequired[dict[str, str]]
-
-
-def check_template(task: TaskConfig, folder: Path) -> None:
-    """Compare the prompts of a task, or of each task of a mix, with those that an adapter was trained on.
-
-    Args:
-        folder: of the adapter.
-
-    Raises:
-        UserError: the same task with another template or other label words; the metrics would not be comparable.
-    """
-    about = save_load.read_proof(folder)["about"]
-    check(about, About, str(folder / save_load.PROOF), "about")
-    trained = {about["task"]: about["template_hash"], **about.get("parts", {})}
-    for name, now in template_hashes(task).items():
-        if trained.get(name, now) != now:
-            raise UserError(
-                f"task.template: '{name}' was trained with another template or other label words "
-                f"(hash {trained[name][:12]}, now {now[:12]}); leave them as they were"
-            )
 
 
 def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[Record], Observed]:

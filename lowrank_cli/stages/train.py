@@ -27,7 +27,7 @@ from lowrank_cli.errors import WorkFailed
 from lowrank_cli.icl import calibrate
 from lowrank_cli.inference import checkpoint, progress
 from lowrank_cli.inference.predict import write_answers
-from lowrank_cli.inference.session import Session, start
+from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.methods.protocol import (
     AddsLoss,
     AfterStep,
@@ -41,7 +41,7 @@ from lowrank_cli.methods.protocol import (
 )
 from lowrank_cli.runs import Run, atomic_folder, stopping
 from lowrank_cli.schema import TrainRun
-from lowrank_cli.stages.evaluate import evaluate_split, load_adapter
+from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
 

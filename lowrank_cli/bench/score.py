@@ -26,7 +26,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import BenchRun, MethodConfig, ScoreBench
-from lowrank_cli.scoring import kinds
+from lowrank_cli.scoring import rank_scores
 from lowrank_cli.scoring.ablation import ranks_of
 from lowrank_cli.scoring.probe import Probe
 
@@ -66,7 +66,7 @@ def _measure(
     adapter = adapted_copy(base.model, entry, variant, config.seed).adapter
     assert adapter is not None
     try:
-        kinds.require_ranks(adapter)
+        rank_scores.require_ranks(adapter)
     except UserError:
         raise UserError(f"bench.methods: '{entry}' has no ranks that can be scored one by one") from None
     inputs = {key: value for key, value in batch.items() if key != "prompt_mask"}
@@ -83,19 +83,19 @@ def _measure(
 
     names = [f"{entry}: {way}" for way in ("one at a time", "together", *APPROXIMATE)]
     single = partial(time, names[0], partial(one_at_a_time, adapter, inputs, sample), len(ranks) / len(sample))
-    together = partial(time, names[1], partial(kinds.score, "ab", adapter, probe))
+    together = partial(time, names[1], partial(rank_scores.score, "ab", adapter, probe))
     work = {names[0]: single, names[1]: together}
     for name, kind in zip(names[2:], APPROXIMATE, strict=True):
-        work[name] = partial(time, name, partial(kinds.score, kind, adapter, probe))
+        work[name] = partial(time, name, partial(rank_scores.score, kind, adapter, probe))
     samples = interleaved(work, bench.rounds, bar)
-    exact: kinds.Scores = results[names[1]]
+    exact: rank_scores.Scores = results[names[1]]
     differences = [
         abs(value - exact.components[component][key][rank])
         for component, values in zip(("without", "alone"), results[names[0]], strict=True)
         for (key, rank), value in zip(sample, values, strict=True)
     ]
     plain = operations(partial(one_at_a_time, adapter, inputs, sample[:1])) * len(ranks)
-    fewer = plain / operations(partial(kinds.score, "ab", adapter, probe))
+    fewer = plain / operations(partial(rank_scores.score, "ab", adapter, probe))
     record["rows"] += rows(samples, names[0], ranks=len(ranks))
     record["largest_difference"][entry] = max(differences)
     record["fewer_operations"][entry] = fewer

@@ -19,7 +19,7 @@ from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig, PruneRun
 from lowrank_cli.scoring.cut import Cut
 from lowrank_cli.scoring.heatmaps import heat_map
-from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.scoring.rank_scores import Scores
 from lowrank_cli.scoring.selection import FILE, Module, Selection, choose, text
 
 Values = dict[str, list[float]]  #: key of a module → score of each rank, or one score of the module

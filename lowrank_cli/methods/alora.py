@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.adapter.adapted_model import Adapter
     from lowrank_cli.methods.protocol import Step
-    from lowrank_cli.scoring.kinds import Scores
+    from lowrank_cli.scoring.rank_scores import Scores
 
 
 @dataclass
@@ -131,7 +131,7 @@ class ALoRA(LoRA):
         from lowrank_cli.adapter.ranks import resize
         from lowrank_cli.scoring import cost
         from lowrank_cli.scoring.cut import Cut
-        from lowrank_cli.scoring.kinds import rows_to_run, score
+        from lowrank_cli.scoring.rank_scores import rows_to_run, score
 
         assert step.probe is not None
         adapter, began = step.adapter, time.monotonic()

@@ -6,8 +6,8 @@ large instruction set, (b) score the importance of every module, (c) keep the mo
 fine-tune downstream tasks with those alone. Steps b and c are ``lrk score score.level=module`` and ``lrk prune
 prune.keep=N``, which give a selection; this method is step d, plain LoRA on the modules of a selection.
 
-Reconstructions: the importance score (:mod:`lowrank_cli.scoring.modules`); how many modules a layer keeps; the rank,
-which is raised to
+Reconstructions: the importance score (:mod:`lowrank_cli.scoring.module_scores`); how many modules a layer keeps; the
+rank, which is raised to
 
     r' = round(r · Σ (I + O) over all roles / Σ (I + O) over the selected modules)
 

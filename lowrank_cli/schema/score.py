@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.schema.run import RunConfig
 
-#: What a rank can be scored by, with what the number is; see :mod:`lowrank_cli.scoring.kinds`.
+#: What a rank can be scored by, with what the number is; see :mod:`lowrank_cli.scoring.rank_scores`.
 SCORE_KINDS = {
     "ab": "dev loss (nats) without the rank minus with all, plus that of the bare model minus with the rank alone",
     "mixed": "dev loss (nats) that the rank saves, exact as ab near the cut, and beyond estimated as taylor's",
@@ -20,7 +20,7 @@ SCORE_KINDS = {
     "dnas": "how far a trained gate of the rank opened (above 0) or closed (below)",
     "magnitude": "norm of what the rank adds to its weight",
 }
-#: What a whole module can be scored by, likewise; see :mod:`lowrank_cli.scoring.modules`.
+#: What a whole module can be scored by, likewise; see :mod:`lowrank_cli.scoring.module_scores`.
 MODULE_KINDS = {
     "ablation": "dev loss (nats) without the module minus with all, plus that of the bare model minus with it alone",
     "mixed": "dev loss (nats) that the module saves, exact as ablation near the cut, and beyond estimated as taylor's",

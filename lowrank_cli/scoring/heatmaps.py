@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.target_sites import ROLES
-from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.scoring.rank_scores import Scores
 
 
 def heat_map(adapter: Adapter, scores: Scores, kept: Collection[str] = ()) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.runs.scores import FILE, SavedScores
 from lowrank_cli.schema import AUTO, PruneRun
 from lowrank_cli.scoring.heatmaps import allocation
-from lowrank_cli.scoring.kinds import Scores, require_ranks
+from lowrank_cli.scoring.rank_scores import Scores, require_ranks
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.score import adapted, measure, write
 

@@ -15,10 +15,10 @@ from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.scores import SavedScores, ScoredModule
 from lowrank_cli.schema import AUTO, RunConfig, ScoreConfig, ScoreRun
-from lowrank_cli.scoring import cost, kinds, modules
+from lowrank_cli.scoring import cost, module_scores, rank_scores
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.heatmaps import heat_map
-from lowrank_cli.scoring.kinds import Scores
+from lowrank_cli.scoring.rank_scores import Scores
 
 
 def run(config: ScoreRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
@@ -69,13 +69,13 @@ def measure(session: Session, settings: ScoreConfig, level: str, cut: Cut | None
         kind, reason = cost.choose(cost.costs(adapter, level, probe, cut), trained_tokens(session))
         if session.accelerator.is_main_process:
             progress.console().print(reason, soft_wrap=True)
-    rows = (modules if level == "module" else kinds).rows_to_run(kind, adapter, probe, cut)
+    rows = (module_scores if level == "module" else rank_scores).rows_to_run(kind, adapter, probe, cut)
     with progress.bar(f"scoring ({kind})", rows, shown=session.accelerator.is_main_process) as bar:
         probe.tick = bar.advance
         if level == "module":
-            scores = modules.score(kind, adapter, probe, session.config.seed, cut)
+            scores = module_scores.score(kind, adapter, probe, session.config.seed, cut)
         else:
-            scores = kinds.score(kind, adapter, probe, cut)
+            scores = rank_scores.score(kind, adapter, probe, cut)
     scores.reason = reason
     broken = [key for key, values in scores.values.items() if not all(map(math.isfinite, values))]
     if broken:

@@ -27,7 +27,7 @@ import torch
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.config.composition import compose
 from lowrank_cli.runs.provenance import cpu_name, git_state, package_versions
-from lowrank_cli.scoring import cost, kinds, modules
+from lowrank_cli.scoring import cost, module_scores, rank_scores
 from lowrank_cli.scoring.ablation import Unit, ablate
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.probe import Probe
@@ -60,10 +60,12 @@ def exact_scores(adapter: Adapter, probe: Probe, units: Sequence[Unit], part: Pa
     return {str(unit): known["terms"][str(unit)] for unit in units}, known["seconds"]
 
 
-def cheap_scores(level: str, kind: str, adapter: Adapter, probe: Probe) -> tuple[kinds.Scores, float]:
+def cheap_scores(level: str, kind: str, adapter: Adapter, probe: Probe) -> tuple[rank_scores.Scores, float]:
     """Scores of every unit, and the processor seconds that they took."""
     began = time.process_time()
-    scores = modules.score(kind, adapter, probe, 0) if level == "module" else kinds.score(kind, adapter, probe)
+    scores = (
+        module_scores.score(kind, adapter, probe, 0) if level == "module" else rank_scores.score(kind, adapter, probe)
+    )
     return scores, time.process_time() - began
 
 

@@ -17,8 +17,8 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
 from lowrank_cli.methods.alora import count_pruned, describe_round, reallocated
 from lowrank_cli.runs import Run
-from lowrank_cli.scoring.kinds import Scores, score
 from lowrank_cli.scoring.probe import Probe
+from lowrank_cli.scoring.rank_scores import Scores, score
 
 #: The paper's schedule.
 SETTINGS = {"first_epochs": 1.0, "round_epochs": 0.25, "settle": 1.0, "tokens": 4096}

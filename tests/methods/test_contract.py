@@ -23,8 +23,8 @@ from lowrank_cli.methods.protocol import ChoosesSites
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.cut import usual
-from lowrank_cli.scoring.kinds import require_ranks, score
 from lowrank_cli.scoring.probe import Probe
+from lowrank_cli.scoring.rank_scores import require_ranks, score
 
 CONF = Path(__file__).parents[2] / "conf"
 FAMILIES = ["llama", "gpt2", "bert"]

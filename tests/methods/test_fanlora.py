@@ -26,7 +26,7 @@ from lowrank_cli.report.selections import learned
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.cut import Cut, usual
-from lowrank_cli.scoring.modules import rows_to_run, score
+from lowrank_cli.scoring.module_scores import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
 from lowrank_cli.scoring.selection import Selection, choose, read, text
 from lowrank_cli.stages.score import measure

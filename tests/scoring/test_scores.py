@@ -9,8 +9,8 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.schema import SCORE_KINDS
 from lowrank_cli.scoring.ablation import ranks_of
 from lowrank_cli.scoring.cut import Cut, usual
-from lowrank_cli.scoring.kinds import Scores, rows_to_run, score
 from lowrank_cli.scoring.probe import Probe
+from lowrank_cli.scoring.rank_scores import Scores, rows_to_run, score
 
 
 def flat(scores):

@@ -30,8 +30,8 @@ from lowrank_cli.schema import MODULE_KINDS
 from lowrank_cli.scoring import gradients
 from lowrank_cli.scoring.ablation import Unit, ablate, ablate_units, evaluating, units_by_depth
 from lowrank_cli.scoring.cut import Cut
-from lowrank_cli.scoring.kinds import Scores, refined, require_ranks
 from lowrank_cli.scoring.probe import Probe, answers_of, row_divergences
+from lowrank_cli.scoring.rank_scores import Scores, refined, require_ranks
 from lowrank_cli.scoring.reuse import Reuse
 
 

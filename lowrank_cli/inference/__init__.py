@@ -1,1 +1,1 @@
-"""Shared by the stages: the loaded session, predictions and choice scores, pruning, tenants, progress, checkpoints."""
+"""Shared by the stages: the loaded session, predictions and choice scores, tenants, progress, checkpoints."""

@@ -22,7 +22,7 @@ from lowrank_cli.schema import PruneConfig
 if TYPE_CHECKING:
     from lowrank_cli.adapter.target_sites import Site
 
-FILE = "setting.yaml"
+SETTING = "setting.yaml"
 EVERY = "all"  #: stands for every layer
 KEYS = ("name", "layers", "family", "source", "kind", "kept", "scores")
 HEADER = """\

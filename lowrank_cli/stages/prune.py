@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from lowrank_cli import methods
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
+from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress, pruning
+from lowrank_cli.inference import progress
 from lowrank_cli.inference.predict import write_answers
 from lowrank_cli.inference.session import Session
 from lowrank_cli.runs import Run, atomic_folder
 from lowrank_cli.runs.scores import FILE, SavedScores
-from lowrank_cli.schema import AUTO, PruneRun
-from lowrank_cli.scoring.heatmaps import allocation
+from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
+from lowrank_cli.scoring.heatmaps import allocation, heat_map
+from lowrank_cli.scoring.keep import keep_modules, keep_ranks, layer_and_role, module_cut, rank_cut
 from lowrank_cli.scoring.rank_scores import Scores, require_ranks
+from lowrank_cli.scoring.selection import SETTING, Selection, text
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.score import adapted, measure, write
 
@@ -28,8 +33,8 @@ def run(config: PruneRun, run: Run, adapter_run: Path | None, *, resume: bool = 
     session, adapter = adapted(config, adapter_run)
     require_ranks(adapter)
     modules = config.level == "module"
-    choose = pruning.keep_modules if modules else pruning.keep_ranks
-    cut = (pruning.module_cut if modules else pruning.rank_cut)(config.prune, adapter, config.score.window)
+    choose = keep_modules if modules else keep_ranks
+    cut = (module_cut if modules else rank_cut)(config.prune, adapter, config.score.window)
     zeros = {key: [0.0] * rank for key, rank in adapter.ranks().items()}
     choose(config.prune, adapter, zeros)  # raises for an amount that does not fit, before anything slow
     scores = read(scoring, adapter, config.level, config.score.kind) if scoring else None
@@ -46,7 +51,7 @@ def run(config: PruneRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         )
     before = {"modules_before": len(adapter.modules), "ranks_before": sum(adapter.ranks().values())}
     keep = choose(config.prune, adapter, scores.values)
-    figures = [pruning.write_selection(run, config, scoring or run, adapter, scores, keep)] if modules else []
+    figures = [write_selection(run, config, scoring or run, adapter, scores, keep)] if modules else []
     resize(adapter, {key: (ranks, 0) for key, ranks in keep.items()})
     _save(session, adapter, run)
     metrics = evaluate_split(session, "dev")[0]
@@ -55,6 +60,46 @@ def run(config: PruneRun, run: Run, adapter_run: Path | None, *, resume: bool = 
     session.note_device(run)
     counts = {"modules": len(adapter.modules), "ranks": sum(adapter.ranks().values())}
     return {**metrics, **test_metrics, **observed.metrics, **before, **counts}
+
+
+def write_selection(
+    run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Scores, keep: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Write the selection file into ``run``'s folder and return a figure of it. Call it before resizing the adapter.
+
+    The file lists every layer of the model, including those without a module.
+
+    Args:
+        source: the run that the scores came from.
+        keep: what :func:`keep_modules` returned.
+    """
+    sites = layer_and_role(adapter)
+    kept: dict[str, list[str]] = {str(layer): [] for layer in range(len(layers(adapter.model)))}
+    for key, (layer, role) in sites.items():
+        kept[str(layer)] += [role] * bool(keep[key])
+    used = source.config("model.name", "task.name", "seed")
+    about = {
+        "family": adapter.model.config.model_type,
+        "source": {
+            "run": "/".join(source.path.resolve().parts[-2:]),
+            "model": used["model"]["name"],
+            "task": used["task"]["name"],
+            "seed": used["seed"],
+        },
+        "kind": scores.kind,
+        "kept": _rule(config.prune),
+    }
+    table = {site: scores.values[key][0] for key, site in sites.items()}
+    selection = Selection(config.name or f"{scores.kind} {about['kept']}", kept)
+    run.write_text(SETTING, text(selection, table, about, methods.having("setting")[0]))
+    return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
+
+
+def _rule(settings: PruneConfig) -> str:
+    """The settings by which modules were kept, such as ``keep=2``."""
+    usual = {"per_layer": True, "same_roles": False}
+    used = {key: value for key, value in vars(settings).items() if value is not None and value is not usual.get(key)}
+    return " ".join(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))
 
 
 def _save(session: Session, adapter: Adapter, run: Run) -> None:

@@ -19,13 +19,13 @@ from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError, WorkFailed
-from lowrank_cli.inference import pruning
 from lowrank_cli.launch import single_run
 from lowrank_cli.methods.fanlora import BUNDLED
 from lowrank_cli.report.selections import learned
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import MODULE_KINDS, PruneConfig, ScoreConfig
 from lowrank_cli.scoring.cut import Cut, usual
+from lowrank_cli.scoring.keep import module_cut
 from lowrank_cli.scoring.module_scores import rows_to_run, score
 from lowrank_cli.scoring.probe import IGNORED, Probe
 from lowrank_cli.scoring.selection import Selection, choose, read, text
@@ -196,7 +196,7 @@ def test_a_score_that_is_no_number_ends_the_work():
 
 def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
     adapter, batch = trained(), dev_batch("llama")
-    cut = pruning.module_cut(PruneConfig(drop=None, budget=None, per_layer=None, keep=3), adapter, 0.1)
+    cut = module_cut(PruneConfig(drop=None, budget=None, per_layer=None, keep=3), adapter, 0.1)
     found = score("mixed", adapter, Probe(batch, 150), 0, cut)
     exact, cheap = scored("ablation", adapter, batch), scored("taylor", adapter, batch)
     for layer in range(2):
@@ -205,7 +205,7 @@ def test_mixed_measures_the_two_modules_at_the_cut_of_each_layer():
         assert near == order[3:5]  # of seven the fourth is the last that goes
         assert [found.values[key][0] for key in near] == pytest.approx([exact[key] for key in near], abs=1e-6)
         assert max(found.values[key][0] for key in order[:3]) <= min(found.values[key][0] for key in near)
-    whole = pruning.module_cut(PruneConfig(drop=None, budget=None, per_layer=None, keep_total=5), adapter, 0.5)
+    whole = module_cut(PruneConfig(drop=None, budget=None, per_layer=None, keep_total=5), adapter, 0.5)
     assert whole == Cut(0.5, [(list(adapter.modules), 9)])
     every = score("mixed", adapter, Probe(batch, 150), 0, usual(adapter, "module", 1.0))
     assert [value for (value,) in every.values.values()] == pytest.approx(list(exact.values()), abs=1e-6)

@@ -11,11 +11,11 @@ from command import one_line
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.pruning import keep_ranks, ranks_to_drop
 from lowrank_cli.launch import single_run
 from lowrank_cli.report.run_results import collect
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PruneConfig
+from lowrank_cli.scoring.keep import keep_ranks, ranks_to_drop
 
 QUICK = ["task=tiny_sentiment", "task.limit=16", "hardware.threads=1"]
 TRAIN = ["train.max_steps=3", "train.batch_size=8", "train.eval_every=3", "train.log_every=1"]

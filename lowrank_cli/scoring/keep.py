@@ -1,4 +1,4 @@
-"""What ``lrk prune`` keeps: ranks or whole modules, by their scores; and the selection file of kept modules.
+"""What ``lrk prune`` keeps: ranks or whole modules, by their scores.
 
 Both levels have two functions: which ranks of every module stay (``keep_ranks``, ``keep_modules``), and the cut between
 kept and pruned (``rank_cut``, ``module_cut``), near which scores of kind ``mixed`` are exact.
@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import chain
-from typing import Any
 
-from lowrank_cli import methods
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.ranks import all_but_lowest
-from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.errors import UserError
-from lowrank_cli.runs import Run
-from lowrank_cli.schema import PruneConfig, PruneRun
+from lowrank_cli.schema import PruneConfig
 from lowrank_cli.scoring.cut import Cut
-from lowrank_cli.scoring.heatmaps import heat_map
-from lowrank_cli.scoring.rank_scores import Scores
-from lowrank_cli.scoring.selection import FILE, Module, Selection, choose, text
+from lowrank_cli.scoring.selection import Module, choose
 
 Values = dict[str, list[float]]  #: key of a module → score of each rank, or one score of the module
 
@@ -108,43 +102,3 @@ def layer_and_role(adapter: Adapter) -> dict[str, Module]:
             raise UserError(f"prune: '{key}' has no layer and role that a setting could name; prune ranks instead")
         sites[key] = (site.layer, site.role)
     return dict(sorted(sites.items(), key=lambda item: item[1][0]))
-
-
-def write_selection(
-    run: Run, config: PruneRun, source: Run, adapter: Adapter, scores: Scores, keep: dict[str, list[int]]
-) -> dict[str, Any]:
-    """Write the selection file into ``run``'s folder and return a figure of it. Call it before resizing the adapter.
-
-    The file lists every layer of the model, including those without a module.
-
-    Args:
-        source: the run that the scores came from.
-        keep: what :func:`keep_modules` returned.
-    """
-    sites = layer_and_role(adapter)
-    kept: dict[str, list[str]] = {str(layer): [] for layer in range(len(layers(adapter.model)))}
-    for key, (layer, role) in sites.items():
-        kept[str(layer)] += [role] * bool(keep[key])
-    used = source.config("model.name", "task.name", "seed")
-    about = {
-        "family": adapter.model.config.model_type,
-        "source": {
-            "run": "/".join(source.path.resolve().parts[-2:]),
-            "model": used["model"]["name"],
-            "task": used["task"]["name"],
-            "seed": used["seed"],
-        },
-        "kind": scores.kind,
-        "kept": _rule(config.prune),
-    }
-    table = {site: scores.values[key][0] for key, site in sites.items()}
-    selection = Selection(config.name or f"{scores.kind} {about['kept']}", kept)
-    run.write_text(FILE, text(selection, table, about, methods.having("setting")[0]))
-    return heat_map(adapter, scores, [key for key, ranks in keep.items() if ranks]) | {"file": "setting.png"}
-
-
-def _rule(settings: PruneConfig) -> str:
-    """The settings by which modules were kept, such as ``keep=2``."""
-    usual = {"per_layer": True, "same_roles": False}
-    used = {key: value for key, value in vars(settings).items() if value is not None and value is not usual.get(key)}
-    return " ".join(f"{key}={str(value).lower()}" for key, value in sorted(used.items()))

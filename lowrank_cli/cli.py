@@ -417,11 +417,11 @@ def report(
     outputs: Annotated[str, typer.Option(metavar="FOLDER", help="the folder of runs")] = "outputs",
 ) -> None:
     """Write one HTML page about runs: curves, comparison, predictions. It needs no network."""
-    from lowrank_cli.report import tables
+    from lowrank_cli.report import path_format
     from lowrank_cli.report.html.page import write
     from lowrank_cli.terminal import Terminal
 
-    Terminal().print(f"report: {tables.shown(write(paths or [], baseline, output, outputs))}")
+    Terminal().print(f"report: {path_format.shown(write(paths or [], baseline, output, outputs))}")
 
 
 @app.command("list", cls=Verb)

@@ -47,7 +47,7 @@ BOTTOM = ("schema", "terminal", "reader", "errors")  #: parts that every one abo
 
 #: Imported by every call of ``lrk``, completion and errors included; heavy libraries wait until work starts.
 LIGHT = (
-    *("cli", "launch", "config", "methods", "report.tables", "tasks.tiny", "runs"),
+    *("cli", "launch", "config", "methods", "report.end_of_run", "tasks.tiny", "runs"),
     *("schema", "terminal", "reader", "errors"),
 )
 PRIVATE = re.compile(r"lowrank_cli\.methods\.\w+\.")  #: files of one method, imported when it starts

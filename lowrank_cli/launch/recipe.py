@@ -26,7 +26,8 @@ from lowrank_cli.config.keys import flat, knows
 from lowrank_cli.errors import UserError, unknown
 from lowrank_cli.launch import stage
 from lowrank_cli.reader import PlainName
-from lowrank_cli.report import selections, tables
+from lowrank_cli.report import path_format, selections, tables
+from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.runs import PENDING, Run, child
 from lowrank_cli.runs.records import Stage
 from lowrank_cli.schema import TRUST, VERBS, Override, RecipeRun, parse_overrides
@@ -171,8 +172,8 @@ def summary(run: Run) -> RenderableType:
     """A table of the stages, the modules that they selected, how methods compare over tasks, and what to do next."""
     runs = [(name, _open(folder)) for name, folder in _folders(run, run.read_json(LEDGER, Ledger)).items()]
     selected = [line for _, stage_run in runs if stage_run is not None for line in selections.shown(stage_run)]
-    table = tables.stages_table(runs, tables.shown(run.path))
-    return Group(table, *selected, *selections.learned(runs), *tables.next_steps(run))
+    table = tables.stages_table(runs, path_format.shown(run.path))
+    return Group(table, *selected, *selections.learned(runs), *next_steps(run))
 
 
 def _open(folder: Path) -> Run | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import read_json
-from lowrank_cli.report import tables
+from lowrank_cli.report import path_format
 from lowrank_cli.runs import is_alive, this_process
 from lowrank_cli.runs.process import LAPSE
 from lowrank_cli.runs.records import Working
@@ -21,7 +21,7 @@ def refuse_running(folder: Path, key: str = "--resume") -> None:
     for file in (*above, *(path for name in RECORDS for path in folder.rglob(name))):
         process = read_json(file, Working).get("process") if file.is_file() else None
         if process is not None and process != this_process() and is_alive(process, file):
-            where, machine = tables.shown(file.parent), process["host"]
+            where, machine = path_format.shown(file.parent), process["host"]
             if machine != this_process()["host"]:
                 patience = f"; after a kill, wait {LAPSE * process['beat']} s"
                 raise UserError(f"{key}: '{where}' is running on '{machine}'; end that first{patience}")

@@ -12,7 +12,7 @@ from lowrank_cli.config.composition import Composed, refuse_code, restore
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
 from lowrank_cli.launch.running import refuse_running
-from lowrank_cli.report import tables
+from lowrank_cli.report import path_format
 from lowrank_cli.runs import Run, discard
 from lowrank_cli.schema import TRUST
 from lowrank_cli.terminal import Terminal
@@ -83,15 +83,15 @@ def refuse_to_act(run: Run, trusted: bool) -> None:
     """
     for _, composed in handler(run.info["stage"]).remaining(run, restore(run)):
         if not trusted:
-            refuse_code(composed, tables.shown(run.path))
+            refuse_code(composed, path_format.shown(run.path))
         if output := getattr(getattr(composed.config, "generate", None), "output", None):
             raise UserError(
-                f"--resume: '{tables.shown(run.path)}' would write generate.output={output}, outside its folder; "
+                f"--resume: '{path_format.shown(run.path)}' would write generate.output={output}, outside its folder; "
                 f"start it anew"
             )
         if program := getattr(getattr(composed.config, "bench", None), "vllm", None):
             raise UserError(
-                f"--resume: '{tables.shown(run.path)}' would start the program bench.vllm={program}; start it anew"
+                f"--resume: '{path_format.shown(run.path)}' would start the program bench.vllm={program}; start it anew"
             )
 
 

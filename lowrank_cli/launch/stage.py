@@ -17,7 +17,8 @@ from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
-from lowrank_cli.report import bench, scores, selections, tables
+from lowrank_cli.report import bench, path_format, scores, selections
+from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import BenchRun, RunConfig, TrainRun
@@ -84,9 +85,9 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
     for key, path in folders.items():
         if path is not None and not path.startswith(later) and not Path(path).is_dir():
             hint = f"; write model.gguf={path} for a GGUF file" if path.endswith(".gguf") else ""
-            raise UserError(f"{key}: there is no folder '{tables.shown(path)}'{hint}")
+            raise UserError(f"{key}: there is no folder '{path_format.shown(path)}'{hint}")
     if (file := config.model.gguf) is not None and not file.startswith(later) and not Path(file).exists():
-        raise UserError(f"model.gguf: there is no file or folder '{tables.shown(file)}'")
+        raise UserError(f"model.gguf: there is no file or folder '{path_format.shown(file)}'")
 
 
 def _refuse_unused_values(config: Any) -> None:
@@ -219,7 +220,7 @@ def perform(run: Run, composed: Composed, resume: bool) -> None:
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
     """Keep the run's heartbeat during the block, and record its failure; after a signal, say how to resume."""
-    again = f"continue with: lrk {run.info['stage']} --resume {tables.typed(run.path)}"
+    again = f"continue with: lrk {run.info['stage']} --resume {path_format.typed(run.path)}"
     try:
         with showing_life(run.path / "run.json"):
             yield
@@ -245,4 +246,4 @@ def recorded(run: Run) -> Iterator[None]:
 def summary(run: Run) -> RenderableType:
     """The scores of ranks or the results of a benchmark, where there are any, and the end-of-run table."""
     figures = [*scores.shown(run), *bench.shown(run, methods.published_speeds()), *selections.shown(run)]
-    return Group(*figures, tables.end_of_run(run, methods.having("setting")[0]))
+    return Group(*figures, end_of_run(run, methods.having("setting")[0]))

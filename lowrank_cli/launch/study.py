@@ -29,7 +29,8 @@ from lowrank_cli.launch.study_plan import Cell, Job, Plan, composed_cells, requi
 from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, path_format, tables
+from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.report.run_results import LOWER_IS_BETTER
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, config_hash, remove_leftovers, stopping
@@ -138,7 +139,7 @@ def work(run: Run, composed: Composed) -> None:
             best = study.tune()
             study.compare(best)
             if study.failed:
-                again = f"continue with: lrk study --resume {tables.typed(run.path)}"
+                again = f"continue with: lrk study --resume {path_format.typed(run.path)}"
                 raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {again}")
             run.finish({"study/runs": len(study.board.states)})
     except WorkFailed:
@@ -339,10 +340,10 @@ def summary(run: Run) -> RenderableType:
         from lowrank_cli.report.compare import build_comparison
 
         shown += [Text(), formats.terminal(build_comparison([run.path]))]
-    lines = [f"  folder: {tables.shown(run.path)}"]
+    lines = [f"  folder: {path_format.shown(run.path)}"]
     if (page := run.path / "report.html").is_file():
-        lines.append(f"  report: {tables.shown(page)}")
-    ways = tables.next_steps(run)
+        lines.append(f"  report: {path_format.shown(page)}")
+    ways = next_steps(run)
     return Group(*shown, *(Text(line, no_wrap=True, overflow="ignore") for line in lines), *ways)
 
 
@@ -370,7 +371,7 @@ def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
         seconds = estimate(plan, config.workers, config_dir)
         conditions = f"with workers={config.workers}, on this machine as busy as it is now"
         without = ", and what is prepared" if number.prepared else ""
-        known = seconds is not None and f"about {tables.duration(seconds)}{without}, {conditions}"
+        known = seconds is not None and f"about {number_format.duration(seconds)}{without}, {conditions}"
         terminal.print(f"time: {known or 'unknown, as the baseline trains no steps that could be tried first'}")
     terminal.print("nothing was started", style="dim")
 

@@ -28,7 +28,8 @@ from lowrank_cli.launch import gpu_locks, stage
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.single_run import handler, refuse_to_act, trusts
 from lowrank_cli.reader import PlainName, read_json
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, path_format
+from lowrank_cli.report.end_of_run import end_of_sweep
 from lowrank_cli.runs import (
     DONE,
     FAILED,
@@ -166,7 +167,7 @@ def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
 
 
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
-    again = f"continue with: lrk {ledger['stage']} -m --resume {tables.typed(folder)}"
+    again = f"continue with: lrk {ledger['stage']} -m --resume {path_format.typed(folder)}"
     status = INTERRUPTED
     (folder / STOP_FILE).unlink(missing_ok=True)
     write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
@@ -194,9 +195,9 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         status = "failed" if status == DONE and failed else status
         (folder / STOP_FILE).unlink(missing_ok=True)
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
-        Terminal().print(tables.end_of_sweep(folder, jobs), crop=False)
+        Terminal().print(end_of_sweep(folder, jobs), crop=False)
     if failed:
-        jobs_are = f"{tables.jobs_of(len(jobs))} {'is' if len(failed) == 1 else 'are'}"
+        jobs_are = f"{number_format.jobs_of(len(jobs))} {'is' if len(failed) == 1 else 'are'}"
         raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run
 
 #: Method → decoding speed that its paper reports, relative to another method, by that method and the number of beams.
@@ -77,9 +77,9 @@ def _table(record: dict[str, Any], beams: int, tenants: int | None) -> tables.Fi
                 f"{1 / row['step_ratio']:.3f}",
                 f"{row['ms_per_token']:.2f}",
                 f"{row['ms_per_token_p95']:.2f}",
-                tables.duration(row["first_token_seconds"]),
-                tables.size(row["peak_memory_bytes"]),
-                tables.size(row["adapter_bytes"]),
+                number_format.duration(row["first_token_seconds"]),
+                number_format.size(row["peak_memory_bytes"]),
+                number_format.size(row["adapter_bytes"]),
                 *(f"{row[key]:.3f}" if key in row else "" for key in shown),
             ]
             table.rows.append(cells)
@@ -105,10 +105,10 @@ def _steps(record: dict[str, Any]) -> tables.Fitted:
             f"{low:.3f}–{high:.3f}",
             f"{row['cpu_ratio']:.3f}",
             f"{row['ms_per_step']:.1f}",
-            tables.size(row["saved_bytes"]),
-            tables.size(row["step_memory_bytes"]),
-            tables.size(row["peak_memory_bytes"]),
-            tables.size(row["adapters_bytes"]),
+            number_format.size(row["saved_bytes"]),
+            number_format.size(row["step_memory_bytes"]),
+            number_format.size(row["peak_memory_bytes"]),
+            number_format.size(row["adapters_bytes"]),
             *(f"{row[key]:.3f}" for key in ("peft_ratio", "peft_cpu_ratio", "peft_memory_ratio") if key in row),
         ]
         table.rows.append(cells)

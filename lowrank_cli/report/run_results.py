@@ -18,7 +18,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from lowrank_cli.errors import UserError, nearest
-from lowrank_cli.report import tables
+from lowrank_cli.report import path_format, tables
 from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs import Run
@@ -298,7 +298,7 @@ def _names(rows: dict[tuple[str, Setting], dict[int, Result]]) -> tuple[dict[tup
 def _value(value: str) -> str:
     """A JSON value as it is typed; a folder from here."""
     plain = value.replace('"', "")
-    return tables.shown(plain) if plain.startswith("/") else plain
+    return path_format.shown(plain) if plain.startswith("/") else plain
 
 
 def row_of(method: str, setting: str, metric: str, by_seed: Mapping[int, Result]) -> Row:

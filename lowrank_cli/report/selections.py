@@ -8,14 +8,16 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from lowrank_cli.reader import read_yaml
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.records import Layers
+
+SETTING = "setting.yaml"  #: which modules a pruning kept
 
 
 def shown(run: Run) -> list[RenderableType]:
     """The modules that a run kept, by layer; nothing for a run without a setting."""
-    file = run.path / tables.SETTING
+    file = run.path / SETTING
     if not run.done or not file.is_file():
         return []
     setting = read_yaml(file, Layers)
@@ -44,10 +46,12 @@ def learned(stages: Sequence[tuple[str, Run | None]]) -> list[RenderableType]:
     for task, by_method in cells.items():
         metric = _metric(next(iter(by_method.values())))
         values = [by_method[method].metrics.get(metric) if method in by_method else None for method in methods]
-        table.rows.append([task, metric, *(tables.NONE if value is None else tables.number(value) for value in values)])
+        table.rows.append(
+            [task, metric, *(tables.NONE if value is None else number_format.number(value) for value in values)]
+        )
     sizes = [max((_size(of[method]) for of in cells.values() if method in of), default=0) for method in methods]
     if any(sizes):
-        words = [tables.count(size) if size else tables.NONE for size in sizes]
+        words = [number_format.count(size) if size else tables.NONE for size in sizes]
         table.rows.append(["trainable parameters", "", *words])
     return [table]
 

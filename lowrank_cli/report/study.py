@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lowrank_cli.report.tables import NONE, STATUS_STYLES, Fitted, duration, number
+from lowrank_cli.report.number_format import duration, number
+from lowrank_cli.report.tables import NONE, STATUS_STYLES, Fitted
 
 ENDED = ("done", "failed")
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.errors import UserError, escaped
-from lowrank_cli.report import export_hints
+from lowrank_cli.report.number_format import duration, jobs_of, number
+from lowrank_cli.report.path_format import shown
 from lowrank_cli.runs.process import is_gone
-from lowrank_cli.runs.scores import SavedScores
 from lowrank_cli.schema import parse_overrides
 
 if TYPE_CHECKING:
@@ -36,55 +30,7 @@ STATUS_STYLES = {
     "broken": "red",
 }
 NONE = "–"
-SETTING = "setting.yaml"  #: which modules a pruning kept
 _COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
-
-
-def count(value: float) -> str:
-    """A number of things with three digits: ``262144`` → ``262k``, ``3600000`` → ``3.6M``."""
-    return "".join(_scaled(value, 1000, ("", "k", "M", "B", "T")))
-
-
-def size(value: float) -> str:
-    """Bytes with three digits: ``641728512`` → ``612 MiB``."""
-    return " ".join(_scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB")))
-
-
-def _scaled(value: float, base: int, units: Sequence[str]) -> tuple[str, str]:
-    unit = 0
-    while abs(round(value)) >= base and unit + 1 < len(units):
-        value, unit = value / base, unit + 1
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}", units[unit]
-
-
-def duration(seconds: float) -> str:
-    """Time in the two largest units: ``0.42s``, ``12.3s``, ``1m 52s``, ``2h 05m``, ``3d 04h``."""
-    if seconds < 59.95:
-        return f"{seconds:.2f}s" if seconds < 9.995 else f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m {rest:02d}s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 24:
-        return f"{hours}h {minutes:02d}m"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days}d {hours:02d}h"
-
-
-def jobs_of(number_of_jobs: int) -> str:
-    """``1 job``, ``2 jobs``."""
-    return f"{number_of_jobs} job{'s' * (number_of_jobs != 1)}"
-
-
-def number(value: Any) -> str:
-    """A metric's value: four decimals below 10, two above, three digits where it is tiny."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    if 0 < abs(value) < 1e-3:
-        return f"{value:.3g}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def is_cost(metric: str) -> bool:
@@ -98,85 +44,6 @@ def quality(metrics: dict[str, Any]) -> list[str]:
     return sorted(named, key=lambda name: (name.startswith("dev/"), name.endswith("loss")))
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path as a person at this directory would type it."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
-def typed(path: str | os.PathLike[str]) -> str:
-    """:func:`shown`, quoted where a shell needs it."""
-    return shlex.quote(shown(path))
-
-
-def end_of_run(run: Run, selective: str = "") -> RenderableType:
-    """What a run learned, what it cost, where its folder is and what to do next.
-
-    ``selective`` is the method that trains the modules of a ``setting.yaml``.
-    """
-    info = run.info
-    metrics = run.metrics if run.done else {}
-    grid = Table.grid(padding=(0, 3))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    if not run.done:
-        add(grid, "status", _status(run))
-        if info.get("error"):
-            add(grid, "error", first_line(info["error"]))
-    rows: list[tuple[str, str | Text]] = [
-        *_learned(metrics),
-        *_asked(run),
-        *_cost(info, metrics),
-        *_others(info, metrics),
-    ]
-    for name, text in rows:
-        add(grid, name, text)
-    contents = ("adapter/", SETTING, "export/", "scores.json", "predictions.jsonl", "plots/", "checkpoints/")
-    held = [name for name in contents if (run.path / name).exists()]
-    if held:
-        add(grid, "holds", ", ".join(held))
-    border = STATUS_STYLES.get(info.get("status", ""), "none")
-    panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
-    arranged = "arrangements.json"
-    ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
-    folder = _whole(f"  folder: {shown(run.path)}")
-    table = [spread_table(ways)] if len(ways) > 1 else []
-    return Group(
-        panel, *table, folder, *(_whole(f"  {way}") for way in export_hints.ways(run)), *next_steps(run, selective)
-    )
-
-
-def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
-    """Mean, sample standard deviation and worst case over arrangements of demonstrations: all, and by what varies."""
-    varied = ("draw", "permutation", "template")
-    metric = next(key for key in arrangements[0] if key not in (*varied, "demonstrations"))
-    groups = {"all": list(arrangements)}
-    for key in varied:
-        groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in varied if other != key)]
-    table = Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
-    for name, rows in groups.items():
-        values = [row[metric] for row in rows]
-        if len(values) > 1:
-            figures = [number(figure) for figure in (fmean(values), stdev(values), min(values))]
-            table.rows.append([name, str(len(values)), *figures])
-    return table
-
-
-def next_steps(run: Run, selective: str = "") -> list[Text]:
-    """What to type after a run or a recipe; ``selective`` as in :func:`end_of_run`."""
-    return [_whole(f"  next: {command}") for command in _next(run, selective)]
-
-
-def end_of_sweep(folder: Path, jobs: Sequence[Run]) -> RenderableType:
-    """The jobs, where they lie, and what to do next; an error says how to continue those that are not done."""
-    compare = [_whole(f"  next: lrk compare {typed(folder)}")] if all(job.done for job in jobs) else []
-    return Group(jobs_table(jobs), _whole(f"  folder: {shown(folder)}"), *compare)
-
-
-def _whole(line: str) -> Text:
-    return Text(line, no_wrap=True, overflow="ignore")
-
-
 def run_title(info: dict[str, Any]) -> str:
     """``train · lora · llama · tiny_yesno · seed 1``."""
     choices = info.get("choices", {})
@@ -185,81 +52,6 @@ def run_title(info: dict[str, Any]) -> str:
     if info.get("seed") is not None:
         parts.append(f"seed {info['seed']}")
     return " · ".join(str(part) for part in parts if part)
-
-
-def _learned(metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
-    for name in quality(metrics):
-        split, _, what = name.partition("/")
-        part, _, metric = what.rpartition("/")  # of a mix: the task that it is measured on
-        text = Text(number(metrics[name]), style="bold" if split == "test" else "")
-        if name == "dev/loss" and "best_step" in metrics:
-            text.append(f"  (best at step {metrics['best_step']} of {metrics.get('train/steps', '?')})")
-        elif f"{split}/examples" in metrics and not part:
-            text.append(f"  ({metrics[f'{split}/examples']} examples)")
-        yield " ".join(filter(None, (split, part, metric.replace("_", " ")))), text
-
-
-def _asked(run: Run) -> list[tuple[str, str]]:
-    """How answers were asked for, where not plainly."""
-    asked = run.config().get("evaluate", {}) if run.done else {}
-    plain = {"shots": 0, "num_beams": 1}
-    return [(key.removeprefix("num_"), str(asked[key])) for key in plain if asked.get(key, plain[key]) != plain[key]]
-
-
-def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    total = metrics.get("total_parameters")
-    for name in ("trainable", "activated"):
-        value = metrics.get(f"{name}_parameters")
-        if value is not None:
-            share = f"  ({100 * value / total:.3g} % of {count(total)})" if total else ""
-            yield f"{name} parameters", count(value) + share
-    stage, whole = info.get("stage"), info.get("seconds")
-    seconds = metrics.get(f"{stage}/seconds")
-    if seconds is not None:
-        rate = metrics.get(f"{stage}/tokens_per_second")
-        yield f"{stage} time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
-    if whole is not None:
-        yield "time from start to end" if seconds is not None else "time", duration(whole)
-    if info.get("peak_memory_bytes"):
-        yield "peak memory", size(info["peak_memory_bytes"])
-    if info.get("device_memory_bytes"):
-        yield "GPU memory", size(info["device_memory_bytes"])
-
-
-def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    elsewhere = {*quality(metrics), *(name for name in metrics if name.startswith("bench/"))}
-    rest = [name for name in metrics if name not in elsewhere and not is_cost(name)]
-    own = f"{info.get('stage')}/"
-    names = (name.removeprefix(own).replace("_", " ") if name.startswith(own) else name for name in rest)
-    return [(shown, number(metrics[name])) for shown, name in zip(names, rest, strict=True)]
-
-
-def _next(run: Run, selective: str) -> Iterable[str]:
-    stage, status, where = run.info.get("stage"), run.info.get("status"), typed(run.path)
-    if status in ("failed", "interrupted"):
-        return [f"lrk {stage} --resume {where}"]
-    if status == "done" and selective and (run.path / SETTING).is_file():
-        used, model = run.config("model")["model"], run.info["choices"]["model"]
-        given = [f"model.{key}={typed(Path(used[key]))}" for key in ("path", "gguf") if used.get(key)]
-        if not given and used.get("id") and used.get("name") != model:
-            given = [f"model.id={used['id']}"]
-        model = " ".join([f"model={model}", *given])
-        return [f"lrk train method={selective} method.setting={typed(run.path / SETTING)} {model}"]
-    if status == "done" and stage in ("train", "prune"):
-        return [f"lrk evaluate run={where}"]
-    if status == "done" and stage == "score":
-        if run.config("score")["score"].get("level") != "module":
-            return [f"lrk prune run={where} prune.drop={max(1, round(run.metrics['score/ranks'] / 8))}"]
-        of_layer = Counter(entry["layer"] for entry in SavedScores.read(run.path).modules)
-        keep = min(2, min(of_layer.values()) - 1)
-        return [f"lrk prune run={where} prune.keep={keep}"] if keep else []
-    if status == "done" and stage in ("run", "study"):
-        return [f"lrk compare {where}"] if stage == "run" else []
-    return (
-        [f"lrk compare {typed(run.path.parent)}"]
-        if status == "done" and stage not in ("export", "bench", "generate")
-        else []
-    )
 
 
 def first_line(error: Any) -> str:
@@ -296,7 +88,7 @@ def _cells(run: Run, metric: str | None) -> list[str | Text]:
     try:
         return [
             _stage(run),
-            _status(run),
+            status_text(run),
             NONE if seed is None else str(seed),
             f"{metric} {number(run.metrics[metric])}" if metric else _outcome(run, 1),
             _seconds(run.info),
@@ -325,7 +117,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     leave_out = [*reversed(varying), "time", *reversed(columns[1:])]  # a job's name says what varies
     table = Fitted(heading, ["job", *varying, "status", *columns, "time"], leave_out)
     for job, row, result in zip(jobs, overrides, results, strict=True):
-        cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), _status(job)]
+        cells: list[str | Text] = [*(row.get(key, NONE) for key in varying), status_text(job)]
         cells += [number(result[name]) if name in result else NONE for name in columns]
         table.rows.append([job.path.name, *cells, _seconds(job.info)])
     errors = {job.path.name: first_line(job.info["error"]) for job in unfinished if job.info.get("error")}
@@ -340,7 +132,7 @@ def stages_table(stages: Sequence[tuple[str, Run | None]], heading: str | None =
         if run is None:
             table.rows.append([name, NONE, Text("waiting", style="dim"), NONE, NONE, NONE])
         else:
-            cells = _stage(run), _status(run), _outcome(run, 2), _seconds(run.info)
+            cells = _stage(run), status_text(run), _outcome(run, 2), _seconds(run.info)
             table.rows.append([name, *cells, run.path.name])
     return table
 
@@ -424,9 +216,10 @@ def status(run: Run) -> str:
     return "interrupted" if gone else str(run.info.get("status", NONE))
 
 
-def _status(run: Run) -> Text:
-    shown = status(run)
-    return Text(shown, style=STATUS_STYLES.get(shown, ""))
+def status_text(run: Run) -> Text:
+    """:func:`status`, coloured."""
+    word = status(run)
+    return Text(word, style=STATUS_STYLES.get(word, ""))
 
 
 def _outcome(run: Run, metrics: int) -> str:

@@ -28,6 +28,7 @@ from lowrank_cli.inference import checkpoint
 from lowrank_cli.inference.adapter_run import check_template, method_of
 from lowrank_cli.reader import MAX_DEPTH, read_json, read_json_lines, read_yaml
 from lowrank_cli.report import plots, tables
+from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import Run, child, scan
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.runs.prompt_file import read_requests
@@ -340,7 +341,7 @@ def test_what_is_printed_is_shown_as_it_stands(made, lrk):
     made.update(choices=choices, error=ESCAPES, status="failed")
     for table in (
         tables.runs_table([made], {Path("a\x1b[2J"): UserError(ESCAPES)}),
-        tables.end_of_run(made),
+        end_of_run(made),
         tables.jobs_table([made]),
         tables.stages_table([(ESCAPES, made)]),
     ):

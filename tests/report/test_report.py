@@ -12,7 +12,8 @@ import pytest
 from command import reconfigure
 from rich.console import Console
 
-from lowrank_cli.report import number_format, plots, scores, tables
+from lowrank_cli.report import number_format, path_format, plots, scores, tables
+from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import Run
 
 CHOICES = {"method": "milora", "model": "llama", "task": "tiny_yesno"}
@@ -53,30 +54,30 @@ def text(renderable, width=100):
 @pytest.mark.parametrize(
     "show, value, expected",
     [
-        (tables.count, 0, "0"),
-        (tables.count, 999, "999"),
-        (tables.count, 1000, "1k"),
-        (tables.count, 262_144, "262k"),
-        (tables.count, 999_999, "1M"),
-        (tables.count, 3_600_000, "3.6M"),
-        (tables.count, 6_738_415_616, "6.74B"),
-        (tables.count, 81_920.5, "81.9k"),
-        (tables.size, 512, "512 B"),
-        (tables.size, 1023 * 1024, "1023 KiB"),
-        (tables.size, 612 * 2**20, "612 MiB"),
-        (tables.size, 1.5 * 2**30, "1.5 GiB"),
-        (tables.duration, 0.42, "0.42s"),
-        (tables.duration, 12.34, "12.3s"),
-        (tables.duration, 59.97, "1m 00s"),
-        (tables.duration, 112, "1m 52s"),
-        (tables.duration, 3599.6, "1h 00m"),
-        (tables.duration, 7500, "2h 05m"),
-        (tables.duration, 273_600, "3d 04h"),
-        (tables.number, 0.91254, "0.9125"),
-        (tables.number, 65.318, "65.32"),
-        (tables.number, 3.2e-5, "3.2e-05"),
-        (tables.number, 7, "7"),
-        (tables.number, math.nan, "nan"),
+        (number_format.count, 0, "0"),
+        (number_format.count, 999, "999"),
+        (number_format.count, 1000, "1k"),
+        (number_format.count, 262_144, "262k"),
+        (number_format.count, 999_999, "1M"),
+        (number_format.count, 3_600_000, "3.6M"),
+        (number_format.count, 6_738_415_616, "6.74B"),
+        (number_format.count, 81_920.5, "81.9k"),
+        (number_format.size, 512, "512 B"),
+        (number_format.size, 1023 * 1024, "1023 KiB"),
+        (number_format.size, 612 * 2**20, "612 MiB"),
+        (number_format.size, 1.5 * 2**30, "1.5 GiB"),
+        (number_format.duration, 0.42, "0.42s"),
+        (number_format.duration, 12.34, "12.3s"),
+        (number_format.duration, 59.97, "1m 00s"),
+        (number_format.duration, 112, "1m 52s"),
+        (number_format.duration, 3599.6, "1h 00m"),
+        (number_format.duration, 7500, "2h 05m"),
+        (number_format.duration, 273_600, "3d 04h"),
+        (number_format.number, 0.91254, "0.9125"),
+        (number_format.number, 65.318, "65.32"),
+        (number_format.number, 3.2e-5, "3.2e-05"),
+        (number_format.number, 7, "7"),
+        (number_format.number, math.nan, "nan"),
     ],
 )
 def test_human_formats(show, value, expected):
@@ -88,7 +89,7 @@ def test_end_of_a_training_says_what_was_learned_and_what_comes_next(make):
     run.file("adapter/x").write_text("")
     run.finish(METRICS)
     run.update(seconds=150.0)
-    lines = text(tables.end_of_run(run)).splitlines()
+    lines = text(end_of_run(run)).splitlines()
     shown = {" ".join(line.strip("│ ").split()) for line in lines}
     assert "train · milora · llama · tiny_yesno · seed 1" in lines[0]
     assert {
@@ -101,28 +102,28 @@ def test_end_of_a_training_says_what_was_learned_and_what_comes_next(make):
         "milora/load_balance 1.5000",
         "holds adapter/",
     } <= shown
-    narrow = text(tables.end_of_run(run), width=40).splitlines()
-    assert f"  folder: {tables.shown(run.path)}" in narrow  # whole, to be copied
-    assert f"  next: lrk evaluate run={tables.shown(run.path)}" in narrow
+    narrow = text(end_of_run(run), width=40).splitlines()
+    assert f"  folder: {path_format.shown(run.path)}" in narrow  # whole, to be copied
+    assert f"  next: lrk evaluate run={path_format.shown(run.path)}" in narrow
 
 
 def test_end_of_an_evaluation_and_of_a_failure(make):
     evaluation = make("e", stage="evaluate")
     evaluation.finish({"test/exact_match": 0.5, "evaluate/seconds": 3.0})
-    shown = text(tables.end_of_run(evaluation), width=300)
+    shown = text(end_of_run(evaluation), width=300)
     assert "test exact match" in shown and "3.00s" in shown and "lrk compare" in shown
     failed = make("f")
     failed.fail("train: the loss is nan at step [3]")
-    shown = text(tables.end_of_run(failed), width=300)
-    assert "the loss is nan at step [3]" in shown and f"lrk train --resume {tables.shown(failed.path)}" in shown
+    shown = text(end_of_run(failed), width=300)
+    assert "the loss is nan at step [3]" in shown and f"lrk train --resume {path_format.shown(failed.path)}" in shown
 
 
 def test_how_answers_were_asked_for_is_shown_where_not_plainly(make):
     run = make(stage="evaluate")
     run.finish({"test/accuracy": 0.7})
-    assert "shots" not in text(tables.end_of_run(run))
+    assert "shots" not in text(end_of_run(run))
     reconfigure(run, evaluate={"shots": 8, "num_beams": 1})
-    shown = text(tables.end_of_run(run))
+    shown = text(end_of_run(run))
     assert re.search(r"shots +8 ", shown) and "beams" not in shown
 
 
@@ -132,7 +133,7 @@ def test_results_over_arrangements_are_shown_with_their_spread(make):
     ways = [(0, 0, 0, 0.5), (0, 0, 1, 0.7), (0, 1, 0, 0.9), (0, 1, 1, 0.7)]
     keys = ("template", "draw", "permutation", "accuracy")
     run.write_json("arrangements.json", [{**dict(zip(keys, way)), "demonstrations": None} for way in ways])
-    lines = {line.split()[0]: line.split()[1:] for line in text(tables.end_of_run(run)).splitlines() if line.strip()}
+    lines = {line.split()[0]: line.split()[1:] for line in text(end_of_run(run)).splitlines() if line.strip()}
     assert lines["all"] == ["4", "0.7000", "0.1633", "0.5000"]
     assert lines["draws"] == ["2", "0.7000", "0.2828", "0.5000"]
     assert lines["permutations"] == ["2", "0.6000", "0.1414", "0.5000"]
@@ -143,7 +144,7 @@ def test_an_older_metrics_file_is_not_shown_for_a_run_that_failed_later(make):
     run = make()
     run.finish(METRICS)
     run.fail("disk full")
-    assert "accuracy" not in text(tables.end_of_run(run))
+    assert "accuracy" not in text(end_of_run(run))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_no_path_and_no_job_is_folded(make, width):
     runs = [make(name, overrides=[f"train.learning_rate=0.00{name[20]}"]) for name in names]
     for run in runs:
         run.finish(METRICS)
-    folder = f"{tables.shown(runs[0].path.parent)}/"
+    folder = f"{path_format.shown(runs[0].path.parent)}/"
     for table in (
         tables.runs_table(runs, {}),
         tables.jobs_table(runs),
@@ -349,7 +350,7 @@ def test_scores_are_shown_in_their_unit(make):
         ["Q", "1", "2", "0.2", "0.0", "0.4"],
     ]
     assert [line.split()[0] for line in ranks[2:]] == [f"layers.0.{name}_proj" for name in "vqqv"]
-    end = text(tables.end_of_run(run))
+    end = text(end_of_run(run))
     assert "scores.json" in end and "loss" in end and "score/" not in end
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowrank_cli.report.comparison import AcrossTasks, Comparison, Difference, Row, Section
-from lowrank_cli.report.tables import NONE, count, duration, number, size
+from lowrank_cli.report.number_format import count, duration, number, size
+from lowrank_cli.report.tables import NONE
 
 STAR = "★"
 PARETO = "◆"

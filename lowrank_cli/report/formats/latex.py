@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lowrank_cli.report.comparison import AcrossTasks, Comparison, Difference, Row, Section
 from lowrank_cli.report.formats.columns import across_title
-from lowrank_cli.report.tables import count, number
+from lowrank_cli.report.number_format import count, number
 
 ESCAPES = {
     **{character: f"\\{character}" for character in "&%$#_{}"},

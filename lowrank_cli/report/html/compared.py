@@ -10,7 +10,7 @@ from lowrank_cli.report.formats.columns import Columns, across_columns, interval
 from lowrank_cli.report.formats.footnotes import footnotes
 from lowrank_cli.report.html.charts import comparisons
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
-from lowrank_cli.report.tables import number
+from lowrank_cli.report.number_format import number
 
 
 @dataclass

@@ -28,8 +28,8 @@ from lowrank_cli.report.html import compared, study
 from lowrank_cli.report.html.compared import SectionView
 from lowrank_cli.report.html.predictions import Row
 from lowrank_cli.report.html.run_view import RunView, view
+from lowrank_cli.report.path_format import shown
 from lowrank_cli.report.run_results import locate
-from lowrank_cli.report.tables import shown
 from lowrank_cli.runs import PENDING, atomic_write
 
 FILE = "report.html"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import read_text
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.report.html import predictions
 from lowrank_cli.report.html.charts import figures, history
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
@@ -96,10 +96,10 @@ def metric(name: str, value: Any) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return tables.NONE if value is None else str(value)
     if name.endswith("seconds"):
-        return tables.duration(value)
+        return number_format.duration(value)
     if name.endswith("bytes"):
-        return tables.size(value)
-    return tables.count(value) if name.endswith(COUNTED) else tables.number(value)
+        return number_format.size(value)
+    return number_format.count(value) if name.endswith(COUNTED) else number_format.number(value)
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -113,9 +113,9 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
         ("stage", info.get("stage")),
         ("seed", info.get("seed")),
         ("started", str(info.get("started") or "")[:19].replace("T", " ")),
-        ("time", tables.duration(info["seconds"]) if info.get("seconds") is not None else None),
-        ("memory", tables.size(info["peak_memory_bytes"]) if info.get("peak_memory_bytes") else None),
-        ("GPU memory", tables.size(memory) if memory else None),
+        ("time", number_format.duration(info["seconds"]) if info.get("seconds") is not None else None),
+        ("memory", number_format.size(info["peak_memory_bytes"]) if info.get("peak_memory_bytes") else None),
+        ("GPU memory", number_format.size(memory) if memory else None),
         ("device", info.get("device")),
         ("commit", commit),
     ]

@@ -10,8 +10,8 @@ from lowrank_cli.reader import Finite, read_json
 from lowrank_cli.report.html.charts import comparisons
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE
 from lowrank_cli.report.html.compared import SectionView
+from lowrank_cli.report.number_format import number
 from lowrank_cli.report.study_results import STUDY, StudyRecord
-from lowrank_cli.report.tables import number
 
 TRIALS = "tuning.json"
 

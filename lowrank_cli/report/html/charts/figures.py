@@ -12,7 +12,7 @@ from lowrank_cli.report.html.charts import svg
 from lowrank_cli.report.html.charts.heatmaps import Colours, heatmap, heatmaps
 from lowrank_cli.report.html.charts.rows import WIDE, Rows
 from lowrank_cli.report.html.charts.svg import Axis, Chart, Plot, add, finite
-from lowrank_cli.report.tables import number
+from lowrank_cli.report.number_format import number
 
 VISIBLE_POINTS = 60  #: a line with more points has no dots
 FEW_COLUMNS = 8  #: up to here each has its tick

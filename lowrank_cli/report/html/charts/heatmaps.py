@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_cli.report import number_format
 from lowrank_cli.report.html.charts import svg
 from lowrank_cli.report.html.charts.svg import Chart, add, finite
-from lowrank_cli.report.tables import number
+from lowrank_cli.report.number_format import number
 
 WHOLE = ".0f"
 WRITTEN_CELLS = 300  #: a heatmap with more cells shows colours only

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lowrank_cli.report.html.charts.svg import Axis, Chart, Plot, finite
-from lowrank_cli.report.tables import number
+from lowrank_cli.report.number_format import number
 
 POINTS = 200  #: of a line; longer ones are thinned
 CROWDED = 100  #: from here on the train loss is smoothed

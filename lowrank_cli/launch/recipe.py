@@ -117,7 +117,7 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
 
 
 def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
-    """The stages that are still to run in the folder of ``run``, by name.
+    """The configurations that resuming ``run`` would execute, by name.
 
     A stage that was started is listed twice: as the recipe configures it, and as its own folder does.
     """

@@ -158,7 +158,7 @@ def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Compo
 
 
 def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
-    """The stages that are still to run in the folder of ``run``, by name."""
+    """The configurations that resuming ``run`` would execute, by name."""
     return [(composed.verb, composed)]
 
 

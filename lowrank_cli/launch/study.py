@@ -94,7 +94,10 @@ def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Compo
 
 
 def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
-    """Each arm on each task and each step of preparation."""
+    """The configurations that resuming ``run`` would execute, by name.
+
+    All arms on all tasks and all steps of preparation are listed, done or not, with the first seed.
+    """
     cells = composed_cells(Plan(composed.config.study), run.read_json(LEDGER, Ledger)["config_dir"])
     return [(str(cell), cell_config) for cell, cell_config in cells.items()]
 

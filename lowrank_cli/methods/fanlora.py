@@ -60,7 +60,10 @@ class FanLoRAConfig(LowRankConfig):
         return {"layers": selection.layers} | ({} if "chosen_by" in given else {"chosen_by": selection.name})
 
     def unfit(self, made: Mapping[str, Any]) -> list[str]:
-        """Also ``setting``, if it selects other modules."""
+        """Keys whose values do not go with what a run with the values ``made`` keeps.
+
+        ``setting`` is one if it selects other modules.
+        """
         return [*super().unfit(made), *(["setting"] if "layers" in made and made["layers"] != self.layers else [])]
 
 

@@ -150,7 +150,10 @@ def _gated(
 
 @contextmanager
 def all_skipped(adapter: Adapter) -> Iterator[None]:
-    """Skip every low-rank module inside; single ones may be switched on again."""
+    """Skip every low-rank module inside, where single ones may be switched on again (:func:`_gated`).
+
+    :meth:`Adapter.disabled` runs the bare model instead, in which no module can be switched on.
+    """
     before = {key: module.skip for key, module in adapter.modules.items()}
     try:
         for module in adapter.modules.values():

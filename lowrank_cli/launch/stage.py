@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
+from lowrank_cli.inference.tracking import require as require_tracker
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, path_format, scores, selections
@@ -51,6 +52,7 @@ def check(
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_uncalibratable(composed, method.plan())
     if isinstance(config, TrainRun):
+        require_tracker(config.tracker)
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
             raise UserError(

@@ -17,11 +17,12 @@ from packaging.requirements import Requirement
 DISTRIBUTION = "lowrank-cli"
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
 ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or the folder of an installed package
+RECORDING = ("outputs", "name", "tracker")  #: keys that say where a run is recorded
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings that decide the result: the configuration without ``outputs`` and ``name``."""
-    content = {key: value for key, value in config.items() if key not in ("outputs", "name")}
+    """SHA-256 of the settings that decide the result: the configuration without :data:`RECORDING`."""
+    content = {key: value for key, value in config.items() if key not in RECORDING}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -35,6 +35,13 @@ class ChosenThreads(TypedDict):
     reason: str
 
 
+class TrackerRun(TypedDict):
+    """The run of an experiment tracker that a resumed run continues."""
+
+    name: str
+    id: PlainName
+
+
 class RunInfo(TypedDict):
     """``run.json``."""
 
@@ -53,6 +60,7 @@ class RunInfo(TypedDict):
     device_memory_bytes: NotRequired[Count]
     threads: NotRequired[ChosenThreads]
     process: NotRequired[Process | None]
+    tracker: NotRequired[TrackerRun]
     error: NotRequired[str]
     exit_code: NotRequired[int]
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Run:
         self.path = path
         self.info = info
         self.writes = writes
+        self.listeners: list[Callable[[Mapping[str, Any]], object]] = []  #: called with each row that is logged
         self._began = time.monotonic()  # s
 
     @classmethod
@@ -122,10 +123,12 @@ class Run:
         return path
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one line to history.jsonl."""
+        """Append one line to history.jsonl, and pass it to the listeners."""
         if self.writes:
             with self.file("history.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            for listener in self.listeners:
+                listener(row)
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of history.jsonl, without a last one that a kill cut short."""

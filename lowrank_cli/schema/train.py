@@ -7,9 +7,11 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from lowrank_cli.errors import UserError, require_range
+from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.schema.evaluate import PredictConfig
 from lowrank_cli.schema.run import RunConfig
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass
@@ -51,3 +53,9 @@ class TrainRun(RunConfig):
     evaluate: PredictConfig = field(default_factory=PredictConfig)
     #: an adapted run to train on, or that a calibrating method stands on; null is the pretrained model
     run: Optional[str] = MISSING
+    #: what else gets the history, the configuration and the final metrics: ``tensorboard``, ``wandb``, ``mlflow`` or
+    #: ``trackio`` (each an extra to install); it changes no result
+    tracker: str = "none"
+
+    def validate(self) -> None:
+        require_choice("tracker", self.tracker, TRACKERS)

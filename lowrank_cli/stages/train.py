@@ -25,7 +25,7 @@ from lowrank_cli.adapter.training.compiled import compile_layers
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import WorkFailed
 from lowrank_cli.icl import calibrate
-from lowrank_cli.inference import checkpoint, progress
+from lowrank_cli.inference import checkpoint, progress, tracking
 from lowrank_cli.inference.predict import write_answers
 from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.methods.protocol import (
@@ -59,9 +59,19 @@ def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = 
     session = start(config, adapter_run)
     if session.adapter_run is not None:
         load_adapter(session)
+    work: Callable[[], dict[str, float]]
     if isinstance(session.method, Calibrates):
-        return calibrate.train(session, run)
-    return Trainer(session, run).fit(resume)
+        step, work = 0, partial(calibrate.train, session, run)
+    else:
+        trainer = Trainer(session, run)
+        session.greet(run)
+        if resume:
+            trainer.resume()
+        step, work = trainer.progress["step"], trainer.fit
+    with tracking.tracked(run, config.tracker, step) as track_final:
+        metrics = work()
+        track_final(metrics)
+    return metrics
 
 
 class Trainer:
@@ -117,11 +127,8 @@ class Trainer:
                 groups.setdefault(rates.get(name, self.settings.learning_rate), []).append(parameter)
         return [{"params": parameters, "peak": peak} for peak, parameters in groups.items()]
 
-    def fit(self, resume: bool) -> dict[str, float]:
+    def fit(self) -> dict[str, float]:
         """Train until the last step or an early stop, then evaluate the best adapter."""
-        self.session.greet(self.run)
-        if resume:
-            self._resume()
         start = self.progress["step"]
         began = time.monotonic() - self.progress["seconds"]
         with (
@@ -140,7 +147,7 @@ class Trainer:
                 bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")
         return self._finish()
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one, and drop the history after it."""
         if folder := checkpoint.newest(self.run):
             self.progress |= checkpoint.load(

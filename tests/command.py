@@ -48,7 +48,8 @@ def lrk(capfd, monkeypatch):
 @pytest.fixture
 def fake_stages(monkeypatch):
     """Every verb runs tests/fakes/fake_stage.py, in this process and in those it starts."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKES), str(ROOT)]))
+    own = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKES), str(ROOT), *([own] if own else [])]))
     monkeypatch.syspath_prepend(str(FAKES))
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")

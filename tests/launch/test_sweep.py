@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -270,3 +273,77 @@ def test_joblib_jobs_on_gpus_get_one_each_and_others_are_left_alone(lrk, monkeyp
         (sweep,) = [path for path in runs() if path.name.endswith(f"-sweep-{hardware}")]
         logged = [(sweep / job["id"] / "history.jsonl").read_text() for job in ledger(sweep)["jobs"]]
         assert {json.loads(text.splitlines()[0])["devices"] for text in logged} <= allowed
+
+
+@pytest.fixture(params=["submitit_local", "ray"])
+def launcher(request, monkeypatch):
+    """The override of a launcher whose plugin is installed."""
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))  # Ray keeps a token there
+    pytest.importorskip(f"hydra_plugins.hydra_{request.param.partition('_')[0]}_launcher")
+    return f"hydra/launcher={request.param}"
+
+
+def sweeping(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lowrank_cli", "train", "-m", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(pattern: str) -> Path:
+    """The first file of a pattern in a job's folder, once it is there."""
+    while not (found := sorted(Path("outputs").glob(f"*/*/*/{pattern}"))):
+        time.sleep(0.1)
+    return found[0]
+
+
+@pytest.mark.slow
+def test_a_launcher_loses_nothing_when_a_job_is_killed(launcher):
+    """Statuses and tracebacks are there at once; the others end as they would; --resume runs the rest alone."""
+    with sweeping("seed=77,0", "train.weight_decay=0,9", *STEPS, launcher) as process:
+        traceback, waiting = wait_for("error.txt"), wait_for("waiting")
+        assert "RuntimeError: a bug" in traceback.read_text()
+        assert json.loads((traceback.parent / "run.json").read_text())["status"] == "failed"
+        os.kill(json.loads((waiting.parent / "run.json").read_text())["process"]["pid"], signal.SIGKILL)
+        err = process.communicate(timeout=300)[1]
+    (sweep,) = runs()
+    assert process.returncode == 1 and "3 of 4 jobs are not done; continue with: lrk train -m --resume" in err, err
+    assert states(sweep) == {
+        "seed77-weight_decay0": "failed",
+        "seed77-weight_decay9": "failed",
+        "seed0-weight_decay0": "done",
+        "seed0-weight_decay9": "failed",
+    }
+    info = json.loads((waiting.parent / "run.json").read_text())
+    assert info["error"] == "its process was killed (SIGKILL)"
+    assert info["config_hash"].startswith(waiting.parent.name.partition("-")[0])
+    (waiting.parent / "go").touch()
+    before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed0-weight_decay0/run.json")}
+    with sweeping("--resume", str(sweep)) as process:
+        err = process.communicate(timeout=300)[1]
+    assert "2 of 4 jobs are not done" in err and states(sweep)["seed77-weight_decay0"] == "done", err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_submitit_loses_nothing_when_its_own_process_is_killed():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with sweeping("seed=77,0,1", *STEPS, "hydra/launcher=submitit_local") as process:
+        waiting = wait_for("waiting")
+        pid = json.loads((waiting.parent / "run.json").read_text())["process"]["pid"]
+        os.kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        err = process.communicate(timeout=300)[1]
+    (sweep,) = runs()
+    assert process.returncode == 1, err
+    assert states(sweep) == {"seed77": "interrupted", "seed0": "done", "seed1": "done"}
+    (waiting.parent / "go").touch()
+    with sweeping("--resume", str(sweep)) as process:
+        err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and set(states(sweep).values()) == {"done"}, err
+
+
+def test_a_sweep_on_slurm_composes(lrk):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    slurm = ("hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=120", "hydra.launcher.gpus_per_node=1")
+    ended = lrk("check", "train", "-m", "method=lora,milora", "seed=0,1,2", *slurm)
+    assert ended.code == 0 and "6 runs" in ended.out, ended.err
+    wrong = one_line(lrk("train", "-m", "seed=0,1", slurm[0], "hydra.launcher.timeout_mni=120"))
+    assert wrong == "hydra.launcher.timeout_mni: unknown key"

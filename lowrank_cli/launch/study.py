@@ -96,8 +96,10 @@ def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Compo
 def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
     """The configurations that resuming ``run`` would execute, by name.
 
-    All arms on all tasks and all steps of preparation are listed, done or not, with the first seed.
+    All arms on all tasks and all steps of preparation are listed, done or not, with the first seed. Raises UserError
+    for keys that no file may set.
     """
+    require_plain(composed.config.study)
     cells = composed_cells(Plan(composed.config.study), run.read_json(LEDGER, Ledger)["config_dir"])
     return [(str(cell), cell_config) for cell, cell_config in cells.items()]
 
@@ -219,8 +221,12 @@ class _Study:
         return {cell: best for cell, search in searches.items() if (best := search.best()) is not None}
 
     def _metric(self, job: Job, metric: str) -> float | None:
-        run = Run.open(self.root / job.folder) if job.folder not in self.failed else None
-        return run.metrics.get(metric) if run is not None and run.done else None
+        if job.folder in self.failed or not (run := Run.open(self.root / job.folder)).done:
+            return None
+        if metric not in run.metrics:
+            measured = ", ".join(name for name in run.metrics if name.startswith("dev/"))
+            self._fail(job, f"it has no {metric} (it has: {measured or 'nothing of the dev split'})")
+        return run.metrics.get(metric)
 
     def _widen(self, searches: dict[Cell, Search]) -> None:
         """One more value for all arms on a task of which one arm's best lies at an edge: budgets stay equal."""

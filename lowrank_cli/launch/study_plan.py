@@ -12,9 +12,10 @@ from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import ONLY_TYPED, STARTED, WRITTEN, Composed, Source
 from lowrank_cli.config.errors import unknown_key
 from lowrank_cli.config.keys import flat, knows
-from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.errors import UserError, require_choice, unknown
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.tuning import first
+from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.schema import TRUST, VERBS, Override, StudyConfig, StudyGroup, StudyRun, TuneConfig, parse_overrides
 
 PREPARED, TUNING, RUNS = "prepared", "tuning", "runs"  #: of the study's folder
@@ -154,15 +155,16 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def require_plain(config: StudyConfig) -> None:
-    """Refuse overrides in the study's file that only a command line may hold, and shared ones that no arm knows."""
+    """Refuse keys that only a command line may set, and shared or searched keys that no arm knows."""
     groups: list[StudyConfig | StudyGroup] = [config, *config.active().values()]
     texts = [word for at in groups for word in _words(at)]
-    for override in parse_overrides(texts):
-        if override.key in (TRUST, WRITTEN, STARTED):
-            raise UserError(f"study {config.name}: {override.key}: {ONLY_TYPED}")
+    searched = [key for at in groups if at.tune for key in at.tune.search]
+    for key in [*(override.key for override in parse_overrides(texts)), *searched]:
+        if key in (TRUST, WRITTEN, STARTED):
+            raise UserError(f"study {config.name}: {key}: {ONLY_TYPED}")
     arms = {name: _verb(own, f"study.arms.{name}") for name, own in config.arms.items()}
     shared = [word for at in groups for word in at.overrides] + config.extra
-    for key in {override.key: None for override in parse_overrides(shared)}:
+    for key in dict.fromkeys([*(override.key for override in parse_overrides(shared)), *searched]):
         if not any(_takes(verb, own, key) for verb, own in arms.values()):
             known = {name: None for verb, own in arms.values() for name in flat(VERBS[verb]) if _takes(verb, own, name)}
             raise UserError(f"study {config.name}: {unknown_key(key, list(known))}")
@@ -191,7 +193,21 @@ def composed_cells(plan: Plan, config_dir: str | None) -> dict[Cell | tuple[str,
             tune = plan.tune(group)
             values = {key: first(tune.search[key]) for key in plan.searched(cell)} if tune else {}
             found[cell] = _checked(plan.run(cell, values, config.seeds[0]), str(cell), steps, config_dir)
+            if values and tune:
+                _require_metric(tune.metric, found[cell], str(cell))
     return found
+
+
+def _require_metric(metric: str, composed: Composed, where: str) -> None:
+    """Raise UserError for a metric that training will not measure; what calibrates or measures shows it as it runs."""
+    if composed.verb != "train" or methods.can(composed.config.method.name, Calibrates):
+        return
+    task = composed.config.task
+    parts = (f"{name}/{part.metric}" for name, part in task.parts.items())
+    try:
+        require_choice("tune.metric", metric, [f"dev/{name}" for name in ("loss", task.metric, *parts)])
+    except UserError as error:
+        raise UserError(f"study, {where}: {error}") from None
 
 
 def _checked(job: Job, where: str, steps: dict[str, Composed], config_dir: str | None) -> Composed:

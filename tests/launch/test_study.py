@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import Ended, one_line, runs
+from command import Ended, one_line, reconfigure, runs
 
 from lowrank_cli.launch.tuning import Search
 from lowrank_cli.runs import Run
@@ -162,6 +162,25 @@ def test_more_seeds_keep_what_is_done_and_other_settings_are_refused(study):
 
 
 @fake
+def test_a_study_from_somebody_else_cannot_search_over_trust(study, lrk):
+    assert study(arms={"plain": ["method=lora", "train.learning_rate=2"]}).code == 1
+    (folder,) = runs()
+    run = Run.open(folder)
+    changed = {**run.config()["study"], "tune": {"search": {"model.trust_remote_code": [False, True]}}}
+    reconfigure(run, study=changed)
+    ended = lrk("study", "--resume", str(folder))
+    assert ended.code == 2 and "model.trust_remote_code: no file can set it" in ended.err
+    assert not (folder / "tuning").exists()
+
+
+@fake
+def test_a_trial_without_the_metric_says_what_it_has(study):
+    arms = {"plain": ["evaluate", "method=none"]}
+    ended = study(arms=arms, overrides=[], tune={"search": {"evaluate.shots": [0, 2]}})
+    assert ended.code == 1 and "it has no dev/loss (it has: nothing of the dev split)" in ended.err
+
+
+@fake
 def test_prepared_runs_are_made_for_each_seed_and_named_in_overrides(study):
     prepare = {"start": ["train", "method=lora", "task=tiny_yesno", "train.max_steps=1"]}
     arms = {"plain": ["method=lora"], "more": ["evaluate", "run={start}"]}
@@ -206,6 +225,13 @@ def test_check_estimates_the_time_from_a_few_steps():
         ({}, ["study.folders.data=nowhere"], "study.folders.data"),
         ({"pools": {"both": ["plain", "other"]}}, [], "study.pools.both: unknown value 'other'"),
         ({"overrides": ["model.trust_remote_code=true"]}, [], "model.trust_remote_code: no file can set it"),
+        ({"tune": {"search": {"model.trust_remote_code": [False, True]}}}, [], "trust_remote_code: no file can set it"),
+        ({"tune": {"search": {"train.lerning_rate": [1, 2]}}}, [], "did you mean 'train.learning_rate'?"),
+        (
+            {"tune": {"search": {"train.learning_rate": [0.1, 0.2]}, "metric": "dev/bleu"}},
+            [],
+            "study, all/yesno/plain: tune.metric: unknown value 'dev/bleu'",
+        ),
         ({"tune": {"search": {}}}, [], "study.tune.search: names no key to tune"),
         ({"tune": {"search": {"train.learning_rate": [1]}}}, [], "is no list of two values or more"),
         ({"tune": {"search": {"train.learning_rate": [1, 2]}, "seeds": [1]}}, [], "1 is a seed of the comparison"),

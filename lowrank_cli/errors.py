@@ -44,6 +44,10 @@ class WorkFailed(LrkError):
     """The input was valid but the work failed: exit code 1."""
 
 
+class Diverged(WorkFailed):
+    """The loss or the weights became infinite or not a number: the same settings would fail again."""
+
+
 class Interrupted(LrkError):
     """A signal stopped the work; the message says how to resume. ``exit_code`` is that of shells for the signal."""
 

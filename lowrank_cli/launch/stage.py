@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose, restore
-from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
+from lowrank_cli.errors import Diverged, Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
 from lowrank_cli.inference.tracking import require as require_tracker
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
@@ -234,7 +234,7 @@ def recorded(run: Run) -> Iterator[None]:
             raise Interrupted(again, stopping.exit_code()) from None
         if isinstance(error, LrkError):
             with suppress(OSError):
-                run.fail(str(error), error.exit_code)
+                run.fail(str(error), error.exit_code, **({"diverged": True} if isinstance(error, Diverged) else {}))
             raise
         if reason := refusal(error):
             with suppress(OSError):  # a full disk may have no room for this either

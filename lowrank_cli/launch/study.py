@@ -25,7 +25,7 @@ from lowrank_cli.inference.progress import console
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.study_estimate import Counts, counts, estimate, tuning_runs
-from lowrank_cli.launch.study_plan import Cell, Job, Plan, composed_cells, require_plain, split
+from lowrank_cli.launch.study_plan import TUNING, Cell, Job, Plan, composed_cells, require_plain, split
 from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
@@ -271,14 +271,14 @@ class _Study:
                     self._fail(job, str(error))
                 else:
                     self._show(job, run)
-                    if not run.done:
+                    if not run.done and not _is_tried(job, run):
                         todo[run.path] = job
 
             def ended(folder: Path) -> None:
                 job, run = todo[folder], Run.open(folder)
                 self._show(job, run)
                 if run.info["status"] == FAILED:
-                    self._fail(job, tables.first_line(run.info.get("error")))
+                    self._fail(job, tables.first_line(run.info.get("error")), counts=not _is_tried(job, run))
                 if not screen.is_terminal:
                     screen.print(f"{job.folder}: {run.info['status']} ({self.board.headline()})", soft_wrap=True)
 
@@ -310,10 +310,16 @@ class _Study:
         """The row and the column of the board."""
         return (job.cell.arm, self._column(job.cell.group, job.cell.task)) if job.cell else (None, None)
 
-    def _fail(self, job: Job, why: str) -> None:
-        self.failed[job.folder] = why
+    def _fail(self, job: Job, why: str, counts: bool = True) -> None:
+        if counts:
+            self.failed[job.folder] = why
         self._set(job, FAILED)
         console().print(f"{job.folder}: {why}", style="red", soft_wrap=True)
+
+
+def _is_tried(job: Job, run: Run) -> bool:
+    """Whether this is a trial whose training diverged: that is its result, and tuning goes on with the others."""
+    return job.folder.startswith(f"{TUNING}/") and run.info.get("diverged", False)
 
 
 def _difference(run: Run, composed: Composed) -> str:

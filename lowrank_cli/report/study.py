@@ -84,7 +84,8 @@ def tuned_table(tuning: Iterable[dict[str, Any]]) -> RenderableType:
         best = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (entry["best"] or {}).items())
         means = [trial["mean"] for trial in entry["trials"] if trial["values"] == entry["best"]]
         edges = [f"{key.rpartition('.')[2]} at an edge" for key in entry["at_edge"]]
-        note = Text(", ".join(edges), style="yellow")
+        lost = sum(trial["mean"] is None for trial in entry["trials"]) if entry["best"] else 0
+        note = Text(", ".join([*([f"{lost} failed"] if lost else []), *edges]), style="yellow")
         task = f"{entry['group']}/{entry['task']}"
         score = number(means[0]) if means and means[0] is not None else NONE
         table.rows.append([entry["arm"], task, str(len(entry["trials"])), best or "every trial failed", score, note])

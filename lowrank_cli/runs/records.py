@@ -63,6 +63,7 @@ class RunInfo(TypedDict):
     tracker: NotRequired[TrackerRun]
     error: NotRequired[str]
     exit_code: NotRequired[int]
+    diverged: NotRequired[bool]
 
 
 class MethodSection(TypedDict):

@@ -216,7 +216,7 @@ class Run:
         """Start, or resume, a pending, interrupted or failed run, and clean up after a kill."""
         again = self.info.get("status") != PENDING
         remove_leftovers(self.path)  # a pending run may have some too
-        for key in ("error", "exit_code", "ended"):
+        for key in ("error", "exit_code", "ended", "diverged"):
             self.info.pop(key, None)
         self._began = time.monotonic()
         reset_peak_memory()
@@ -233,8 +233,8 @@ class Run:
         """Whether :meth:`complete` was called, by this process or an earlier one."""
         return (self.path / "metrics.json").is_file()
 
-    def fail(self, error: str, exit_code: int = 1) -> None:
-        self._end(FAILED, error=error, exit_code=exit_code)
+    def fail(self, error: str, exit_code: int = 1, **fields: Any) -> None:
+        self._end(FAILED, error=error, exit_code=exit_code, **fields)
 
     def interrupt(self) -> None:
         self._end(INTERRUPTED)

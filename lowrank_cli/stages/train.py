@@ -23,7 +23,7 @@ from torch import Tensor
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.training.compiled import compile_layers
 from lowrank_cli.adapter.training.recompute import recompute
-from lowrank_cli.errors import WorkFailed
+from lowrank_cli.errors import Diverged
 from lowrank_cli.icl import calibrate
 from lowrank_cli.inference import checkpoint, progress, tracking
 from lowrank_cli.inference.predict import write_answers
@@ -53,7 +53,7 @@ def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = 
 
     Raises:
         UserError: the input does not fit.
-        WorkFailed: a loss is not finite.
+        Diverged: a loss is not finite.
         KeyboardInterrupt: a signal asked to stop; a checkpoint is written first.
     """
     session = start(config, adapter_run)
@@ -218,7 +218,7 @@ class Trainer:
             del loss, objective  # a live graph would keep parameters from being resized
         mean = accelerator.reduce(total, reduction="sum").item()
         if not math.isfinite(mean):
-            raise WorkFailed(
+            raise Diverged(
                 f"train/loss is {mean} at step {step} (training examples {', '.join(map(str, indices))}); "
                 f"try a smaller train.learning_rate, or look at these examples"
             )
@@ -322,7 +322,7 @@ class Trainer:
         unsettled = method.unsettled() if isinstance(method, Settles) else None
         self.run.log({"step": step, "dev/loss": loss} | ({"not_kept": unsettled} if unsettled else {}))
         if not math.isfinite(loss):
-            raise WorkFailed(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
+            raise Diverged(f"dev/loss is {loss} at step {step}; try a smaller train.learning_rate")
         if unsettled:
             self.bar.say(f"step {step}/{self.total}: dev loss {loss:.4f} (not kept: {unsettled})")
             return True

@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from lowrank_cli.errors import UserError, WorkFailed
+from lowrank_cli.errors import Diverged, UserError
 
 BEST_RATE = 0.3  #: the one with the lowest dev loss
 
@@ -24,7 +24,7 @@ def run(config, run, adapter_run, *, resume=False):
     for step in range(start + 1, (train.max_steps if train else 0) + 1):
         if step == 2:
             if train.learning_rate > 1 and not Path("mended").exists():
-                raise WorkFailed("train/loss is nan at step 2")
+                raise Diverged("train/loss is nan at step 2")
             if train.weight_decay == 9:
                 raise RuntimeError("a bug")
             if config.seed == 77 and not run.file("go").exists():

@@ -174,6 +174,21 @@ def test_a_study_from_somebody_else_cannot_search_over_trust(study, lrk):
 
 
 @fake
+def test_a_trial_that_diverges_has_its_result_and_is_not_run_again(study, lrk):
+    tune = {"search": {"train.learning_rate": [0.3, 2]}}
+    ended = study(tune=tune, arms={"plain": ["method=lora"], "broken": ["method=lora", "train.weight_decay=9"]})
+    (folder,) = runs()
+    assert ended.code == 1 and "3 of 8 runs are not done" in ended.err  # the broken arm's
+    assert "1 failed" in ended.out
+    (plain, _) = read(folder / "tuning.json")
+    assert [trial["mean"] for trial in plain["trials"]] == [0.0, None]
+    diverged = folder / "tuning/all/yesno/plain/learning_rate2/100/run.json"
+    before = diverged.read_bytes()
+    assert lrk("study", "--resume", str(folder)).code == 1
+    assert diverged.read_bytes() == before
+
+
+@fake
 def test_a_trial_without_the_metric_says_what_it_has(study):
     arms = {"plain": ["evaluate", "method=none"]}
     ended = study(arms=arms, overrides=[], tune={"search": {"evaluate.shots": [0, 2]}})

@@ -24,7 +24,7 @@ from lowrank_cli.adapter.kinds.svd_window import (
 )
 from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.ranks import carry
-from lowrank_cli.errors import WorkFailed
+from lowrank_cli.errors import Diverged
 from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
 
 #: Largest smaller side of matrices that are decomposed again in every phase (LAPACK: about 30 ms on one core).
@@ -138,7 +138,7 @@ class Strategies:
         if rewarded := bool(self.choice):
             credit = self.credit()
             if not credit.isfinite().all():
-                raise WorkFailed(f"the factors are not finite at step {step}; try a smaller train.learning_rate")
+                raise Diverged(f"the factors are not finite at step {step}; try a smaller train.learning_rate")
             row["credit"] = credit.sum().item()
             if self.per_matrix:
                 rewards = credit / credit.abs().sum().clamp_min(1e-30)

@@ -78,12 +78,15 @@ class Search:
             low, high, at = scale(given["low"]), scale(given["high"]), scale(value)
             share = (at - low) / (high - low)
             return 0 if share < MARGIN else -1 if share > 1 - MARGIN else None
-        if not all(isinstance(item, int | float) for item in given):
+        if not all(isinstance(item, int | float) and not isinstance(item, bool) for item in given):
             return None
         return 0 if value == min(given) else -1 if value == max(given) else None
 
     def beyond(self) -> Any:
-        """The value beyond the end at which the best one lies, in the ratio of the last two; None if there is none."""
+        """The value beyond the end at which the best one lies, in the ratio of the last two; None if there is none.
+
+        Of whole numbers it is a whole one; of numbers that are not negative it is positive.
+        """
         (key,) = self._grid
         best = self.best()
         end = None if best is None else self._end(key, best[key])
@@ -91,7 +94,9 @@ class Search:
             return None
         tried = sorted(self._grid[key], key=float)
         last, before = (tried[0], tried[1]) if end == 0 else (tried[-1], tried[-2])
-        return _rounded(last * last / before) if last * before > 0 else _rounded(2 * last - before)
+        value = last * last / before if last * before > 0 else 2 * last - before
+        value = round(value) if all(isinstance(item, int) for item in tried) else _rounded(value)
+        return None if value in tried or value <= 0 <= tried[0] else value
 
     def widen(self, value: Any) -> None:
         """Try one more value."""

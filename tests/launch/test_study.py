@@ -289,6 +289,24 @@ def test_a_grid_widens_beyond_the_end_at_which_its_best_lies():
     assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.004}, [], None)
 
 
+@pytest.mark.parametrize(
+    ("values", "best", "beyond"),
+    [
+        ([4, 8], 8, 16),
+        ([4, 8], 4, 2),
+        ([1, 2], 1, None),
+        ([0, 1], 1, 2),
+        ([0, 4], 0, None),
+        ([False, True], True, None),
+    ],
+)
+def test_a_grid_is_widened_by_values_of_its_kind(values, best, beyond):
+    search = Search(TuneConfig(search={"rank": values}), ["rank"], lower=True)
+    for proposed in search.propose():
+        search.tell(proposed, {0: float(proposed["rank"] != best)})
+    assert search.beyond() == beyond and not isinstance(search.beyond(), float)
+
+
 def test_random_trials_are_the_same_for_every_arm_and_stay_in_the_range():
     tune = TuneConfig(search={"rate": {"low": 1e-4, "high": 1e-2, "log": True}}, sampler="random", budget=20)
     one, other = (searched(Search(tune, ["rate"], lower=True), optimum) for optimum in (1e-3, 1e-2))

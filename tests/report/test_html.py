@@ -270,6 +270,15 @@ def test_recorded_runs_can_be_read(tmp_path, name):
     assert not [tag for tag in parsed.attributes("class") if tag == "status broken"]
 
 
+def test_a_study_of_one_seed_says_so(tmp_path):
+    folder = make_study(tmp_path / "study", tasks=["tiny_yesno"], seeds=[0], examples=600)
+    (folder / "runs/llama/tiny_yesno/lora_fa/0/predictions.jsonl").unlink()
+    text = " ".join(written([folder]).text.split())
+    assert re.search(r"rslora is better by 0\.\d+ with the one seed that was compared \(95 % interval", text)
+    assert "no test is possible for lora_fa (one seed, or no spread)" in text
+    assert "no difference found for lora_fa" not in text
+
+
 def test_a_study_is_summarised_compared_and_linked(tmp_path):
     folder = make_study(tmp_path / "study", examples=150)
     shutil.rmtree(folder / "runs" / "llama" / "tiny_yesno" / "dora" / "3")

@@ -109,12 +109,16 @@ class _Finding:
         better = (self.difference.mean < 0) == lower_is_better
         around = interval(self.difference.low, self.difference.high)
         size = number(abs(self.difference.mean))
-        return f"{self.label} is {'better' if better else 'worse'} by {size} (95 % interval {around})"
+        only = "" if self.difference.pairs > 1 else " with the one seed that was compared"
+        return f"{self.label} is {'better' if better else 'worse'} by {size}{only} (95 % interval {around})"
 
 
 def _sentence(findings: Sequence[_Finding], baseline: str, lower_is_better: bool) -> str:
     said = [finding.claim(lower_is_better) for finding in findings if finding.is_clear]
-    if unclear := [finding for finding in findings if not finding.is_clear]:
+    tested = [finding for finding in findings if finding.difference.p_value is not None]
+    if untested := [finding.label for finding in findings if finding not in tested]:
+        said.append(f"no test is possible for {' and '.join(untested)} (one seed, or no spread)")
+    if unclear := [finding for finding in tested if not finding.is_clear]:
         limits = [limit for finding in unclear if (limit := finding.difference.detectable) is not None]
         power = f"; one of {number(max(limits))} would have been found with 80 % power" if limits else ""
         said.append(f"no difference found for {' and '.join(finding.label for finding in unclear)}{power}")

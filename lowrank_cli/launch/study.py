@@ -33,7 +33,7 @@ from lowrank_cli.report import number_format, path_format, tables
 from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.report.run_results import LOWER_IS_BETTER
 from lowrank_cli.report.study import Board, tuned_table
-from lowrank_cli.runs import FAILED, RUNNING, Run, config_hash, remove_leftovers, stopping
+from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.schema import StudyConfig
 from lowrank_cli.terminal import Terminal
 
@@ -159,7 +159,8 @@ def _publish(run: Run) -> None:
     from lowrank_cli.report.compare import build_comparison
     from lowrank_cli.report.html import page
 
-    formats.write(build_comparison([run.path]), run.file(COMPARISON))
+    with atomic_folder(run.file(COMPARISON)) as folder:  # a new one: links in the old one could lead elsewhere
+        formats.write(build_comparison([run.path]), folder)
     page.write([str(run.path)], None, None, "")
 
 

@@ -38,8 +38,9 @@ def compare(
         output: a folder to write the comparison to, in every format of :mod:`lowrank_cli.report.formats`.
     """
     folder = None if output is None else Path(output)
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise UserError(f"--output: '{output}' is a file; name a folder")
+    for part in [folder, *folder.parents] if folder is not None else []:
+        if part.exists() and not part.is_dir():
+            raise UserError(f"--output: '{part}' is a file; name a folder")
     comparison = build_comparison(paths, baseline=baseline, metric=metric, outputs=outputs, across_tasks=across_tasks)
     if folder is not None:
         formats.write(comparison, folder)

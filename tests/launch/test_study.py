@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,7 +155,12 @@ def test_more_seeds_keep_what_is_done_and_other_settings_are_refused(study):
     assert study().code == 0
     (folder,) = runs()
     before = (folder / "runs/all/yesno/plain/0/run.json").read_bytes()
+    tables, elsewhere = folder / "comparison" / "method_comparison", Path("elsewhere")
+    shutil.rmtree(tables)
+    elsewhere.mkdir()
+    tables.symlink_to(elsewhere.resolve())
     assert study("study.seeds=[0,1,2]", f"folder={folder}").code == 0
+    assert any(tables.iterdir()) and not any(elsewhere.iterdir())
     assert len(statuses(folder)) == 6 and (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
     ended = study("train.max_steps=2", f"folder={folder}")
     assert ended.code == 1 and "it was made with train.max_steps=3, and now asked is 2; move it away" in ended.err

@@ -367,6 +367,8 @@ def test_errors_name_what_is_wrong(add, tmp_path):
     with pytest.raises(UserError, match="is no run and holds none"):
         run_compare(add, outputs=str(empty))
     (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file' is a file; name a folder"):
+        compare([], None, None, str(tmp_path / "file" / "below"), str(add.outputs))
     with pytest.raises(UserError, match="is a file; name a folder"):
         compare([], None, None, str(tmp_path / "file"), str(add.outputs))
     assert not (tmp_path / "out").exists()

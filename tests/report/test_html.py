@@ -270,6 +270,15 @@ def test_recorded_runs_can_be_read(tmp_path, name):
     assert not [tag for tag in parsed.attributes("class") if tag == "status broken"]
 
 
+def test_unequal_budgets_are_named(tmp_path):
+    folder = make_study(tmp_path / "study", arms=["lora", "dora"], tasks=["tiny_yesno"], seeds=[0])
+    assert "different numbers" not in written([folder]).text
+    tuning = json.loads((folder / "tuning.json").read_text())
+    tuning[1]["trials"] = tuning[1]["trials"][1:]
+    (folder / "tuning.json").write_text(json.dumps(tuning))
+    assert "tiny_yesno: the arms had different numbers of trials: lora 4, dora 3." in written([folder]).text
+
+
 def test_a_study_of_one_seed_says_so(tmp_path):
     folder = make_study(tmp_path / "study", tasks=["tiny_yesno"], seeds=[0], examples=600)
     (folder / "runs/llama/tiny_yesno/lora_fa/0/predictions.jsonl").unlink()

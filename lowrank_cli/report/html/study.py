@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -70,9 +71,8 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
         entries: list[Tuning] = read_json(folder / TRIALS, list[Tuning])
     except UserError as error:
         return [], [str(error)]
-    section = SectionView(
-        "Tuning", "Every arm was tuned with the same budget, on seeds of its own and without test data."
-    )
+    section = SectionView("Tuning", "Trials have seeds of their own, and are chosen by the dev split.")
+    section.warnings += _budgets(entries, study)
     section.fold = "Best values of every arm"
     section.headers, section.left = ["task", "arm", "trials", "failed", "best", "score"], 2
     section.rows = [[name_of(study, entry["group"], entry["task"]), *_row(entry)] for entry in entries]
@@ -96,6 +96,15 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
                 except NOT_DRAWABLE:
                     section.warnings.append(f"{title}: the scores are too far apart to be drawn.")
     return [section], []
+
+
+def _budgets(entries: list[Tuning], study: StudyRecord) -> Iterator[str]:
+    """Where arms had different numbers of trials: one that knows fewer of the searched keys has fewer in a grid."""
+    for group, task in dict.fromkeys((entry["group"], entry["task"]) for entry in entries):
+        counts = {e["arm"]: len(e["trials"]) for e in entries if (e["group"], e["task"]) == (group, task)}
+        if len({*counts.values()}) > 1:
+            listed = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+            yield f"{name_of(study, group, task)}: the arms had different numbers of trials: {listed}."
 
 
 def _row(entry: Tuning) -> list[str]:

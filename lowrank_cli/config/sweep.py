@@ -38,7 +38,9 @@ def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -
         refuse_unsupported(parsed)
         if not any(override.is_sweep_override() for override in parsed):
             raise UserError("-m: nothing to sweep over; give a key several values, such as seed=0,1,2, or leave out -m")
-        return BasicSweeper.split_arguments(parsed, None)[0]
+        if not (combinations := BasicSweeper.split_arguments(parsed, None)[0]):
+            raise UserError("-m: one of the keys has no values to sweep over, as with a glob that fits nothing")
+        return combinations
 
 
 def is_launcher_override(override: str) -> bool:

@@ -211,3 +211,7 @@ def test_recipes_are_checked_before_anything_runs(capsys, recipe, parts):
 
 def test_an_override_that_no_stage_knows(capsys):
     refused(capsys, ["run", "recipe=milora", "train.lerning_rate=1"], "train.lerning_rate", "train.learning_rate")
+
+
+def test_a_sweep_over_nothing_is_named(lrk):
+    assert "no values to sweep over" in one_line(lrk("train", "-m", "method=glob(xx*)"))

@@ -19,8 +19,8 @@ CONTENT_FREE = "N/A"  #: Zhao et al., section 5
 
 
 def bias(scores: Tensor) -> Tensor:
-    """log of the mean probability of each answer over content-free inputs: log scores (M, C) -> (C,)."""
-    return scores.softmax(dim=-1).mean(dim=0).log()
+    """log of the mean probability of each answer over content-free inputs: log scores (…, M, C) -> (…, C)."""
+    return scores.softmax(dim=-1).mean(dim=-2).log()
 
 
 def random_texts(texts: Sequence[str], count: int, rng: random.Random) -> list[str]:

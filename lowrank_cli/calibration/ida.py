@@ -26,6 +26,9 @@ from lowrank_cli.errors import UserError
 #: (logits (N, V), tokens (N, C)) -> scores (N, C), higher is better; (S, N, C) for S rules :func:`together`.
 TokenRule = Callable[[Tensor, Tensor], Tensor]
 
+#: Added to each label's count for π (Laplace's rule), so that a label without a demonstration has a share too. Ours:
+#: the paper's π are the plain shares.
+SMOOTHING = 1
 CHUNK = 8192  #: rows of the head projected at a time; bounds memory to CHUNK × R numbers
 
 
@@ -45,11 +48,13 @@ class Statistics:
 
     mean: Tensor  #: μ, (D,)
     factor: Tensor  #: F with FᵀF = Σ, (R, D); R is at most D and the number of demonstrations
-    shares: Tensor  #: π, (C,), each label's share of the demonstrations
+    shares: Tensor  #: π, (C,), each label's smoothed share of the demonstrations
 
 
 def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
     """Mean, factor of the covariance (divided by n, as in the paper) and class shares of features (n, D).
+
+    The share of a label with n_y examples is (n_y + SMOOTHING) / (n + SMOOTHING · classes).
 
     With n > D the factor is triangular, from a QR decomposition: the same Σ with D rows.
     """
@@ -58,8 +63,8 @@ def statistics(features: Tensor, labels: Tensor, classes: int) -> Statistics:
     factor = (features - mean) / len(features) ** 0.5  # (n, D)
     if factor.shape[0] > factor.shape[1]:
         factor = torch.linalg.qr(factor, mode="r").R  # (n, D) -> (D, D)
-    shares = torch.bincount(labels, minlength=classes).double() / len(labels)  # (C,)
-    return Statistics(mean.float(), factor.float(), shares.float())
+    counts = torch.bincount(labels, minlength=classes).double() + SMOOTHING  # (C,)
+    return Statistics(mean.float(), factor.float(), (counts / counts.sum()).float())
 
 
 def prior(shares: Tensor, tau: float) -> Tensor:

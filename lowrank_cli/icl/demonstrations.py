@@ -16,9 +16,18 @@ from lowrank_cli.tasks.task import Example
 
 def draw(examples: Sequence[Example], shots: int, seed: int, key: str = "evaluate.shots") -> list[Example]:
     """``shots`` random examples, the same for every query. ``key`` is the setting that an error names."""
-    if shots > len(examples):
-        raise UserError(f"{key}: {shots} are asked for, there are {len(examples)} demonstrations to draw from")
+    _require(key, shots, len(examples))
     return random.Random(seed).sample(list(examples), shots)
+
+
+def _require(key: str, count: int, available: int) -> None:
+    if count > available:
+        raise UserError(f"{key}: {count} are asked for, there are {available} demonstrations to draw from")
+
+
+def feature_text(plan: Plan, example: Example) -> str:
+    """The text at whose last position an example's feature is read."""
+    return example.prompt + (example.answer if plan.answered else "")
 
 
 def pool(examples: Sequence[Example], plan: Plan, seed: int) -> list[Example]:
@@ -65,34 +74,81 @@ def unused_options(plan: Plan, shots: int) -> list[str]:
         unused.append(f"method.permutations={plan.permutations}")
     if not shots and plan.draws > 1:
         unused.append(f"method.draws={plan.draws}")
-    if not shots and plan.choice in ("similar", "dissimilar"):
-        unused.append(f"method.demonstrations={plan.choice}")
+    if not shots and plan.per_query:
+        random_ones = plan.choice in ("random", "imbalanced")
+        unused.append("method.per_query=true" if random_ones else f"method.demonstrations={plan.choice}")
     lines = [f"{option} has no effect with evaluate.shots={shots}" for option in unused]
     if not shots and plan.share is not None:
         lines.append(f"method.share={plan.share:g} changes the statistics alone with evaluate.shots=0")
     return lines
 
 
-def chosen(plan: Plan, shots: int, arrangement: Arrangement, pool: Sequence[Example], seed: int) -> list[Example]:
-    """The demonstrations of every query. Set i is that of a plain evaluation with seed SEED+i."""
-    seed = seed + arrangement.draw
+def sets(plan: Plan, shots: int, pool: Sequence[Example], seed: int) -> list[list[int]]:
+    """``plan.draws`` sets of demonstrations, as indices into ``pool``; the first is that of a plain evaluation.
+
+    No two of them share an example as long as the pool has ``shots`` unused ones; then all can be drawn again. Sets of
+    different seeds are independent.
+    """
+    groups = _groups(plan, shots, pool)
+    unused = [list(indices) for indices, _ in groups]
+    drawn = []
+    for number in range(plan.draws):
+        rng, chosen = random.Random(f"{seed} set {number}" if number else seed), []
+        for group, (indices, count) in enumerate(groups):
+            if len(unused[group]) < count:
+                unused[group] = list(indices)
+            picked = rng.sample(unused[group], count)
+            unused[group] = sorted(set(unused[group]) - set(picked))
+            chosen += picked
+        if plan.share is not None:
+            rng.shuffle(chosen)
+        drawn.append(chosen)
+    return drawn
+
+
+def own_sets(
+    plan: Plan, shots: int, pool: Sequence[Example], seed: int, draw: int, inputs: Sequence[Example]
+) -> list[list[int]]:
+    """A random set of demonstrations for each input, as indices into ``pool``.
+
+    An input of the pool is not its own demonstration, so in a pool of ``shots`` examples it has one fewer.
+    """
+    groups = _groups(plan, shots, pool)
+    drawn = []
+    for number, example in enumerate(inputs):
+        rng, chosen = random.Random(f"{seed} set {draw} of {number}"), []
+        for indices, count in groups:
+            others = [index for index in indices if pool[index] is not example]
+            chosen += rng.sample(others, min(count, len(others)))
+        rng.shuffle(chosen)
+        drawn.append(chosen)
+    return drawn
+
+
+def _groups(plan: Plan, shots: int, pool: Sequence[Example]) -> list[tuple[list[int], int]]:
+    """From which examples how many demonstrations are drawn: from all, or with ``plan.share`` from two groups.
+
+    Raises:
+        UserError: there are too few.
+    """
     if plan.share is None:
-        examples = draw(pool, shots, seed)
+        groups, key = [(list(range(len(pool))), shots)], "evaluate.shots"
     else:
-        first = [example for example in pool if example.label == 0]
-        others = [example for example in pool if example.label != 0]
-        count = round(shots * plan.share)
-        examples = [*draw(first, count, seed, "method.share"), *draw(others, shots - count, seed, "method.share")]
-        random.Random(seed).shuffle(examples)
-    return ordered(examples, arrangement, seed)
+        count, key = round(shots * plan.share), "method.share"
+        first = [index for index, example in enumerate(pool) if example.label == 0]
+        others = [index for index, example in enumerate(pool) if example.label != 0]
+        groups = [(first, count), (others, shots - count)]
+    for indices, count in groups:
+        _require(key, count, len(indices))
+    return groups
 
 
-def ordered(examples: list[Example], arrangement: Arrangement, seed: int) -> list[Example]:
+def ordered(chosen: list[int], arrangement: Arrangement, seed: int) -> list[int]:
     """A set of demonstrations in the arrangement's order; permutation 0 keeps the set's order."""
     if arrangement.permutation:
-        examples = list(examples)
-        random.Random(f"{seed} {arrangement.permutation}").shuffle(examples)
-    return examples
+        chosen = list(chosen)
+        random.Random(f"{seed} set {arrangement.draw} order {arrangement.permutation}").shuffle(chosen)
+    return chosen
 
 
 def nearest(plan: Plan, shots: int, features: Tensor, queries: Tensor) -> list[list[int]]:

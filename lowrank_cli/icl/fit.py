@@ -41,14 +41,16 @@ class Fitted:
 
 
 def fit(session: Session) -> Fitted:
-    """Fit the method's tensors to the pool of examples, under each template."""
+    """Fit the method's tensors to the pool of examples, under each template; none where it fits what is shown."""
     method, seed = calibrating_method(session), session.config.seed
     plan, wordings = method.plan(), _tasks(session)
+    if plan.shown:
+        return Fitted([Wording(task, {}) for task in wordings], seed)
     pools = [demonstrations.pool(task.train, plan, seed) for task in wordings]
     fitted = []
     with progress.bar("fitting", sum(map(len, pools)), shown=session.accelerator.is_main_process) as bar:
         for task, examples in zip(wordings, pools, strict=True):
-            texts = [e.prompt + (e.answer if plan.answered else "") for e in examples]
+            texts = [demonstrations.feature_text(plan, example) for example in examples]
             features = last_hidden(session, texts, bar.advance)
             labels = torch.tensor([example.label for example in examples])  # (n,)
             fitted.append(Wording(task, method.fit(features, labels, len(task.label_words))))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import torch
 from torch import Tensor
 
-from lowrank_cli.calibration.ida import together
+from lowrank_cli.calibration.ida import TokenRule, together
 from lowrank_cli.icl import demonstrations
 from lowrank_cli.icl.arrangement_stats import Result
 from lowrank_cli.icl.demonstrations import Arrangement
@@ -20,6 +20,8 @@ from lowrank_cli.inference.predict import choice, records, score
 from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.tasks.task import Example, Task, columns, content_free
+
+RuleOf = Callable[[tuple[int, ...]], TokenRule]  #: the tokens of all answers -> the scoring rule
 
 
 @dataclass(frozen=True)
@@ -41,61 +43,92 @@ class WordingScorer:
 
     def __init__(self, session: Session, variants: Sequence[Calibrates], wording: Wording, head: Tensor, seed: int):
         self.session, self.variants, self.wording, self.plan = session, variants, wording, variants[0].plan()
+        self.head = head
         self.pool = demonstrations.pool(wording.task.train, self.plan, seed)
         names = columns(wording.task.config.template)
         self.columns = {name: [example.columns[i] for example in self.pool] for i, name in enumerate(names)}
         #: the scoring rule for the tokens of the answers, the same in all arrangements: fitted once
-        self.rule = cache(lambda tokens: together([v.rule(wording.tensors, head, tokens) for v in variants]))
+        self.rule: RuleOf = cache(partial(self._rule, wording.tensors))
+        self.sets = cache(lambda shots: demonstrations.sets(self.plan, shots, self.pool, session.config.seed))
         #: hidden states of the pool's prompts (n, D)
         self.features = cache(lambda: last_hidden(session, [example.prompt for example in self.pool]))
+        self.demonstration_features: dict[int, Tensor] = {}  #: (D,), of those shown so far
 
     def results(self, arrangement: Arrangement, queries: Sequence[Example], shots: int) -> list[Result]:
         """Each variant's answers to the queries."""
-        shown = self._demonstrations(arrangement, shots)
-        probes = self._probes(arrangement, shown or [])
-        inputs = [*probes, *queries]
-        prompts = self._prompts(arrangement, inputs, shown, shots)
-        rows = choice_scores(
-            self.session, inputs, prompts, shots, rule_of=self.rule, normalize_length=self.plan.normalize_length
-        )
-        scores = torch.tensor(rows, dtype=torch.float64).movedim(1, 0)  # (M + Q, S, C) -> (S, M + Q, C)
-        indices = None if shown is None else [self.pool.index(example) for example in shown]
+        own = self.plan.per_query and shots > 0
+        of_all = [] if own else self._ordered(arrangement, [self.sets(shots)[arrangement.draw]])[0]
+        texts, unlabelled = self._probes(arrangement, of_all)
+        sets = self._own_sets(arrangement, queries, shots) if own else [of_all] * len(queries)
+        probes = [*(texts * len(queries) if own else texts), *unlabelled]
+        probe_sets = [of_all] * len(probes)
+        if own:
+            probe_sets = [chosen for chosen in sets for _ in texts] + self._own_sets(arrangement, unlabelled, shots)
+        tensors = self._fit_shown(sets) if self.plan.shown else self.wording.tensors
+        rule = partial(self._rule, tensors) if self.plan.shown else self.rule
+        scores = self._scores([*probes, *queries], [*probe_sets, *sets], shots, rule)  # (S, M + Q, C)
         results = []
         for variant, of_variant in zip(self.variants, scores, strict=True):
             probe_scores, query_scores = of_variant[: len(probes)], of_variant[len(probes) :]  # (M, C), (Q, C)
-            calibrated = variant.adjust(self.wording.tensors, probe_scores, query_scores)  # (Q, C)
+            if own and texts:
+                probe_scores = probe_scores.unflatten(0, (len(queries), len(texts)))  # (Q * M, C) -> (Q, M, C)
+            calibrated = variant.adjust(tensors, probe_scores, query_scores)  # (Q, C)
             answers = records(queries, [choice(q, row) for q, row in zip(queries, calibrated.tolist(), strict=True)])
             ((metric, value),) = score(self.session, answers).items()
-            results.append(Result(arrangement, metric, value, indices, answers))
+            results.append(Result(arrangement, metric, value, None if own else of_all, answers))
         return results
 
-    def _demonstrations(self, arrangement: Arrangement, shots: int) -> list[Example] | None:
-        """The demonstrations of all queries; None if each query has different ones."""
-        if self.plan.choice in ("similar", "dissimilar"):
-            return None
-        return demonstrations.chosen(self.plan, shots, arrangement, self.pool, self.session.config.seed)
+    def _rule(self, tensors: dict[str, Tensor], tokens: tuple[int, ...]) -> TokenRule:
+        """The variants' rules for the answers' tokens, together."""
+        return together([variant.rule(tensors, self.head, tokens) for variant in self.variants])
 
-    def _probes(self, arrangement: Arrangement, shown: list[Example]) -> list[Example]:
+    def _scores(
+        self,
+        inputs: Sequence[Example],
+        sets: Sequence[Sequence[int]],
+        shots: int,
+        rule: RuleOf,
+    ) -> Tensor:
+        """Scores (S, N, C) of the answers to N inputs, each after its set of demonstrations, for S variants."""
+        prompts = [
+            with_demonstrations([example], [self.pool[index] for index in chosen])[0]
+            for example, chosen in zip(inputs, sets, strict=True)
+        ]
+        normalize = self.plan.normalize_length
+        rows = choice_scores(self.session, inputs, prompts, shots, rule_of=rule, normalize_length=normalize)
+        return torch.tensor(rows, dtype=torch.float64).movedim(1, 0)  # (N, S, C) -> (S, N, C)
+
+    def _own_sets(self, arrangement: Arrangement, inputs: Sequence[Example], shots: int) -> list[list[int]]:
+        """Each input's demonstrations, in the arrangement's order."""
+        if not inputs:
+            return []
+        if self.plan.choice in ("similar", "dissimilar"):
+            features = last_hidden(self.session, [example.prompt for example in inputs])
+            sets = demonstrations.nearest(self.plan, shots, self.features(), features)
+        else:
+            seed = self.session.config.seed
+            sets = demonstrations.own_sets(self.plan, shots, self.pool, seed, arrangement.draw, inputs)
+        return self._ordered(arrangement, sets)
+
+    def _ordered(self, arrangement: Arrangement, sets: list[list[int]]) -> list[list[int]]:
+        return [demonstrations.ordered(chosen, arrangement, self.session.config.seed) for chosen in sets]
+
+    def _probes(self, arrangement: Arrangement, shown: list[int]) -> tuple[list[Example], list[Example]]:
         """The method's extra inputs: content-free prompts, and examples that are not among the demonstrations."""
-        known = set(shown)
-        unseen = [index for index, example in enumerate(self.pool) if example not in known]
+        unseen = sorted(set(range(len(self.pool))) - set(shown))
         rng = Random(f"{self.session.config.seed} {arrangement.draw}")
         texts, indices = self.variants[0].probes(self.columns, unseen, rng)
+        assert not (texts and indices), "a method probes with one of the two"
         config = self.wording.task.config
-        return [*(content_free(config, values) for values in texts), *(self.pool[i] for i in indices)]
+        return [content_free(config, values) for values in texts], [self.pool[index] for index in indices]
 
-    def _prompts(
-        self, arrangement: Arrangement, inputs: list[Example], shown: list[Example] | None, shots: int
-    ) -> list[str]:
-        """Each input's prompt after its demonstrations."""
-        if shown is not None:
-            return with_demonstrations(inputs, shown)
-        features = last_hidden(self.session, [example.prompt for example in inputs])
-        nearest = demonstrations.nearest(self.plan, shots, self.features(), features)
-        prompts = []
-        for example, indices in zip(inputs, nearest, strict=True):
-            examples = [self.pool[index] for index in indices]
-            prompts += with_demonstrations(
-                [example], demonstrations.ordered(examples, arrangement, self.session.config.seed)
-            )
-        return prompts
+    def _fit_shown(self, sets: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The method's tensors, fitted to the demonstrations in ``sets``."""
+        shown = sorted({index for chosen in sets for index in chosen})
+        new = [index for index in shown if index not in self.demonstration_features]
+        texts = [demonstrations.feature_text(self.plan, self.pool[index]) for index in new]
+        if texts:
+            self.demonstration_features |= dict(zip(new, last_hidden(self.session, texts), strict=True))
+        features = torch.stack([self.demonstration_features[index] for index in shown])  # (n, D)
+        labels = torch.tensor([self.pool[index].label for index in shown])  # (n,)
+        return self.variants[0].fit(features, labels, len(self.wording.task.label_words))

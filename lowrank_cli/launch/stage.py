@@ -147,6 +147,12 @@ def _refuse_uncalibratable(composed: Composed, plan: Plan) -> None:
             f"method.templates: {plan.templates}, but task={task.name} has {1 + len(task.templates)} of them "
             f"(allowed: 1 to {1 + len(task.templates)})"
         )
+    shots = getattr(composed.config, "evaluate", None) and composed.config.evaluate.shots
+    if plan.shown and composed.verb != "bench" and not shots:
+        raise UserError(
+            f"method.statistics: shown, but {composed.verb} shows no demonstrations"
+            f"{'; set evaluate.shots, or' if shots == 0 else ';'} fit with method.statistics=train"
+        )
     for key in ("export.format", "export.rank"):
         if key in composed.keys:
             name = composed.choices["method"]

@@ -6,7 +6,8 @@ demonstrations' features and the share π_y of each answer among them, the predi
     ŷ = argmax_y  −log q(y) − τ log π_y,    −log q(y) = z_y − logsumexp_k( z_k + λ Δw_kᵀμ + (λ/2) Δw_kᵀ Σ Δw_k )
 
 (see ``calibration/ida.py``). ``train`` fits μ, Σ and π, once for each template; ``evaluate`` predicts with them, with
-``evaluate.shots`` demonstrations in the prompt: 0 uses the statistics only. λ = τ = 0 is plain in-context learning.
+``evaluate.shots`` demonstrations in the prompt: 0 uses the statistics only. With ``statistics: shown`` there is nothing
+to fit before: each evaluation takes them from the demonstrations that it shows. λ = τ = 0 is plain in-context learning.
 ``calibration`` selects a method that the paper compares with, on the same demonstrations.
 
 Reconstruction: the paper reads a demonstration's feature at its last position and leaves open whether that is after the
@@ -49,13 +50,16 @@ class IDAICLConfig(MethodConfig):
     #: compare answers by their mean score over tokens, not by the sum. In the sum each token pays its own λ Δwᵀμ and
     #: (λ/2) Δwᵀ Σ Δw, some nats a token: ``ida`` puts answers of more tokens further back than plain scoring does
     normalize_length: bool = MISSING
+    #: of which demonstrations μ, Σ and π are: of D (``train``), or of those ``shown`` to any query, as in the paper
+    statistics: str = "train"
     features: str = MISSING  #: a demonstration's feature is read behind its ``answer``, or behind its ``prompt``
     examples: Optional[int] = MISSING  #: size of D, a random part of the training set; null takes all of it
     #: ``random``; the most ``similar`` or ``dissimilar`` to each query (cosine of features behind the prompts, the
     #: extreme one last); ``imbalanced``: random with a given ``share``
     demonstrations: str = MISSING
     share: Optional[float] = MISSING  #: of the first label, in D and among the demonstrations, where ``imbalanced``
-    draws: int = MISSING  #: sets of demonstrations; set i is that of seed + i
+    per_query: bool = False  #: draw demonstrations for each query, as in the paper; else one set serves all queries
+    draws: int = MISSING  #: sets of demonstrations, disjoint as long as there are enough in D
     permutations: int = MISSING  #: orders of each set, the drawn one first
     templates: int = MISSING  #: wordings of the task (``task.template``, then ``task.templates``)
     probes: int = MISSING  #: content-free inputs of ``dconca``
@@ -65,11 +69,14 @@ class IDAICLConfig(MethodConfig):
     taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
 
     def unfit(self, made: Mapping[str, Any]) -> list[str]:
-        """Also ``templates``, if more are asked for than were fitted."""
-        return [*super().unfit(made), *(["templates"] if self.templates > made.get("templates", 1) else [])]
+        """Also ``templates``, if more are asked for than were fitted, and ``statistics``, if none were."""
+        more = self.templates > made.get("templates", 1)
+        unmade = self.statistics == "train" and made.get("statistics", "train") != "train"
+        return [*super().unfit(made), *["templates"] * more, *["statistics"] * unmade]
 
     def validate(self) -> None:
         require_choice("method.calibration", self.calibration, CALIBRATIONS)
+        require_choice("method.statistics", self.statistics, ("train", "shown"))
         require_choice("method.features", self.features, ("answer", "prompt"))
         require_choice("method.demonstrations", self.demonstrations, CHOICES)
         require_range("method.strength", self.strength, 0)
@@ -121,6 +128,8 @@ class IDAICL(Method):
             templates=c.templates,
             answered=c.features == "answer",
             normalize_length=c.normalize_length,
+            per_query=c.per_query or c.demonstrations in ("similar", "dissimilar"),
+            shown=c.statistics == "shown",
         )
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:

@@ -210,6 +210,8 @@ class Plan:
     templates: int  #: wordings, the task's own first
     answered: bool  #: read features after a demonstration's answer instead of after its prompt
     normalize_length: bool  #: compare answers by the mean score of their tokens instead of the sum
+    per_query: bool = False  #: each query has demonstrations of its own
+    shown: bool = False  #: fit the demonstrations that are shown, instead of D
 
 
 @runtime_checkable
@@ -219,7 +221,7 @@ class Calibrates(Protocol):
     def plan(self) -> Plan: ...
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
-        """Fit D: features (n, D), the inputs of the language model's head, and labels (n,)."""
+        """Fit demonstrations: features (n, D), the inputs of the language model's head, and labels (n,)."""
         ...
 
     def rule(self, fitted: dict[str, torch.Tensor], head: torch.Tensor, tokens: Sequence[int]) -> TokenRule:
@@ -236,12 +238,17 @@ class Calibrates(Protocol):
             unseen: indices of the examples of D that are not in the prompt.
 
         Returns:
-            Artificial inputs (a text for each column), and a subset of ``unseen``.
+            Artificial inputs (a text for each column), or a subset of ``unseen``; the other is empty.
         """
         ...
 
     def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Calibrated answer scores (N, C), higher is better, given those of the probes (M, C)."""
+        """Calibrated answer scores (N, C), higher is better.
+
+        Args:
+            probes: scores of the probes (M, C); of artificial inputs (N, M, C) where each query has demonstrations of
+                its own, after which they are scored.
+        """
         ...
 
     def variants(self) -> dict[str, dict[float, Calibrates]]:

@@ -89,9 +89,9 @@ def test_terms_that_overflow_exp_stay_finite():
     assert scores.isfinite().all() and scores.min() < -1e4
 
 
-def test_class_shares_are_counted():
+def test_class_shares_are_counted_with_one_more_of_each():
     found = statistics(some_features(8), torch.tensor([0, 0, 0, 0, 0, 1, 1, 2]), 4)
-    assert found.shares.tolist() == [0.625, 0.25, 0.125, 0.0]
+    assert found.shares.tolist() == pytest.approx([6 / 12, 3 / 12, 2 / 12, 1 / 12])
 
 
 def test_a_label_without_examples_has_no_prior_to_make_up_for():

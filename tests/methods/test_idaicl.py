@@ -136,6 +136,68 @@ def test_answers_of_several_tokens_add_their_tokens_scores():
         assert each["scores"] == pytest.approx(expected, abs=1e-4)
 
 
+def shown_statistics(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of the hidden states behind the answers."""
+    features = hidden(tokens([example.prompt + example.answer for example in examples]))
+    return features.mean(dim=0), torch.cov(features.t(), correction=0)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one set", "a set for each query"])
+def test_statistics_may_be_those_of_the_demonstrations_shown(own, asked):
+    run = lrk(
+        "train",
+        *QUICK,
+        "task.limit=6",
+        "method=idaicl",
+        "method.statistics=shown",
+        f"method.per_query={own}",
+        "method.draws=2",
+        "evaluate.shots=2",
+    )
+    assert not statistics_files.load(run.path / "statistics")[0]
+    task = tasks.load(config.compose("train", ["method=idaicl", *QUICK, "task.limit=6"]).config.task)
+    pool = {example.prompt: example for example in task.train}
+    _, prompts = asked[2]  # dev is asked behind two sets, then test
+    sets = [[pool[block.rpartition(" ")[0]] for block in prompt.split("\n\n")[:-1]] for prompt in prompts]
+    shown = list({example.prompt: example for examples in sets for example in examples}.values())
+    assert (len({tuple(example.prompt for example in examples) for examples in sets}) > 1) == own
+    mean, covariance = shown_statistics(shown)
+    head = AutoModelForCausalLM.from_pretrained(BUNDLED).get_output_embeddings().weight.detach()
+    words = tokens([" negative", " positive"])
+    counts = torch.tensor([sum(example.label == label for example in shown) for label in (0, 1)])
+    prior = ((counts + 1) / (len(shown) + 2)).log()
+    behind = hidden(tokens(prompts))
+    for record, feature in zip(predictions(run), behind, strict=True):
+        for label, (*_, token) in enumerate(words):
+            apart = head - head[token]  # (V, D)
+            moved = apart @ (feature + 0.5 * mean) + 0.25 * (apart @ covariance * apart).sum(dim=-1)
+            assert record["scores"][label] == pytest.approx(
+                -moved.logsumexp(dim=0).item() - prior[label].item(), abs=2e-3
+            )
+    again = lrk("evaluate", f"run={run.path}")
+    assert predictions(again) == predictions(run)
+    with pytest.raises(UserError, match=r"method\.statistics: train, but .* was made with shown"):
+        lrk("evaluate", f"run={run.path}", "method.statistics=train")
+    with pytest.raises(UserError, match=r"method\.statistics: shown, but export shows no demonstrations"):
+        lrk("export", f"run={run.path}")
+
+
+def test_content_free_inputs_stand_behind_the_demonstrations_of_their_query(fitted, asked):
+    common = [
+        f"run={fitted.path}",
+        "method.calibration=dconca",
+        "method.probes=2",
+        "method.draws=1",
+        "method.templates=1",
+    ]
+    run = lrk("evaluate", *common, "method.per_query=true", "evaluate.shots=2", "task.limit=24")
+    ((examples, prompts),) = asked
+    assert len(prompts) == 3 * 24
+    before = [prompt.removesuffix(example.prompt) for prompt, example in zip(prompts, examples, strict=True)]
+    assert before[0:48:2] == before[1:48:2] == before[48:] and len(set(before)) > 20
+    assert json.loads((run.path / "arrangements.json").read_text())[0]["demonstrations"] is None
+
+
 def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
     monkeypatch.setattr("lowrank_cli.icl.fit.fit", None)
     again = lrk("evaluate", f"run={fitted.path}")  # with its task, templates, draws and shots
@@ -439,8 +501,12 @@ def test_the_pool_is_the_largest_with_the_share(share):
     first = sum(e.label == 0 for e in found)
     assert first == round(len(found) * share) and len(found) >= 20
     assert len(set(map(id, found))) == len(found)
-    shown = demonstrations.chosen(plan(choice="imbalanced", share=share), 10, Arrangement(0, 0, 0), found, 0)
-    assert sum(e.label == 0 for e in shown) == round(10 * share)
+    skewed = plan(choice="imbalanced", share=share)
+    for shown in (
+        *demonstrations.sets(skewed, 10, found, 0),
+        *demonstrations.own_sets(skewed, 10, found, 0, 0, EXAMPLES[:3]),
+    ):
+        assert sum(found[index].label == 0 for index in shown) == round(10 * share)
 
 
 def test_a_limited_pool_is_drawn_by_the_seed():
@@ -450,17 +516,41 @@ def test_a_limited_pool_is_drawn_by_the_seed():
     assert found != demonstrations.pool(EXAMPLES, limited, 2)
 
 
-def test_orders_keep_the_set_and_sets_follow_the_seed():
+def test_the_first_set_is_that_of_a_plain_evaluation_and_orders_keep_it():
     many = plan(draws=2, permutations=3, templates=2)
-    first, second, third = (
-        demonstrations.chosen(many, 6, Arrangement(0, draw, order), EXAMPLES, 4)
-        for draw, order in [(0, 0), (0, 1), (1, 0)]
-    )
-    assert first != second and sorted(e.prompt for e in first) == sorted(e.prompt for e in second)
-    assert third == demonstrations.draw(EXAMPLES, 6, 5) and set(third) != set(first)
+    first, _ = demonstrations.sets(many, 6, EXAMPLES, 4)
+    assert [EXAMPLES[index] for index in first] == demonstrations.draw(EXAMPLES, 6, 4)
+    orders = [demonstrations.ordered(first, Arrangement(0, 0, order), 4) for order in range(3)]
+    assert orders[0] == first and len(set(map(tuple, orders))) == 3
+    assert all(sorted(order) == sorted(first) for order in orders)
     assert len(demonstrations.arrangements(many, 6)) == 12
     assert len(demonstrations.arrangements(many, 1)) == 4  # one demonstration has one order
     assert len(demonstrations.arrangements(many, 0)) == 2
+
+
+def test_sets_are_disjoint_as_long_as_the_pool_goes():
+    drawn = demonstrations.sets(plan(draws=11), 4, EXAMPLES, 0)
+    assert len({index for chosen in drawn[:10] for index in chosen}) == 40
+    assert len(set(drawn[10])) == 4 and drawn[10] not in drawn[:10]
+    skewed = demonstrations.sets(plan(draws=6, share=0.25), 4, EXAMPLES, 0)  # 3 of 20 in each set
+    assert len({index for chosen in skewed for index in chosen}) == 24
+
+
+def test_sets_of_neighbouring_seeds_have_nothing_to_do_with_each_other():
+    many = [example(number, number % 2) for number in range(2000)]
+    one, other = ([set(chosen) for chosen in demonstrations.sets(plan(draws=10), 8, many, seed)] for seed in (0, 1))
+    assert not [chosen for chosen in one if chosen in other]
+    common = set.union(*one) & set.union(*other)  # 80 of 2000 twice: 3.2 expected
+    assert len(common) < 12
+
+
+def test_each_query_draws_its_own_set_without_itself():
+    drawn = demonstrations.own_sets(plan(per_query=True), 39, EXAMPLES, 0, 0, EXAMPLES)
+    assert all(sorted(chosen) == [at for at in range(40) if at != number] for number, chosen in enumerate(drawn))
+    of_draws = [
+        demonstrations.own_sets(plan(per_query=True), 4, EXAMPLES, 0, draw, [example(99, 0)]) for draw in (0, 1)
+    ]
+    assert of_draws[0] != of_draws[1]
 
 
 def test_confusion_is_the_share_of_each_labels_queries():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,7 +26,11 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Finite, check
 
 TENSORS = ("mean", "factor", "shares")  #: names of the tensors of each wording
-SUPPORTED = {"calibration": "ida", "normalize_length": False}  #: settings of the method that ``generate`` can follow
+SUPPORTED = {
+    "calibration": "ida",
+    "normalize_length": False,
+    "channel": False,
+}  #: settings of the method that ``generate`` can follow
 
 
 class Settings(TypedDict):
@@ -36,6 +40,7 @@ class Settings(TypedDict):
     normalize_length: bool
     strength: Finite
     tau: Finite
+    channel: NotRequired[bool]  #: earlier versions had none
 
 
 class AnswerProcessor(LogitsProcessor):
@@ -80,7 +85,7 @@ class AnswerProcessor(LogitsProcessor):
             raise UserError(f"{folder}: {statistics_files.TENSORS} has no '{missing[0]}'")
         mean, factor, shares = (tensors[name] for name in names)
         for key, supported in SUPPORTED.items():
-            if settings[key] != supported:
+            if settings.get(key, supported) != supported:
                 raise UserError(
                     f"{folder}: these statistics go with method.{key}={settings[key]}; "
                     f"in generate answers are scored with method.{key}={supported}"

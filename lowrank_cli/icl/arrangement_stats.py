@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
+from lowrank_cli.calibration.oracle import best_offsets
 from lowrank_cli.icl.demonstrations import Arrangement
 
 
@@ -19,11 +22,42 @@ class Result:
     value: float
     demonstrations: list[int] | None  #: indices into the pool; None if each query has different ones
     records: list[dict[str, Any]]
+    probes: int = 0  #: further inputs that were scored
+    oracles: dict[str, float] = field(default_factory=dict)  #: values of the metric by name, see :func:`with_oracles`
 
     @property
     def summary(self) -> dict[str, Any]:
         """An entry of ``arrangements.json``."""
-        return {**asdict(self.arrangement), self.metric: self.value, "demonstrations": self.demonstrations}
+        values = {self.metric: self.value, **self.oracles}
+        return {**asdict(self.arrangement), **values, "demonstrations": self.demonstrations}
+
+
+def with_oracles(
+    results: Sequence[Result], words: Sequence[Sequence[str]], measure: Callable[[list[dict[str, Any]]], float]
+) -> list[Result]:
+    """The results, each with the metric that the best offsets of the answers' scores would have given.
+
+    ``oracle_all_sets`` is with one offset for each answer in all results, ``oracle_each_set`` with offsets of its own.
+
+    Args:
+        words: the label words of each template.
+        measure: the metric of records.
+    """
+    scores = [torch.tensor([record["scores"] for record in result.records]).double() for result in results]  # (N, C)
+    labels = [torch.tensor([record["label"] for record in result.records]) for result in results]  # (N,)
+    together = torch.cat(scores)  # (R * N, C)
+    common = best_offsets(together, torch.cat(labels), torch.zeros_like(together[0]))  # (C,)
+    bounded = []
+    for result, rows, right in zip(results, scores, labels, strict=True):
+        offsets = {"oracle_all_sets": common, "oracle_each_set": best_offsets(rows, right, common)}
+        values = {}
+        for name, added in offsets.items():
+            choices = (rows + added).argmax(dim=1).tolist()
+            of_template = words[result.arrangement.template]
+            pairs = zip(result.records, choices, strict=True)
+            values[name] = measure([{**record, "prediction": of_template[choice]} for record, choice in pairs])
+        bounded.append(replace(result, oracles=values))
+    return bounded
 
 
 def metrics(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from lowrank_cli.icl.fit import FOLDER, Fitted, calibrating_method, fit, load_or
 from lowrank_cli.icl.queries import WordingScorer
 from lowrank_cli.inference import progress
 from lowrank_cli.inference.choice_scores import answers
-from lowrank_cli.inference.predict import with_correct, write_answers
+from lowrank_cli.inference.predict import score, with_correct, write_answers
 from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.runs import Run, atomic_folder
@@ -62,6 +62,9 @@ def evaluate(session: Session, run: Run, fitted: Fitted, split: str) -> dict[str
     curves = method.variants()
     variants = [variant for by_value in curves.values() for variant in by_value.values()]
     results, *others = arrangement_results(session, [method, *variants], fitted, split)
+    if method.plan().oracles:
+        words = [wording.task.label_words for wording in fitted.wordings]
+        results = arrangement_stats.with_oracles(results, words, lambda rows: next(iter(score(session, rows).values())))
     figures = [arrangement_stats.confusion(results, session.task.label_words, split)]
     if len(results) > 1:
         figures.append(arrangement_stats.box(results, split))
@@ -95,11 +98,16 @@ def arrangement_results(
 
 
 def _metrics(session: Session, results: Sequence[Result], split: str) -> dict[str, float]:
-    trained = session.adapter.count() if session.adapter else 0
+    trained, metric = session.adapter.count() if session.adapter else 0, f"{split}/{results[0].metric}"
+    oracles: dict[str, float] = {}
+    for name in results[0].oracles:
+        oracles |= arrangement_stats.metrics(f"{metric}_{name}", [result.oracles[name] for result in results])
     return {
-        **arrangement_stats.metrics(f"{split}/{results[0].metric}", [result.value for result in results]),
+        **arrangement_stats.metrics(metric, [result.value for result in results]),
+        **oracles,
         f"{split}/examples": len(results[0].records),
         "arrangements": len(results),
+        "probes": results[0].probes,
         "total_parameters": session.model.num_parameters(),
         "trainable_parameters": trained,
         "activated_parameters": trained,

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Plan
-from lowrank_cli.tasks.task import Example
+from lowrank_cli.schema import TaskConfig
+from lowrank_cli.tasks.task import Example, flipped
 
 
 def draw(examples: Sequence[Example], shots: int, seed: int, key: str = "evaluate.shots") -> list[Example]:
@@ -25,9 +26,14 @@ def _require(key: str, count: int, available: int) -> None:
         raise UserError(f"{key}: {count} are asked for, there are {available} demonstrations to draw from")
 
 
-def feature_text(plan: Plan, example: Example) -> str:
-    """The text at whose last position an example's feature is read."""
-    return example.prompt + (example.answer if plan.answered else "")
+def as_shown(plan: Plan, config: TaskConfig, examples: Sequence[Example]) -> list[Example]:
+    """The examples as they are demonstrated, or the other way round for a channel."""
+    return [flipped(config, example)[example.label or 0] if plan.channel else example for example in examples]
+
+
+def feature_texts(plan: Plan, config: TaskConfig, examples: Sequence[Example]) -> list[str]:
+    """The texts at whose last position the examples' features are read."""
+    return [shown.prompt + (shown.answer if plan.answered else "") for shown in as_shown(plan, config, examples)]
 
 
 def pool(examples: Sequence[Example], plan: Plan, seed: int) -> list[Example]:

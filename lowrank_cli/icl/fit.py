@@ -50,7 +50,7 @@ def fit(session: Session) -> Fitted:
     fitted = []
     with progress.bar("fitting", sum(map(len, pools)), shown=session.accelerator.is_main_process) as bar:
         for task, examples in zip(wordings, pools, strict=True):
-            texts = [demonstrations.feature_text(plan, example) for example in examples]
+            texts = demonstrations.feature_texts(plan, task.config, examples)
             features = last_hidden(session, texts, bar.advance)
             labels = torch.tensor([example.label for example in examples])  # (n,)
             fitted.append(Wording(task, method.fit(features, labels, len(task.label_words))))

@@ -19,7 +19,7 @@ from lowrank_cli.inference.choice_scores import choice_scores, with_demonstratio
 from lowrank_cli.inference.predict import choice, records, score
 from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.tasks.task import Example, Task, columns, content_free
+from lowrank_cli.tasks.task import Example, Task, columns, content_free, flipped
 
 RuleOf = Callable[[tuple[int, ...]], TokenRule]  #: the tokens of all answers -> the scoring rule
 
@@ -45,6 +45,7 @@ class WordingScorer:
         self.session, self.variants, self.wording, self.plan = session, variants, wording, variants[0].plan()
         self.head = head
         self.pool = demonstrations.pool(wording.task.train, self.plan, seed)
+        self.demonstrated = demonstrations.as_shown(self.plan, wording.task.config, self.pool)
         names = columns(wording.task.config.template)
         self.columns = {name: [example.columns[i] for example in self.pool] for i, name in enumerate(names)}
         #: the scoring rule for the tokens of the answers, the same in all arrangements: fitted once
@@ -75,7 +76,7 @@ class WordingScorer:
             calibrated = variant.adjust(tensors, probe_scores, query_scores)  # (Q, C)
             answers = records(queries, [choice(q, row) for q, row in zip(queries, calibrated.tolist(), strict=True)])
             ((metric, value),) = score(self.session, answers).items()
-            results.append(Result(arrangement, metric, value, None if own else of_all, answers))
+            results.append(Result(arrangement, metric, value, None if own else of_all, answers, len(probes)))
         return results
 
     def _rule(self, tensors: dict[str, Tensor], tokens: tuple[int, ...]) -> TokenRule:
@@ -90,13 +91,18 @@ class WordingScorer:
         rule: RuleOf,
     ) -> Tensor:
         """Scores (S, N, C) of the answers to N inputs, each after its set of demonstrations, for S variants."""
+        if self.plan.channel:  # an input for each answer, with one choice: the query
+            answers = len(self.wording.task.label_words)
+            inputs = [each for example in inputs for each in flipped(self.wording.task.config, example)]
+            sets = [chosen for chosen in sets for _ in range(answers)]
         prompts = [
-            with_demonstrations([example], [self.pool[index] for index in chosen])[0]
+            with_demonstrations([example], [self.demonstrated[index] for index in chosen])[0]
             for example, chosen in zip(inputs, sets, strict=True)
         ]
         normalize = self.plan.normalize_length
         rows = choice_scores(self.session, inputs, prompts, shots, rule_of=rule, normalize_length=normalize)
-        return torch.tensor(rows, dtype=torch.float64).movedim(1, 0)  # (N, S, C) -> (S, N, C)
+        scores = torch.tensor(rows, dtype=torch.float64).movedim(1, 0)  # (N, S, C) -> (S, N, C)
+        return scores.view(len(scores), -1, answers) if self.plan.channel else scores
 
     def _own_sets(self, arrangement: Arrangement, inputs: Sequence[Example], shots: int) -> list[list[int]]:
         """Each input's demonstrations, in the arrangement's order."""
@@ -126,8 +132,9 @@ class WordingScorer:
         """The method's tensors, fitted to the demonstrations in ``sets``."""
         shown = sorted({index for chosen in sets for index in chosen})
         new = [index for index in shown if index not in self.demonstration_features]
-        texts = [demonstrations.feature_text(self.plan, self.pool[index]) for index in new]
-        if texts:
+        if new:
+            examples = [self.pool[index] for index in new]
+            texts = demonstrations.feature_texts(self.plan, self.wording.task.config, examples)
             self.demonstration_features |= dict(zip(new, last_hidden(self.session, texts), strict=True))
         features = torch.stack([self.demonstration_features[index] for index in shown])  # (n, D)
         labels = torch.tensor([self.pool[index].label for index in shown])  # (n,)

@@ -41,7 +41,7 @@ CHOICES = ("random", "similar", "dissimilar", "imbalanced")
 class IDAICLConfig(MethodConfig):
     """How answers are scored, which demonstrations are in the prompt, and over how many sets to report."""
 
-    made_with: ClassVar[tuple[str, ...]] = ("features", "examples", "share")
+    made_with: ClassVar[tuple[str, ...]] = ("features", "examples", "share", "channel")
     #: ``ida``; ``none`` (plain in-context learning); ``conca``, ``dconca`` (divided by what content-free inputs give);
     #: ``proca`` (a mixture over the answers' probabilities)
     calibration: str = MISSING
@@ -63,10 +63,17 @@ class IDAICLConfig(MethodConfig):
     permutations: int = MISSING  #: orders of each set, the drawn one first
     templates: int = MISSING  #: wordings of the task (``task.template``, then ``task.templates``)
     probes: int = MISSING  #: content-free inputs of ``dconca``
-    #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many
+    #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many. No other
+    #: calibration sees unlabelled examples
     unlabelled: int = MISSING
     strengths: list[float] = MISSING  #: values of ``strength`` for a curve, all out of the run's own passes
     taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
+    #: score P(query | answer), with the answer in front of the query, as channel in-context learning does. ``ida`` then
+    #: keeps Y × V numbers for the Y different tokens of the queries
+    channel: bool = False
+    #: also report what the best constant offset of each answer would give, one for all arrangements and one for each.
+    #: These bounds are found with the labels of the queries: no calibration has them
+    oracles: bool = False
 
     def unfit(self, made: Mapping[str, Any]) -> list[str]:
         """Also ``templates``, if more are asked for than were fitted, and ``statistics``, if none were."""
@@ -130,6 +137,8 @@ class IDAICL(Method):
             normalize_length=c.normalize_length,
             per_query=c.per_query or c.demonstrations in ("similar", "dissimilar"),
             shown=c.statistics == "shown",
+            channel=c.channel,
+            oracles=c.oracles,
         )
 
     def fit(self, features: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
@@ -148,12 +157,12 @@ class IDAICL(Method):
     def probes(
         self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
     ) -> tuple[list[dict[str, str]], list[int]]:
-        """ConCa's content-free input; D-ConCa's random words of the domain; PROCA's unlabelled examples."""
+        """ConCa's content-free inputs; D-ConCa's random words of the domain; PROCA's unlabelled examples."""
         from lowrank_cli.calibration.contextual import CONTENT_FREE, random_texts
 
         kind = self.config.calibration
         if kind == "conca":
-            return [dict.fromkeys(columns, CONTENT_FREE)], []
+            return [dict.fromkeys(columns, text) for text in CONTENT_FREE], []
         if kind == "dconca":
             drawn = [random_texts(texts, self.config.probes, rng) for texts in columns.values()]
             return [dict(zip(columns, row, strict=True)) for row in zip(*drawn, strict=True)], []
@@ -170,8 +179,10 @@ class IDAICL(Method):
         kind = self.config.calibration
         if kind == "ida":
             return scores - prior(fitted["shares"], self.config.tau).to(scores)
-        if kind in ("conca", "dconca"):
+        if kind == "conca":
             return scores - contextual.bias(probes)
+        if kind == "dconca":
+            return scores - contextual.bias(probes.log_softmax(dim=-1))
         if kind == "proca":
             return prototypes.fit(probes, seed=0).posterior(scores)
         return scores

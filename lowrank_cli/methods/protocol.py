@@ -212,6 +212,8 @@ class Plan:
     normalize_length: bool  #: compare answers by the mean score of their tokens instead of the sum
     per_query: bool = False  #: each query has demonstrations of its own
     shown: bool = False  #: fit the demonstrations that are shown, instead of D
+    channel: bool = False  #: score the query after each answer instead of the answers after the query
+    oracles: bool = False  #: report what offsets chosen with the queries' labels would give
 
 
 @runtime_checkable

@@ -33,6 +33,9 @@ from lowrank_cli.runs.scores import SavedScores
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
 
+#: In ``arrangements.json``: bounds found with the labels of the test set, and what their rows are called.
+ORACLES = {"oracle: one offset": "oracle_all_sets", "oracle: an offset each": "oracle_each_set"}
+
 
 def end_of_run(run: Run, selective: str = "") -> RenderableType:
     """What a run learned, what it cost, where its folder is and what to do next.
@@ -72,15 +75,20 @@ def end_of_run(run: Run, selective: str = "") -> RenderableType:
 
 
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
-    """Mean, sample standard deviation and worst case over arrangements of demonstrations: all, and by what varies."""
+    """Mean, sample standard deviation and worst case over arrangements of demonstrations: all, and by what varies.
+
+    Bounds by an oracle are the last rows.
+    """
     varied = ("draw", "permutation", "template")
     metric = next(key for key in arrangements[0] if key not in (*varied, "demonstrations"))
     groups = {"all": list(arrangements)}
     for key in varied:
         groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in varied if other != key)]
     table = Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
-    for name, rows in groups.items():
-        values = [row[metric] for row in rows]
+    groups_of = [(name, metric, rows) for name, rows in groups.items()]
+    groups_of += [(name, key, groups["all"]) for name, key in ORACLES.items() if key in arrangements[0]]
+    for name, key, rows in groups_of:
+        values = [row[key] for row in rows]
         if len(values) > 1:
             figures = [number(figure) for figure in (fmean(values), stdev(values), min(values))]
             table.rows.append([name, str(len(values)), *figures])

@@ -207,6 +207,21 @@ def content_free(config: TaskConfig, values: Mapping[str, str]) -> Example:
     return Example(prompt, "", choices, None, tuple(values.values()), (), columns=tuple(values.values()))
 
 
+def flipped(config: TaskConfig, example: Example) -> list[Example]:
+    """The example the other way round, once for each of its choices: the choice is the prompt, the query the answer.
+
+    What the template says after its last column goes in front: ``Review: {text}\\nSentiment:`` becomes
+    ``Sentiment: good\\nReview: …``.
+    """
+    *_, (literal, field, _, _) = string.Formatter().parse(config.template)
+    end = len(example.prompt) - (len(literal) if field is None else 0)
+    query, question = "\n" + example.prompt[:end], example.prompt[end:].strip()
+    return [
+        replace(example, prompt=(question + choice).strip(), answer=query, choices=(query,), label=0, references=())
+        for choice in example.choices
+    ]
+
+
 #: Options text, label, choices and references of one row.
 Answer = tuple[str, int | None, tuple[str, ...], tuple[str, ...]]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import small
 import torch
 
-from lowrank_cli.calibration import contextual, prototypes, statistics_files
+from lowrank_cli.calibration import contextual, oracle, prototypes, statistics_files
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.calibration.ida import IdaSoftmax, log_softmax, offsets, prior, statistics, together
 from lowrank_cli.calibration.logits_processor import AnswerProcessor
@@ -163,6 +163,30 @@ def test_an_input_without_content_is_undecided_once_divided_by_itself():
     scores = torch.tensor([[-1.0, -3.0, -2.0]])
     even = scores - contextual.bias(scores)
     assert torch.allclose(even, even[:, :1].expand_as(even))
+
+
+def test_content_free_inputs_count_by_their_mean_probability():
+    scores = torch.tensor([[-1.0, -3.0], [-5.0, -4.0], [-2.0, -9.0]])
+    torch.testing.assert_close(contextual.bias(scores), scores.exp().mean(dim=0).log())
+    each_query = torch.stack([scores, scores + 1])  # (2, 3, 2)
+    torch.testing.assert_close(contextual.bias(each_query)[0], contextual.bias(scores))
+
+
+@pytest.mark.parametrize("answers", [2, 3])
+def test_the_oracle_finds_the_best_offsets(answers):
+    generator = torch.Generator().manual_seed(answers)
+    labels = torch.randint(answers, (40,), generator=generator)
+    scores = torch.randn(40, answers, generator=generator, dtype=torch.float64)
+    scores[torch.arange(40), labels] += 0.7
+    scores[:, 0] += 3.0
+
+    def right(offsets):
+        return int(((scores + torch.as_tensor(offsets)).argmax(dim=1) == labels).sum())
+
+    found = right(oracle.best_offsets(scores, labels, torch.zeros(answers, dtype=torch.float64)))
+    grid = torch.linspace(-6, 2, 161).double().tolist()
+    best = max(right([*offsets, 0.0]) for offsets in product(grid, repeat=answers - 1))
+    assert found >= best - (answers > 2) and best > right([0.0] * answers) + 5
 
 
 def test_random_texts_have_the_words_and_the_mean_length_of_the_domain():

@@ -343,7 +343,57 @@ def test_inputs_without_content_have_texts_of_each_column():
     assert {len(row["premise"].split()) for row in rows} == {4} and {row["hypothesis"] for row in rows} == {"x", "y"}
     assert {word for row in rows for word in row["premise"].split()} <= set("abcdefgh")
     method.config.calibration = "conca"
-    assert method.probes(pair, [0, 1], Random(0)) == ([{"premise": "N/A", "hypothesis": "N/A"}], [])
+    rows, indices = method.probes(pair, [0, 1], Random(0))
+    assert rows == [{"premise": text, "hypothesis": text} for text in ("N/A", "[MASK]", "")] and indices == []
+
+
+def test_oracles_bound_the_metric_and_are_named_so(fitted, capsys):
+    common = [
+        f"run={fitted.path}",
+        "method.calibration=none",
+        "method.draws=3",
+        "method.templates=1",
+        "evaluate.shots=2",
+    ]
+    plain, bounded = lrk("evaluate", *common), lrk("evaluate", *common, "method.oracles=true")
+    assert "oracle: one offset" in capsys.readouterr().out
+    assert not any("oracle" in name for name in plain.metrics)
+    names = ("test/accuracy", "test/accuracy_oracle_all_sets", "test/accuracy_oracle_each_set")
+    values = [bounded.metrics[name] for name in names]
+    assert values == sorted(values) and values[0] == plain.metrics["test/accuracy"] < values[2]
+    assert bounded.metrics["test/accuracy_oracle_each_set_worst"] <= values[2]
+    rows = json.loads((bounded.path / "arrangements.json").read_text())
+    first = max(
+        sum((row["scores"][0] + shift > row["scores"][1]) == (row["label"] == 0) for row in predictions(bounded))
+        for shift in [0, *(row["scores"][1] - row["scores"][0] + 1e-4 for row in predictions(bounded)), -1e9]
+    )
+    assert rows[0]["oracle_each_set"] == pytest.approx(first / 24)
+
+
+def test_a_channel_scores_the_query_behind_each_answer(fitted):
+    common = [*QUICK, "task.limit=6", "method=idaicl", "method.calibration=none", "evaluate.shots=2"]
+    run = lrk("train", *common, "method.channel=true")
+    task = tasks.load(config.compose("train", [*QUICK, "task.limit=6"]).config.task)
+    shown = demonstrations.draw(task.train, 2, 0)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED).eval()
+
+    def flip(example: Example, word: str) -> tuple[str, str]:
+        return f"Sentiment: {word}", "\n" + example.prompt.removesuffix("\nSentiment:")
+
+    before = "".join("".join(flip(example, example.answer.strip())) + "\n\n" for example in shown)
+    for record, query in zip(predictions(run), task.test, strict=True):
+        for word, value in zip(("negative", "positive"), record["scores"], strict=True):
+            start, text = flip(query, word)
+            (beginning,), (whole,) = tokens([before + start]), tokens([before + start + text])
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(dim=-1)  # (T, V)
+            assert whole[: len(beginning)] == beginning
+            expected = sum(logits[at - 1, whole[at]].item() for at in range(len(beginning), len(whole)))
+            assert value == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(UserError, match=r"method\.channel: True, but .* was made with"):
+        lrk("evaluate", f"run={fitted.path}", "method.channel=true")
+    augmented = lrk("train", *common, "method.channel=true", "method.calibration=ida")
+    assert predictions(augmented)[0]["scores"] != predictions(run)[0]["scores"]
 
 
 def test_generate_with_the_kept_statistics_gives_the_answers_of_the_evaluation(fitted):

@@ -94,9 +94,13 @@ class AnswerProcessor(LogitsProcessor):
         known = about["adapter"] is not None or fingerprint(model) == about["fingerprint"]
         if not known or head.shape != (about["vocabulary"], len(mean)):
             raise UserError(f"{folder}: these statistics belong to another model ({about['model']})")
-        tokens = {token for answer in about["answers"] for token in answer}
+        by_template = about.get("answers_by_template", [about["answers"]] * len(about["templates"]))
+        if len(by_template) != len(about["templates"]):
+            raise UserError(f"{folder}: {statistics_files.ABOUT} does not list the answers of each template")
+        answers = by_template[template]
+        tokens = {token for answer in answers for token in answer}
         rule = IdaSoftmax(head, mean, factor, settings["strength"], tokens)
-        return cls(rule, about["answers"], (-prior(shares, settings["tau"])).tolist(), eos)
+        return cls(rule, answers, (-prior(shares, settings["tau"])).tolist(), eos)
 
     def reset(self) -> None:
         """Forget the prompts of the last call."""

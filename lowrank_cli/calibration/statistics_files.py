@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +24,7 @@ class About(TypedDict):
     fingerprint: str
     adapter: str | None
     task: str
-    templates: list[str]
+    templates: list[str | dict[str, Any]]  #: as in ``task.templates``
     label_words: list[str]
     answered: bool
     examples: int | None
@@ -35,7 +35,8 @@ class About(TypedDict):
     vocabulary: Count
     method: dict[str, Any]
     seed: int
-    answers: list[list[Count]]
+    answers: list[list[Count]]  #: of the first template
+    answers_by_template: NotRequired[list[list[list[Count]]]]  #: earlier versions had the same answers for all
     files: dict[PlainName, Sha256]
 
 

@@ -91,6 +91,7 @@ def save(session: Session, fitted: Fitted, folder: Path) -> None:
         "method": vars(session.config.method),
         "seed": fitted.seed,
         "answers": answers(session, session.task.test[0]),
+        "answers_by_template": [answers(session, wording.task.test[0]) for wording in fitted.wordings],
     }
     statistics_files.save(folder, tensors, about)
 
@@ -101,15 +102,16 @@ def calibrating_method(session: Session) -> Calibrates:
     return session.method
 
 
-def _templates(session: Session) -> list[str]:
-    """The templates that the method asks for, the task's own first."""
+def _templates(session: Session) -> list[Any]:
+    """The wordings that the method asks for as the task names them, its own template first."""
     config, count = session.config.task, calibrating_method(session).plan().templates
     return [config.template, *config.templates[: count - 1]]
 
 
 def _tasks(session: Session) -> list[Task]:
-    """The task under each template."""
-    others = [replace(session.config.task, template=text) for text in _templates(session)[1:]]
+    """The task in each wording."""
+    config, count = session.config.task, calibrating_method(session).plan().templates
+    others = [replace(config, template=text, label_words=words) for text, words in config.wordings()[1:count]]
     return [session.task, *map(tasks.load, others)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
@@ -28,7 +28,8 @@ class TaskConfig:
     label_values: list[str] = (
         MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
     )
-    metric: str = MISSING  #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu``, ``rouge_l``; ``mean`` of a mix
+    #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu``, ``rouge_l``; ``macro_f1`` of labels, ``mean`` of a mix
+    metric: str = MISSING
     extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
     max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
     max_new_tokens: int = MISSING  #: longest generated answer, in tokens
@@ -36,14 +37,16 @@ class TaskConfig:
     subset: Optional[str] = MISSING  #: configuration name on the Hub
     path: Optional[str] = MISSING  #: folder of ``<split>.jsonl`` files, instead of the Hub
     generator: Optional[str] = MISSING  #: a generator of :mod:`lowrank_cli.tasks.tiny`, instead of both
-    #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, or ``held_out`` of the train split
+    #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, ``whole`` (all of the evaluation
+    #: set is test, and part of the train split is dev), or ``held_out`` of the train split
     splits: str = MISSING
     train_split: str = MISSING  #: names of the given splits
     dev_split: str = MISSING  #: likewise
     test_split: str = MISSING  #: likewise
     limit: Optional[int] = MISSING  #: keep at most this many examples of each split
     parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
-    templates: list[str] = field(default_factory=list)  #: other wordings of ``template``, for methods that compare them
+    #: other wordings, for methods that compare them: a template, or ``{template: …, label_words: […]}``
+    templates: list[Any] = field(default_factory=list)
     #: ``free`` only: rows with an empty answer are left out, and an answer too long for ``max_length`` loses its end,
     #: instead of being refused
     lenient: bool = False
@@ -57,8 +60,9 @@ class TaskConfig:
                 raise UserError(f"task.parts: '{part.name}' is a mix itself; name its parts instead")
             with inside("task", f"task.parts.{name}"):
                 part.validate()
-        require_choice("task.splits", self.splits, ("paper", "given", "held_out"))
-        metrics = ("mean",) if self.answer == "mix" else ("accuracy", "exact_match", "number_match", "bleu", "rouge_l")
+        require_choice("task.splits", self.splits, ("paper", "given", "whole", "held_out"))
+        metrics = ["mean"] if self.answer == "mix" else ["accuracy", "exact_match", "number_match", "bleu", "rouge_l"]
+        metrics += ["macro_f1"] if self.answer == "labels" else []
         require_choice("task.metric", self.metric, metrics)
         require_range("task.max_length", self.max_length, 2)
         require_range("task.max_new_tokens", self.max_new_tokens, 1)
@@ -76,11 +80,38 @@ class TaskConfig:
                 raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
             if not all(word.strip() for word in words):
                 raise UserError(f"task.{key}: {list(getattr(self, key))} holds an empty word")
-        for key, template in [("template", self.template), *(("templates", other) for other in self.templates)]:
+        for index, entry in enumerate(self.templates):
+            self._validate_wording(f"task.templates[{index}]", entry)
+        for index, (template, _) in enumerate(self.wordings()):
+            key = "templates" if index else "template"
             if self.answer != "mix" and not re.search(r"\{(?!options\})", template):
                 raise UserError(f"task.{key}: {template!r} names no {{column}}, so every prompt would be the same")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+    def wordings(self) -> list[tuple[str, list[str]]]:
+        """Each template and its label words, the task's own first."""
+        own = list(self.label_words)
+        others = [
+            (entry["template"], list(entry["label_words"])) if isinstance(entry, dict) else (entry, own)
+            for entry in self.templates
+        ]
+        return [(self.template, own), *others]
+
+    def _validate_wording(self, key: str, entry: Any) -> None:
+        """Refuse what is neither a template nor one with as many label words as the task."""
+        if isinstance(entry, str):
+            return
+        whole = isinstance(entry, dict) and sorted(entry) == ["label_words", "template"]
+        if not whole or not isinstance(entry["template"], str) or not isinstance(entry["label_words"], list):
+            raise UserError(f"{key}: {entry!r} is neither a template nor {{template: TEXT, label_words: [WORD, …]}}")
+        words = entry["label_words"]
+        if not all(isinstance(word, str) and word.strip() for word in words):
+            raise UserError(f"{key}.label_words: {words} must be words (quote numbers and yes, no, true, false)")
+        if len(words) != len(self.label_words) or len({word.casefold() for word in words}) < len(words):
+            raise UserError(
+                f"{key}.label_words: {words} must be {len(self.label_words)} different words, as task.label_words are"
+            )
 
     def _refuse_what_parts_have(self) -> None:
         """Prompts, answers and data of a mix are those of its parts; of its own it has a name, lengths and a limit."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -74,6 +75,16 @@ class NumberMatch(_Share):
             return None
 
 
+class MacroF1(_Metric):
+    """Mean over the labels that are predicted or right of F1 = 2 TP / (2 TP + FP + FN), ignoring white space around."""
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        guesses, truths = ([text.strip() for text in texts] for texts in (predictions, (row[0] for row in references)))
+        hits = Counter(guess for guess, truth in zip(guesses, truths) if guess == truth)
+        both = Counter(guesses) + Counter(truths)  # 2 TP + FP + FN
+        return {self.name: sum(2 * hits[label] / count for label, count in both.items()) / len(both)}
+
+
 class Bleu(_Metric):
     """Corpus BLEU of sacrebleu with its defaults (13a tokens, exponential smoothing), 0 to 100."""
 
@@ -102,6 +113,7 @@ METRICS = {
     "number_match": NumberMatch,
     "bleu": Bleu,
     "rouge_l": RougeL,
+    "macro_f1": MacroF1,
 }
 
 

@@ -2,7 +2,8 @@
 
 The papers' rule: the evaluation set is the validation split where there is one, else the test split. Below
 10,000 training examples, one half of the evaluation set is dev and the other half is test. Otherwise 1,000
-training examples are dev and the whole evaluation set is test.
+training examples are dev and the whole evaluation set is test. ``whole`` does that with smaller training sets too, of
+which a fifth is dev.
 
 All choices depend on sizes and keys alone, not on the run's seed, so that runs with different seeds compare.
 """

@@ -82,10 +82,11 @@ def load(config: TaskConfig) -> Task:
         kept, taken = splits.hold_out([item.prompt for item in train], min(2 * splits.HELD_OUT, len(train) // 5))
         held = _merge(_pick(train, taken)) if free else _pick(train, taken)
         train, (dev, test) = _pick(train, kept), (_pick(held, half) for half in splits.halves(len(held)))
-    elif len(train) < splits.SMALL:
+    elif config.splits == "paper" and len(train) < splits.SMALL:
         dev, test = (_pick(held_out[0], indices) for indices in splits.halves(len(held_out[0])))
     else:
-        kept, taken = splits.hold_out([item.prompt if free else index for index, item in enumerate(train)])
+        keys = [item.prompt if free else index for index, item in enumerate(train)]
+        kept, taken = splits.hold_out(keys, min(splits.HELD_OUT, len(train) // 5))
         train, dev, test = _pick(train, kept), _pick(train, taken), held_out[0]
         dev = _merge(dev) if free else dev
     train, dev, test = (_pick(split, splits.limited(len(split), config.limit)) for split in (train, dev, test))

@@ -91,7 +91,7 @@ def test_a_methods_key_overrides_what_later_stages_set_themselves():
     _, planned = recipe.plan("run", ["recipe=idaicl_gpt2_large", "method.templates=15", "method.draws=1"], None)
     methods = {name: composed.config.method for name, composed in planned}
     assert {(method.templates, method.draws) for method in methods.values()} == {(15, 1)}
-    assert methods["fit"].calibration == "ida" and methods["conca"].calibration == "conca"
+    assert methods["idaicl"].calibration == "ida" and methods["conca"].calibration == "conca"
 
 
 def test_beams_of_the_shipped_recipe_want_generated_answers():

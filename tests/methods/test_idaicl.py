@@ -296,6 +296,28 @@ def test_a_share_holds_in_the_statistics_and_in_the_prompts():
         assert gained == pytest.approx(expected, abs=1e-4) and gained[0] > gained[1]
 
 
+def test_a_wording_may_have_label_words_of_its_own():
+    other = "{template: 'Review: {sentence}\\nQuality:', label_words: [bad, good]}"
+    run = lrk("train", *QUICK, f"task.templates=[{other}]", "method=idaicl", "method.templates=2", "evaluate.shots=2")
+    alone = lrk(
+        "train", *QUICK, "task.template='Review: {sentence}\\nQuality:'", "task.label_words=[bad,good]",
+        "method=idaicl", "evaluate.shots=2",
+    )  # fmt: skip
+    rows = json.loads((run.path / "arrangements.json").read_text())
+    assert rows[1]["accuracy"] == alone.metrics["test/accuracy"]
+    found, about = statistics_files.load(run.path / "statistics")
+    assert torch.equal(found["1.mean"], statistics_files.load(alone.path / "statistics")[0]["0.mean"])
+    assert about["templates"][1]["label_words"] == ["bad", "good"]
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    own, others = (AnswerProcessor.from_folder(run.path / "statistics", model, 0, index) for index in (0, 1))
+    assert (
+        set(own.following[()])
+        != set(others.following[()])
+        == set(AnswerProcessor.from_folder(alone.path / "statistics", model, 0).following[()])
+    )
+    assert lrk("evaluate", f"run={run.path}").metrics["test/accuracy"] == run.metrics["test/accuracy"]
+
+
 def test_curves_cover_the_values_asked_for(fitted):
     run = lrk("evaluate", f"run={fitted.path}", "method.strengths=[0.0,0.5]", "method.taus=[0,1]", "method.templates=1")
     assert {"strength.png", "tau.png"} <= {path.name for path in (run.path / "plots").iterdir()}

@@ -44,6 +44,13 @@ def test_shares_are_means():
     assert compute("accuracy", ["a", "b", "c", "d"], ["a", "x", "x", "d"]) == {"accuracy": 0.5}
 
 
+def test_macro_f1_is_the_mean_over_labels():
+    guesses, truths = ["a", "a", "a ", "b", "c", "a"], ["a", "a", "b", "b", "a", "a"]
+    expected = (2 * 3 / (4 + 4) + 2 * 1 / (1 + 2) + 0 / (1 + 0)) / 3  # a, b, and c, which is never right
+    assert compute("macro_f1", guesses, truths) == {"macro_f1": pytest.approx(expected)}
+    assert correct("macro_f1", guesses, truths) is None
+
+
 @pytest.mark.parametrize(
     ("prediction", "value"),
     [("2 + 2\n#### 1,234", 1), ("#### 9\n#### $1234.00", 1), ("1234", 0), ("#### x", 0), ("", 0)],

@@ -17,7 +17,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.tasks import sources, splits
 from lowrank_cli.tasks.batches import Batches, batch_indices, share
-from lowrank_cli.tasks.task import columns, content_free, template_hash
+from lowrank_cli.tasks.task import columns, content_free, flipped, template_hash
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
 
@@ -59,7 +59,7 @@ ROWS = {
     "sst5": [{"text": "fine", "label": 3, "label_text": "positive"}],
     "mr": [{"text": "fine", "label": 1}],
     "cr": [{"text": "fine", "label": 1, "label_text": "positive"}],
-    "amazon": [{"label": 1, "title": "Good", "content": "fine"}],
+    "amazon": [{"id": "en_1", "text": "fine", "label": 3, "label_text": "3"}],
     "subj": [{"text": "fine", "label": 1, "label_text": "subjective"}],
     "agnews": [{"text": "A bank lends.", "label": 2}],
     "dbpedia": [{"label": 5, "title": "Boat", "content": "A boat."}],
@@ -70,18 +70,18 @@ ROWS = {
 READ = {
     "sst2": ("Review: fine\nSentiment:", " positive", 1),
     "rte": ('It rains.\nDoes it follow that "It is wet."?\nAnswer:', " yes", 0),
-    "trec": ("Question: Who ?\nIt asks for:", " human", 3),
+    "trec": ("Question: Who ?\nType:", " human", 3),
     "boolq": ("Question: is ice cold\nAnswer:", " yes", 1),
     "arc_easy": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
     "openbookqa": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
     "sst5": ("Review: fine\nSentiment:", " good", 3),
     "mr": ("Review: fine\nSentiment:", " positive", 1),
     "cr": ("Review: fine\nSentiment:", " positive", 1),
-    "amazon": ("Review: fine\nSentiment:", " positive", 1),
+    "amazon": ("Review: fine\nSentiment:", " good", 3),
     "subj": ("Input: fine\nType:", " subjective", 1),
-    "agnews": ("Article: A bank lends.\nTopic:", " business", 2),
-    "dbpedia": ("Article: A boat.\nKind:", " vehicle", 5),
-    "cb": ("It rains.\nQuestion: it is wet\nTrue, false or neither?\nAnswer:", " neither", 2),
+    "agnews": ("Input: A bank lends.\nType:", " business", 2),
+    "dbpedia": ("Input: A boat.\nType:", " transportation", 5),
+    "cb": ("Premise: It rains.\nHypothesis: it is wet\nPrediction:", " neither", 2),
     "gsm8k": ("Question: 2 + 2?\nAnswer:", " Add.\n#### 4", None),
     "e2e_nlg": ("name : Zizzi\nIn words:", " It is Zizzi .", None),
 }
@@ -98,15 +98,45 @@ def test_rows_read_as(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_wording_of_a_task_reads_its_rows(name):
-    templates = [config(name).template, *config(name).templates]
-    prompts = [tasks.examples(config(name, template=text), ROWS[name], "rows")[0].prompt for text in templates]
-    assert len(set(prompts)) == len(prompts)
+    wordings = config(name).wordings()
+    read = [
+        tasks.examples(config(name, template=text, label_words=words, templates=[]), ROWS[name], "rows")[0]
+        for text, words in wordings
+    ]
+    assert len({(example.prompt, example.choices) for example in read}) == len(read)
+    assert len({example.label for example in read}) == 1
     if name in ("sst2", "sst5", "mr", "cr", "amazon"):
-        assert len(prompts) >= 6
+        assert len(read) >= 6
     if config(name).answer == "labels":
-        for text in templates:
+        for text, _ in wordings:
             probe = content_free(config(name, template=text), {key: f"<{key}>" for key in columns(text)})
             assert all(f"<{key}>" in probe.prompt for key in columns(text)) and columns(text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"template": "{sentence}"}, "is neither a template nor {template: TEXT"),
+        ({"template": "{sentence}", "label_words": ["a"]}, "must be 2 different words"),
+        ({"template": "{sentence}", "label_words": ["a", "A"]}, "must be 2 different words"),
+        ({"template": "{sentence}", "label_words": [False, True]}, "must be words (quote numbers and yes, no"),
+        ({"template": "same", "label_words": ["a", "b"]}, "'same' names no {column}"),
+        (3, "3 is neither a template"),
+    ],
+)
+def test_a_wording_that_cannot_be_read_is_refused(entry, message):
+    with pytest.raises(UserError) as caught:
+        config("sst2", templates=[entry])
+    assert message in str(caught.value) and str(caught.value).startswith("task.templates")
+
+
+def test_an_example_the_other_way_round():
+    (example,) = tasks.examples(config("cb"), ROWS["cb"][:1], "rows")
+    entailed, *_ = flipped(config("cb"), example)
+    assert entailed.prompt == "Prediction: true" and entailed.label == 0
+    assert entailed.answer == "\nPremise: It rains.\nHypothesis: it is wet" and entailed.choices == (entailed.answer,)
+    bare = config("cb", template="{premise} {hypothesis}")
+    assert flipped(bare, tasks.examples(bare, ROWS["cb"][:1], "rows")[0])[2].prompt == "neither"
 
 
 def test_each_column_of_an_input_without_content_has_its_own_text():
@@ -312,6 +342,14 @@ def test_large_training_set_gives_a_thousand_to_dev(tmp_path):
     assert (len(task.train), len(task.dev), len(task.test)) == (9_000, 1_000, 5)
     assert {e.text for e in task.train}.isdisjoint(e.text for e in task.dev)
     assert {e.label for e in tasks.load(config("sst2", path=path, limit=20)).train} == {0, 1}
+
+
+def test_the_whole_evaluation_set_may_be_the_test(tmp_path):
+    path = write(tmp_path / "data", train=reviews(50), validation=reviews(7, 50_000))
+    task = tasks.load(config("sst2", path=path, splits="whole"))
+    assert (len(task.train), len(task.dev), len(task.test)) == (40, 10, 7)
+    assert not {example.prompt for example in task.train} & {example.prompt for example in task.dev}
+    assert config("cb").splits == "whole"
 
 
 def test_given_splits(tmp_path):

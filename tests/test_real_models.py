@@ -22,6 +22,7 @@ from lowrank_cli import methods
 from lowrank_cli.adapter.files.export import as_lora, lora_error
 from lowrank_cli.adapter.target_sites import known_sites
 from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.calibration.ida import IdaSoftmax, statistics
 from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.choice_scores import Prefix, candidate_scores
@@ -223,3 +224,17 @@ def test_a_broken_run_resumes_bit_for_bit_and_is_exported(name, method):
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest magnitude expected."""
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+
+
+@torch.no_grad()
+def test_the_closed_form_keeps_its_digits_on_a_real_head(bare, batch):
+    last = batch["attention_mask"].sum(dim=1) - 1
+    features = bare.model(**batch).last_hidden_state[torch.arange(len(PROMPTS)), last]  # (B, D)
+    found = statistics(features, torch.zeros(len(PROMPTS), dtype=torch.long), 1)
+    head, tokens = bare.get_output_embeddings().weight, [100, 2000]
+    ours = IdaSoftmax(head, found.mean, found.factor, 0.5, tokens)(features @ head.t(), torch.tensor([tokens] * 3))
+    weight, mean, factor = head.double(), found.mean.double(), found.factor.double()
+    for column, token in enumerate(tokens):
+        apart = weight - weight[token]  # (V, D)
+        moved = apart @ (features.double() + 0.5 * mean).t() + 0.25 * (apart @ factor.t()).square().sum(1, keepdim=True)
+        torch.testing.assert_close(ours[:, column].double(), -moved.logsumexp(dim=0), rtol=1e-5, atol=1e-3)

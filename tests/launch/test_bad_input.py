@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from command import one_line
 
 from lowrank_cli import methods
 from lowrank_cli.cli import call

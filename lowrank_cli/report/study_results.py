@@ -25,6 +25,9 @@ class StudyRecord(TypedDict):
     groups: dict[PlainName, list[PlainName]]  # group → tasks
 
 
+UNGROUPED = "all"  #: the one group of a study that names none; its sections are named after the model
+
+
 @dataclass
 class StudyResults:
     """The finished cells of a study; a cell is one seed of one arm on one task of a group."""
@@ -90,7 +93,8 @@ def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
         pools = study.record.get("pools", {}).items()
         pooled = [row for pool, members in pools if (row := _pool(pool, [rows[arm] for arm in members if arm in rows]))]
         if rows:
-            section = new_section(group, task, name, [*rows.values(), *pooled])
+            model = results[0].model if list(study.record["groups"]) == [UNGROUPED] else group
+            section = new_section(model, task, name, [*rows.values(), *pooled])
             section.without_metric = len(results) - sum(len(row.values) for row in rows.values())
             sections.append(section)
     return sections

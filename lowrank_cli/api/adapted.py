@@ -241,7 +241,7 @@ class Adapter:
             >>> with torch.no_grad(), adapter.disabled():
             ...     reference = model(**batch).logits
         """
-        if not self._adapter.linears:
+        if not (self._adapter.linears or self._adapter.tuner):
             raise UserError(f"disabled: {self.config.name} trains the model's own weights, so there is no bare model")
         return self._adapter.disabled()
 

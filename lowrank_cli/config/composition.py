@@ -435,9 +435,10 @@ def _adding(override: Override) -> str:
 
 def _refuse_added(cfg: DictConfig, given: Sequence[Override]) -> None:
     """Refuse what :func:`_adding` let through where the method has no such mapping."""
-    kind = methods.config_classes().get(OmegaConf.select(cfg, "method.name", default=None))
-    for override in given:
-        if f"{override.key}.".startswith(OPEN) and not (kind and knows(kind, override.key.split(".")[1])):
+    added = [override for override in given if f"{override.key}.".startswith(OPEN)]
+    kind = methods.config_classes().get(OmegaConf.select(cfg, "method.name", default=None)) if added else None
+    for override in added:
+        if not (kind and knows(kind, override.key.split(".")[1])):
             raise UserError(unknown_key(override.key, [f"method.{item.name}" for item in fields(kind)] if kind else []))
 
 

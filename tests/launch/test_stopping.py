@@ -44,6 +44,7 @@ def test_a_parent_that_has_ended_already_is_noticed():
 
 IMPORTING = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a script's background
 class Cli:
     def main(): os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C before the command line handles it
 sys.modules["lowrank_cli.cli"] = Cli

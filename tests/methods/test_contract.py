@@ -253,7 +253,11 @@ def test_every_recipe_of_the_bundled_model_runs(name):
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name not in ("recipe", "study") and not p.stem.startswith("_")],
+    [
+        p
+        for p in sorted(CONF.glob("*/*.yaml"))
+        if p.parent.name not in ("recipe", "study") and not p.stem.startswith("_")
+    ],
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_config_file_composes_and_says_what_it_is(path):

@@ -49,7 +49,7 @@ def trial(seed: int, box: Box, samples: Samples) -> dict[str, float] | None:
     ended = box.judged(command.wait(60), codes=(0, *STOPPED))
     made = set(box.work.glob("outputs/2*/*")) - before
     if ended.code == 0:  # the work was over when the signal came
-        if unfinished := [folder.name for folder in made if _status(folder) != "done"]:
+        if unfinished := [folder.name for folder in made if _status(folder) not in (None, "done")]:
             raise Failed(f"exit code 0, but {unfinished[0]} is not done")
         return None
     assert ended.stopped_after is not None
@@ -58,15 +58,15 @@ def trial(seed: int, box: Box, samples: Samples) -> dict[str, float] | None:
     if made:  # before that there is nothing to go on with
         _says(ended.err)
     for folder in made:
-        if (status := _status(folder)) != "interrupted":
+        if (status := _status(folder)) not in (None, "interrupted"):
             raise Failed(f"{folder.name} says {status} after the stop")
     return {f"{verb} {number.name}": round(ended.stopped_after, 3)}
 
 
-def _status(folder: Path) -> str:
-    """Of a run or a sweep."""
-    (file,) = (file for name in ("run.json", "sweep.json") if (file := folder / name).is_file())
-    return json.loads(file.read_text())["status"]
+def _status(folder: Path) -> str | None:
+    """Of a run or a sweep; None for a sweep that was stopped before it began."""
+    files = [file for name in ("run.json", "sweep.json") if (file := folder / name).is_file()]
+    return json.loads(files[0].read_text())["status"] if files else None
 
 
 def _continued(

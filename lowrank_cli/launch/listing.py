@@ -18,11 +18,11 @@ from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
 from lowrank_cli.report.run_results import LOWER_IS_BETTER
 from lowrank_cli.runs import Run, scan
+from lowrank_cli.runs.records import STATUSES
 from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig, parse_overrides
 from lowrank_cli.terminal import Terminal
 
 FILTERS = ("method", "task", "model", "hardware", "recipe", "study", "stage", "seed", "status")  #: of lrk list runs
-STATUSES = ("done", "failed", "interrupted", "running", "pending")
 Stages = list[tuple[str, Composed]]  #: what would run, by name: stages, or the jobs of a sweep
 
 

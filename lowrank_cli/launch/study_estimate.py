@@ -15,7 +15,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.inference import progress
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.study_plan import Cell, Job, Plan
-from lowrank_cli.launch.tuning import first, trials
+from lowrank_cli.launch.tuning import trials
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.runs import Run
 
@@ -76,7 +76,7 @@ def estimate(plan: Plan, workers: int, config_dir: str | None) -> float | None:
 
 def _probe(plan: Plan, cell: Cell) -> Job | None:
     """A few steps of a cell; None for one that trains none or reads what is not there yet."""
-    job = plan.run(cell, _values(plan, cell), plan.config.seeds[0])
+    job = plan.example(cell)
     reads = any(f"{{{name}}}" in word for word in job.overrides for name in plan.steps(cell.group))
     if job.verb != "train" or reads:
         return None
@@ -84,13 +84,8 @@ def _probe(plan: Plan, cell: Cell) -> Job | None:
 
 
 def _full(plan: Plan, cell: Cell, config_dir: str | None) -> Composed:
-    job = plan.run(cell, _values(plan, cell), plan.config.seeds[0])
+    job = plan.example(cell)
     return stage.check(job.verb, list(job.overrides), config_dir)
-
-
-def _values(plan: Plan, cell: Cell) -> dict[str, object]:
-    tune = plan.tune(cell.group)
-    return {key: first(tune.search[key]) for key in plan.searched(cell)} if tune else {}
 
 
 def _seconds(folder: Path, composed: Composed) -> float | None:

@@ -95,6 +95,12 @@ class Plan:
     def run(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
         return self._job(f"{RUNS}/{cell}/{seed}", cell, values, seed)
 
+    def example(self, cell: Cell) -> Job:
+        """The run of a cell with the first seed and, of what is searched, the first values."""
+        tune = self.tune(cell.group)
+        values = {key: first(tune.search[key]) for key in self.searched(cell)} if tune else {}
+        return self.run(cell, values, self.config.seeds[0])
+
     def _job(self, folder: str, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
         verb, own = self._arm(cell)
         group, task = self.groups[cell.group], self.tasks(cell.group)[cell.task]
@@ -190,10 +196,8 @@ def composed_cells(plan: Plan, config_dir: str | None) -> dict[Cell | tuple[str,
         for name, composed in steps.items():
             found[group, name] = composed
         for cell in (cell for cell in plan.cells() if cell.group == group):
-            tune = plan.tune(group)
-            values = {key: first(tune.search[key]) for key in plan.searched(cell)} if tune else {}
-            found[cell] = _checked(plan.run(cell, values, config.seeds[0]), str(cell), steps, config_dir)
-            if values and tune:
+            found[cell] = _checked(plan.example(cell), str(cell), steps, config_dir)
+            if (tune := plan.tune(group)) and plan.searched(cell):
                 _require_metric(tune.metric, found[cell], str(cell))
     return found
 

@@ -12,6 +12,7 @@ from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.run_results import STUDY, Result, empty_row, new_section, own_metric, result_of, row_of
 from lowrank_cli.runs import Run
+from lowrank_cli.schema.study import UNGROUPED
 
 
 class StudyRecord(TypedDict):
@@ -23,9 +24,6 @@ class StudyRecord(TypedDict):
     pools: NotRequired[dict[PlainName, list[PlainName]]]
     seeds: list[int]
     groups: dict[PlainName, list[PlainName]]  # group → tasks
-
-
-UNGROUPED = "all"  #: the one group of a study that names none; its sections are named after the model
 
 
 @dataclass
@@ -93,6 +91,7 @@ def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
         pools = study.record.get("pools", {}).items()
         pooled = [row for pool, members in pools if (row := _pool(pool, [rows[arm] for arm in members if arm in rows]))]
         if rows:
+            # without groups, sections are named after the model
             model = results[0].model if list(study.record["groups"]) == [UNGROUPED] else group
             section = new_section(model, task, name, [*rows.values(), *pooled])
             section.without_metric = len(results) - sum(len(row.values) for row in rows.values())

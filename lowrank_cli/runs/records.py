@@ -8,13 +8,8 @@ from lowrank_cli.reader import Count, Finite, PlainName, Where
 from lowrank_cli.schema import VERBS
 
 Stage = Annotated[str, Where(VERBS.__contains__, f"one of {', '.join(VERBS)}")]
-Status = Annotated[
-    str,
-    Where(
-        ("done", "failed", "interrupted", "running", "pending").__contains__,
-        "one of done, failed, interrupted, running, pending",
-    ),
-]
+STATUSES = ("done", "failed", "interrupted", "running", "pending")
+Status = Annotated[str, Where(STATUSES.__contains__, f"one of {', '.join(STATUSES)}")]
 Picture = Annotated[PlainName, Where(lambda name: name.endswith(".png"), "the name of a .png file")]
 Table = list[list[float | None]]
 

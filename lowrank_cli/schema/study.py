@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from lowrank_cli.errors import UserError, require_choice, require_range, unknown
 
 SAMPLERS = ("grid", "random", "tpe")
+UNGROUPED = "all"  #: the one group of a study that names none
 RANGE = ("low", "high", "log")  #: keys of a range in a search
 
 
@@ -158,7 +159,7 @@ class StudyConfig:
 
     def active(self) -> dict[str, StudyGroup]:
         """The groups that run."""
-        groups = self.groups or {"all": StudyGroup()}
+        groups = self.groups or {UNGROUPED: StudyGroup()}
         return {name: group for name, group in groups.items() if name in (self.only or groups)}
 
     def tasks_of(self, group: StudyGroup) -> dict[str, Any]:

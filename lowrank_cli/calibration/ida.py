@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,8 +39,13 @@ def log_softmax(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def together(rules: Sequence[TokenRule]) -> TokenRule:
-    """One rule that applies several rules to the same logits."""
-    return lambda logits, tokens: torch.stack([rule(logits, tokens) for rule in rules])  # S × (N, C) -> (S, N, C)
+    """One rule that applies several rules to the same logits, equal ones once."""
+
+    def apply(logits: Tensor, tokens: Tensor) -> Tensor:
+        scores = {rule: rule(logits, tokens) for rule in dict.fromkeys(rules)}
+        return torch.stack([scores[rule] for rule in rules])  # S × (N, C) -> (S, N, C)
+
+    return apply
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,26 @@ def offsets(head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens:
 
 
 class IdaSoftmax:
-    """The rule −log q(y) for the answer ``tokens``; offsets are computed once."""
+    """The rule −log q(y) for the answer ``tokens``; offsets are computed once, when they are first needed.
+
+    Rules with the same statistics (the same tensors), strength and tokens are equal.
+    """
 
     def __init__(self, head: Tensor, mean: Tensor, factor: Tensor, strength: float, tokens: Iterable[int]):
         self.tokens = torch.tensor(sorted(set(tokens)), device=head.device)  # (Y,)
-        self.offsets = offsets(head, mean, factor, strength, self.tokens)  # (Y, V)
+        self.strength, self._statistics = strength, (head, mean, factor)
+        self._key = (strength, tuple(self.tokens.tolist()), *map(id, self._statistics))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IdaSoftmax) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """o of each answer token, (Y, V)."""
+        return offsets(*self._statistics, self.strength, self.tokens)
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """−log q under logits (N, V) of tokens (N, C) among the answers': (N, C)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
@@ -25,11 +25,15 @@ class Result:
     probes: int = 0  #: further inputs that were scored
     oracles: dict[str, float] = field(default_factory=dict)  #: values of the metric by name, see :func:`with_oracles`
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        """An entry of ``arrangements.json``."""
-        values = {self.metric: self.value, **self.oracles}
-        return {**asdict(self.arrangement), **values, "demonstrations": self.demonstrations}
+
+def summaries(results: Sequence[Result], beside: Mapping[str, Sequence[Result]]) -> list[dict[str, Any]]:
+    """The entries of ``arrangements.json``: the metric, by the calibrations beside too, and what was shown."""
+    entries = []
+    for index, result in enumerate(results):
+        others = {name: of[index].value for name, of in beside.items()}
+        values = {result.metric: result.value, **result.oracles, **others}
+        entries.append({**asdict(result.arrangement), **values, "demonstrations": result.demonstrations})
+    return entries
 
 
 def with_oracles(

@@ -7,8 +7,9 @@ prompts of one arrangement share the KV cache of its demonstrations, and curves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def train(session: Session, run: Run) -> dict[str, float]:
             save(session, fitted, folder)
     session.accelerator.wait_for_everyone()
     (dev,) = arrangement_results(session, [calibrating_method(session)], fitted, "dev")
-    metrics = _metrics(session, dev, "dev") | evaluate(session, run, fitted, "test")
+    metrics = _metrics(session, dev, {}, "dev") | evaluate(session, run, fitted, "test")
     session.note_device(run)
     return metrics
 
@@ -59,9 +60,10 @@ def evaluate(session: Session, run: Run, fitted: Fitted, split: str) -> dict[str
     Writes ``arrangements.json``, ``predictions.jsonl`` (of the first arrangement) and ``figures.json``.
     """
     method = calibrating_method(session)
-    curves = method.variants()
-    variants = [variant for by_value in curves.values() for variant in by_value.values()]
+    curves, beside = method.variants(), method.beside()
+    variants = [*beside.values(), *(variant for by_value in curves.values() for variant in by_value.values())]
     results, *others = arrangement_results(session, [method, *variants], fitted, split)
+    of_beside, others = dict(zip(beside, others)), others[len(beside) :]
     if method.plan().oracles:
         words = [wording.task.label_words for wording in fitted.wordings]
         results = arrangement_stats.with_oracles(results, words, lambda rows: next(iter(score(session, rows).values())))
@@ -71,9 +73,34 @@ def evaluate(session: Session, run: Run, fitted: Fitted, split: str) -> dict[str
     for key, by_value in curves.items():
         of_key, others = others[: len(by_value)], others[len(by_value) :]
         figures.append(arrangement_stats.curve(key, list(by_value), of_key, split))
-    write_answers(run, with_correct(session, results[0].records), figures)
-    run.write_json("arrangements.json", [result.summary for result in results])
-    return _metrics(session, results, split)
+    write_answers(run, _with_shares(session, results, of_beside), figures)
+    run.write_json("arrangements.json", arrangement_stats.summaries(results, of_beside))
+    return _metrics(session, results, of_beside, split)
+
+
+def _with_shares(
+    session: Session, results: Sequence[Result], beside: Mapping[str, Sequence[Result]]
+) -> list[dict[str, Any]]:
+    """The records of the first arrangement, each with the share of all arrangements that answer it correctly.
+
+    ``correct_share`` is that of the method, where there are several; ``beside`` has those of the other calibrations.
+    """
+
+    def shares(of: Sequence[Result]) -> list[float] | None:
+        correct = [[record.get("correct") for record in with_correct(session, result.records)] for result in of]
+        if any(value is None for row in correct for value in row):
+            return None
+        return [sum(column) / len(column) for column in zip(*correct, strict=True)]
+
+    lines = with_correct(session, results[0].records)
+    if (own := shares(results)) is not None:
+        others = {name: shares(of) for name, of in beside.items()}
+        for index, line in enumerate(lines):
+            if len(results) > 1:
+                line["correct_share"] = own[index]
+            if others:
+                line["beside"] = {name: values[index] for name, values in others.items() if values}
+    return lines
 
 
 def arrangement_results(
@@ -97,14 +124,17 @@ def arrangement_results(
     return results
 
 
-def _metrics(session: Session, results: Sequence[Result], split: str) -> dict[str, float]:
+def _metrics(
+    session: Session, results: Sequence[Result], beside: Mapping[str, Sequence[Result]], split: str
+) -> dict[str, float]:
     trained, metric = session.adapter.count() if session.adapter else 0, f"{split}/{results[0].metric}"
-    oracles: dict[str, float] = {}
-    for name in results[0].oracles:
-        oracles |= arrangement_stats.metrics(f"{metric}_{name}", [result.oracles[name] for result in results])
+    others = {name: [result.oracles[name] for result in results] for name in results[0].oracles}
+    others |= {name: [result.value for result in of] for name, of in beside.items()}
+    measured = arrangement_stats.metrics(metric, [result.value for result in results])
+    for name, values in others.items():
+        measured |= arrangement_stats.metrics(f"{metric}_{name}", values)
     return {
-        **arrangement_stats.metrics(metric, [result.value for result in results]),
-        **oracles,
+        **measured,
         f"{split}/examples": len(results[0].records),
         "arrangements": len(results),
         "probes": results[0].probes,

@@ -32,11 +32,19 @@ class Wording:
     tensors: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Probes:
+    """Extra inputs of a variant; those of several variants are scored once where they are equal."""
+
+    texts: tuple[tuple[tuple[str, str], ...], ...]  #: content-free ones: (column, text) for each column
+    indices: tuple[int, ...]  #: into the pool
+
+
 class WordingScorer:
     """Scores queries under one wording.
 
     Args:
-        variants: variants of one method, with the same plan, probes and fitted tensors; they share forward passes.
+        variants: of one method, which show the same demonstrations; they share forward passes.
         head: the language model's head (V, D).
         seed: of the run that fitted the tensors; it drew the pool of examples.
     """
@@ -48,8 +56,8 @@ class WordingScorer:
         self.demonstrated = demonstrations.as_shown(self.plan, wording.task.config, self.pool)
         names = columns(wording.task.config.template)
         self.columns = {name: [example.columns[i] for example in self.pool] for i, name in enumerate(names)}
-        #: the scoring rule for the tokens of the answers, the same in all arrangements: fitted once
-        self.rule: RuleOf = cache(partial(self._rule, wording.tensors))
+        #: a variant's rule by the pool's statistics, the same in all arrangements
+        self.pool_rule = cache(lambda number, tokens: self.variants[number].rule(wording.tensors, self.head, tokens))
         self.sets = cache(lambda shots: demonstrations.sets(self.plan, shots, self.pool, session.config.seed))
         #: hidden states of the pool's prompts (n, D)
         self.features = cache(lambda: last_hidden(session, [example.prompt for example in self.pool]))
@@ -59,29 +67,40 @@ class WordingScorer:
         """Each variant's answers to the queries."""
         own = self.plan.per_query and shots > 0
         of_all = [] if own else self._ordered(arrangement, [self.sets(shots)[arrangement.draw]])[0]
-        texts, unlabelled = self._probes(arrangement, of_all)
         sets = self._own_sets(arrangement, queries, shots) if own else [of_all] * len(queries)
-        probes = [*(texts * len(queries) if own else texts), *unlabelled]
-        probe_sets = [of_all] * len(probes)
-        if own:
-            probe_sets = [chosen for chosen in sets for _ in texts] + self._own_sets(arrangement, unlabelled, shots)
-        tensors = self._fit_shown(sets) if self.plan.shown else self.wording.tensors
-        rule = partial(self._rule, tensors) if self.plan.shown else self.rule
-        scores = self._scores([*probes, *queries], [*probe_sets, *sets], shots, rule)  # (S, M + Q, C)
+        inputs, input_sets = list(queries), list(sets)
+        of_variants = [self._probes(variant, arrangement, of_all) for variant in self.variants]
+        spans: dict[_Probes, slice] = {}
+        for probes in dict.fromkeys(of_variants):
+            texts, unlabelled = self._probe_examples(probes)
+            start = len(inputs)
+            inputs += [*(texts * len(queries) if own else texts), *unlabelled]
+            input_sets += [chosen for chosen in sets for _ in texts] if own else [of_all] * len(texts)
+            input_sets += self._own_sets(arrangement, unlabelled, shots) if own else [of_all] * len(unlabelled)
+            spans[probes] = slice(start, len(inputs))
+        shown = self._fit_shown(sets) if any(variant.plan().shown for variant in self.variants) else {}
+        scores = self._scores(inputs, input_sets, shots, partial(self._rule, shown))  # (S, Q + M, C)
         results = []
-        for variant, of_variant in zip(self.variants, scores, strict=True):
-            probe_scores, query_scores = of_variant[: len(probes)], of_variant[len(probes) :]  # (M, C), (Q, C)
-            if own and texts:
-                probe_scores = probe_scores.unflatten(0, (len(queries), len(texts)))  # (Q * M, C) -> (Q, M, C)
-            calibrated = variant.adjust(tensors, probe_scores, query_scores)  # (Q, C)
+        for variant, probes, of_variant in zip(self.variants, of_variants, scores, strict=True):
+            query_scores, probe_scores = of_variant[: len(queries)], of_variant[spans[probes]]  # (Q, C), (M, C)
+            if own and probes.texts:
+                probe_scores = probe_scores.unflatten(0, (len(queries), -1))  # (Q * M, C) -> (Q, M, C)
+            calibrated = variant.adjust(self._tensors(variant, shown), probe_scores, query_scores)  # (Q, C)
             answers = records(queries, [choice(q, row) for q, row in zip(queries, calibrated.tolist(), strict=True)])
             ((metric, value),) = score(self.session, answers).items()
-            results.append(Result(arrangement, metric, value, None if own else of_all, answers, len(probes)))
+            count = spans[probes].stop - spans[probes].start
+            results.append(Result(arrangement, metric, value, None if own else of_all, answers, count))
         return results
 
-    def _rule(self, tensors: dict[str, Tensor], tokens: tuple[int, ...]) -> TokenRule:
-        """The variants' rules for the answers' tokens, together."""
-        return together([variant.rule(tensors, self.head, tokens) for variant in self.variants])
+    def _rule(self, shown: dict[str, Tensor], tokens: tuple[int, ...]) -> TokenRule:
+        """The variants' rules for the answers' tokens, together; ``shown`` is fitted to the demonstrations shown."""
+        return together([
+            variant.rule(shown, self.head, tokens) if variant.plan().shown else self.pool_rule(number, tokens)
+            for number, variant in enumerate(self.variants)
+        ])  # fmt: skip
+
+    def _tensors(self, variant: Calibrates, shown: dict[str, Tensor]) -> dict[str, Tensor]:
+        return shown if variant.plan().shown else self.wording.tensors
 
     def _scores(
         self,
@@ -119,14 +138,18 @@ class WordingScorer:
     def _ordered(self, arrangement: Arrangement, sets: list[list[int]]) -> list[list[int]]:
         return [demonstrations.ordered(chosen, arrangement, self.session.config.seed) for chosen in sets]
 
-    def _probes(self, arrangement: Arrangement, shown: list[int]) -> tuple[list[Example], list[Example]]:
-        """The method's extra inputs: content-free prompts, and examples that are not among the demonstrations."""
+    def _probes(self, variant: Calibrates, arrangement: Arrangement, shown: list[int]) -> _Probes:
+        """A variant's extra inputs; it does not see the demonstrations among them."""
         unseen = sorted(set(range(len(self.pool))) - set(shown))
         rng = Random(f"{self.session.config.seed} {arrangement.draw}")
-        texts, indices = self.variants[0].probes(self.columns, unseen, rng)
+        texts, indices = variant.probes(self.columns, unseen, rng)
         assert not (texts and indices), "a method probes with one of the two"
+        return _Probes(tuple(tuple(values.items()) for values in texts), tuple(indices))
+
+    def _probe_examples(self, probes: _Probes) -> tuple[list[Example], list[Example]]:
         config = self.wording.task.config
-        return [content_free(config, values) for values in texts], [self.pool[index] for index in indices]
+        texts = [content_free(config, dict(values)) for values in probes.texts]
+        return texts, [self.pool[index] for index in probes.indices]
 
     def _fit_shown(self, sets: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The method's tensors, fitted to the demonstrations in ``sets``."""

@@ -42,6 +42,14 @@ COMPARISON = "comparison"  #: folder of the tables and plots for a paper
 LOCKS = ".devices"  #: of the study's folder: the locks by which its processes share GPUs
 
 
+class View(TypedDict):
+    """One of ``views`` of ``study.json``."""
+
+    arm: str
+    metric: str
+    bound: bool
+
+
 class Ledger(TypedDict):
     """``study.json``."""
 
@@ -49,6 +57,7 @@ class Ledger(TypedDict):
     baseline: str
     arms: list[str]
     pools: dict[str, list[str]]
+    views: dict[str, View]
     seeds: list[int]
     groups: dict[str, list[str]]
     config_dir: str | None
@@ -122,6 +131,7 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
         "baseline": study.baseline,
         "arms": list(study.arms),
         "pools": study.pools,
+        "views": {name: {"arm": v.arm, "metric": v.metric, "bound": v.bound} for name, v in study.views.items()},
         "seeds": study.seeds,
         "groups": {group: list(plan.tasks(group)) for group in plan.groups},
         "config_dir": config_dir and str(Path(config_dir).resolve()),

@@ -18,7 +18,7 @@ over its tokens, each by the rule above with the same μ and Σ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = ("ida", "none", "conca", "dconca", "proca")
 CHOICES = ("random", "similar", "dissimilar", "imbalanced")
+#: Keys that may differ among calibrations that share the model's passes.
+BESIDE = ("calibration", "statistics", "strength", "tau", "probes", "unlabelled")
 
 
 @dataclass
@@ -66,7 +68,10 @@ class IDAICLConfig(MethodConfig):
     #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many. No other
     #: calibration sees unlabelled examples
     unlabelled: int = MISSING
-    strengths: list[float] = MISSING  #: values of ``strength`` for a curve, all out of the run's own passes
+    #: name: keys, such as ``{plain: {calibration: none}}``: other calibrations of the same answers, out of the same
+    #: passes of the model; their metrics end with the name
+    beside: dict[str, Any] = field(default_factory=dict)
+    strengths: list[float] = MISSING  #: values of ``strength`` of ``ida`` for a curve, out of the same passes too
     taus: list[float] = MISSING  #: values of ``tau`` for a curve, likewise
     #: score P(query | answer), with the answer in front of the query, as channel in-context learning does. ``ida`` then
     #: keeps Y × V numbers for the Y different tokens of the queries
@@ -93,8 +98,6 @@ class IDAICLConfig(MethodConfig):
         for key in ("strengths", "taus"):
             for value in getattr(self, key):
                 require_range(f"method.{key}", value, 0)
-            if getattr(self, key) and self.calibration != "ida":
-                raise UserError(f"method.{key}: a curve of calibration=ida; method.calibration is {self.calibration}")
         if self.examples is not None:
             require_range("method.examples", self.examples, 2)
         if self.calibration == "proca" and self.demonstrations in ("similar", "dissimilar"):
@@ -116,6 +119,24 @@ class IDAICLConfig(MethodConfig):
             raise UserError(
                 f"method.draws: {self.draws}, but {self.demonstrations} demonstrations are not drawn; set 1"
             )
+        for name, keys in self.beside.items():
+            self._validate_beside(f"method.beside.{name}", keys)
+
+    def _validate_beside(self, where: str, keys: Any) -> None:
+        if not isinstance(keys, Mapping):
+            raise UserError(f"{where}: '{keys}' names no keys, such as {{calibration: none}}")
+        for key in keys:
+            require_choice(where, key, BESIDE)
+        if self.statistics == "shown" and keys.get("statistics") == "train":
+            raise UserError(f"{where}.statistics: train needs method.statistics=train, with which they are fitted")
+        try:
+            self.other(**keys).validate()
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('method.')}") from None
+
+    def other(self, **keys: Any) -> IDAICLConfig:
+        """This configuration with other ``keys``, by itself."""
+        return replace(self, beside={}, strengths=[], taus=[], **keys)
 
 
 class IDAICL(Method):
@@ -190,7 +211,10 @@ class IDAICL(Method):
     def variants(self) -> dict[str, dict[float, Calibrates]]:
         c = self.config
         curves: dict[str, dict[float, Calibrates]] = {
-            "strength": {value: IDAICL(replace(c, strength=value)) for value in sorted(c.strengths)},
-            "tau": {value: IDAICL(replace(c, tau=value)) for value in sorted(c.taus)},
+            "strength": {v: IDAICL(c.other(calibration="ida", strength=v)) for v in sorted(c.strengths)},
+            "tau": {v: IDAICL(c.other(calibration="ida", tau=v)) for v in sorted(c.taus)},
         }
         return {key: methods for key, methods in curves.items() if methods}
+
+    def beside(self) -> dict[str, Calibrates]:
+        return {name: IDAICL(self.config.other(**keys)) for name, keys in self.config.beside.items()}

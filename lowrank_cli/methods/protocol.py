@@ -254,10 +254,11 @@ class Calibrates(Protocol):
         ...
 
     def variants(self) -> dict[str, dict[float, Calibrates]]:
-        """For each key with a curve to plot, the method at each value.
+        """For each key with a curve to plot, the method at each value; all show the same demonstrations."""
+        ...
 
-        All share plan, probes and fitted tensors, so one pass of the model serves them all.
-        """
+    def beside(self) -> dict[str, Calibrates]:
+        """Further calibrations to report, by name; all show the same demonstrations."""
         ...
 
 

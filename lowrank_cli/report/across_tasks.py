@@ -17,7 +17,7 @@ def across_tasks(sections: Sequence[Section]) -> list[AcrossTasks]:
     grouped: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for section in sections:
         for row in section.rows:
-            if row.baseline is not None and row.difference is not None:
+            if row.baseline is not None and row.difference is not None and not row.bound:
                 name = row.label if (section.model, row.method) in several else row.method
                 differences = _differences(row, row.baseline, section.metric)
                 grouped.setdefault((section.model, name), {})[section.task] = differences

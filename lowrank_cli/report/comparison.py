@@ -49,6 +49,8 @@ class Row:
     std: float | None  #: sample standard deviation over seeds; None for one seed
     pool: tuple[str, ...] = ()  #: of a study: the arms that ``values`` are the mean of
     pool_values: dict[int, list[float]] = field(default_factory=dict)  #: seed → metric of each of these arms
+    view: str = ""  #: of a study: the calibration beside the runs' own that ``values`` are of, or a bound
+    bound: bool = False  #: ``values`` were found with the test labels: they are tested against nothing
     runs: dict[int, list[Path]] = field(default_factory=dict)  #: seed → run folder; of a pool, one for each arm
     answers: dict[int, list[Path]] = field(default_factory=dict)  #: seed → folder with its predictions.jsonl, likewise
     trainable: float | None = None  #: parameters; these four are medians over the seeds

@@ -26,7 +26,7 @@ MIN_SEEDS = 3  #: of every row, for one of them to be marked best
 
 def mark_best(section: Section) -> None:
     """Mark the first row if its interval is beyond that of every other, and all have enough seeds."""
-    rows = [row for row in section.rows if not row.pool]
+    rows = [row for row in section.rows if not (row.pool or row.bound)]
     if len(rows) < 2 or any(len(row.values) < MIN_SEEDS for row in rows):
         return
     first, *others = rows
@@ -39,7 +39,7 @@ def mark_pareto(section: Section) -> None:
     sign = -1 if section.lower_is_better else 1
 
     def points(cost: str) -> list[tuple[Row, float, float]]:
-        known = [(row, getattr(row, cost)) for row in section.rows if not row.pool]
+        known = [(row, getattr(row, cost)) for row in section.rows if not (row.pool or row.view)]
         return [(row, sign * row.median, value) for row, value in known if value is not None]
 
     fronts = {cost: pareto_front(points(cost)) for cost in COSTS}
@@ -100,6 +100,8 @@ def difference(row: Row, baseline: Row, metric: str) -> Difference | None:
     if not by_seed:
         return None
     differences = list(by_seed.values())
+    if row.bound:
+        return Difference(fmean(differences), len(differences), None)
     table = _answers_table(row, baseline, list(by_seed), metric)
     examples = None if table is None else table.shape[1]
     result = Difference(fmean(differences), len(differences), examples, sign_flip=sign_flip_test(differences))
@@ -145,7 +147,7 @@ def _answers_of(row: Row, seed: int, metric: str) -> list[Answers] | None:
     values = row.pool_values[seed] if row.pool else [row.values[seed]]
     if len(folders) != len(values):
         return None
-    runs = [answers(folder, metric, value) for folder, value in zip(folders, values, strict=True)]
+    runs = [answers(folder, metric, value, row.view) for folder, value in zip(folders, values, strict=True)]
     known = [one for one in runs if one is not None]
     return known if len(known) == len(runs) else None
 

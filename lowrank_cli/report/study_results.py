@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NotRequired, TypedDict
@@ -15,6 +16,14 @@ from lowrank_cli.runs import Run
 from lowrank_cli.schema.study import UNGROUPED
 
 
+class ViewRecord(TypedDict):
+    """Another metric of an arm's runs, see :class:`lowrank_cli.schema.study.StudyView`."""
+
+    arm: PlainName
+    metric: str
+    bound: bool
+
+
 class StudyRecord(TypedDict):
     """The keys of ``study.json`` that a comparison reads."""
 
@@ -22,6 +31,7 @@ class StudyRecord(TypedDict):
     baseline: PlainName
     arms: list[PlainName]
     pools: NotRequired[dict[PlainName, list[PlainName]]]
+    views: NotRequired[dict[PlainName, ViewRecord]]
     seeds: list[int]
     groups: dict[PlainName, list[PlainName]]  # group → tasks
 
@@ -90,13 +100,30 @@ def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
                 rows[arm] = row_of(arm, "", name, measured)
         pools = study.record.get("pools", {}).items()
         pooled = [row for pool, members in pools if (row := _pool(pool, [rows[arm] for arm in members if arm in rows]))]
+        views = study.record.get("views", {}).items()
+        viewed = [row for view, record in views if (row := _view(view, record, name, arms.get(record["arm"], {})))]
         if rows:
             # without groups, sections are named after the model
             model = results[0].model if list(study.record["groups"]) == [UNGROUPED] else group
-            section = new_section(model, task, name, [*rows.values(), *pooled])
+            section = new_section(model, task, name, [*rows.values(), *pooled, *viewed])
             section.without_metric = len(results) - sum(len(row.values) for row in rows.values())
             sections.append(section)
     return sections
+
+
+def _view(name: str, record: ViewRecord, metric: str, by_seed: Mapping[int, Result]) -> Row | None:
+    """Another metric of an arm's runs; None without one. Costs are the arm's: one pass gave both."""
+    viewed = {}
+    for seed, result in by_seed.items():
+        values = {end: result.metrics.get(f"{metric}_{record['metric']}{end}") for end in ("", "_std", "_worst")}
+        if values[""] is not None:
+            metrics = {f"{metric}{end}": value for end, value in values.items() if value is not None}
+            viewed[seed] = replace(result, metrics=metrics)
+    if not viewed:
+        return None
+    row = row_of(name, "", metric, viewed)
+    row.view, row.bound = record["metric"], record["bound"]
+    return row
 
 
 def _pool(name: str, members: list[Row]) -> Row | None:

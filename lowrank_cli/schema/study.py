@@ -85,6 +85,15 @@ class StudyGroup:
 
 
 @dataclass
+class StudyView:
+    """Another figure of an arm's runs as a row of its own, such as a calibration that was scored beside the arm's."""
+
+    arm: str = MISSING
+    metric: str = MISSING  #: what stands behind the metric's name and ``_``: ``conca`` for ``test/accuracy_conca``
+    bound: bool = False  #: it was found with the test labels: shown and never tested, for no method can have it
+
+
+@dataclass
 class StudyConfig:
     """Which arms are compared, on which tasks, over which seeds.
 
@@ -104,13 +113,14 @@ class StudyConfig:
     pools: dict[str, list[str]] = field(
         default_factory=dict
     )  #: name: arms whose mean is one more arm; tuned as the first
+    views: dict[str, StudyView] = field(default_factory=dict)  #: name: an arm and a metric of its runs; costs no runs
     prepare: dict[str, list[str]] = field(default_factory=dict)  #: name: verb and overrides; run once for each seed
     tune: Optional[TuneConfig] = None  #: how arms are tuned first; null compares them as they are
     folders: dict[str, Optional[str]] = field(default_factory=dict)  #: name: a folder or file of this machine
     extra: list[str] = field(default_factory=list)  #: overrides after all others: those of the command line
 
     def validate(self) -> None:
-        for key in ("arms", "tasks", "groups", "pools", "prepare", "folders"):
+        for key in ("arms", "tasks", "groups", "pools", "views", "prepare", "folders"):
             require_names(f"study.{key}", getattr(self, key))
         if not self.arms:
             raise UserError("study.arms: there is none; name what is compared, NAME: [method=NAME]")
@@ -128,6 +138,14 @@ class StudyConfig:
             for member in members:
                 if member not in self.arms:
                     raise unknown(f"study.pools.{pool}", member, self.arms)
+        for name, view in self.views.items():
+            for key in ("arm", "metric"):
+                if getattr(view, key) == MISSING:
+                    raise UserError(f"study.views.{name}.{key}: missing; a view is {{arm: NAME, metric: NAME}}")
+            if name in self.arms or name in self.pools:
+                raise UserError(f"study.views.{name}: is the name of an arm or a pool too")
+            if view.arm not in self.arms:
+                raise unknown(f"study.views.{name}.arm", view.arm, self.arms)
         if taken := sorted({*self.folders} & {*self.steps(), "seed"}):
             raise UserError(
                 f"study.folders.{taken[0]}: {{{taken[0]}}} means something else already; choose another name"

@@ -27,7 +27,7 @@ SETTINGS = {"name": "gpu_4bit", "device": "cuda", "precision": "bf16", "processe
 BLOCK = 64  # weights that share a scale
 NEAR = {"atol": 3e-2, "rtol": 3e-2}  # bf16, with sums in another order
 
-#: Methods of ours that leave the model's weights as they are. LeLoRA does with fixed windows, which :func:`adapted` sets.
+#: Our methods that leave the model's weights as they are. LeLoRA does with the fixed windows that :func:`adapted` sets.
 KEEP_WEIGHTS = [name for name in small.TRAINABLE if name != "peft" and not small.method(name).rewrites()]
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

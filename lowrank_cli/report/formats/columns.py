@@ -11,6 +11,7 @@ from lowrank_cli.report.tables import NONE
 
 STAR = "★"
 PARETO = "◆"
+BOUND = "†"
 LABELS = ("method", "setting")
 
 
@@ -32,7 +33,11 @@ def section_columns(section: Section, baseline: str | None) -> Columns:
         return lambda row: NONE if row.difference is None else show(row.difference)
 
     columns: dict[str, tuple[bool, str, Callable[[Row], str]]] = {
-        "method": (True, "label", lambda row: f"{row.method} {STAR}" if row.best else row.method),
+        "method": (
+            True,
+            "label",
+            lambda row: f"{row.method} {STAR if row.best else BOUND if row.bound else ''}".rstrip(),
+        ),
         "setting": (any(row.setting for row in rows), "label", lambda row: row.setting),
         "n": (True, "quality", lambda row: str(len(row.values))),
         "median": (True, "quality", lambda row: number(row.median)),

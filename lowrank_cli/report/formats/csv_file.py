@@ -42,6 +42,7 @@ def _row(section: Section, row: Row, baseline: str | None) -> dict[str, Any]:
         "arrangement_std": row.arrangement_std,
         "arrangement_worst": row.arrangement_worst,
         "best": row.best,
+        "bound": row.bound,
         "baseline": baseline,
         **_difference(row.difference),
         "trainable_parameters": row.trainable,

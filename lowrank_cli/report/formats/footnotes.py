@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowrank_cli.report.comparison import Comparison, Row
-from lowrank_cli.report.formats.columns import PARETO, STAR
+from lowrank_cli.report.formats.columns import BOUND, PARETO, STAR
 
 
 def footnotes(comparison: Comparison) -> list[str]:
@@ -49,6 +49,7 @@ def _differences(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
         "that this test, uncorrected, would find with 80 % power; smaller ones can easily be missed."
     )
     compared = [row for row in rows if row.difference is not None]
+    compared = [row for row in compared if not row.bound]
     without = [row.label for row in compared if row.difference is not None and row.difference.examples is None]
     if len(without) < len(compared):
         rest = f", except for {', '.join(dict.fromkeys(without))} (seeds alone)" if without else ""
@@ -71,6 +72,8 @@ def _marks(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
     if repeated and any(len(section.rows) > 1 for section in comparison.sections):
         starred = any(row.best for row in rows)
         yield f"{STAR} {rule}." if starred else f"No row is marked best: that needs that {rule}."
+    if any(row.bound for row in rows):
+        yield f"{BOUND} a bound, found with the test labels: no method can have it, and it is not tested."
     if any(row.pareto for row in rows):
         yield f"{PARETO} Pareto front: no other row has a median at least as good at this cost or less."
 

@@ -46,12 +46,16 @@ def _section(section: Section, baseline: str | None) -> str:
     headers.append("Parameters")
     lines = [_row(row, settings, baseline) for row in section.rows]
     against = f" $\\Delta$: mean difference from {escape(baseline)}, paired by seed." if baseline is not None else ""
-    return _table(f"{escape(section.title)}.{against}", f"{section.model}-{section.task}", 1 + settings, headers, lines)
+    bounds = r" $\dagger$: a bound, found with the test labels." if any(row.bound for row in section.rows) else ""
+    return _table(
+        f"{escape(section.title)}.{against}{bounds}", f"{section.model}-{section.task}", 1 + settings, headers, lines
+    )
 
 
 def _row(row: Row, settings: bool, baseline: str | None) -> list[str]:
     mean = number(row.mean) if row.std is None else f"${number(row.mean)} \\pm {number(row.std)}$"
-    cells = [escape(row.method), *([escape(row.setting)] if settings else []), str(len(row.values))]
+    name = escape(row.method) + (r"$^\dagger$" if row.bound else "")
+    cells = [name, *([escape(row.setting)] if settings else []), str(len(row.values))]
     cells += [number(row.median), mean, *(_difference(row.difference) if baseline is not None else [])]
     cells.append(NONE if row.trainable is None else count(row.trainable))
     return [f"\\textbf{{{cells[0]}}}", *cells[1:]] if row.best else cells

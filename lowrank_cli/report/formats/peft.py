@@ -23,7 +23,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     """Write ``<model>--<task>/<method>--<model>-<setting>-seed<seed>.json`` for each run of the comparison."""
     for section in comparison.sections:
         for row in section.rows:
-            for seed, folders in row.runs.items() if not row.pool else ():
+            for seed, folders in row.runs.items() if not (row.pool or row.view) else ():
                 experiment = "-".join(filter(None, [section.model, row.setting, f"seed{seed}"]))
                 try:
                     record = experiment_record(Run.open(folders[0]), section, row, seed, f"{row.method}/{experiment}")

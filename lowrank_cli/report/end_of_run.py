@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from lowrank_cli.runs import Run
 
 #: In ``arrangements.json``: bounds found with the labels of the test set, and what their rows are called.
-ORACLES = {"oracle: one offset": "oracle_all_sets", "oracle: an offset each": "oracle_each_set"}
+ORACLES = {"oracle_all_sets": "oracle: one offset", "oracle_each_set": "oracle: an offset each"}
+VARIED = ("draw", "permutation", "template")
 
 
 def end_of_run(run: Run, selective: str = "") -> RenderableType:
@@ -51,8 +52,11 @@ def end_of_run(run: Run, selective: str = "") -> RenderableType:
         add(grid, "status", status_text(run))
         if info.get("error"):
             add(grid, "error", first_line(info["error"]))
+    arranged = "arrangements.json"
+    ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
+    in_table = tuple(f"test/{metric}_" for metric in _measured(ways)[:1]) if len(ways) > 1 else ()
     rows: list[tuple[str, str | Text]] = [
-        *_learned(metrics),
+        *_learned({name: value for name, value in metrics.items() if not name.startswith(in_table)}),
         *_asked(run),
         *_cost(info, metrics),
         *_others(info, metrics),
@@ -65,8 +69,6 @@ def end_of_run(run: Run, selective: str = "") -> RenderableType:
         add(grid, "holds", ", ".join(held))
     border = STATUS_STYLES.get(info.get("status", ""), "none")
     panel = Panel.fit(grid, title=Text(run_title(info)), border_style=border)
-    arranged = "arrangements.json"
-    ways = run.read_json(arranged) if run.done and (run.path / arranged).is_file() else []
     folder = _whole(f"  folder: {shown(run.path)}")
     table = [spread_table(ways)] if len(ways) > 1 else []
     return Group(
@@ -77,22 +79,26 @@ def end_of_run(run: Run, selective: str = "") -> RenderableType:
 def spread_table(arrangements: Sequence[dict[str, Any]]) -> RenderableType:
     """Mean, sample standard deviation and worst case over arrangements of demonstrations: all, and by what varies.
 
-    Bounds by an oracle are the last rows.
+    Then all by the other calibrations and by the bounds of an oracle.
     """
-    varied = ("draw", "permutation", "template")
-    metric = next(key for key in arrangements[0] if key not in (*varied, "demonstrations"))
+    metric, *others = _measured(arrangements)
     groups = {"all": list(arrangements)}
-    for key in varied:
-        groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in varied if other != key)]
+    for key in VARIED:
+        groups[f"{key}s"] = [row for row in arrangements if not any(row[other] for other in VARIED if other != key)]
     table = Fitted(f"{metric} over demonstrations", ["", "n", "mean", "std", "worst"], leave_out=[])
     groups_of = [(name, metric, rows) for name, rows in groups.items()]
-    groups_of += [(name, key, groups["all"]) for name, key in ORACLES.items() if key in arrangements[0]]
+    groups_of += [(ORACLES.get(key, key), key, groups["all"]) for key in sorted(others, key=lambda key: key in ORACLES)]
     for name, key, rows in groups_of:
         values = [row[key] for row in rows]
         if len(values) > 1:
             figures = [number(figure) for figure in (fmean(values), stdev(values), min(values))]
             table.rows.append([name, str(len(values)), *figures])
     return table
+
+
+def _measured(arrangements: Sequence[dict[str, Any]]) -> list[str]:
+    """The metric that every arrangement was measured by, then that by other calibrations and oracles."""
+    return [key for key in arrangements[0] if key not in (*VARIED, "demonstrations")] if arrangements else []
 
 
 def next_steps(run: Run, selective: str = "") -> list[Text]:

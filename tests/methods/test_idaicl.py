@@ -194,7 +194,7 @@ def test_content_free_inputs_stand_behind_the_demonstrations_of_their_query(fitt
     ((examples, prompts),) = asked
     assert len(prompts) == 3 * 24
     before = [prompt.removesuffix(example.prompt) for prompt, example in zip(prompts, examples, strict=True)]
-    assert before[0:48:2] == before[1:48:2] == before[48:] and len(set(before)) > 20
+    assert before[24::2] == before[25::2] == before[:24] and len(set(before)) > 20
     assert json.loads((run.path / "arrangements.json").read_text())[0]["demonstrations"] is None
 
 
@@ -209,9 +209,10 @@ def test_evaluation_predicts_with_what_was_kept(fitted, monkeypatch):
 def test_without_augmentation_and_prior_it_is_plain_in_context_learning(fitted, shots):
     ours = lrk("evaluate", f"run={fitted.path}", *PLAIN, f"evaluate.shots={shots}", "method.templates=1", "seed=1")
     vanilla = lrk("evaluate", *QUICK, "method=none", f"evaluate.shots={shots}", "seed=1")
-    assert predictions(ours) == predictions(vanilla)
     off = lrk("evaluate", f"run={fitted.path}", "method.calibration=none", f"evaluate.shots={shots}", "seed=1")
-    assert predictions(off) == predictions(vanilla)
+    for run in (ours, off):
+        first = [{key: line[key] for key in line if key != "correct_share"} for line in predictions(run)]
+        assert first == predictions(vanilla)
 
 
 @pytest.mark.parametrize("kind", ["ida", "conca", "dconca", "proca"])
@@ -316,6 +317,23 @@ def test_a_wording_may_have_label_words_of_its_own():
         == set(AnswerProcessor.from_folder(alone.path / "statistics", model, 0).following[()])
     )
     assert lrk("evaluate", f"run={run.path}").metrics["test/accuracy"] == run.metrics["test/accuracy"]
+
+
+def test_other_calibrations_share_the_passes_and_answer_as_alone(fitted, asked, capsys):
+    common = [f"run={fitted.path}", "evaluate.shots=2", "method.templates=1", "method.draws=2", "method.unlabelled=5"]
+    beside = {"plain": "calibration: none", "shown": "statistics: shown", "proca": "calibration: proca"}
+    named = ", ".join(f"{name}: {{{keys}}}" for name, keys in beside.items())
+    run = lrk("evaluate", *common, f"method.beside={{{named}}}")
+    assert len(asked) == 2 and {len(examples) for examples, _ in asked} == {24 + 5}  # the queries, and PROCA's
+    assert "proca" in capsys.readouterr().out
+    for name, keys in beside.items():
+        alone = lrk("evaluate", *common, f"method.{keys.replace(': ', '=')}")
+        for end in ("", "_std", "_worst"):
+            assert run.metrics[f"test/accuracy_{name}{end}"] == alone.metrics[f"test/accuracy{end}"]
+        ours, theirs = predictions(run), predictions(alone)
+        assert [line["beside"][name] for line in ours] == [line["correct_share"] for line in theirs]
+    shares = [line["correct_share"] for line in predictions(run)]
+    assert sum(shares) / len(shares) == pytest.approx(run.metrics["test/accuracy"])
 
 
 def test_curves_cover_the_values_asked_for(fitted):
@@ -511,7 +529,13 @@ def test_options_without_effect_are_said(fitted, capsys):
         (["method.templates=99"], "method.templates: 99, but task=tiny_sentiment has"),
         (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
         (["method.demonstrations=similar", "method.draws=2"], "method.draws: 2, but similar demonstrations"),
-        (["method.taus=[1]", "method.calibration=none"], "method.taus: a curve of calibration=ida"),
+        (["method.beside={a: {draws: 2}}"], "method.beside.a: unknown value 'draws' (allowed: calibration, statistics"),
+        (["method.beside={a: none}"], "method.beside.a: 'none' names no keys, such as {calibration: none}"),
+        (
+            ["method.beside.a.calibration=idaa"],
+            "method.beside.a: calibration: unknown value 'idaa'; did you mean 'ida'",
+        ),
+        (["method.statistics=shown", "method.beside.a.statistics=train"], "method.beside.a.statistics: train needs"),
         (["model=minilm"], "method: 'idaicl' would leave the head of the encoder minilm random"),
     ],
 )

@@ -99,6 +99,40 @@ def test_a_pool_is_compared_by_the_mean_of_its_arms_answers(study):
     )
 
 
+def test_a_view_is_another_metric_of_an_arms_runs(study):
+    folder, fill = study
+    fill()
+    record = json.loads((folder / "study.json").read_text())
+    record["views"] = {
+        "calibrated": {"arm": "lora", "metric": "calibrated", "bound": False},
+        "oracle": {"arm": "lora", "metric": "oracle", "bound": True},
+    }
+    (folder / "study.json").write_text(json.dumps(record))
+    shares = {}
+    for seed in range(3):  # the calibration answers as another arm does
+        cell = folder / "runs" / "bundled" / "task_a" / "lora" / str(seed)
+        shares[seed] = right_answers("rslora", "task_a", seed)
+        lines = [json.loads(line) for line in (cell / "predictions.jsonl").read_text().splitlines()]
+        lines = [
+            {**line, "beside": {"calibrated": float(right)}} for line, right in zip(lines, shares[seed], strict=True)
+        ]
+        (cell / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        metrics = json.loads((cell / "metrics.json").read_text())
+        metrics |= {"test/accuracy_calibrated": fmean(shares[seed]), "test/accuracy_oracle": 1.0}
+        (cell / "metrics.json").write_text(json.dumps(metrics))
+    comparison = build_comparison([folder])
+    rows = {row.method: row for row in comparison.sections[0].rows}
+    assert rows["calibrated"].values == {seed: fmean(right) for seed, right in shares.items()}
+    assert "calibrated" not in {row.method for row in comparison.sections[1].rows}
+    ours, theirs = rows["calibrated"].difference, rows["rslora"].difference
+    assert (ours.low, ours.high, ours.examples) == (theirs.low, theirs.high, EXAMPLES)
+    bound = rows["oracle"]
+    assert bound.difference.mean > 0 and bound.difference.p_value is None and not bound.best
+    assert all(result.method != "oracle" for result in comparison.across_tasks)
+    text = formats.markdown(comparison)
+    assert "oracle †" in text and "† a bound, found with the test labels" in text
+
+
 def test_missing_cells_are_counted_and_refuse_nothing(study):
     folder, fill = study
     empty = build_comparison([folder])

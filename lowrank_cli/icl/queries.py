@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
@@ -37,7 +37,8 @@ class _Probes:
     """Extra inputs of a variant; those of several variants are scored once where they are equal."""
 
     texts: tuple[tuple[tuple[str, str], ...], ...]  #: content-free ones: (column, text) for each column
-    indices: tuple[int, ...]  #: into the pool
+    indices: tuple[int, ...]  #: examples of the pool
+    left_out: bool  #: these are the demonstrations, each of which follows the others
 
 
 class WordingScorer:
@@ -71,15 +72,20 @@ class WordingScorer:
         inputs, input_sets = list(queries), list(sets)
         of_variants = [self._probes(variant, arrangement, of_all) for variant in self.variants]
         spans: dict[_Probes, slice] = {}
-        for probes in dict.fromkeys(of_variants):
-            texts, unlabelled = self._probe_examples(probes)
+        same_set = len(inputs)
+        for probes in sorted(dict.fromkeys(of_variants), key=lambda probes: probes.left_out):
             start = len(inputs)
-            inputs += [*(texts * len(queries) if own else texts), *unlabelled]
-            input_sets += [chosen for chosen in sets for _ in texts] if own else [of_all] * len(texts)
-            input_sets += self._own_sets(arrangement, unlabelled, shots) if own else [of_all] * len(unlabelled)
+            for example, chosen in self._probe_inputs(probes, arrangement, sets if own else [of_all], shots):
+                inputs.append(example)
+                input_sets.append(chosen)
             spans[probes] = slice(start, len(inputs))
+            same_set = start if probes.left_out else len(inputs)
         shown = self._fit_shown(sets) if any(variant.plan().shown for variant in self.variants) else {}
-        scores = self._scores(inputs, input_sets, shots, partial(self._rule, shown))  # (S, Q + M, C)
+        rule = partial(self._rule, shown)
+        scores = self._scores(inputs[:same_set], input_sets[:same_set], shots, rule)  # (S, Q + M, C)
+        if same_set < len(inputs):  # by themselves, as prompts that share less would shorten the prefix of all
+            left_out = self._scores(inputs[same_set:], input_sets[same_set:], shots, rule)
+            scores = torch.cat([scores, left_out], dim=1)
         results = []
         for variant, probes, of_variant in zip(self.variants, of_variants, scores, strict=True):
             query_scores, probe_scores = of_variant[: len(queries)], of_variant[spans[probes]]  # (Q, C), (M, C)
@@ -142,14 +148,28 @@ class WordingScorer:
         """A variant's extra inputs; it does not see the demonstrations among them."""
         unseen = sorted(set(range(len(self.pool))) - set(shown))
         rng = Random(f"{self.session.config.seed} {arrangement.draw}")
-        texts, indices = variant.probes(self.columns, unseen, rng)
-        assert not (texts and indices), "a method probes with one of the two"
-        return _Probes(tuple(tuple(values.items()) for values in texts), tuple(indices))
+        probes = variant.probes(self.columns, unseen, rng)
+        texts = tuple(tuple(values.items()) for values in probes.texts)
+        return _Probes(texts, tuple(shown if probes.left_out else probes.examples), probes.left_out)
 
-    def _probe_examples(self, probes: _Probes) -> tuple[list[Example], list[Example]]:
-        config = self.wording.task.config
-        texts = [content_free(config, dict(values)) for values in probes.texts]
-        return texts, [self.pool[index] for index in probes.indices]
+    def _probe_inputs(
+        self, probes: _Probes, arrangement: Arrangement, sets: Sequence[list[int]], shots: int
+    ) -> Iterator[tuple[Example, list[int]]]:
+        """A variant's extra inputs, each with its demonstrations.
+
+        Args:
+            sets: one set of demonstrations for each query, or the one that all queries share.
+        """
+        texts = [content_free(self.wording.task.config, dict(values)) for values in probes.texts]
+        yield from ((text, chosen) for chosen in sets for text in texts)
+        examples = [self.pool[index] for index in probes.indices]
+        if probes.left_out:
+            before = [[other for other in probes.indices if other != index] for index in probes.indices]
+        elif self.plan.per_query and shots:
+            before = self._own_sets(arrangement, examples, shots)
+        else:
+            before = [sets[0]] * len(examples)
+        yield from zip(examples, before, strict=True)
 
     def _fit_shown(self, sets: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The method's tensors, fitted to the demonstrations in ``sets``."""

@@ -8,7 +8,8 @@ demonstrations' features and the share π_y of each answer among them, the predi
 (see ``calibration/ida.py``). ``train`` fits μ, Σ and π, once for each template; ``evaluate`` predicts with them, with
 ``evaluate.shots`` demonstrations in the prompt: 0 uses the statistics only. With ``statistics: shown`` there is nothing
 to fit before: each evaluation takes them from the demonstrations that it shows. λ = τ = 0 is plain in-context learning.
-``calibration`` selects a method that the paper compares with, on the same demonstrations.
+``calibration`` selects a method that the paper compares with, on the same demonstrations, or ``loo``, which is ours:
+each demonstration shown is asked after the others, and their mean answer tells how far a set pushes the answers.
 
 Reconstruction: the paper reads a demonstration's feature at its last position and leaves open whether that is after the
 answer (``features: answer``) or before it (``features: prompt``). The score of an answer of several tokens is the sum
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional
 from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_choice, require_range
-from lowrank_cli.methods.protocol import Calibrates, Method, Plan
+from lowrank_cli.methods.protocol import Calibrates, Method, Plan, Probes
 from lowrank_cli.schema import MethodConfig
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from lowrank_cli.calibration.ida import TokenRule
 
-CALIBRATIONS = ("ida", "none", "conca", "dconca", "proca")
+CALIBRATIONS = ("ida", "none", "conca", "dconca", "proca", "loo")
 CHOICES = ("random", "similar", "dissimilar", "imbalanced")
 #: Keys that may differ among calibrations that share the model's passes.
 BESIDE = ("calibration", "statistics", "strength", "tau", "probes", "unlabelled")
@@ -45,7 +46,8 @@ class IDAICLConfig(MethodConfig):
 
     made_with: ClassVar[tuple[str, ...]] = ("features", "examples", "share", "channel")
     #: ``ida``; ``none`` (plain in-context learning); ``conca``, ``dconca`` (divided by what content-free inputs give);
-    #: ``proca`` (a mixture over the answers' probabilities)
+    #: ``proca`` (a mixture over the answers' probabilities); ``loo``, of ours (divided by what the demonstrations shown
+    #: give on average, each asked after the others)
     calibration: str = MISSING
     strength: float = MISSING  #: λ of ``ida``: how far features are augmented, at least 0
     tau: float = MISSING  #: τ of ``ida``: how much the answers' shares in D are made up for
@@ -103,6 +105,10 @@ class IDAICLConfig(MethodConfig):
         if self.calibration == "proca" and self.demonstrations in ("similar", "dissimilar"):
             raise UserError(
                 f"method.demonstrations: proca asks examples of D, whose most {self.demonstrations} is known"
+            )
+        if self.calibration == "loo" and (self.per_query or self.demonstrations in ("similar", "dissimilar")):
+            raise UserError(
+                "method.calibration: loo asks the demonstrations of a set, so all queries need the same set"
             )
         if self.share is None and self.demonstrations == "imbalanced":
             raise UserError(
@@ -175,23 +181,21 @@ class IDAICL(Method):
             return log_softmax
         return IdaSoftmax(head, fitted["mean"], fitted["factor"], self.config.strength, tokens)
 
-    def probes(
-        self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
-    ) -> tuple[list[dict[str, str]], list[int]]:
+    def probes(self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random) -> Probes:
         """ConCa's content-free inputs; D-ConCa's random words of the domain; PROCA's unlabelled examples."""
         from lowrank_cli.calibration.contextual import CONTENT_FREE, random_texts
 
         kind = self.config.calibration
         if kind == "conca":
-            return [dict.fromkeys(columns, text) for text in CONTENT_FREE], []
+            return Probes([dict.fromkeys(columns, text) for text in CONTENT_FREE])
         if kind == "dconca":
             drawn = [random_texts(texts, self.config.probes, rng) for texts in columns.values()]
-            return [dict(zip(columns, row, strict=True)) for row in zip(*drawn, strict=True)], []
+            return Probes([dict(zip(columns, row, strict=True)) for row in zip(*drawn, strict=True)])
         if kind == "proca":
             if not unseen:
                 raise UserError("evaluate.shots: all examples are shown, and proca is fitted on others; show fewer")
-            return [], rng.sample(unseen, min(self.config.unlabelled, len(unseen)))
-        return [], []
+            return Probes(examples=rng.sample(unseen, min(self.config.unlabelled, len(unseen))))
+        return Probes(left_out=kind == "loo")
 
     def adjust(self, fitted: dict[str, torch.Tensor], probes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         from lowrank_cli.calibration import contextual, prototypes
@@ -202,7 +206,7 @@ class IDAICL(Method):
             return scores - prior(fitted["shares"], self.config.tau).to(scores)
         if kind == "conca":
             return scores - contextual.bias(probes)
-        if kind == "dconca":
+        if kind in ("dconca", "loo") and probes.shape[-2]:  # without demonstrations none is asked
             return scores - contextual.bias(probes.log_softmax(dim=-1))
         if kind == "proca":
             return prototypes.fit(probes, seed=0).posterior(scores)

@@ -216,6 +216,15 @@ class Plan:
     oracles: bool = False  #: report what offsets chosen with the queries' labels would give
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Inputs that a :class:`Calibrates` scores besides the queries; one kind of them, or none."""
+
+    texts: Sequence[Mapping[str, str]] = ()  #: artificial inputs: a text for each column of the template
+    examples: Sequence[int] = ()  #: indices of examples of D that are not in the prompt
+    left_out: bool = False  #: every demonstration, after the other ones of its set
+
+
 @runtime_checkable
 class Calibrates(Protocol):
     """Calibrates in-context answers of an unchanged model: ``train`` fits tensors, not weights."""
@@ -230,17 +239,12 @@ class Calibrates(Protocol):
         """The rule by which logits score the answers' ``tokens``, for a head (V, D)."""
         ...
 
-    def probes(
-        self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random
-    ) -> tuple[list[dict[str, str]], list[int]]:
+    def probes(self, columns: Mapping[str, Sequence[str]], unseen: Sequence[int], rng: Random) -> Probes:
         """Further inputs to score, besides the queries.
 
         Args:
             columns: D's texts for each column of the template.
             unseen: indices of the examples of D that are not in the prompt.
-
-        Returns:
-            Artificial inputs (a text for each column), or a subset of ``unseen``; the other is empty.
         """
         ...
 

@@ -336,6 +336,26 @@ def test_other_calibrations_share_the_passes_and_answer_as_alone(fitted, asked, 
     assert sum(shares) / len(shares) == pytest.approx(run.metrics["test/accuracy"])
 
 
+def test_each_demonstration_is_asked_after_the_others(fitted, asked):
+    common = [f"run={fitted.path}", "method.templates=1", "method.draws=1", "evaluate.shots=3"]
+    run = lrk("evaluate", *common, "method.calibration=loo")
+    (_, prompts), (left_out, their_prompts) = asked
+    shown = [
+        quick_task().train[i] for i in json.loads((run.path / "arrangements.json").read_text())[0]["demonstrations"]
+    ]
+    assert [example.prompt for example in left_out] == [example.prompt for example in shown]
+    for number, prompt in enumerate(their_prompts):
+        others = [example for index, example in enumerate(shown) if index != number]
+        assert prompt == "".join(f"{one.prompt}{one.answer}\n\n" for one in others) + shown[number].prompt
+    assert all(prompt.startswith(shown[0].prompt) for prompt in prompts)  # the queries, after all of them
+    plain = lrk("evaluate", *common, "method.calibration=none")
+    shifts = torch.tensor([line["scores"] for line in predictions(run)])
+    shifts -= torch.tensor([line["scores"] for line in predictions(plain)])
+    assert (shifts - shifts[0]).abs().max() < 1e-4 < shifts.abs().max()  # the same constants for every query
+    alone = lrk("evaluate", *common, "method.calibration=loo", "evaluate.shots=0")
+    assert predictions(alone) == predictions(lrk("evaluate", *common, "method.calibration=none", "evaluate.shots=0"))
+
+
 def test_curves_cover_the_values_asked_for(fitted):
     run = lrk("evaluate", f"run={fitted.path}", "method.strengths=[0.0,0.5]", "method.taus=[0,1]", "method.templates=1")
     assert {"strength.png", "tau.png"} <= {path.name for path in (run.path / "plots").iterdir()}
@@ -530,6 +550,10 @@ def test_options_without_effect_are_said(fitted, capsys):
         (["task=tiny_arithmetic"], "task.answer: tiny_arithmetic has task.answer=free"),
         (["method.demonstrations=similar", "method.draws=2"], "method.draws: 2, but similar demonstrations"),
         (["method.beside={a: {draws: 2}}"], "method.beside.a: unknown value 'draws' (allowed: calibration, statistics"),
+        (
+            ["method.calibration=loo", "method.per_query=true"],
+            "method.calibration: loo asks the demonstrations of a set",
+        ),
         (["method.beside={a: none}"], "method.beside.a: 'none' names no keys, such as {calibration: none}"),
         (
             ["method.beside.a.calibration=idaa"],

@@ -117,8 +117,9 @@ def _view(name: str, record: ViewRecord, metric: str, by_seed: Mapping[int, Resu
     for seed, result in by_seed.items():
         values = {end: result.metrics.get(f"{metric}_{record['metric']}{end}") for end in ("", "_std", "_worst")}
         if values[""] is not None:
-            metrics = {f"{metric}{end}": value for end, value in values.items() if value is not None}
-            viewed[seed] = replace(result, metrics=metrics)
+            others = {name: value for name, value in result.metrics.items() if not name.startswith(metric)}
+            own = {f"{metric}{end}": value for end, value in values.items() if value is not None}
+            viewed[seed] = replace(result, metrics={**others, **own})
     if not viewed:
         return None
     row = row_of(name, "", metric, viewed)

@@ -104,7 +104,7 @@ def plant(folder: Path, planted: dict[int, Site], seed: int, strength: float) ->
     print(f"  labels {counts.tolist()}, {changed:.0%} of the answers changed", flush=True)
     lines = [{"sentence": sentence, "label": label} for sentence, label in zip(sentences, after.tolist(), strict=True)]
     folder.mkdir(parents=True)
-    ends = {"test": TEST, "validation": TEST + DEV, "train": len(lines)}
+    ends = {"test": TEST, "dev": TEST + DEV, "train": len(lines)}
     start = 0
     for split, end in ends.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[start:end]))

@@ -149,9 +149,8 @@ def trial(reader: Reader, pool: Sequence[Example], queries: Sequence[Example], s
     for name, values in found.items():
         print(f"| {name} | {100 * mean(values):.1f} ± {100 * stdev(values):.1f} |")
     for name, values in {"IDAICL's": own, "the best": needed}.items():
-        print(
-            f"| spread of {name} offset over the sets, mean of labels | {torch.stack(values).std(dim=0).mean():.2f} nats |"
-        )
+        spread = torch.stack(values).std(dim=0).mean()
+        print(f"| spread of {name} offset over the sets, mean of labels | {spread:.2f} nats |")
 
 
 def main() -> None:

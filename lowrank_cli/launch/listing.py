@@ -16,7 +16,7 @@ from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, ve
 from lowrank_cli.errors import unknown
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.report import tables
-from lowrank_cli.report.run_results import LOWER_IS_BETTER
+from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.runs import Run, scan
 from lowrank_cli.runs.records import STATUSES
 from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig, parse_overrides
@@ -201,7 +201,7 @@ def print_runs(filters: Sequence[str], sort: str | None, limit: int | None, outp
         scores = {run.path: run.metrics[sort] for run in runs if run.done and sort in run.metrics}
         if runs and not scores:
             raise unknown("--sort", sort, dict.fromkeys(name for run in runs if run.done for name in run.metrics))
-        sign = 1 if sort.endswith(LOWER_IS_BETTER) else -1
+        sign = 1 if lower_is_better(sort) else -1
         runs = sorted((run for run in runs if run.path in scores), key=lambda run: sign * scores[run.path])
     if limit is not None:
         runs = runs[:limit] if sort is not None else runs[-limit:]

@@ -31,7 +31,7 @@ from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
 from lowrank_cli.report import number_format, path_format, tables
 from lowrank_cli.report.end_of_run import next_steps
-from lowrank_cli.report.run_results import LOWER_IS_BETTER
+from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.schema import StudyConfig
@@ -215,7 +215,7 @@ class _Study:
         for cell in dict.fromkeys(map(self.plan.tuned_as, self.plan.cells())):
             tune = self.plan.tune(cell.group)
             if tune and (keys := self.plan.searched(cell)):
-                searches[cell] = Search(tune, keys, tune.metric.endswith(LOWER_IS_BETTER))
+                searches[cell] = Search(tune, keys, lower_is_better(tune.metric))
         while trials := [(cell, values) for cell, search in searches.items() for values in search.propose()]:
             jobs = {
                 (cell, seed, number): self.plan.trial(cell, values, seed)

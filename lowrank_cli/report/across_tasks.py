@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from lowrank_cli.report.comparison import AcrossTasks, Row, Section
+from lowrank_cli.report.metric_names import is_loss
 from lowrank_cli.report.statistics import holm, mixed_mean, sign_flip_test
 
 
@@ -37,7 +38,7 @@ def _differences(row: Row, baseline: Row, metric: str) -> dict[int, float]:
     """Seed → difference on a scale that tasks share: log of losses (-0.1: about 10 % less), BLEU as 0 to 1."""
 
     def scaled(value: float) -> float:
-        return math.log(value) if metric.endswith("loss") else value / 100 if metric.endswith("bleu") else value
+        return math.log(value) if is_loss(metric) else value / 100 if metric.endswith("bleu") else value
 
     shared = sorted(row.values.keys() & baseline.values.keys())
     return {seed: scaled(row.values[seed]) - scaled(baseline.values[seed]) for seed in shared}

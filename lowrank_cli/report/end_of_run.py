@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.report import export_hints
+from lowrank_cli.report.metric_names import is_cost, quality
 from lowrank_cli.report.number_format import count, duration, number, size
 from lowrank_cli.report.path_format import shown, typed
 from lowrank_cli.report.selections import SETTING
@@ -22,9 +23,7 @@ from lowrank_cli.report.tables import (
     Fitted,
     add,
     first_line,
-    is_cost,
     jobs_table,
-    quality,
     run_title,
     status_text,
 )

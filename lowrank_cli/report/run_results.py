@@ -18,12 +18,12 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from lowrank_cli.errors import UserError, nearest
-from lowrank_cli.report import path_format, tables
+from lowrank_cli.report import path_format
 from lowrank_cli.report.comparison import Row, Section
+from lowrank_cli.report.metric_names import lower_is_better, main_metric
 from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs import Run
 
-LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
 ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
 #: Keys that name a run or change its speed, not what it learns or predicts.
 IRRELEVANT = {
@@ -246,15 +246,14 @@ def section_of(results: list[Result], metric: str | None) -> Section:
 
 def new_section(model: str, task: str, metric: str, rows: Sequence[Row]) -> Section:
     """A section with its rows from best median to worst."""
-    lower = metric.endswith(LOWER_IS_BETTER)
+    lower = lower_is_better(metric)
     return Section(model, task, metric, lower, sorted(rows, key=lambda row: row.median if lower else -row.median))
 
 
 def own_metric(results: list[Result]) -> str:
     """The task's metric on the test split, else the next best quality metric that any run has."""
     own = {result.config.get("task.metric", '""').strip('"') for result in results}
-    names = tables.quality(dict.fromkeys(name for result in results for name in result.metrics))
-    return min(names, key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in own), default="")
+    return main_metric((name for result in results for name in result.metrics), own)
 
 
 def _setting(result: Result, section: list[Result]) -> Setting:

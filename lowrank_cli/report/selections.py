@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lowrank_cli.reader import read_yaml
 from lowrank_cli.report import number_format, tables
+from lowrank_cli.report.metric_names import quality
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.records import Layers
 
@@ -57,7 +58,7 @@ def learned(stages: Sequence[tuple[str, Run | None]]) -> list[RenderableType]:
 
 
 def _metric(run: Run) -> str:
-    return next((name for name in tables.quality(run.metrics) if name.startswith("test/")), "")
+    return next((name for name in quality(run.metrics) if name.startswith("test/")), "")
 
 
 def _size(run: Run) -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.errors import UserError, escaped
+from lowrank_cli.report.metric_names import quality
 from lowrank_cli.report.number_format import duration, jobs_of, number
 from lowrank_cli.report.path_format import shown
 from lowrank_cli.runs.process import is_gone
@@ -30,18 +31,6 @@ STATUS_STYLES = {
     "broken": "red",
 }
 NONE = "–"
-_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
-
-
-def is_cost(metric: str) -> bool:
-    """Whether a metric counts time, memory, parameters, steps or examples, which say nothing of quality."""
-    return metric.endswith(_COSTS)
-
-
-def quality(metrics: dict[str, Any]) -> list[str]:
-    """Names of the metrics that say how good a model is: test before dev, losses last in each."""
-    named = [name for name in metrics if name.startswith(("test/", "dev/")) and not is_cost(name)]
-    return sorted(named, key=lambda name: (name.startswith("dev/"), name.endswith("loss")))
 
 
 def run_title(info: dict[str, Any]) -> str:
@@ -111,7 +100,7 @@ def jobs_table(jobs: Sequence[Run], metrics: Sequence[str] | None = None) -> Ren
     keys = dict.fromkeys(key for row in overrides for key in row)
     varying = [key for key in keys if len({row.get(key) for row in overrides}) > 1]
     results = [job.metrics if job.done else {} for job in jobs]
-    columns = metrics if metrics is not None else quality({name: None for row in results for name in row})[:2]
+    columns = metrics if metrics is not None else quality(name for row in results for name in row)[:2]
     unfinished = [job for job in jobs if not job.done]
     heading = jobs_of(len(jobs)) + (f", {len(unfinished)} not done" if unfinished else "")
     leave_out = [*reversed(varying), "time", *reversed(columns[1:])]  # a job's name says what varies

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from lowrank_cli.report.comparison import Comparison, Row
 from lowrank_cli.report.formats.columns import BOUND, PARETO, STAR
+from lowrank_cli.report.metric_names import is_loss
 
 
 def footnotes(comparison: Comparison) -> list[str]:
@@ -59,7 +60,7 @@ def _differences(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
     if any(d.pairs == 1 and d.examples for d in (row.difference for row in compared) if d is not None):
         yield "p of a single pair: McNemar's exact test over test examples; it says nothing about other seeds."
     if comparison.across_tasks:
-        losses = any(section.metric.endswith("loss") for section in comparison.sections)
+        losses = any(is_loss(section.metric) for section in comparison.sections)
         yield (
             f"All tasks together: mean difference{' of logarithms of losses' if losses else ''} with random effects of "
             "task and seed; the interval is for tasks like these. sign-flip: p over the means by seed, for these tasks."

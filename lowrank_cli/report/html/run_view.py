@@ -15,6 +15,7 @@ from lowrank_cli.report import number_format, tables
 from lowrank_cli.report.html import predictions
 from lowrank_cli.report.html.charts import figures, history
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
+from lowrank_cli.report.metric_names import in_words, quality
 from lowrank_cli.runs import Run, is_gone
 from lowrank_cli.schema import parse_overrides
 
@@ -53,10 +54,10 @@ def view(path: Path) -> RunView:
     info = run.info
     shown = RunView(path, tables.run_title(info), status_of(run), error=str(info.get("error") or ""))
     metrics: dict[str, Any] = _read(shown, lambda: run.metrics) or {}
-    named = [name for name in tables.quality(metrics) if not name.endswith(("_std", "_worst"))]
+    named = [name for name in quality(metrics) if not name.endswith(("_std", "_worst"))]
     if named:
-        shown.headline = f"{_words(named[0])} {metric(named[0], metrics[named[0]])}"
-    shown.quality = [(_words(name), metric(name, metrics[name])) for name in named[:4]]
+        shown.headline = f"{in_words(named[0])} {metric(named[0], metrics[named[0]])}"
+    shown.quality = [(in_words(name), metric(name, metrics[name])) for name in named[:4]]
     shown.metrics = [(name, metric(name, value)) for name, value in metrics.items()]
     shown.command = str(info.get("command") or "")
     shown.facts = list(_facts(info))
@@ -132,7 +133,3 @@ def _chosen(info: dict[str, Any]) -> list[tuple[str, str]]:
     groups = {str(group): str(name) for group, name in (info.get("choices") or {}).items()}
     typed = {item.key: item.value for item in parse_overrides(info.get("overrides") or []) if item.sets}
     return list((groups | typed).items())
-
-
-def _words(name: str) -> str:
-    return name.replace("/", " ").replace("_", " ")

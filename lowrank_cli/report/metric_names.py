@@ -1,0 +1,42 @@
+"""What a metric's name says of it: quality or cost, which direction is better, which metric of a run comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
+_LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
+
+
+def is_cost(name: str) -> bool:
+    """Whether the metric counts time, memory, parameters, steps or examples, which say nothing of quality."""
+    return name.endswith(_COSTS)
+
+
+def is_loss(name: str) -> bool:
+    return name.endswith("loss")
+
+
+def lower_is_better(name: str) -> bool:
+    return name.endswith(_LOWER_IS_BETTER)
+
+
+def quality(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that say how good a model is, without repeats: test before dev, losses last in each."""
+    named = [name for name in dict.fromkeys(names) if name.startswith(("test/", "dev/")) and not is_cost(name)]
+    return sorted(named, key=lambda name: (name.startswith("dev/"), is_loss(name)))
+
+
+def main_metric(names: Iterable[str], wanted: Iterable[str]) -> str:
+    """The metric to compare runs by; empty if none of ``names`` measures quality.
+
+    Args:
+        wanted: metrics of the runs' tasks, such as ``accuracy``. They come before others of the same split.
+    """
+    wanted = set(wanted)
+    return min(quality(names), key=lambda name: (name.startswith("dev/"), name.split("/")[1] not in wanted), default="")
+
+
+def in_words(name: str) -> str:
+    """``test/exact_match`` → ``test exact match``."""
+    return name.replace("/", " ").replace("_", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import hydra.version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -114,7 +116,16 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     search_path = create_config_search_path(f"file://{folders[-1]}")
     for folder in folders[:-1]:
         search_path.prepend("user", f"file://{folder}")
-    return ConfigLoaderImpl(search_path)
+    made = ConfigLoaderImpl(search_path)
+    made.repository = _Repository(search_path)
+    return made
+
+
+class _Repository(ConfigRepository):
+    """Hydra's repository without its deep copy, taken for every composition, which holds all registered schemas."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Repository:
+        return copy.copy(self)  # the copy may get other sources; nothing changes in one
 
 
 def _file(load: ConfigLoaderImpl, name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 import hydra.version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,6 +25,7 @@ from lowrank_cli.config.errors import Failure, explained, refuse_unsupported, un
 from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.config.keys import knows
+from lowrank_cli.config.parsed_once import ParsedOnce
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check
@@ -117,15 +116,8 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     for folder in folders[:-1]:
         search_path.prepend("user", f"file://{folder}")
     made = ConfigLoaderImpl(search_path)
-    made.repository = _Repository(search_path)
+    made.repository = ParsedOnce(search_path)
     return made
-
-
-class _Repository(ConfigRepository):
-    """Hydra's repository without its deep copy, taken for every composition, which holds all registered schemas."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Repository:
-        return copy.copy(self)  # the copy may get other sources; nothing changes in one
 
 
 def _file(load: ConfigLoaderImpl, name: str) -> Any:

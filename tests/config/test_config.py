@@ -157,6 +157,8 @@ def test_the_users_folder_comes_first():
     for choice in ("lora", "small"):
         composed = config.compose("train", [f"method={choice}"], "mine")
         assert composed.config.method.rank == 2 and composed.choices["method"] == choice
+    Path("mine/method/small.yaml").write_text(text.replace("rank: 2", "rank: 12"))
+    assert config.compose("train", ["method=small"], "mine").config.method.rank == 12
     assert config.compose("train", ["method=milora"], "mine").config.method.name == "milora"
     assert config.compose("train", ["method=lora"]).config.method.rank != 2
     assert "no folder 'yours'" in refused([], config_dir="yours")

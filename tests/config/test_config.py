@@ -68,16 +68,6 @@ def test_values_are_typed_and_lists_are_lists():
     assert composed.overrides == [*overrides, "method.alpha=4"]
 
 
-@pytest.mark.parametrize("group", folders.GROUPS)
-def test_every_shipped_file_composes_and_says_what_it_is(group):
-    for choice, path in folders.files(group).items():
-        named = ["model.id=org/hub"] if (group, choice) == ("model", "hub") else []  # it names no model of its own
-        composed = config.compose("train", [f"{group}={choice}", *named])
-        assert composed.choices[group] == choice
-        assert composed.resolved[group]["name"] == choice, path
-        assert len(folders.description(path)) > 5, path
-
-
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [

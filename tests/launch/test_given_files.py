@@ -153,9 +153,12 @@ CALLABLE = "{_target_: os.mkdir, path: acted}"
 CALL = {"_target_": "os.mkdir", "path": "acted"}
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
+def test_a_saved_launcher_is_a_name_and_plain_settings(fake_stages, lrk):
+    assert lrk("train", "-m", "seed=0,1", *STEPS).code == 0
+    (folder,) = runs()
+    interrupted(Run.open(next(folder.glob("*seed1"))))
+    ledger = json.loads((folder / "sweep.json").read_text())
+    for override in (
         f"+hydra.callbacks.x={CALLABLE}",
         f"hydra.callbacks.x={CALLABLE}",
         f"hydra.launcher.x={CALLABLE}",
@@ -166,17 +169,10 @@ CALL = {"_target_": "os.mkdir", "path": "acted"}
         "hydra.launcher.n_jobs=${oc.env:HOME}",
         "hydra.launcher.temp_folder=/somewhere/else",
         "outputs=elsewhere",
-    ],
-)
-def test_a_saved_launcher_is_a_name_and_plain_settings(fake_stages, lrk, override):
-    assert lrk("train", "-m", "seed=0,1", *STEPS).code == 0
-    (folder,) = runs()
-    interrupted(Run.open(next(folder.glob("*seed1"))))
-    ledger = json.loads((folder / "sweep.json").read_text())
-    ledger["launcher"] = [override]
-    (folder / "sweep.json").write_text(json.dumps(ledger))
-    assert override.partition("=")[0] in refused(lrk, "train", "-m", "--resume", str(folder))
-    assert not Path("acted").exists()
+    ):
+        (folder / "sweep.json").write_text(json.dumps(ledger | {"launcher": [override]}))
+        assert override.partition("=")[0] in refused(lrk, "train", "-m", "--resume", str(folder))
+        assert not Path("acted").exists()
     assert lrk("train", "-m", "--resume", str(folder), "hydra/launcher=basic").code == 0  # typed, so another is taken
 
 
@@ -232,19 +228,19 @@ def test_a_saved_launcher_is_read_as_it_was_typed():
 # ------------------------------------------------------------------------------------------ names and where they lead
 
 
-@pytest.mark.parametrize("name", ["../../../X", "/tmp/X", "..", "a/b", "", ".hidden", "a\0b"])
-def test_folders_of_ledgers_are_plain_names(fake_stages, lrk, name):
+def test_folders_of_ledgers_are_plain_names(fake_stages, lrk):
     assert lrk(*recipe()).code == 0
     run = Run.open("outputs/latest")
     interrupted(run)
     ledger = run.read_json("recipe.json")
-    ledger["stages"][1]["folder"] = name
-    run.write_json("recipe.json", ledger)
-    assert "recipe.json: stages[1].folder is " in refused(lrk, "run", "--resume", str(run.path))
     Path("sweep").mkdir()
-    Path("sweep/sweep.json").write_text(json.dumps({"stage": "train", "launcher": [], "jobs": [{"id": name}]}))
-    message = refused(lrk, "train", "-m", "--resume", "sweep")
-    assert "sweep.json: jobs[0].id is " in message and "expected a plain name, no path" in message
+    for name in ("../../../X", "/tmp/X", "..", "a/b", "", ".hidden", "a\0b"):
+        ledger["stages"][1]["folder"] = name
+        run.write_json("recipe.json", ledger)
+        assert "recipe.json: stages[1].folder is " in refused(lrk, "run", "--resume", str(run.path)), name
+        Path("sweep/sweep.json").write_text(json.dumps({"stage": "train", "launcher": [], "jobs": [{"id": name}]}))
+        message = refused(lrk, "train", "-m", "--resume", "sweep")
+        assert "sweep.json: jobs[0].id is " in message and "expected a plain name, no path" in message, name
 
 
 def test_a_link_does_not_lead_out_of_a_folder():
@@ -482,21 +478,25 @@ for key, value, message in (
     RUN_JSON[json.dumps({"stage": "train", "status": "done", "config_hash": "", key: value})] = message
 
 
-@pytest.mark.parametrize("text", RUN_JSON)
-def test_a_broken_neighbour_leaves_the_others_alone(made, lrk, text):
-    neighbour = made.path.with_name("broken")
-    neighbour.mkdir()
-    (neighbour / "run.json").write_text(text)
+def test_broken_neighbours_leave_the_others_alone(made, lrk):
+    neighbours = {made.path.with_name(f"broken{number}"): text for number, text in enumerate(RUN_JSON)}
+    for folder, text in neighbours.items():
+        folder.mkdir()
+        (folder / "run.json").write_text(text)
     listed = lrk("list", "runs")
     assert listed.code == 0 and made.path.name in listed.out and "0.5000" in listed.out
-    assert " broken " in listed.out and "run.json" in listed.out
-    assert [run.path for run in scan("outputs")[0]] == [made.path] and list(scan("outputs")[1]) == [neighbour]
+    assert listed.out.count("run.json") == len(neighbours)
+    for folder in neighbours:
+        (line,) = (line for line in listed.out.splitlines() if folder.name in line)
+        assert " broken " in line
+    assert [run.path for run in scan("outputs")[0]] == [made.path] and {*scan("outputs")[1]} == {*neighbours}
     assert lrk("evaluate").code == 0
     compared = lrk("compare")
     said = " ".join(compared.out.split())
     assert compared.code == 0 and "Left out as broken" in said and "lora" in said
-    assert RUN_JSON[text] in refused(lrk, "evaluate", f"run={neighbour}")
-    assert RUN_JSON[text] in refused(lrk, "train", "--resume", str(neighbour))
+    for folder, text in neighbours.items():
+        assert RUN_JSON[text] in refused(lrk, "evaluate", f"run={folder}")
+        assert RUN_JSON[text] in refused(lrk, "train", "--resume", str(folder))
 
 
 @pytest.mark.parametrize("text", ["[]", '{"test/accuracy": "high"}', '{"test/accuracy": [1]}', '{"a": true}'])

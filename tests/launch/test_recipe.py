@@ -69,10 +69,10 @@ def test_the_papers_settings():
 
 
 def advertised():
-    """Every command in the heading of a shipped recipe, without what is said of it."""
+    """Every command in the heading of a shipped recipe that changes it, without what is said of it."""
     for path in files("recipe").values():
         for line in Path(path).read_text().splitlines():
-            if found := re.match(r"#\s+lrk run (?!-m)(.*?)(?:\s{2,}|$)", line):
+            if found := re.match(r"#\s+lrk run (?!-m)(\S+ \S.*?)(?:\s{2,}|$)", line):
                 yield found[1]
 
 

@@ -6,6 +6,6 @@ from .bounded import run_trials
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["configurations", "data", "given"])
-def test_no_trial_fails(family, tmp_path):
-    run_trials(family, tmp_path)
+@pytest.mark.parametrize("families", [["configurations"], ["data", "given"]], ids=" ".join)
+def test_no_trial_fails(families, tmp_path):
+    run_trials(families, tmp_path)

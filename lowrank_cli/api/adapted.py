@@ -22,11 +22,11 @@ from lowrank_cli.api.batches import Batch
 from lowrank_cli.api.training import Training, trainer_callback
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import UserError, nearest, unknown
-from lowrank_cli.inference.adapter_run import method_of_adapter
 from lowrank_cli.methods.protocol import Adapts, Method, OwnRates
 from lowrank_cli.reader import read_yaml
 from lowrank_cli.runs import atomic_folder
 from lowrank_cli.schema import MethodConfig
+from lowrank_cli.session.adapter_run import method_of_adapter
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

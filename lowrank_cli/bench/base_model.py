@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import BenchRun
+from lowrank_cli.session.device import greet, prepare
 
 
 @dataclass(frozen=True)

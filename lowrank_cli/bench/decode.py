@@ -20,8 +20,7 @@ from lowrank_cli.bench.decode_rows import Sample, compared, figures, metrics, ro
 from lowrank_cli.bench.entries import available_methods, is_vllm
 from lowrank_cli.bench.memory import memory_meaning, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.rounds import in_turns
-from lowrank_cli.inference import progress
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BenchRun, DecodeBench
 
 __all__ = ["figures", "measure", "metrics"]

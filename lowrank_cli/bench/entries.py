@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from lowrank_cli.inference import progress
+from lowrank_cli.runs import progress
 from lowrank_cli.schema import PEFTS, VLLM, VLLM_LORA, BenchRun, MethodConfig
 
 

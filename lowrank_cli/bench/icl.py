@@ -22,12 +22,11 @@ from lowrank_cli.calibration.ida import log_softmax
 from lowrank_cli.icl.demonstrations import Arrangement, draw
 from lowrank_cli.icl.fit import Fitted, fit
 from lowrank_cli.icl.queries import WordingScorer
-from lowrank_cli.inference import progress
 from lowrank_cli.inference.choice_scores import answers, choice_scores, with_demonstrations
-from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BASE, BenchRun, EvaluateConfig, EvaluateRun, InContextBench
+from lowrank_cli.session.session import Session, start
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example
 

@@ -27,8 +27,7 @@ from lowrank_cli.bench.entries import available_methods, is_peft
 from lowrank_cli.bench.rounds import interleaved
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BenchRun
 
 __all__ = ["figures", "measure", "metrics"]

@@ -20,9 +20,8 @@ from lowrank_cli.bench.bench_models import BenchModel, tenant_models
 from lowrank_cli.bench.entries import available_methods
 from lowrank_cli.bench.rounds import interleaved
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
-from lowrank_cli.inference import progress
 from lowrank_cli.models import prepack
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BASE, BenchRun, PrepackBench
 
 __all__ = ["figures", "measure", "metrics"]

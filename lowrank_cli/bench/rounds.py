@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from lowrank_cli.bench.bench_models import BenchModel
-from lowrank_cli.inference.progress import Bar
+from lowrank_cli.runs.progress import Bar
 
 S = TypeVar("S")
 

@@ -23,8 +23,7 @@ from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.rounds import interleaved
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows, timed
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BenchRun, MethodConfig, ScoreBench
 from lowrank_cli.scoring import rank_scores
 from lowrank_cli.scoring.ablation import ranks_of

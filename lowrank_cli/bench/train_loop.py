@@ -25,9 +25,8 @@ from lowrank_cli.bench.memory import synchronized
 from lowrank_cli.bench.rounds import interleaved
 from lowrank_cli.bench.timings import Timing, figures, metrics, rows
 from lowrank_cli.bench.train_step import cross_entropy, loss, set_up
-from lowrank_cli.inference import progress
 from lowrank_cli.methods.protocol import Adapts, AfterStep, BeforeStep, Step
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BenchRun, LoopBench, MethodConfig
 from lowrank_cli.scoring.probe import Probe
 

@@ -28,9 +28,8 @@ from lowrank_cli.bench.entries import available_methods, is_peft
 from lowrank_cli.bench.examples import Batch, batch_of, described
 from lowrank_cli.bench.memory import held_memory, memory_meaning, peak_memory, reset_peak, synchronized
 from lowrank_cli.bench.rounds import bars, flat, in_turns, quartiles, ratio
-from lowrank_cli.inference import progress
 from lowrank_cli.methods.protocol import AddsLoss, Step, StepsOnDev
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import BASE, BenchRun, HardwareConfig
 
 PEFT = "peft"  #: the entry that is the second reference of ratios, if it is measured

@@ -21,12 +21,11 @@ from lowrank_cli.icl.arrangement_stats import Result
 from lowrank_cli.icl.demonstrations import Arrangement
 from lowrank_cli.icl.fit import FOLDER, Fitted, calibrating_method, fit, load_or_fit, save
 from lowrank_cli.icl.queries import WordingScorer
-from lowrank_cli.inference import progress
 from lowrank_cli.inference.choice_scores import answers
 from lowrank_cli.inference.predict import score, with_correct, write_answers
-from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, progress
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
 
 EXPORT_QUERIES = 16  #: queries whose scores an export compares

@@ -21,12 +21,11 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.icl import demonstrations
 from lowrank_cli.icl.hidden_states import last_hidden
 from lowrank_cli.icl.queries import Wording
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import method_of
 from lowrank_cli.inference.choice_scores import answers
-from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
+from lowrank_cli.session.adapter_run import method_of
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks.task import Example, Task
 
 FOLDER = "statistics"  #: of a run: the fitted tensors

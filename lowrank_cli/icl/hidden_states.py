@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.calibration.head import head_weight
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.choice_scores import Tick
-from lowrank_cli.inference.session import Session
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
 
 #: Largest error of recomputed linear logits, relative to the largest logit.

@@ -17,8 +17,8 @@ from lowrank_cli.icl.demonstrations import Arrangement
 from lowrank_cli.icl.hidden_states import last_hidden
 from lowrank_cli.inference.choice_scores import choice_scores, with_demonstrations
 from lowrank_cli.inference.predict import choice, records, score
-from lowrank_cli.inference.session import Session
 from lowrank_cli.methods.protocol import Calibrates
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks.task import Example, Task, columns, content_free, flipped
 
 RuleOf = Callable[[tuple[int, ...]], TokenRule]  #: the tokens of all answers -> the scoring rule

@@ -1,1 +1,1 @@
-"""Shared by the stages: the loaded session, predictions and choice scores, tenants, progress, checkpoints."""
+"""Answers of a loaded model: predictions, scores of candidate answers, and adapters of many tenants in one batch."""

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.lm_head import answers_at
 from lowrank_cli.calibration.ida import TokenRule, log_softmax
-from lowrank_cli.inference.session import Session
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example
 

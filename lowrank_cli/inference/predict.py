@@ -11,9 +11,9 @@ from accelerate.utils import gather_object
 
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.inference.choice_scores import Tick, choice_scores, with_demonstrations
-from lowrank_cli.inference.session import Session
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import TaskConfig
+from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example
 

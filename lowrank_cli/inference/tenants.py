@@ -14,10 +14,9 @@ from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.tenants import tenant
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import method_of_adapter
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
+from lowrank_cli.session.adapter_run import method_of_adapter
 
 
 class Tenants:

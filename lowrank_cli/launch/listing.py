@@ -108,7 +108,7 @@ def _layers(composed: Composed) -> list[tuple[str, str]]:
     bundled = model.bundled and not (model.path or model.gguf)
     if bundled and not any(key.startswith("method.") for key in composed.keys):
         return []
-    from lowrank_cli.inference.layer_summary import layer_summary
+    from lowrank_cli.session.layer_summary import layer_summary
 
     summary = layer_summary(model, methods.create(config.method))
     if bundled:

@@ -15,7 +15,6 @@ from rich.console import Group, RenderableType
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Diverged, Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
-from lowrank_cli.inference.tracking import require as require_tracker
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
 from lowrank_cli.report import bench, path_format, scores, selections
@@ -23,6 +22,7 @@ from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import BenchRun, RunConfig, TrainRun
+from lowrank_cli.training.tracking import require as require_tracker
 
 
 def check(

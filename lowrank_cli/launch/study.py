@@ -21,7 +21,6 @@ from rich.text import Text
 
 from lowrank_cli.config.composition import Composed, compose, rebuild
 from lowrank_cli.errors import UserError, WorkFailed
-from lowrank_cli.inference.progress import console
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.study_estimate import Counts, counts, estimate, tuning_runs
@@ -34,6 +33,7 @@ from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
+from lowrank_cli.runs.progress import console
 from lowrank_cli.schema import StudyConfig
 from lowrank_cli.terminal import Terminal
 

@@ -12,12 +12,11 @@ from statistics import median
 
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.study_plan import Cell, Job, Plan
 from lowrank_cli.launch.tuning import trials
 from lowrank_cli.launch.workers import Workers
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 
 STEPS = 4  #: of a probe
 FEW = (f"train.max_steps={STEPS}", f"train.eval_every={STEPS // 2}", "train.log_every=1", "train.checkpoint_every=0")

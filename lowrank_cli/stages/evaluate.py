@@ -10,13 +10,12 @@ from typing import Any
 from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.icl.fit import load_or_fit
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import check_template
 from lowrank_cli.inference.predict import Record, predict, score, with_correct, write_answers
-from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import EvaluateRun
+from lowrank_cli.session.adapter_run import check_template
+from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.tasks.task import Example
 
 

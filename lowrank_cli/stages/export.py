@@ -10,12 +10,11 @@ from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, sav
 from lowrank_cli.adapter.files.save_load import TOLERANCE, peft_config
 from lowrank_cli.errors import UserError
 from lowrank_cli.icl import calibrate
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.session import load_adapter, start
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, progress
 from lowrank_cli.schema import ExportRun
+from lowrank_cli.session.session import load_adapter, start
 
 
 def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:

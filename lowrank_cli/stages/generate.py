@@ -19,15 +19,14 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError, WorkFailed, escaped
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import method_of, newest_run_note
-from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.inference.tenants import Tenants
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.models.load import Loaded, load
-from lowrank_cli.runs import Run, atomic_write
+from lowrank_cli.runs import Run, atomic_write, progress
 from lowrank_cli.runs.prompt_file import Request, read_requests
 from lowrank_cli.schema import GenerateConfig, GenerateRun
+from lowrank_cli.session.adapter_run import method_of, newest_run_note
+from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
 
 ANSWERS = "answers.jsonl"

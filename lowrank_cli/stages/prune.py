@@ -12,16 +12,15 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
 from lowrank_cli.inference.predict import write_answers
-from lowrank_cli.inference.session import Session
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, progress
 from lowrank_cli.runs.scores import FILE, SavedScores
 from lowrank_cli.schema import AUTO, PruneConfig, PruneRun
 from lowrank_cli.scoring.heatmaps import allocation, heat_map
 from lowrank_cli.scoring.keep import keep_modules, keep_ranks, layer_and_role, module_cut, rank_cut
 from lowrank_cli.scoring.rank_scores import Scores, require_ranks
 from lowrank_cli.scoring.selection import SETTING, Selection, text
+from lowrank_cli.session.session import Session
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.stages.score import adapted, measure, write
 

@@ -9,16 +9,15 @@ from typing import cast
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.errors import UserError, WorkFailed
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import check_template
-from lowrank_cli.inference.session import Session, load_adapter, start
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.scores import SavedScores, ScoredModule
 from lowrank_cli.schema import AUTO, RunConfig, ScoreConfig, ScoreRun
 from lowrank_cli.scoring import cost, module_scores, rank_scores
 from lowrank_cli.scoring.cut import Cut, usual
 from lowrank_cli.scoring.heatmaps import heat_map
 from lowrank_cli.scoring.rank_scores import Scores
+from lowrank_cli.session.adapter_run import check_template
+from lowrank_cli.session.session import Session, load_adapter, start
 
 
 def run(config: ScoreRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:

@@ -25,9 +25,7 @@ from lowrank_cli.adapter.training.compiled import compile_layers
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import Diverged
 from lowrank_cli.icl import calibrate
-from lowrank_cli.inference import checkpoint, progress, tracking
 from lowrank_cli.inference.predict import write_answers
-from lowrank_cli.inference.session import Session, load_adapter, start
 from lowrank_cli.methods.protocol import (
     AddsLoss,
     AfterStep,
@@ -39,11 +37,13 @@ from lowrank_cli.methods.protocol import (
     Start,
     Step,
 )
-from lowrank_cli.runs import Run, atomic_folder, stopping
+from lowrank_cli.runs import Run, atomic_folder, progress, stopping
 from lowrank_cli.schema import TrainRun
+from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.stages.evaluate import evaluate_split
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
+from lowrank_cli.training import checkpoint, tracking
 
 
 def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:

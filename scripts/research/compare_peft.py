@@ -16,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 from lowrank_cli.config.composition import compose
-from lowrank_cli.inference import session
 from lowrank_cli.methods.lora import LoRA
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.provenance import cpu_name, package_versions
+from lowrank_cli.session import session
 from lowrank_cli.stages import train
 
 

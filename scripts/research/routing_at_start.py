@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lowrank_cli.adapter.routing.choice_stats import Choices
 from lowrank_cli.adapter.routing.router import Router
 from lowrank_cli.config.composition import compose
-from lowrank_cli.inference.session import Session, start
 from lowrank_cli.methods.milora import PROMPTS
+from lowrank_cli.session.session import Session, start
 
 OTHERS, SEEDS, ROWS = 24, 8, 8  #: prompts that are shown, seeds of the routers, prompts of a pass
 COLUMNS = ("largest_gate", "distinct_sets", "set_entropy")

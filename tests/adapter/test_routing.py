@@ -28,10 +28,10 @@ from lowrank_cli.adapter.routing.router import (
     straight_through_gates,
 )
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.session import Session
 from lowrank_cli.methods import milora
 from lowrank_cli.methods.protocol import Start, Step
 from lowrank_cli.runs import Run
+from lowrank_cli.session.session import Session
 from lowrank_cli.stages.train import Trainer
 
 LAYERS = 2

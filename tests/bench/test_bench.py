@@ -24,11 +24,10 @@ from lowrank_cli.bench.examples import batch_of
 from lowrank_cli.bench.rounds import in_turns
 from lowrank_cli.config.composition import compose
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
 from lowrank_cli.launch import single_run
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import PEFTS, SHAPES, DecodeBench, HardwareConfig, ModelConfig
 
 ROOT = Path(__file__).parents[2]

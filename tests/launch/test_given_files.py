@@ -24,16 +24,16 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.tenants import tenant
 from lowrank_cli.config import composition, sweep
 from lowrank_cli.errors import UserError, escaped
-from lowrank_cli.inference import checkpoint
-from lowrank_cli.inference.adapter_run import check_template, method_of
 from lowrank_cli.reader import MAX_DEPTH, read_json, read_json_lines, read_yaml
 from lowrank_cli.report import plots, tables
 from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import Run, child, scan
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.runs.prompt_file import read_requests
+from lowrank_cli.session.adapter_run import check_template, method_of
 from lowrank_cli.tasks.sources import read_jsonl
 from lowrank_cli.terminal import Terminal
+from lowrank_cli.training import checkpoint
 
 STEPS = ("train.max_steps=2", "train.warmup=0.1")
 ESCAPES = "m[/bold]x\x1b]0;title\x07\x9b2J\u202e"

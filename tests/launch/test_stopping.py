@@ -17,9 +17,8 @@ import pytest
 from command import FAKES, ROOT, runs
 
 from lowrank_cli.errors import Interrupted
-from lowrank_cli.inference import progress
 from lowrank_cli.launch import stage
-from lowrank_cli.runs import Run, stopping
+from lowrank_cli.runs import Run, progress, stopping
 from lowrank_cli.runs.stopping import Stop
 from lowrank_cli.stages.train import Trainer
 

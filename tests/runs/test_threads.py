@@ -9,10 +9,10 @@ import pytest
 import torch
 from command import runs
 
-from lowrank_cli.inference.device import prepare
 from lowrank_cli.runs import threads
 from lowrank_cli.runs.threads import Threads, available_cores, cgroup_cores, choose, let_waiting_threads_sleep
 from lowrank_cli.schema import HardwareConfig
+from lowrank_cli.session.device import prepare
 
 QUICK = ["task.limit=8", "train.batch_size=4", "train.max_steps=1"]
 

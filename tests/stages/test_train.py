@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lowrank_cli.errors import Interrupted, UserError, WorkFailed
-from lowrank_cli.inference.session import Session
 from lowrank_cli.launch import single_run
 from lowrank_cli.methods.milora import MiLoRA
 from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run, stopping
+from lowrank_cli.session.session import Session
 from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_limit_that_leaves_a_part_out_is_refused():
 
 
 def test_a_part_keeps_its_own_length_within_that_of_the_mix(monkeypatch):
-    from lowrank_cli.inference.session import start
+    from lowrank_cli.session.session import start
 
     asked = [*mix("tiny_yesno", "tiny_topic"), "method=none", "task.limit=8"]
     shorter = [*asked, "task.parts.tiny_topic.max_length=12", "task.parts.tiny_topic.max_new_tokens=2"]

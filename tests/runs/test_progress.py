@@ -1,6 +1,6 @@
 """What a run prints beside its progress bar."""
 
-from lowrank_cli.inference import progress
+from lowrank_cli.runs import progress
 
 
 def test_a_line_is_not_folded_where_there_is_no_terminal(capfd, monkeypatch):

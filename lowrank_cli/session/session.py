@@ -19,13 +19,13 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.adapter_run import method_of, newest_run_note
-from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.methods.protocol import Adapts, ChoosesSites, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PredictConfig, RunConfig
 from lowrank_cli.scoring.probe import Probe
+from lowrank_cli.session.adapter_run import method_of, newest_run_note
+from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.task import Example, Task
 

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.tenants.update_class import require_grouped
 from lowrank_cli.adapter.training.compiled import require_compiler
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
 from lowrank_cli.models.quantize import require_quantization
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.threads import Threads, available_cores, choose
 from lowrank_cli.schema import HardwareConfig
 

@@ -17,8 +17,8 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from lowrank_cli.errors import UserError, shorten
-from lowrank_cli.inference.progress import console
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.progress import console
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -18,10 +18,10 @@ from command import one_line
 from resuming import history, train_broken_at
 from safetensors.torch import load_file
 
-from lowrank_cli.inference import tracking
 from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run, config_hash
 from lowrank_cli.schema.train import TRACKERS
+from lowrank_cli.training import tracking
 
 QUICK = [
     "method=lora",

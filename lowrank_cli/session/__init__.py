@@ -1,0 +1,1 @@
+"""What stages work with, loaded from a configuration: device, model with its adapter, tokenizer and task."""

@@ -15,7 +15,7 @@ from lowrank_cli.stages.train import Trainer
 
 def train_broken_at(step: int, overrides: list[str]) -> Run:
     """A training that fails at ``step`` and is resumed to its end."""
-    take_step = Trainer._step
+    take_step = Trainer.take_step
 
     def failing(trainer: Trainer, number: int) -> float:
         if number == step:
@@ -23,7 +23,7 @@ def train_broken_at(step: int, overrides: list[str]) -> Run:
         return take_step(trainer, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", failing)
+        patch.setattr(Trainer, "take_step", failing)
         with pytest.raises(WorkFailed, match="the power went out"):
             single_run.start("train", overrides, None, "lrk train")
     broken = Run.open(Path("outputs/latest").resolve())

@@ -213,6 +213,23 @@ def test_files_are_read_and_text_is_printed_in_one_way():
         assert not parsing or name in PARSERS, f"{source}: read through lowrank_cli/reader.py"
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_tests_use_what_is_public():
+    nodes = [node for source in SOURCES for node in ast.walk(tree(source))]
+    named = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    ours = {name for name in named | {node.attr for node in nodes if isinstance(node, ast.Attribute)} if private(name)}
+    for source in (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(tree(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowrank_cli"):
+                assert not any(private(alias.name) for alias in node.names), f"{source}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and node.attr in ours:
+                owner = ast.unparse(node.value).partition(".")[0]
+                assert owner in ("self", "os", "torch"), f"{source}:{node.lineno} reads {ast.unparse(node)}"
+
+
 def dangerous(call: ast.Call) -> bool:
     """Does this call run code, or load an object, that comes from data?"""
     name = ast.unparse(call.func)

@@ -165,7 +165,7 @@ class Trainer:
                 break
             last = step == self.total
             if step > self.progress["step"]:
-                self.progress["pending"].append(self._step(step))
+                self.progress["pending"].append(self.take_step(step))
                 self.progress["step"] = step
                 self.progress["seconds"] = time.monotonic() - began
                 if step % self.settings.log_every == 0 or last:
@@ -194,7 +194,7 @@ class Trainer:
                 session.loss_sum(session.model, session.batch(rows))
                 tick(len(rows))
 
-    def _step(self, step: int) -> float:
+    def take_step(self, step: int) -> float:
         """One optimizer update. Returns the mean loss over all its response tokens, before the update."""
         session, accelerator = self.session, self.accelerator
         self.model.train()
@@ -222,10 +222,10 @@ class Trainer:
                 f"train/loss is {mean} at step {step} (training examples {', '.join(map(str, indices))}); "
                 f"try a smaller train.learning_rate, or look at these examples"
             )
-        self._update(step)
+        self.update(step)
         return mean
 
-    def _update(self, step: int) -> None:
+    def update(self, step: int) -> None:
         """Clip gradients and step the optimizer, with the method's hooks before and after."""
         if self.settings.max_grad_norm:
             stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -236,7 +236,7 @@ class Trainer:
             self.total,
             self.adapter,
             rate,
-            lambda number=step: self._dev_batch_loss(number),
+            lambda number=step: self.dev_batch_loss(number),
             self._average,
             epoch=len(self.batches),
             tokens=self.tokens,
@@ -244,7 +244,7 @@ class Trainer:
             probe=self.session.probe,
             log=partial(self._log_at, step),
             say=self.bar.say,
-            watch=self._watch,
+            watch=self.watch,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step, group["peak"])
@@ -279,7 +279,7 @@ class Trainer:
             return peak * step / warmup
         return peak * (self.total + 1 - step) / (self.total + 1 - warmup)
 
-    def _dev_batch_loss(self, step: int) -> Tensor:
+    def dev_batch_loss(self, step: int) -> Tensor:
         """This process's share of the mean loss of ``step``'s dev batch: the mean over processes is that loss."""
         indices, world = self.dev_batches[step - 1], self.accelerator.num_processes
         weight = sum(self.session.weight(self.dev_data[i]) for i in indices)
@@ -405,7 +405,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     @contextmanager
-    def _watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def watch(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
         """A second bar for something slow within a step, such as scoring.
 
         If the run writes checkpoints, a stop interrupts it at once, and the run resumes from the last checkpoint.

@@ -38,7 +38,7 @@ def open_source(config: TaskConfig) -> Source:
     if config.generator:
         return _generator(config.generator)
     if config.hub:
-        return _hub(config.hub, config.subset)
+        return from_hub(config.hub, config.subset)
     raise UserError("task: no data; set task.path (folder of JSON lines) or task.hub (data set on the Hub)")
 
 
@@ -77,7 +77,7 @@ def _generator(name: str) -> Source:
     return Source(name, tuple(data), lambda split: (data[split], f"{name} {split}"))
 
 
-def _hub(repository: str, subset: str | None) -> Source:
+def from_hub(repository: str, subset: str | None) -> Source:
     """The cached copy if there is one (without network), else a download.
 
     Raises:

@@ -71,7 +71,7 @@ def save(
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
         hashes = {f"{name}.safetensors": save_load.sha256(folder / f"{name}.safetensors") for name in groups}
         record = {**progress, "ranks": adapter.ranks(), "files": hashes}
-        (folder / STATE).write_text(json.dumps({**record, "sha256": _sha256(record)}, indent=2) + "\n")
+        (folder / STATE).write_text(json.dumps({**record, "sha256": record_hash(record)}, indent=2) + "\n")
     for older in final.parent.glob("step-*"):
         if older != final:
             shutil.rmtree(older, ignore_errors=True)
@@ -91,7 +91,7 @@ def load(
         UserError: a file is missing or altered, or its tensors do not fit this run.
     """
     progress = read_json(folder / STATE, State)
-    if progress.pop("sha256", None) not in (None, _sha256(progress)):
+    if progress.pop("sha256", None) not in (None, record_hash(progress)):
         raise UserError(f"{folder}: {STATE} was altered (its SHA-256 is not the one saved with it)")
     save_load.check_files(folder, progress.pop("files"))
     ranks.rebuild(adapter, progress.pop("ranks"), str(folder), optimizer)
@@ -108,8 +108,8 @@ def load(
     return progress
 
 
-def _sha256(record: dict[str, Any]) -> str:
-
+def record_hash(record: dict[str, Any]) -> str:
+    """SHA-256 of ``state.json`` without its key ``sha256``."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from lowrank_cli.adapter.files.export import as_lora, save_lora
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.ranks import resize
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.adapter.tenants.grouped_update import group
+from lowrank_cli.adapter.tenants.grouped_update import GroupedLinear, group
 from lowrank_cli.adapter.tenants.tenant import saved_canary
 from lowrank_cli.errors import UserError
 
@@ -156,7 +156,7 @@ def test_a_prompt_of_a_routed_adapter_is_routed_once_for_all_its_beams(monkeypat
     adapter = small.adapted("milora")
     bank = filled("llama", {"milora": adapter})
     seen = []
-    routes = bank._find("milora").routes
+    routes = bank.tenant("milora").routes
     gates = routes.gates
     monkeypatch.setattr(routes, "gates", lambda *args: seen.append(len(args[1])) or gates(*args))
     with bank.batch(["milora", None, "milora"]):
@@ -305,7 +305,8 @@ def test_what_cannot_run_now_is_one_line():
 def held(batch):
     """Memory of a batch's operands, but for what lies in its adapters."""
     own = {part.data_ptr() for tenant in batch.tenants.values() for pair in tenant.updates.values() for part in pair}
-    updates = [update for linear in batch._linears.values() for update in linear.updates.values()]
+    linears = (module for module in batch.model.modules() if isinstance(module, GroupedLinear))
+    updates = [update for linear in linears for update in linear.updates.values()]
     parts = {part.data_ptr(): part for update in updates for part in (update.a, update.b)}
     return sum(part.numel() * part.element_size() for at, part in parts.items() if at not in own)
 
@@ -391,8 +392,8 @@ def test_canaries_prove_what_was_saved(tmp_path):
         save_load.save(adapter, tmp_path / name, {})
         bank.add(name, adapter, saved_canary(tmp_path / name, save_load.read_proof(tmp_path / name), small.VOCABULARY))
     assert not bank.check(bank.names)
-    bank._find("milora").routes.routers[1].projection.weight.data.neg_()
-    a, _ = next(iter(bank._find("lora").updates.values()))
+    bank.tenant("milora").routes.routers[1].projection.weight.data.neg_()
+    a, _ = next(iter(bank.tenant("lora").updates.values()))
     a.mul_(3)
     failed = bank.check(bank.names)
     assert sorted(failed) == ["lora", "milora"] and "does not compute what it did" in str(failed["lora"])

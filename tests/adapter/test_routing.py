@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.routing.choice_stats import Choices
-from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
 from lowrank_cli.adapter.routing.router import (
     ACTIVATIONS,
     GATES,
@@ -530,14 +529,12 @@ def test_preparing_tells_of_a_routing_that_is_the_same_for_every_prompt():
 
 
 def test_a_routing_that_is_alike_for_every_prompt_is_told_at_the_start_and_at_the_end(lrk, monkeypatch):
-    plain = milora.MiLoRA._router
+    class Alike(Router):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            torch.nn.init.zeros_(self.projection.weight)
 
-    def router(self, width, activation):
-        made = plain(self, width, activation)
-        torch.nn.init.zeros_(made.projection.weight)
-        return made
-
-    monkeypatch.setattr(milora.MiLoRA, "_router", router)
+    monkeypatch.setattr("lowrank_cli.adapter.routing.router.Router", Alike)
     ended = lrk("train", "task.limit=24", "train.max_steps=1", "train.learning_rate=0")
     told = [line for line in ended.err.splitlines() if "the same modules for every prompt in 6 layers" in line]
     assert ended.code == 0 and len(told) == 2 and told[0].startswith("before the first step"), ended.err
@@ -662,7 +659,7 @@ def test_the_bilevel_step_comes_as_often_as_it_is_asked_for():
 
 def test_training_routes_by_prompts_and_steps_the_activations_on_dev(lrk, monkeypatch):
     train, dev, routed = set(), set(), []
-    plain_batch, plain_dev, plain_model = Session.batch, Trainer._dev_batch_loss, PromptRouting._before_model
+    plain_batch, plain_dev, plain_loss = Session.batch, Trainer.dev_batch_loss, Session.loss_sum
 
     def batch(session, encoded):
         made = plain_batch(session, encoded)
@@ -679,14 +676,14 @@ def test_training_routes_by_prompts_and_steps_the_activations_on_dev(lrk, monkey
         stepping.clear()
         return loss
 
-    def before(routing, model, args, kwargs):
+    def loss_sum(session, model, batch):
         if torch.is_grad_enabled():
-            routed.append("prompt_mask" in kwargs)
-        return plain_model(routing, model, args, kwargs)
+            routed.append("prompt_mask" in batch)
+        return plain_loss(session, model, batch)
 
     monkeypatch.setattr(Session, "batch", batch)
-    monkeypatch.setattr(Trainer, "_dev_batch_loss", dev_loss)
-    monkeypatch.setattr(PromptRouting, "_before_model", before)
+    monkeypatch.setattr(Trainer, "dev_batch_loss", dev_loss)
+    monkeypatch.setattr(Session, "loss_sum", loss_sum)
     assert lrk("train", "task.limit=24", "train.max_steps=2").code == 0
     assert routed and all(routed)
     assert dev and train and not dev & train

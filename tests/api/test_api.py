@@ -333,7 +333,7 @@ def test_training_that_a_method_would_miss_is_refused():
     assert sorted(group["lr"] for group in groups) == [1e-4, 1e-3]
     with pytest.raises(api.UserError, match="milora takes part in training; put the loop into `with"):
         adapter.model(**rows).loss.backward()
-    trained = list(adapter._adapter.trained.values())
+    trained = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
     for optimizer, given, message in [
         (torch.optim.AdamW(trained), {}, "which milora steps itself; make it of adapter.parameter_groups"),
         (torch.optim.AdamW(groups[:1]), {}, "it lacks "),

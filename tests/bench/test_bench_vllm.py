@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -100,7 +101,6 @@ def test_an_answer_that_does_not_come_is_not_waited_for():
 
 def test_a_process_that_ends_midway_is_an_error():
     with Worker(program("read line", "echo '{}'"), {}, Path("log")) as worker:
-        worker._process.wait()
         for _ in range(2):
             with pytest.raises(WorkFailed, match="ended without an answer"):
                 worker.ask({}, 5)
@@ -112,10 +112,13 @@ def test_its_last_words_are_told():
 
 
 def test_a_start_that_fails_leaves_no_process():
-    worker = Worker(program("read line", 'echo \'{"error": "no"}\'', "exec sleep 100"), {}, Path("log"))
+    worker = Worker(
+        program("echo $$ > pid", "read line", 'echo \'{"error": "no"}\'', "exec sleep 100"), {}, Path("log")
+    )
     with pytest.raises(UserError, match=r"^bench\.vllm: vLLM of '.*' failed: no"), worker:
         pass
-    assert worker._process.returncode is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
 
 
 def test_no_file_names_the_program(lrk):  # noqa: F811

@@ -728,7 +728,7 @@ def rewrite(folder: Path, **changes) -> None:
     """Change state.json with a hash that is right."""
     record = json.loads((folder / "state.json").read_text()) | changes
     del record["sha256"]
-    (folder / "state.json").write_text(json.dumps({**record, "sha256": checkpoint._sha256(record)}))
+    (folder / "state.json").write_text(json.dumps({**record, "sha256": checkpoint.record_hash(record)}))
 
 
 def test_the_state_of_a_checkpoint_is_hashed(kept):

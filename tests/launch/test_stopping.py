@@ -108,7 +108,7 @@ def test_a_scoring_inside_training_stops_at_once_where_checkpoints_were_written(
         stopping.signals(),
         stopping.on_stop(lambda: None),
         pytest.raises(Stop) if every else nullcontext(),
-        Trainer._watch(trainer, "scoring", 2) as tick,
+        Trainer.watch(trainer, "scoring", 2) as tick,
     ):
         send(signal.SIGTERM)
         reached.append("the next pass")

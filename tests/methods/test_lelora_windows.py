@@ -100,7 +100,7 @@ def test_folding_for_ever_keeps_no_more_than_the_matrix():
     assert len(part.folded_a) <= min(weight.shape)
     torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
-        weight - part._pretrained, part.delta_factors()[0] @ part.delta_factors()[1], atol=1e-5, rtol=1e-4
+        weight - part.pretrained, part.delta_factors()[0] @ part.delta_factors()[1], atol=1e-5, rtol=1e-4
     )
 
 
@@ -178,7 +178,7 @@ def test_loaded_while_switched_off_it_leaves_the_weights_alone(tmp_path):
     for linear in fresh.linears.values():
         linear.enable(False)
     save_load.fill(fresh, tmp_path)
-    assert all(part._pretrained is None for part in fresh.modules.values())
+    assert all(part.pretrained is None for part in fresh.modules.values())
     for linear in fresh.linears.values():
         linear.enable(True)
     assert torch.equal(logits(fresh), logits(adapter))

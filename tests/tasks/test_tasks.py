@@ -449,10 +449,15 @@ def test_a_data_set_with_a_loading_script_is_looked_up_in_the_cache_as_parquet(m
             raise RuntimeError("Dataset scripts are no longer supported, but found sst2.py")
         if not parquet:
             raise ConnectionError("offline")
-        return {"train": revision}
+        return {"train": datasets.Dataset.from_list([{"branch": revision}])}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert sources._load_cached("a/b", None) == ({"train": "refs/convert/parquet"} if parquet else None)
+    if parquet:
+        rows, _ = sources.from_hub("a/b", None).read("train")
+        assert rows == [{"branch": "refs/convert/parquet"}]
+    else:
+        with pytest.raises(UserError, match="'a/b' is not in the local cache"):
+            sources.from_hub("a/b", None)
 
 
 def test_cached_data_set_needs_no_network(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ class MovingWindow(Window):
     folded_b: Tensor  #: (O, F)
 
     def build(self) -> None:
-        self._pretrained: Tensor | None = None
+        self.pretrained: Tensor | None = None  #: (O, I) on the CPU: the weight before the first fold
         self.match_shapes({"lora_A.weight": self.lora_a.shape, "folded_A": torch.Size((0, self.lora_a.shape[1]))})
 
     def constants(self) -> dict[str, Tensor]:
@@ -128,11 +128,11 @@ class MovingWindow(Window):
     @torch.no_grad()
     def sync_weight(self, weight: Tensor, enabled: bool) -> None:
         folded = enabled and len(self.folded_a) > 0
-        if self._pretrained is None:
+        if self.pretrained is None:
             if not folded:
                 return
-            self._pretrained = weight.detach().to("cpu", copy=True)
-        pretrained = self._pretrained.to(weight.device)
+            self.pretrained = weight.detach().to("cpu", copy=True)
+        pretrained = self.pretrained.to(weight.device)
         if not folded:
             weight.copy_(pretrained)
         elif weight.dtype == torch.bfloat16:

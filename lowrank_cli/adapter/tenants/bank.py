@@ -64,7 +64,7 @@ class Bank:
 
     def bytes(self, name: str) -> int:
         """Memory of an adapter."""
-        return self._find(name).bytes
+        return self.tenant(name).bytes
 
     def add(self, name: str, adapter: Adapter, canary: Canary | None = None) -> None:
         """Copy the current state of ``adapter``, whose model has the same weights.
@@ -87,7 +87,7 @@ class Bank:
 
     def remove(self, name: str) -> None:
         """Remove an adapter."""
-        self._find(name)
+        self.tenant(name)
         del self._tenants[name]
         self._resident.pop(name, None)
 
@@ -103,7 +103,7 @@ class Bank:
         self._require_idle()
         if not tenants:
             raise UserError("bank: a batch has no prompts; it needs one at least")
-        batch = Batch(self.model, [None if name is None else self._find(name) for name in tenants], self._update)
+        batch = Batch(self.model, [None if name is None else self.tenant(name) for name in tenants], self._update)
         self._make_room({name: self._tenants[name] for name in self._tenants if name in tenants}, batch)
         self._running = batch
         try:
@@ -114,7 +114,7 @@ class Bank:
 
     def proven(self, name: str) -> bool:
         """Whether the adapter has a canary for :meth:`check`."""
-        return self._find(name).canary is not None
+        return self.tenant(name).canary is not None
 
     def check(self, names: Sequence[str]) -> dict[str, UserError]:
         """Compare the canaries' logits with the saved ones; returns errors by name.
@@ -122,7 +122,7 @@ class Bank:
         Raises UserError for an unknown name, or while a batch runs.
         """
         self._require_idle()
-        known = {name: self._find(name).canary for name in names}
+        known = {name: self.tenant(name).canary for name in names}
         canaries = {name: canary for name, canary in known.items() if canary is not None}
         batches = [list(canaries)[start : start + CANARIES] for start in range(0, len(canaries), CANARIES)]
         failed = {}
@@ -153,7 +153,8 @@ class Bank:
             logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
         return logits.float().cpu()
 
-    def _find(self, name: str) -> Tenant:
+    def tenant(self, name: str) -> Tenant:
+        """The adapter of that name. Raises UserError if there is none."""
         if name not in self._tenants:
             raise unknown("bank", name, self._tenants)
         return self._tenants[name]

@@ -99,6 +99,19 @@ def imports(source: Path) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_a_file_says_in_one_line_what_it_has(source):
+    """The site's page of source files shows these lines, and CONTRIBUTING.md has one for each part."""
+    line = (ast.get_docstring(tree(source)) or "").partition("\n\n")[0]
+    assert line and "\n" not in line and line.endswith((".", ":")), source
+
+
+def test_the_guide_has_every_part():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    parts = [name for name in ARROWS if name not in ("", "__main__")]
+    assert [name for name in parts if not re.search(rf"`(lowrank_cli/)?{name}(/|\.py)`", guide)] == []
+
+
 def part(module: str) -> str:
     return module.partition(".")[2].partition(".")[0]
 

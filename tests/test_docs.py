@@ -219,12 +219,26 @@ def test_files_that_a_page_names_exist(page):
     assert [name for name in NAMED.findall(page.read_text()) if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
-def test_the_reference_explains_every_key():
-    """Type, range, default and meaning: of one key as they are, of all that there is a meaning."""
+@pytest.fixture
+def generate():
+    """The hook that generates pages."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     spec = importlib.util.spec_from_file_location("generate", DOCS / "reference" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_every_source_file(generate):
+    lines = list(generate.source())
+    rows = [line for line in lines if line.startswith("| `")]
+    assert "| `device.py` | The device and the CPU threads of this process. |" in rows
+    modules = [path for path in (ROOT / "lowrank_cli").rglob("*.py") if path.name != "__init__.py"]
+    assert len(rows) == len(modules)
+
+
+def test_the_reference_explains_every_key(generate):
+    """Type, range, default and meaning: of one key as they are, of all that there is a meaning."""
     rows = [line for page in (generate.keys, generate.method_pages) for line in page() if line.startswith("| `")]
     assert "| `train.warmup` | number | 0 to 1 | `0.06` | share of all steps |" in rows
     assert any(row.startswith("| `hardware.device` | text | cpu, cuda | `cpu` |") for row in rows)

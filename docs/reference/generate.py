@@ -1,13 +1,15 @@
-"""MkDocs hook: the reference pages that are generated from the command line, the schemas and ``conf/``."""
+"""MkDocs hook: the reference pages that are generated from the command line, the schemas, ``conf/`` and the source."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +19,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from omegaconf import OmegaConf
 
+import lowrank_cli
 from lowrank_cli import cli
 from lowrank_cli.config.composition import loader
 from lowrank_cli.config.folders import GROUPS, description, files, groups_of
@@ -30,7 +33,7 @@ WRONG: dict[Any, Any] = {int: -1, float: -1.0, str: "?", list[str]: ["?"], list[
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = {"commands": commands, "keys": keys, "methods": method_pages, "choices": choices}
+    pages = {"commands": commands, "keys": keys, "methods": method_pages, "choices": choices, "source": source}
     for name, lines in pages.items():
         files.append(File.generated(config, f"reference/{name}.md", content="\n".join(lines()) + "\n"))
     return files
@@ -111,6 +114,24 @@ def choices() -> Iterator[str]:
         yield from table(
             ("name", "what it is"), ((f"`{name}`", description(path)) for name, path in files(group).items())
         )
+
+
+def source() -> Iterator[str]:
+    """Every file of the package with the first sentence of its docstring, by folder."""
+    yield "# Source files\n"
+    yield "The folders of the package and their files, each with what its docstring says first. What may import what is"
+    yield "in `CONTRIBUTING.md`.\n"
+    package = Path(lowrank_cli.__file__).parent
+    for folder in sorted({path.parent for path in package.rglob("*.py")}):
+        name = folder.relative_to(package.parent).as_posix()
+        yield f"## {name}/\n\n{summary(folder / '__init__.py')}\n"
+        modules = sorted(path for path in folder.glob("*.py") if path.name != "__init__.py")
+        yield from table(("file", "what it has"), ((f"`{path.name}`", summary(path)) for path in modules))
+
+
+def summary(path: Path) -> str:
+    """The first paragraph of a module's docstring."""
+    return paragraph((ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n\n")[0])
 
 
 def study_table() -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""The page of ``lrk report``: its template, style and script, and what they are filled with."""

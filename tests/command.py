@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from lowrank_cli import cli, stages
-from lowrank_cli.runs import Run, config_hash
+from lowrank_cli.report import plots
+from lowrank_cli.runs import Run, atomic_write, config_hash
 
 FAKES = Path(__file__).parent / "fakes"
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,12 +48,13 @@ def lrk(capfd, monkeypatch):
 
 @pytest.fixture
 def fake_stages(monkeypatch):
-    """Every verb runs tests/fakes/fake_stage.py, in this process and in those it starts."""
+    """Every verb runs tests/fakes/fake_stage.py, in this process (where pictures are empty) and in those it starts."""
     own = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKES), str(ROOT), *([own] if own else [])]))
     monkeypatch.syspath_prepend(str(FAKES))
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
+    monkeypatch.setattr(plots, "write", lambda figure, file: atomic_write(file, b""))  # rendering is most of such a run
 
 
 def shell(*arguments: str, **environment: str) -> Ended:

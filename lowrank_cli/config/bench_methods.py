@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from lowrank_cli import methods
 from lowrank_cli.config.errors import Failure, explained
+from lowrank_cli.config.hydra_loader import WITHOUT_HYDRA
 from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.errors import UserError, inside, unknown
 from lowrank_cli.methods.protocol import Adapts, Calibrates
@@ -72,7 +73,7 @@ def _section(load: ConfigLoaderImpl, entry: str, kind: type[BenchConfig], rank: 
         inside("method", f"bench.methods: '{entry}': method"),
         explained(Failure(load, "train", parse_overrides(overrides))),
     ):
-        section = load.load_configuration("train", overrides, RunMode.RUN).method
+        section = load.load_configuration("train", [*overrides, *WITHOUT_HYDRA], RunMode.RUN).method
         if rank is not None and "rank" in section and not any(setting.key == "rank" for setting in given):
             OmegaConf.update(section, "rank", rank)
         inline_files(section, [setting.key for setting in given])

@@ -23,9 +23,9 @@ from lowrank_cli import methods, runs, schema
 from lowrank_cli.config import bench_methods
 from lowrank_cli.config.errors import Failure, explained, refuse_unsupported, unknown_key
 from lowrank_cli.config.folders import GROUPS, conf_folders
+from lowrank_cli.config.hydra_loader import WITHOUT_HYDRA, ParsedOnce
 from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.config.keys import knows
-from lowrank_cli.config.parsed_once import ParsedOnce
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check
@@ -152,7 +152,7 @@ def compose(
     with explained(Failure(load, verb, given)):
         if "hydra" in _file(load, verb):
             raise UserError(f"{verb}.yaml: hydra: unknown key; Hydra's own settings cannot be set")
-        cfg = load.load_configuration(verb, [_adding(override) for override in given], RunMode.RUN)
+        cfg = load.load_configuration(verb, [*map(_adding, given), *WITHOUT_HYDRA], RunMode.RUN)
         chosen = cfg.hydra.runtime.choices.items()
         choices = {key: value for key, value in chosen if not key.startswith("hydra") and value is not None}
         _refuse_added(cfg, given)

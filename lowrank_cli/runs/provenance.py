@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def untested_versions() -> list[str]:
+@cache
+def untested_versions() -> tuple[str, ...]:
     """Installed dependencies outside the ranges that this package declares, which are the tested ones.
 
     Each is a text such as ``"numpy 3.0.1 (tested: <3,>=2)"``. Empty if this package is not installed.
@@ -58,7 +60,7 @@ def untested_versions() -> list[str]:
     try:
         distribution = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
-        return []
+        return ()
     extras = ["", *(distribution.metadata.get_all("Provides-Extra") or [])]
     untested = {}
     for requirement in map(Requirement, distribution.requires or []):
@@ -69,7 +71,7 @@ def untested_versions() -> list[str]:
             version = metadata.version(requirement.name)
             if not requirement.specifier.contains(version, prereleases=True):
                 untested[requirement.name] = f"{requirement.name} {version} (tested: {requirement.specifier})"
-    return list(untested.values())
+    return tuple(untested.values())
 
 
 def cpu_name() -> str:

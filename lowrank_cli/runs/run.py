@@ -83,7 +83,7 @@ class Run:
                 config_hash=config_hash(config),
                 git=git_state(),
                 packages=package_versions(),
-                untested=untested_versions(),
+                untested=list(untested_versions()),
                 python=platform.python_version(),
                 platform=platform.platform(),
                 device=cpu_name(),

@@ -1,4 +1,4 @@
-"""Hydra's repository of configuration files, made for many compositions in one process."""
+"""Hydra's loader, made for many compositions in one process: files are parsed once, Hydra's own settings left out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
+
+#: Overrides that leave out Hydra's own files, which are a third of a composition's time. A launcher needs them.
+WITHOUT_HYDRA = tuple(
+    f"~hydra/{group}"
+    for group in ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging")
+)
 
 
 class ParsedOnce(ConfigRepository):

@@ -28,7 +28,7 @@ from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.config.keys import knows
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
-from lowrank_cli.reader import check
+from lowrank_cli.reader import check, read_text
 from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides, quoted
 
 INPUTS = (
@@ -161,6 +161,7 @@ def compose(
             cfg.run = source.path
         _require_booleans(cfg, parsed)
         _make_absolute(cfg, later)
+        _inline_chat_templates(cfg)
         if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
             _name_model(cfg, {item.key_or_group for item in parsed})
         if "method" in cfg:
@@ -411,6 +412,18 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
         path = OmegaConf.select(cfg, key) if isinstance(group, DictConfig) else None  # a user's file may hold a list
         if path and not path.startswith(later):
             OmegaConf.update(cfg, key, os.path.abspath(runs.settled(os.path.expanduser(path))))
+
+
+def _inline_chat_templates(cfg: DictConfig) -> None:
+    """Replace a chat template's file by its text, so that the saved configuration is what ran."""
+    parts = OmegaConf.select(cfg, "task.parts") or ()
+    for key in ("task.chat_template", *(f"task.parts.{name}.chat_template" for name in parts)):
+        given = OmegaConf.select(cfg, key, default=None) if isinstance(cfg.get("task"), DictConfig) else None
+        if given and "{" not in given:
+            file = Path(given).expanduser()
+            if not file.is_file():
+                raise UserError(f"{key}: there is no file '{given}'")
+            OmegaConf.update(cfg, key, read_text(file, "YAML"))
 
 
 def _name_model(cfg: DictConfig, given: Collection[str]) -> None:

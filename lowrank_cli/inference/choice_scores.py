@@ -109,7 +109,9 @@ def choice_scores(
     limits = [
         encode.max_prompt_length(options[index], session.max_length(shots, examples[index].task)) for index in mine
     ]
-    rows = dict(zip(mine, encode.encode_prompts(session.tokenizer, [prompts[i] for i in mine], limits), strict=True))
+    rows = dict(
+        zip(mine, encode.encode_prompts(session.prompt_tokenizer, [prompts[i] for i in mine], limits), strict=True)
+    )
     whole = [rows[index] for index, limit in zip(mine, limits, strict=True) if len(rows[index]) < limit]
     routed = session.adapter is not None and session.adapter.routing is not None  # reads the whole prompt at once
     shared = common_prefix(whole) if shots and not routed and can_share(session.model) else []
@@ -141,8 +143,8 @@ def _batches(rows: dict[int, list[int]], prefix: Prefix | None, size: int) -> It
 
 def answers(session: Session, example: Example) -> list[list[int]]:
     """The tokens of each choice as they follow the example's prompt."""
-    candidates = encode.candidates(session.tokenizer, example.prompt, example.choices)
-    return with_eos_if_ambiguous(candidates, session.tokenizer.eos_token_id)
+    candidates = encode.candidates(session.prompt_tokenizer, example.prompt, example.choices)
+    return with_eos_if_ambiguous(candidates, session.stops(example.task)[0])
 
 
 def with_eos_if_ambiguous(candidates: list[list[int]], eos: int) -> list[list[int]]:

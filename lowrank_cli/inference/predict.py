@@ -140,7 +140,7 @@ def _classify(session: Session, batch: Sequence[Example], prompts: list[str], sh
 
 
 def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:
-    tokenizer, task = session.tokenizer, batch[0].task
+    tokenizer, task = session.prompt_tokenizer, batch[0].task
     new_tokens = session.max_new_tokens(task)
     limit = session.max_length(shots, task) - new_tokens
     ids = [encode.encode_prompt(tokenizer, prompt, limit) for prompt in prompts]
@@ -153,7 +153,7 @@ def _generate(session: Session, batch: Sequence[Example], prompts: list[str], sh
         num_beams=beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=session.stops(task),
         use_cache=True,
     )
     texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -97,11 +97,21 @@ def _refuse_unused_values(config: Any) -> None:
     if not hasattr(config, "evaluate"):
         return
     evaluate, task = config.evaluate, config.task
-    if evaluate.num_beams > 1 and all(item.answer != "free" for item in task.parts.values() or [task]):
+    if evaluate.num_beams > 1 and all(item.answer not in ("free", "chat") for item in task.parts.values() or [task]):
         raise UserError(
             f"evaluate.num_beams: {evaluate.num_beams} beams search for generated text, but the answers of {task.name} "
             f"are scored (task.answer={task.answer}); set evaluate.num_beams=1"
         )
+    if chat := next((item for item in task.parts.values() or [task] if item.chats or item.answer == "chat"), None):
+        if evaluate.shots:
+            raise UserError(
+                f"evaluate.shots: {evaluate.shots} demonstrations go in front of a plain prompt, and {chat.name} is "
+                f"asked in a chat template; set evaluate.shots=0"
+            )
+        if config.model.kind == "encoder" and chat.chats:
+            raise UserError(
+                f"task.chat: true, but the encoder {config.model.name} reads no prompt; leave task.chat out"
+            )
     if config.model.kind == "encoder":
         if evaluate.shots:
             raise UserError(
@@ -141,6 +151,10 @@ def _refuse_uncalibratable(composed: Composed, plan: Plan) -> None:
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "
             f"(task.answer=labels)"
+        )
+    if task.chats:
+        raise UserError(
+            "task.chat: true, but calibration compares label words after plain prompts; leave task.chat out"
         )
     if plan.templates > 1 + len(task.templates):
         raise UserError(

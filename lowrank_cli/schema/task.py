@@ -10,17 +10,20 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, inside, require_choice, require_range
 
+CHAT = {"auto": None, "true": True, "false": False}
+
 
 @dataclass
 class TaskConfig:
     """One data set with its prompt, its answers, its splits and its metric.
 
     ``answer`` is ``labels`` (one fixed set of ``label_words``), ``choices`` (each row lists its own, answered by
-    letter), ``free`` (generated text) or ``mix`` (several tasks trained together, each with its own answers).
+    letter), ``free`` (generated text), ``chat`` (conversations, see :mod:`lowrank_cli.tasks.conversations`) or ``mix``
+    (several tasks trained together, each with its own answers).
     """
 
     name: str = MISSING
-    answer: str = MISSING  #: ``labels``, ``choices``, ``free`` or ``mix``
+    answer: str = MISSING  #: ``labels``, ``choices``, ``free``, ``chat`` or ``mix``
     template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
     text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
     target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
@@ -47,12 +50,19 @@ class TaskConfig:
     parts: dict[str, TaskConfig] = field(default_factory=dict)  #: tasks of a ``mix``, by name; its lengths bound theirs
     #: other wordings, for methods that compare them: a template, or ``{template: …, label_words: […]}``
     templates: list[Any] = field(default_factory=list)
-    #: ``free`` only: rows with an empty answer are left out, and an answer too long for ``max_length`` loses its end,
-    #: instead of being refused
+    #: ``free`` and ``chat`` only: rows without an answer are left out, and an answer too long for ``max_length`` loses
+    #: its end, instead of being refused
     lenient: bool = False
+    #: whether prompts and answers are turns in the model's chat template: ``true``, ``false``, or ``auto``: those of
+    #: ``chat``, and a prompt of ``lrk generate`` to a model without an adapter, if its tokenizer has one
+    chat: str = "auto"
+    system: Optional[str] = None  #: system turn of conversations that have none
+    #: Jinja chat template instead of the model's, or a file that holds one
+    chat_template: Optional[str] = None
 
     def validate(self) -> None:
-        require_choice("task.answer", self.answer, ("labels", "choices", "free", "mix"))
+        require_choice("task.answer", self.answer, ("labels", "choices", "free", "chat", "mix"))
+        require_choice("task.chat", self.chat.lower(), CHAT)
         if (self.answer == "mix") != bool(self.parts):
             raise UserError("task.parts: task.answer=mix names its tasks there, another answer has none")
         for name, part in self.parts.items():
@@ -70,8 +80,8 @@ class TaskConfig:
             require_range("task.limit", self.limit, 1)
         if self.parts:
             self._refuse_what_parts_have()
-        if self.lenient and self.answer != "free":
-            raise UserError(f"task.lenient: true is for task.answer=free, not {self.answer}")
+        if self.lenient and self.answer not in ("free", "chat"):
+            raise UserError(f"task.lenient: true is for task.answer=free or chat, not {self.answer}")
         if self.answer == "labels" and len(self.label_words) < 2:
             raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
         for key in ("label_words", "label_values"):
@@ -84,10 +94,15 @@ class TaskConfig:
             self._validate_wording(f"task.templates[{index}]", entry)
         for index, (template, _) in enumerate(self.wordings()):
             key = "templates" if index else "template"
-            if self.answer != "mix" and not re.search(r"\{(?!options\})", template):
+            if self.answer not in ("chat", "mix") and not re.search(r"\{(?!options\})", template):
                 raise UserError(f"task.{key}: {template!r} names no {{column}}, so every prompt would be the same")
         if self.label_values and len(self.label_values) != len(self.label_words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
+
+    @property
+    def chats(self) -> bool | None:
+        """``chat``; None for ``auto``."""
+        return CHAT[self.chat.lower()]  # YAML's true and false arrive as True and False
 
     def wordings(self) -> list[tuple[str, list[str]]]:
         """Each template and its label words, the task's own first."""

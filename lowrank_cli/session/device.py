@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
@@ -50,7 +51,14 @@ def prepare(hardware: HardwareConfig) -> Accelerator:
 
 
 def greet(
-    run: Run, hardware: HardwareConfig, model: PreTrainedModel, header: str, *, packing: str = "", source: str = ""
+    run: Run,
+    hardware: HardwareConfig,
+    model: PreTrainedModel,
+    header: str,
+    *,
+    packing: str = "",
+    source: str = "",
+    notes: Iterable[str] = (),
 ) -> None:
     """Choose the CPU threads for ``model``, record them in run.json, and print the run's first lines.
 
@@ -60,10 +68,12 @@ def greet(
         header: which model this is.
         packing: whether weights are packed and why; empty to print nothing.
         source: which earlier run is used; empty to print nothing.
+        notes: what was chosen for the user, a line each.
     """
     lines = [Text(header)]
     if source:
         lines.append(Text(source))
+    lines += map(Text, notes)
     if hardware.device == "cpu":
         before = run.info.get("threads")
         threads = choose(hardware.threads, model.config.get_text_config().hidden_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, ChoosesSites, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import PredictConfig, RunConfig
+from lowrank_cli.schema import PredictConfig, RunConfig, TaskConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
+from lowrank_cli.tasks.chat import Chat, chat_of
 from lowrank_cli.tasks.task import Example, Task
 
 BATCH_SIZE = 16  #: prompts in a batch, for a verb without ``evaluate.batch_size``
@@ -46,6 +47,9 @@ class Session:
     header: str  #: the first line a run prints
     max_positions: int | None  #: longest input in tokens, where the model has a position table
     adapter_run: Path | None  #: the earlier run that holds the adapter's weights
+    chats: dict[str, Chat] = field(
+        default_factory=dict
+    )  #: chat template by task of a mix, or by ``""``; empty for none
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +58,8 @@ class Session:
     def greet(self, run: Run) -> None:
         """Choose the CPU threads and print the run's first lines: which model this is and how it computes."""
         source = newest_run_note(self.config, run)
-        greet(run, self.config.hardware, self.model, self.header, source=source)
+        notes = dict.fromkeys(str(chat) for chat in self.chats.values())
+        greet(run, self.config.hardware, self.model, self.header, source=source, notes=notes)
 
     def note_device(self, run: Run) -> None:
         """Record the GPU and its peak memory in run.json, which already describes the CPU."""
@@ -96,6 +101,15 @@ class Session:
         config = self.config.task
         return min([config.max_new_tokens, *([config.parts[task].max_new_tokens] if task else [])])
 
+    @property
+    def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of prompts: it adds no special tokens to what a chat template wrote."""
+        return next((chat.tokenizer for chat in self.chats.values()), self.tokenizer)
+
+    def stops(self, task: str = "") -> list[int]:
+        """The tokens that end an answer; the first is the one that is trained. ``task``: one of a mix."""
+        return self.chats[task].stops if self.chats else [self.tokenizer.eos_token_id]
+
     def encode(self, examples: Sequence[Example]) -> list[Any]:
         """Tokenised examples: ``Encoded`` for a causal model, ``EncodedText`` for an encoder."""
         if self.encoder:
@@ -105,14 +119,18 @@ class Session:
             indices = [index for index, example in enumerate(examples) if example.task == task]
             cut = self.config.task.parts.get(task, self.config.task).lenient
             group = [examples[index] for index in indices]
-            rows = encode.encode_all(self.tokenizer, group, self.max_length(task=task), cut)
+            length = self.max_length(task=task)
+            if self.chats:
+                rows = [self.chats[task].encode(example, length, cut) for example in group]
+            else:
+                rows = encode.encode_all(self.tokenizer, group, length, cut)
             for index, row in zip(indices, rows, strict=True):
                 encoded[index] = row
         return encoded
 
     def weight(self, encoded: Any) -> int:
         """Weight of an example in a mean loss: the number of its response tokens, or 1 for an encoder."""
-        return 1 if self.encoder else len(encoded.input_ids) - encoded.prompt_length
+        return 1 if self.encoder else encoded.answered
 
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
         """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
@@ -179,7 +197,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     loaded = load(config.model, config.hardware, labels, fits)
     model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares its trainable tensors
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
-    return Session(
+    session = Session(
         config,
         accelerator,
         task,
@@ -190,7 +208,35 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         header=loaded.header,
         max_positions=loaded.max_positions,
         adapter_run=adapter_run,
+        chats=_chats(loaded.tokenizer, config.task),
     )
+    return replace(session, task=_in_chat(session)) if session.chats else session
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> dict[str, Chat]:
+    """The chat template of each task of a mix, or of the only task. Raises UserError if only some tasks have one."""
+    chats: dict[str, Chat] = {}
+    for name, config in (task.parts or {"": task}).items():
+        if chat := chat_of(tokenizer, config):
+            chats[name] = chat
+    plain = [name for name in task.parts if name not in chats]
+    if chats and plain:
+        raise UserError(
+            f"task.parts.{plain[0]}.chat: {task.parts[plain[0]].chat}, but {next(iter(chats))} is asked in a chat "
+            f"template; set task.parts.{plain[0]}.chat=true"
+        )
+    return chats
+
+
+def _in_chat(session: Session) -> Task:
+    """The task with prompts of dev and test as the model reads them. Training encodes whole conversations."""
+
+    def rendered(example: Example) -> Example:
+        room = 0 if example.choices else session.max_new_tokens(example.task)
+        return session.chats[example.task].rendered(example, session.max_length(task=example.task) - room)
+
+    task = session.task
+    return replace(task, dev=[rendered(item) for item in task.dev], test=[rendered(item) for item in task.test])
 
 
 def load_adapter(session: Session) -> None:

@@ -28,6 +28,7 @@ from lowrank_cli.schema import GenerateConfig, GenerateRun
 from lowrank_cli.session.adapter_run import method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
+from lowrank_cli.tasks.chat import Chat, chat_of
 
 ANSWERS = "answers.jsonl"
 #: Control characters that :func:`escaped` escapes and :mod:`json` does not; as JSON escapes they stay the same text.
@@ -57,8 +58,11 @@ def run(config: GenerateRun, run: Run, adapter_run: Path | None, *, resume: bool
     loaded = load(config.model, config.hardware, None, generates=True)
     loaded.model.to(device).eval().requires_grad_(False)
     source = newest_run_note(config, run)
-    greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source)
-    writer = Writer(loaded, config)
+    bare = adapter_run is None and not any(request.tenant for request in requests if request.error is None)
+    chat = chat_of(loaded.tokenizer, config.task, asked=bare)
+    notes = [] if chat is None else [str(chat)]
+    greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source, notes=notes)
+    writer = Writer(loaded, config, chat)
     began = time.monotonic()
     if settings.tenants is None:
         _adapt(config, loaded.model, adapter_run)
@@ -107,12 +111,13 @@ def _adapt(config: GenerateRun, model: PreTrainedModel, adapter_run: Path | None
 
 
 class Writer:
-    """Generates answers to prompts and counts their tokens."""
+    """Generates answers to prompts, in a chat template if there is one, and counts their tokens."""
 
-    def __init__(self, loaded: Loaded, config: GenerateRun):
+    def __init__(self, loaded: Loaded, config: GenerateRun, chat: Chat | None = None):
         settings = config.generate
         self.model: PreTrainedModel = loaded.model
-        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer if chat is None else chat.tokenizer
+        self.chat = chat
         #: largest number of tokens in a prompt; None for no limit
         self.max_prompt = None if loaded.max_positions is None else loaded.max_positions - settings.max_new_tokens
         self.tokens = 0  #: generated so far
@@ -122,6 +127,8 @@ class Writer:
             "use_cache": True,
             "do_sample": settings.temperature > 0,
         }
+        if chat is not None:
+            self.model.generation_config.eos_token_id = chat.stops
         if settings.temperature > 0:
             self.arguments["temperature"] = settings.temperature
         self.streams = settings.num_beams == 1
@@ -129,7 +136,8 @@ class Writer:
 
     def encoded(self, prompt: str) -> list[int]:
         """The prompt's tokens, as in training. Raises UserError for an empty prompt, or one that is too long."""
-        (ids,) = encode.encode_prompts(self.tokenizer, [prompt], [sys.maxsize])
+        text = prompt if self.chat is None or not prompt else self.chat.asking(prompt)
+        (ids,) = encode.encode_prompts(self.tokenizer, [text], [sys.maxsize])
         if not ids:
             raise UserError("prompt: it is empty")
         if self.max_prompt is not None and len(ids) > self.max_prompt:

@@ -26,6 +26,12 @@ class Encoded:
 
     input_ids: list[int]
     prompt_length: int  #: number of prompt tokens, BOS included
+    ignored: frozenset[int] = frozenset()  #: positions after the prompt that are not answers: later turns of the user
+
+    @property
+    def answered(self) -> int:
+        """Number of tokens with loss."""
+        return len(self.input_ids) - self.prompt_length - len(self.ignored)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def encode_all(tokenizer: Tokenizer, examples: Sequence[Example], max_length: in
     """
     prompts = _tokens(tokenizer, [example.prompt for example in examples])
     answers = _answers(tokenizer, prompts, [(example.prompt, example.answer) for example in examples])
-    encoded, least = [], len(_bos(tokenizer)) + 1
+    encoded, least = [], len(bos(tokenizer)) + 1
     for example, prompt, answer in zip(examples, prompts, answers):
         limit = max_length - len(answer) - 1
         most = max((len(choice.encode()) for choice in example.choices), default=0)  # a token has at least one byte
@@ -66,13 +72,18 @@ def encode_all(tokenizer: Tokenizer, examples: Sequence[Example], max_length: in
         if cut:
             limit = max(limit, min(len(prompt), max_length // 2))
         if limit < least:
-            raise UserError(
-                f"task.max_length: {max_length} leaves no room for a prompt before an answer of "
-                f"{len(answer)} tokens: {example.answer.strip()[:60]!r}"
-            )
-        prompt = _truncate(tokenizer, prompt, limit)
+            raise no_room(max_length, len(answer), example.answer)
+        prompt = truncate(tokenizer, prompt, limit)
         encoded.append(Encoded((prompt + answer + [tokenizer.eos_token_id])[:max_length], len(prompt)))
     return encoded
+
+
+def no_room(max_length: int, tokens: int, answer: str) -> UserError:
+    """The error for an answer of that many tokens that leaves no space for a prompt."""
+    return UserError(
+        f"task.max_length: {max_length} leaves no room for a prompt before an answer of {tokens} tokens: "
+        f"{answer.strip()[:60]!r}"
+    )
 
 
 def max_prompt_length(choices: Sequence[Sequence[int]], max_length: int) -> int:
@@ -94,7 +105,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, limit: int) -> list[int]:
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], limits: Sequence[int]) -> list[list[int]]:
     """:func:`encode_prompt` for several prompts, each with its limit."""
     rows = _tokens(tokenizer, list(prompts)) if prompts else []
-    return [_truncate(tokenizer, row, limit) for row, limit in zip(rows, limits, strict=True)]
+    return [truncate(tokenizer, row, limit) for row, limit in zip(rows, limits, strict=True)]
 
 
 def candidates(tokenizer: Tokenizer, prompt: str, choices: Sequence[str]) -> list[list[int]]:
@@ -113,10 +124,13 @@ def encode_text(tokenizer: Tokenizer, example: Example, max_length: int) -> Enco
 def collate_causal(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
     """A right-padded training batch; every tensor is (B, T) and integer.
 
-    ``labels`` hold the answer's tokens and EOS, and ``IGNORED`` elsewhere; ``prompt_mask`` is 1 on prompts.
+    ``labels`` hold the answers' tokens and EOS, and ``IGNORED`` elsewhere; ``prompt_mask`` is 1 on prompts.
     """
     prompts = ([1] * row.prompt_length + [0] * (len(row.input_ids) - row.prompt_length) for row in encoded)
-    answers = ([IGNORED] * row.prompt_length + row.input_ids[row.prompt_length :] for row in encoded)
+    answers = (
+        [IGNORED if at < row.prompt_length or at in row.ignored else token for at, token in enumerate(row.input_ids)]
+        for row in encoded
+    )
     return {
         "input_ids": _padded((row.input_ids for row in encoded), pad_id),
         "attention_mask": _padded(([1] * len(row.input_ids) for row in encoded), 0),
@@ -168,20 +182,21 @@ def _answers(tokenizer: Tokenizer, prompts: list[list[int]], pairs: list[tuple[s
 def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Each text's tokens, with a leading BOS if the tokenizer adds one, without EOS."""
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    bos = _bos(tokenizer)
-    return [bos + row for row in rows]
+    front = bos(tokenizer)
+    return [front + row for row in rows]
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
+def bos(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer puts in front of a text: BOS, or nothing."""
     special = tokenizer("")["input_ids"]
     return special[:1] if special and special[0] == tokenizer.bos_token_id else []
 
 
-def _truncate(tokenizer: Tokenizer, tokens: list[int], limit: int) -> list[int]:
+def truncate(tokenizer: Tokenizer, tokens: list[int], limit: int) -> list[int]:
     """The last ``limit`` tokens, of which the first is a BOS if there was one."""
     if len(tokens) <= limit:
         return tokens
-    bos = _bos(tokenizer)
-    if limit <= len(bos):
+    front = tokens[:1] if tokens[0] == tokenizer.bos_token_id else []
+    if limit <= len(front):
         raise UserError("task.max_length: leaves no room for a prompt; raise it, or lower task.max_new_tokens")
-    return bos + tokens[len(tokens) - (limit - len(bos)) :]
+    return front + tokens[len(tokens) - (limit - len(front)) :]

@@ -14,11 +14,13 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from typing import Any
 
 from lowrank_cli.errors import UserError, inside, nearest
 from lowrank_cli.schema import TaskConfig
-from lowrank_cli.tasks import sources, splits
+from lowrank_cli.tasks import conversations, sources, splits
+from lowrank_cli.tasks.conversations import Turn
 from lowrank_cli.tasks.patterns import require_pattern
 from lowrank_cli.tasks.sources import Row
 
@@ -42,6 +44,8 @@ class Example:
     task: str = ""  #: in a mix: the task that it comes from
     first: int = 0  #: index of the first of ``choices`` among the task's ``label_words``
     columns: tuple[str, ...] = ()  #: its values of the template's :func:`columns`
+    turns: tuple[Turn, ...] = ()  #: the conversation that ends with the answer; empty for other tasks
+    where: str = dataclass_field(default="", compare=False)  #: file and line, for messages
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Task:
 
     config: TaskConfig
     name: str
-    answer: str  #: ``labels``, ``choices``, ``free`` or ``mix``
+    answer: str  #: ``labels``, ``choices``, ``free``, ``chat`` or ``mix``
     label_words: tuple[str, ...]  #: of a mix: those of all its tasks, concatenated
     train: list[Example]
     dev: list[Example]
@@ -73,7 +77,7 @@ def load(config: TaskConfig) -> Task:
     _check_template(config)
     source = sources.open_source(config)
     names = splits.names(config, source.splits, source.name)
-    free = config.answer == "free"
+    free = config.answer in ("free", "chat")
     train, *held_out = [examples(config, *source.read(name)) for name in names]
     held_out = [_merge(split) if free else split for split in held_out]
     if config.splits == "given":
@@ -145,7 +149,7 @@ def template_hash(config: TaskConfig) -> str:
     if config.parts:
         hashes = {name: template_hash(task) for name, task in config.parts.items()}
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-    shape = {
+    shape: dict[str, Any] = {
         "answer": config.answer,
         "template": config.template,
         "text": list(config.text),
@@ -153,6 +157,8 @@ def template_hash(config: TaskConfig) -> str:
         "label_values": list(config.label_values),
         "option": OPTION,
     }
+    chat = {"chat": config.chats, "system": config.system, "chat_template": config.chat_template}
+    shape |= {key: value for key, value in chat.items() if value is not None}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
@@ -170,6 +176,8 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example
     Raises:
         UserError: a column is absent or empty, or an answer is not allowed.
     """
+    if config.answer == "chat":
+        return _chats(config, rows, name)
     make = {"labels": _label, "choices": _choice, "free": _free}[config.answer]
     names, result = columns(config.template), []
     for number, row in enumerate(rows, start=1):
@@ -188,8 +196,22 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example
                 text=tuple(_text(row, column, where) for column in config.text),
                 references=references,
                 columns=tuple(_text(row, column, where) for column in names),
+                where=where,
             )
         )
+    return result
+
+
+def _chats(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example]:
+    """One example for each conversation: its last turn is the answer, and all before it the prompt."""
+    result, form = [], conversations.form_of(rows[0], f"{name}:1") if rows else ""
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}:{number}"
+        turns = conversations.read(row, where, form, config.lenient)
+        if turns:
+            prompt = "\n".join(f"{turn.role}: {turn.content}" for turn in turns[:-1])
+            answer = turns[-1].content
+            result.append(Example(prompt, answer, (), None, (), (answer,), turns=turns, where=where))
     return result
 
 
@@ -331,6 +353,8 @@ def _column(row: Row, column: str, where: str) -> Any:
 
 
 def _check_template(config: TaskConfig) -> None:
+    if config.answer == "chat":
+        return
     try:
         parsed = list(string.Formatter().parse(config.template))
     except ValueError as error:

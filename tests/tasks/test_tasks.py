@@ -381,7 +381,7 @@ def test_empty_answers_are_left_out_where_the_task_is_lenient():
     assert [example.answer for example in tasks.examples(config("alpaca"), rows, "a.jsonl")] == [" Done.", " Yes."]
     with pytest.raises(UserError, match=r"^a\.jsonl:2: column 'output' holds no answer"):
         tasks.examples(config("alpaca", lenient=False), rows, "a.jsonl")
-    with pytest.raises(UserError, match=r"^task\.lenient: true is for task\.answer=free, not labels"):
+    with pytest.raises(UserError, match=r"^task\.lenient: true is for task\.answer=free or chat, not labels"):
         config("sst2", lenient=True)
 
 

@@ -8,10 +8,14 @@ Errors are one line: ``FILE: KEY is VALUE; expected …``.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import stat
 import sys
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -23,6 +27,7 @@ import yaml
 from lowrank_cli.errors import UserError, shorten
 
 MAX_BYTES = {"JSON": 2**28, "YAML": 2**22, "rows": 2**32}  #: of a file; rows are data sets, one row a line
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  #: endings of files that are decompressed; the limit holds for their text
 MAX_DEPTH = 32  #: of nested lists and mappings
 MAX_VALUES = 10_000_000  #: in a file, counting every use of a YAML alias
 
@@ -99,16 +104,38 @@ def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a regular file, without a byte order mark; ``what`` is the key of its limit in :data:`MAX_BYTES`."""
+    """The text of a regular file, decompressed and without a byte order mark.
+
+    Args:
+        what: the key of its limit in :data:`MAX_BYTES`.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"'{path}' cannot be read: it is not a file")
         if status.st_size > MAX_BYTES[what]:
             raise UserError(f"'{path}' cannot be read: {status.st_size} bytes (at most {MAX_BYTES[what]} of {what})")
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix not in COMPRESSED:
+            return path.read_text(encoding="utf-8-sig")
+        with _decompressor(path) as file:
+            data = file.read(MAX_BYTES[what] + 1)
+        if len(data) > MAX_BYTES[what]:
+            raise UserError(f"'{path}' cannot be read: more than {MAX_BYTES[what]} bytes of {what}, decompressed")
+        return data.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"'{path}' cannot be read: {_reason(error)}") from None
+
+
+def _decompressor(path: Path) -> Any:
+    """An open compressed file. Raises UserError if the library for its compression is not installed."""
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"'{path}' cannot be read: run pip install 'lowrank-cli[zst]'") from None
+        return zstandard.open(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers[path.suffix](path, "rb")
 
 
 def _reason(error: Exception) -> str:

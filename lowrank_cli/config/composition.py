@@ -53,7 +53,7 @@ READS = {
 NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
-OPEN = ("method.options.", "method.beside.")  #: mappings whose keys no schema fixes
+OPEN = ("method.options.", "method.beside.", "task.columns.")  #: mappings whose keys no schema fixes
 LONGEST_NAME = 100  #: bytes; a folder's name may have 255 (POSIX NAME_MAX), method, model and task included
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
@@ -162,6 +162,7 @@ def compose(
         _require_booleans(cfg, parsed)
         _make_absolute(cfg, later)
         _inline_chat_templates(cfg)
+        _fill_defaults(load, cfg, choices)
         if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
             _name_model(cfg, {item.key_or_group for item in parsed})
         if "method" in cfg:
@@ -241,7 +242,8 @@ def rebuild(verb: Any, resolved: dict[str, Any], choices: dict[str, str], overri
 def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list[str]) -> Composed:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"{missing[0]}: missing; give {missing[0]}=VALUE")
+        give = " ".join(f"{key}=VALUE" for key in missing)
+        raise UserError(f"{', '.join(missing)}: missing; give {give}{' or set them in a file' if missing[1:] else ''}")
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     _refuse_huge(resolved)
@@ -414,6 +416,24 @@ def _make_absolute(cfg: DictConfig, later: tuple[str, ...]) -> None:
             OmegaConf.update(cfg, key, os.path.abspath(runs.settled(os.path.expanduser(path))))
 
 
+def _fill_defaults(load: ConfigLoaderImpl, cfg: DictConfig, choices: dict[str, str]) -> None:
+    """Give keys that a group's file leaves out the values of the group's ``_base.yaml``, or of the method's own file.
+
+    A task without a name is named like its file.
+    """
+    sections = {group: cfg[group] for group in GROUPS if isinstance(cfg.get(group), DictConfig) and cfg[group]}
+    for group, name in ((g, n) for g, section in sections.items() for n in section if OmegaConf.is_missing(section, n)):
+        if (group, name) == ("task", "name") and choices.get("task"):
+            cfg.task.name = choices["task"].rpartition("/")[2]
+            continue
+        base = f"{group}/_base"
+        if group == "method" and name != "name":
+            base = f"method/{OmegaConf.select(cfg, 'method.name', default=None)}"
+        values = _file(load, base) if load.repository.config_exists(base) else {}
+        if name in values and not OmegaConf.is_missing(values, name):
+            cfg[group][name] = values[name]
+
+
 def _inline_chat_templates(cfg: DictConfig) -> None:
     """Replace a chat template's file by its text, so that the saved configuration is what ran."""
     parts = OmegaConf.select(cfg, "task.parts") or ()
@@ -451,11 +471,14 @@ def _adding(override: Override) -> str:
 
 def _refuse_added(cfg: DictConfig, given: Sequence[Override]) -> None:
     """Refuse what :func:`_adding` let through where the method has no such mapping."""
-    added = [override for override in given if f"{override.key}.".startswith(OPEN)]
-    kind = methods.config_classes().get(OmegaConf.select(cfg, "method.name", default=None)) if added else None
-    for override in added:
-        if not (kind and knows(kind, override.key.split(".")[1])):
-            raise UserError(unknown_key(override.key, [f"method.{item.name}" for item in fields(kind)] if kind else []))
+    for override in (override for override in given if f"{override.key}.".startswith(OPEN)):
+        section, name = override.key.split(".")[:2]
+        kind: Any = schema.TaskConfig if section == "task" and OmegaConf.select(cfg, section) else None
+        if section == "method":
+            kind = methods.config_classes().get(OmegaConf.select(cfg, "method.name", default=None))
+        if not (kind and knows(kind, name)):
+            keys = [f"{section}.{item.name}" for item in fields(kind)] if kind else []
+            raise UserError(unknown_key(override.key, keys))
 
 
 def _literal_path(override: Override) -> Override:

@@ -85,9 +85,11 @@ def _refuse_missing_folders(config: Any, later: tuple[str, ...]) -> None:
         folders |= {"task.path": config.task.path}
         folders |= {f"task.parts.{name}.path": item.path for name, item in config.task.parts.items()}
     for key, path in folders.items():
-        if path is not None and not path.startswith(later) and not Path(path).is_dir():
+        exists = path is None or Path(path).is_dir() or (key != "model.path" and Path(path).is_file())
+        if not exists and not path.startswith(later):
             hint = f"; write model.gguf={path} for a GGUF file" if path.endswith(".gguf") else ""
-            raise UserError(f"{key}: there is no folder '{path_format.shown(path)}'{hint}")
+            what = "folder" if key == "model.path" else "file or folder"
+            raise UserError(f"{key}: there is no {what} '{path_format.shown(path)}'{hint}")
     if (file := config.model.gguf) is not None and not file.startswith(later) and not Path(file).exists():
         raise UserError(f"model.gguf: there is no file or folder '{path_format.shown(file)}'")
 

@@ -25,7 +25,7 @@ class TaskConfig:
     name: str = MISSING
     answer: str = MISSING  #: ``labels``, ``choices``, ``free``, ``chat`` or ``mix``
     template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
-    text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair)
+    text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair); empty: the template's first two
     target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
     label_words: list[str] = MISSING  #: one word for each label, in label order (``labels`` only)
     label_values: list[str] = (
@@ -38,7 +38,8 @@ class TaskConfig:
     max_new_tokens: int = MISSING  #: longest generated answer, in tokens
     hub: Optional[str] = MISSING  #: data set on the Hub
     subset: Optional[str] = MISSING  #: configuration name on the Hub
-    path: Optional[str] = MISSING  #: folder of ``<split>.jsonl`` files, instead of the Hub
+    #: a data file, which is split once, or a folder of ``<split>.jsonl`` or other files, instead of the Hub
+    path: Optional[str] = MISSING
     generator: Optional[str] = MISSING  #: a generator of :mod:`lowrank_cli.tasks.tiny`, instead of both
     #: ``paper`` (the papers' rule, see :mod:`lowrank_cli.tasks.splits`), ``given``, ``whole`` (all of the evaluation
     #: set is test, and part of the train split is dev), or ``held_out`` of the train split
@@ -57,6 +58,8 @@ class TaskConfig:
     #: ``chat``, and a prompt of ``lrk generate`` to a model without an adapter, if its tokenizer has one
     chat: str = "auto"
     system: Optional[str] = None  #: system turn of conversations that have none
+    #: ``{NAME: COLUMN}``: what the data call a column that is read as NAME, in rows of any kind of answer
+    columns: dict[str, str] = field(default_factory=dict)
     #: Jinja chat template instead of the model's, or a file that holds one
     chat_template: Optional[str] = None
 

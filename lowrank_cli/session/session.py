@@ -58,7 +58,7 @@ class Session:
     def greet(self, run: Run) -> None:
         """Choose the CPU threads and print the run's first lines: which model this is and how it computes."""
         source = newest_run_note(self.config, run)
-        notes = dict.fromkeys(str(chat) for chat in self.chats.values())
+        notes = dict.fromkeys([*([self.task.note] if self.task.note else []), *map(str, self.chats.values())])
         greet(run, self.config.hardware, self.model, self.header, source=source, notes=notes)
 
     def note_device(self, run: Run) -> None:

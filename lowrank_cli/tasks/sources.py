@@ -1,8 +1,4 @@
-"""Where rows come from: a folder of JSON lines, the Hub, or a generator of this package.
-
-A row is a dict of columns. ``read`` returns a split's rows and their name in messages: row ``i`` (from 1) is
-``name:i``, in a file line ``i``.
-"""
+"""Where rows come from: a file or a folder, the Hub, or a generator of this package. A row is a dict of columns."""
 
 from __future__ import annotations
 
@@ -13,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.reader import parse_json, read_text
 from lowrank_cli.schema import TaskConfig
+from lowrank_cli.tasks import files
+from lowrank_cli.tasks.files import Row, Rows, read_jsonl
 
-Row = dict[str, Any]
-Rows = list[Row]
+__all__ = ["Row", "Source", "folder", "open_source", "read_jsonl"]
+
+ONLY = "train"  #: the split of a data set without splits
 PROBE_SECONDS = 5  #: the Hub counts as unreachable if it takes longer to answer
-WAYS_OUT = "set task.path=FOLDER (with <split>.jsonl files), choose a generated task (task=tiny_yesno)"
+WAYS_OUT = "set task.path=FILE or FOLDER (with <split>.jsonl files), choose a generated task (task=tiny_yesno)"
 
 
 @dataclass(frozen=True)
@@ -28,53 +26,61 @@ class Source:
 
     name: str  #: of the data set, in messages
     splits: tuple[str, ...]
-    read: Callable[[str], tuple[Rows, str]]  #: split -> (rows, their name in messages)
+    read: Callable[[str], Rows]
+    whole: bool = False  #: it has no splits: :data:`ONLY` is all of it
 
 
 def open_source(config: TaskConfig) -> Source:
-    """The folder ``task.path`` if set, else the generator, else the Hub."""
+    """The file or folder ``task.path`` if set, else the generator, else the Hub."""
     if config.path:
-        return folder(config.path)
+        path = Path(config.path).expanduser()
+        return _file(path, config.path) if path.is_file() else folder(config.path)
     if config.generator:
         return _generator(config.generator)
     if config.hub:
         return from_hub(config.hub, config.subset)
-    raise UserError("task: no data; set task.path (folder of JSON lines) or task.hub (data set on the Hub)")
+    raise UserError("task: no data; set task.path (a file, or a folder of them) or task.hub (data set on the Hub)")
 
 
 def folder(path: str) -> Source:
-    """``<split>.jsonl`` files of a folder.
+    """``<split>.jsonl`` files of a folder (or another of :data:`files.KINDS`), or texts in folders named for labels.
 
     Raises:
-        UserError: there is no such folder, or it holds no .jsonl file.
+        UserError: there is no such folder, it holds no data, or two files of one split.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
-        what = "is a file; give the folder that holds it" if root.is_file() else "no such folder"
-        raise UserError(f"task.path: {path}: {what}")
-    files = {file.stem: file for file in sorted(root.glob("*.jsonl"))}
-    if not files:
-        raise UserError(f"task.path: {path} holds no .jsonl file; a split is a file such as train.jsonl")
-    return Source(path, tuple(files), lambda split: (read_jsonl(files[split]), str(files[split])))
+        raise UserError(f"task.path: {path}: no such file or folder")
+    found: dict[str, Path] = {}
+    for file in sorted(root.iterdir()):
+        split, kind = files.split_of(file)
+        if kind and file.is_file():
+            if split in found:
+                raise UserError(f"task.path: {path} holds {found[split].name} and {file.name} of one split; remove one")
+            found[split] = file
+    if found:
+        return Source(path, tuple(found), lambda split: files.read(found[split]))
+    texts = files.text_folders(root)
+    if not texts:
+        kinds = ", ".join(files.KINDS)
+        raise UserError(f"task.path: {path} holds no data ({kinds}); a split is a file such as train.jsonl")
+    splits = tuple(split or ONLY for split in texts)
+    return Source(path, splits, lambda split: files.read_texts(texts.get(split) or texts[""], path), whole="" in texts)
 
 
-def read_jsonl(path: Path) -> Rows:
-    """The JSON objects of a file, one a line.
-
-    Raises:
-        UserError: the file is unreadable or empty, or a line is not a JSON object (the message names the line).
-    """
-    lines = read_text(path, "rows").rstrip().split("\n")
-    if lines == [""]:
-        raise UserError(f"{path}: the file is empty")
-    return [parse_json(line, dict[str, Any], f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+def _file(path: Path, shown: str) -> Source:
+    """All rows of one file. Raises UserError if it is of no kind that is read."""
+    if not files.split_of(path)[1]:
+        kinds = ", ".join(files.KINDS)
+        raise UserError(f"task.path: {shown} is no data file (allowed: {kinds}, also compressed, or a folder)")
+    return Source(shown, (ONLY,), lambda split: files.read(path), whole=True)
 
 
 def _generator(name: str) -> Source:
     from lowrank_cli.tasks.tiny import generate
 
     data = generate(name)
-    return Source(name, tuple(data), lambda split: (data[split], f"{name} {split}"))
+    return Source(name, tuple(data), lambda split: Rows(data[split], f"{name} {split}"))
 
 
 def from_hub(repository: str, subset: str | None) -> Source:
@@ -87,7 +93,7 @@ def from_hub(repository: str, subset: str | None) -> Source:
     if data is None:
         _probe(repository)
         data = _download(repository, subset)
-    return Source(repository, tuple(data), lambda split: (data[split].to_list(), f"{repository} {split}"))
+    return Source(repository, tuple(data), lambda split: Rows(data[split].to_list(), f"{repository} {split}"))
 
 
 def _load_cached(repository: str, subset: str | None) -> Any:

@@ -61,6 +61,7 @@ class Task:
     test: list[Example]
     template_hash: str  #: changes with anything that shapes prompts or answers
     metric: str
+    note: str = ""  #: how the data were split, if nothing says so
 
 
 def load(config: TaskConfig) -> Task:
@@ -76,16 +77,17 @@ def load(config: TaskConfig) -> Task:
         return _mix(config)
     _check_template(config)
     source = sources.open_source(config)
-    names = splits.names(config, source.splits, source.name)
+    names = (sources.ONLY,) if source.whole else splits.names(config, source.splits, source.name)
     free = config.answer in ("free", "chat")
-    train, *held_out = [examples(config, *source.read(name)) for name in names]
+    read = [source.read(name) for name in names]
+    train, *held_out = [examples(config, split.rows, split.name, split.lines) for split in read]
     held_out = [_merge(split) if free else split for split in held_out]
-    if config.splits == "given":
-        dev, test = held_out
-    elif config.splits == "held_out":
+    if source.whole or config.splits == "held_out":
         kept, taken = splits.hold_out([item.prompt for item in train], min(2 * splits.HELD_OUT, len(train) // 5))
         held = _merge(_pick(train, taken)) if free else _pick(train, taken)
         train, (dev, test) = _pick(train, kept), (_pick(held, half) for half in splits.halves(len(held)))
+    elif config.splits == "given":
+        dev, test = held_out
     elif config.splits == "paper" and len(train) < splits.SMALL:
         dev, test = (_pick(held_out[0], indices) for indices in splits.halves(len(held_out[0])))
     else:
@@ -109,6 +111,10 @@ def load(config: TaskConfig) -> Task:
         test=test,
         template_hash=template_hash(config),
         metric=config.metric,
+        note=f"{source.name} has no splits: {', '.join(f'{size} {name}' for name, size in sizes.items())}, drawn once "
+        f"and the same for every seed"
+        if source.whole
+        else "",
     )
 
 
@@ -120,12 +126,14 @@ def _mix(config: TaskConfig) -> Task:
     """
     mixed: dict[str, list[Example]] = {"train": [], "dev": [], "test": []}
     words: list[str] = []
+    notes: list[str] = []
     for name, of_mix in config.parts.items():
         with inside("task", f"task.parts.{name}"):
             task = load(of_mix)
         for split, items in mixed.items():
             items += [replace(example, task=name, first=len(words)) for example in getattr(task, split)]
         words += task.label_words
+        notes += [task.note] if task.note else []
     limited = {split: _pick(items, splits.limited(len(items), config.limit)) for split, items in mixed.items()}
     for split, items in limited.items():
         left_out = [name for name in config.parts if all(example.task != name for example in items)]
@@ -141,6 +149,7 @@ def _mix(config: TaskConfig) -> Task:
         test=limited["test"],
         template_hash=template_hash(config),
         metric=config.metric,
+        note="; ".join(notes),
     )
 
 
@@ -167,20 +176,25 @@ def template_hashes(config: TaskConfig) -> dict[str, str]:
     return {task.name: template_hash(task) for task in (*config.parts.values(), config)}
 
 
-def examples(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example]:
+def examples(config: TaskConfig, rows: Sequence[Row], name: str, lines: Sequence[int] = ()) -> list[Example]:
     """One example for each row; with ``task.lenient``, rows without an answer are skipped.
 
     Args:
         name: what messages call the rows: row ``i``, from 1, is ``name:i``.
+        lines: what is written instead of ``i``, for each row.
 
     Raises:
         UserError: a column is absent or empty, or an answer is not allowed.
     """
+    numbers = lines or range(1, len(rows) + 1)
+    if config.columns:
+        rows = [_renamed(config, row, f"{name}:{number}") for row, number in zip(rows, numbers, strict=True)]
     if config.answer == "chat":
-        return _chats(config, rows, name)
+        return _chats(config, rows, name, numbers)
     make = {"labels": _label, "choices": _choice, "free": _free}[config.answer]
     names, result = columns(config.template), []
-    for number, row in enumerate(rows, start=1):
+    texts = config.text or names[:2]
+    for number, row in zip(numbers, rows, strict=True):
         where = f"{name}:{number}"
         if config.lenient and not _text(row, config.target, where).strip():
             continue
@@ -193,7 +207,7 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example
                 answer=space + references[0],
                 choices=tuple(space + choice for choice in choices),
                 label=label,
-                text=tuple(_text(row, column, where) for column in config.text),
+                text=tuple(_text(row, column, where) for column in texts),
                 references=references,
                 columns=tuple(_text(row, column, where) for column in names),
                 where=where,
@@ -202,10 +216,18 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example
     return result
 
 
-def _chats(config: TaskConfig, rows: Sequence[Row], name: str) -> list[Example]:
+def _renamed(config: TaskConfig, row: Row, where: str) -> Row:
+    """The row with the columns that ``task.columns`` names."""
+    try:
+        return row | {name: _column(row, column, where) for name, column in config.columns.items()}
+    except UserError as error:
+        raise UserError(f"task.columns: {error}") from None
+
+
+def _chats(config: TaskConfig, rows: Sequence[Row], name: str, numbers: Sequence[int]) -> list[Example]:
     """One example for each conversation: its last turn is the answer, and all before it the prompt."""
-    result, form = [], conversations.form_of(rows[0], f"{name}:1") if rows else ""
-    for number, row in enumerate(rows, start=1):
+    result, form = [], conversations.form_of(rows[0], f"{name}:{numbers[0]}") if rows else ""
+    for number, row in zip(numbers, rows, strict=True):
         where = f"{name}:{number}"
         turns = conversations.read(row, where, form, config.lenient)
         if turns:
@@ -367,7 +389,7 @@ def _check_template(config: TaskConfig) -> None:
             "task.template: {options} lists the options of task.answer=choices: "
             f"{'it is missing' if config.answer == 'choices' else f'task.answer={config.answer} has none'}"
         )
-    if not 1 <= len(config.text) <= 2:
+    if len(config.text) > 2:
         raise UserError(f"task.text: an encoder reads one or two columns, not {list(config.text)}")
     if config.extract:
         require_pattern("task.extract", config.extract)

@@ -273,7 +273,7 @@ FILES = {
     "": "method: the file needs a schema",
     "- a\n": "method: the file needs a schema",
     "defaults: [_lra]\nname: lora\n": "method/mine.yaml, defaults: unknown value '_lra'; did you mean '_lora'?",
-    "defaults: [_lora]\nname: lora\n": "method.alpha: missing; give method.alpha=VALUE",
+    "defaults: [_lora]\nrank: 3\n": "method.alpha, method.dropout, method.name, method.target_modules: missing",
     "defaults: [_lora]\nname: ${nothing}\n": "method.",
     "defaults: [_lora]\nname: milora\nrank: 3\nalpha: 1\ndropout: 0\ntarget_modules: [Q]\n": "method.name: 'milora'",
 }

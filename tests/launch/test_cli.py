@@ -158,7 +158,7 @@ MISTAKES = {
     ("train", "method.rank=x"): "method.rank: 'x' is not a whole number",
     ("train", "method=none"): "method: 'none' has no stage train (it has: evaluate, generate)",
     ("train", "model.path=nowhere"): "model.path: there is no folder 'nowhere'",
-    ("train", "task.path=nowhere"): "task.path: there is no folder 'nowhere'",
+    ("train", "task.path=nowhere"): "task.path: there is no file or folder 'nowhere'",
     ("train", "hardware.processes=3"): "train.batch_size: 16 cannot be shared by hardware.processes=3",
     ("train", "--config-dir", "nowhere"): "--config-dir: there is no folder 'nowhere'",
     ("train", "--resume", "nowhere"): "--resume: there is no folder 'nowhere'",

@@ -247,7 +247,7 @@ MISTAKES = {
     "  []": "recipe mine: it has no stages",
     "  - name: a\n    stges: train": "mine.yaml, line 5: stges: unknown key; did you mean 'stage'? (allowed: name,",
     "  - {name: a}": "missing",
-    "  - {name: a, stage: train, overrides: [task.path=nowhere]}": "task.path: there is no folder 'nowhere'",
+    "  - {name: a, stage: train, overrides: [task.path=nowhere]}": "task.path: there is no file or folder 'nowhere'",
 }
 
 

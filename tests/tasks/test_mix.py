@@ -130,7 +130,10 @@ def test_an_encoder_answers_each_part_with_its_own_labels(tmp_path):
         (["task=tiny_mix", "task.template='{question}'"], "task.template: a mix has none of its own"),
         (["task=tiny_mix", "task.path=data"], "task.path: a mix has none of its own"),
         (["task=tiny_mix", "task.parts.tiny_choise.limit=3"], "tiny_choise"),
-        (["task=tiny_mix", "task.parts.tiny_choice.path=nowhere"], "task.parts.tiny_choice.path: there is no folder"),
+        (
+            ["task=tiny_mix", "task.parts.tiny_choice.path=nowhere"],
+            "task.parts.tiny_choice.path: there is no file or folder",
+        ),
     ],
 )
 def test_mistakes_are_one_line(overrides, message):

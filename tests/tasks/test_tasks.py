@@ -300,11 +300,11 @@ def test_byte_order_mark_and_separators_inside_text(tmp_path):
 
 def test_folder_errors(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "notes.md").write_text("{}")
     for path, message in [
-        ("absent", "task.path: absent: no such folder"),
-        ("empty", "task.path: empty holds no .jsonl file"),
-        ("train.jsonl", "task.path: train.jsonl: is a file; give the folder that holds it"),
+        ("absent", "task.path: absent: no such file or folder"),
+        ("empty", r"task.path: empty holds no data \(.jsonl, .json, .csv, .tsv, .parquet\); a split is a file such as"),
+        ("notes.md", r"task.path: notes.md is no data file \(allowed: .jsonl, .json, .csv, .tsv, .parquet, also compr"),
     ]:
         with pytest.raises(UserError, match=f"^{message}"):
             tasks.load(config("sst2", path=path))

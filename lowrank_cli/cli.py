@@ -27,7 +27,7 @@ from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
 STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "study")  #: they take overrides
-VERBS = (*STAGES, "compare", "report", "list", "check")
+VERBS = (*STAGES, "compare", "report", "list", "check", "new")
 KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
 EXAMPLES = {
@@ -102,6 +102,7 @@ EXAMPLES = {
         "lrk list runs method=lora done",
     ],
     "check": ["lrk check method=milora task=rte", "lrk check recipe=milora", "lrk check study=lora_variants"],
+    "new": ["lrk new task reviews", "lrk new model ours --config-dir mine", "lrk new study first"],
 }
 
 
@@ -502,6 +503,21 @@ def check(
         from lowrank_cli.launch.listing import print_plan
 
         print_plan(plan)
+
+
+@app.command(cls=Verb)
+def new(
+    kind: Annotated[str, typer.Argument(metavar="task|model|method|study", help="what the file describes")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="how it is chosen, as in task=NAME")],
+    config_dir: Annotated[
+        str | None, typer.Option("--config-dir", metavar="DIR", help="the folder of your own groups (default: conf)")
+    ] = None,
+) -> None:
+    """Write a commented file for a task, model, method or study of your own, to be filled in."""
+    from lowrank_cli.launch.new_file import write
+    from lowrank_cli.terminal import Terminal
+
+    Terminal().print(write(kind, name, config_dir), soft_wrap=True)
 
 
 CAUGHT = 130  # what Typer returns for a KeyboardInterrupt; a run raises Interrupted instead, and says how to resume

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, reduce
@@ -54,6 +55,8 @@ NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
 OPEN = ("method.options.", "method.beside.", "task.columns.")  #: mappings whose keys no schema fixes
+HUB = "hub"  #: the file of the group that is any model, by id, folder or file
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  #: a repository on the Hub
 LONGEST_NAME = 100  #: bytes; a folder's name may have 255 (POSIX NAME_MAX), method, model and task included
 BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 FROM_RUN = "_from_run"  # the choice that stands for what an earlier run used
@@ -141,7 +144,7 @@ def compose(
     that begin with one of ``later``.
     """
     load = loader(config_dir)
-    given = [_literal_path(override) for override in parse_overrides(overrides)]
+    given = _expand_models(load, [_literal_path(override) for override in parse_overrides(overrides)])
     with explained(Failure(load, verb, given)):
         parsed = OverridesParser.create().parse_overrides([str(override) for override in given])
         refuse_unsupported(parsed)
@@ -315,7 +318,10 @@ def _find_source(verb: str, load: ConfigLoaderImpl, given: dict[str, Any]) -> So
         if fitted and load.repository.config_exists(f"task/{given.get('task')}"):
             wanted["task"] = given["task"]  # what it keeps is of one task
     others = {group: given[group] for group in GROUPS if group in given and group not in wanted}
-    return _source(runs.find(path, READS[verb], outputs, wanted, others))
+    weights = {key: given[f"model.{key}"] for key in ("gguf", "path", "id") if given.get(f"model.{key}")}
+    own = _weights_name(**weights) if wanted.get("model") == HUB and weights else None  # HUB may be any model
+    others |= {f"model.{key}": value for key, value in weights.items()}
+    return _source(runs.find(path, READS[verb], outputs, wanted, others, own))
 
 
 def _source(run: runs.Run) -> Source:
@@ -378,6 +384,9 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Hydra
 def _check_model(load: ConfigLoaderImpl, source: Source, given: dict[str, Any]) -> None:
     """Refuse another model, unless it is a folder, in which the same weights may lie."""
     choice, used = given.get("model"), source.choices.get("model")
+    other, own = given.get("model.id"), source.resolved["model"].get("id")
+    if choice == used == HUB and other and own and other != own:
+        raise UserError(f"model: '{source.path}' was made with '{own}', not '{other}'; leave model out")
     if (
         choice in (None, used)
         or given.get("model.path")
@@ -446,6 +455,33 @@ def _inline_chat_templates(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, read_text(file, "YAML"))
 
 
+def _expand_models(load: ConfigLoaderImpl, given: Sequence[Override]) -> list[Override]:
+    """``model=FOLDER``, ``model=FILE.gguf`` and ``model=ORG/NAME`` as ``model=hub`` with the key for such a place.
+
+    A file of the group comes first, then a folder or file, then the Hub.
+    """
+    expanded: list[Override] = []
+    for override in given:
+        value = (override.value or "").strip("'\"")
+        path = os.path.expanduser(value)
+        if override.key != "model" or not value or load.repository.config_exists(f"model/{value}"):
+            expanded.append(override)
+            continue
+        if os.path.isdir(path):
+            key = "model.path"
+        elif value.endswith(".gguf") or os.path.isfile(path):
+            key = "model.gguf"
+        elif HUB_NAME.fullmatch(value):
+            key = "model.id"
+        elif os.sep in value:
+            raise UserError(f"model: there is no folder '{value}', and no model of that name")
+        else:
+            expanded.append(override)
+            continue
+        expanded += [Override("model", HUB), Override(key, quoted(path))]
+    return expanded
+
+
 def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
     """Name a model after its weights if its file gives no name, or gives it to other weights.
 
@@ -458,10 +494,15 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
     )
     if "model.name" in given or not unnamed:
         return
-    source = Path(model.gguf or model.path or model.id or "hub")
-    if model.gguf and len(files := list(source.glob("*.gguf"))) == 1:  # of a folder
+    model.name = _weights_name(model.gguf, model.path, model.id)
+
+
+def _weights_name(gguf: str | None = None, path: str | None = None, id: str | None = None) -> str:
+    """The name of a GGUF file, a folder or a repository."""
+    source = Path(gguf or path or id or HUB)
+    if gguf and len(files := list(source.glob("*.gguf"))) == 1:  # of a folder
         source = files[0]
-    model.name = source.stem if source.suffix == ".gguf" else source.name
+    return source.stem if source.suffix == ".gguf" else source.name
 
 
 def _adding(override: Override) -> str:

@@ -193,7 +193,8 @@ def _missing(error: MissingConfigException, message: str, failure: Failure) -> s
         options = [o for o in failure.loader.get_group_options(group) if o.startswith("_")]  # type: ignore
     within = re.match(r"In '([^']+/[^']+)'", message)
     where = f"{within[1]}.yaml, defaults" if within and not within[1].startswith("hydra/") else group
-    return f"{where}: unknown value '{name}'{nearest(name, options)} (allowed: {', '.join(sorted(options))})"
+    others = ", or a folder, a .gguf file or ORG/NAME" if group == "model" else ""
+    return f"{where}: unknown value '{name}'{nearest(name, options)} (allowed: {', '.join(sorted(options))}{others})"
 
 
 def _unknown_key(key: str, failure: Failure) -> str:

@@ -43,6 +43,7 @@ def find(
     outputs: str | os.PathLike[str],
     choices: Mapping[str, str] | None = None,
     also: Mapping[str, str] | None = None,
+    model: str | None = None,
 ) -> Run:
     """The finished run at ``path``; for None the newest finished one.
 
@@ -50,6 +51,7 @@ def find(
         stages: the run must be of one of these.
         choices: config groups that the newest run must have been made with.
         also: further groups for the command that the error suggests.
+        model: the model's own name, which the newest run must have too.
 
     Raises:
         UserError: there is no such run; the message says how to make one.
@@ -57,7 +59,8 @@ def find(
     if path is None:
         wanted = (choices or {}).items()
         for run in reversed(all_runs(outputs)):
-            if run.done and run.info.get("stage") in stages and wanted <= run.info.get("choices", {}).items():
+            fits = run.done and run.info.get("stage") in stages and wanted <= run.info.get("choices", {}).items()
+            if fits and model in (None, run.info.get("model")):
                 return run
         groups, others = ("".join(f" {k}={v}" for k, v in items) for items in (wanted, (also or {}).items()))
         of = f" of{groups}" if groups else ""

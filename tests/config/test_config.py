@@ -80,6 +80,10 @@ def test_values_are_typed_and_lists_are_lists():
         (["model=gpt2", "model.path=models/own"], "gpt2"),  # its weights, from a folder
         (["model=gpt2", "model.id=org/other"], "other"),
         (["model=llama"], "llama"),
+        (["model=./held"], "held"),
+        (["model=held/only.Q8_0.gguf"], "only.Q8_0"),
+        (["model=org/Phi-2"], "Phi-2"),
+        (["model=org/Phi-2", "model.name=mine"], "mine"),
     ],
 )
 def test_a_model_is_named_by_its_weights(overrides, name, tmp_path):
@@ -96,10 +100,27 @@ def test_a_model_without_weights_and_one_with_two_kinds_are_one_line():
     assert "holds causal models" in refused(["model=minilm", "model.gguf=b", "task=tiny_sentiment"])
 
 
-def test_a_run_is_named_by_its_model():
-    run = trained(["model=hub", "model.id=org/Phi-2", "method=lora"])
+@pytest.mark.parametrize("spelling", [["model=hub", "model.id=org/Phi-2"], ["model=org/Phi-2"]], ids=["key", "group"])
+def test_a_run_is_named_by_its_model(spelling):
+    run = trained([*spelling, "method=lora"])
     assert run.path.name.endswith("-lora-Phi-2-tiny_yesno") and run.info["model"] == "Phi-2"
     assert config.compose("evaluate", [f"run={run.path}"]).config.model.name == "Phi-2"
+    trained(["model=org/Other", "method=lora"])
+    assert config.compose("evaluate", ["model=org/Phi-2"]).config.run == os.path.abspath(run.path)
+    assert refused(["model=org/Third"], "evaluate") == (
+        "run: no finished run of model=hub under 'outputs'; start one with: lrk train model=hub model.id=org/Third"
+    )
+    assert "was made with 'org/Phi-2', not 'org/Other'" in refused([f"run={run.path}", "model=org/Other"], "evaluate")
+
+
+def test_a_model_of_no_such_name_folder_or_repository_is_one_line():
+    assert refused(["model=./nowhere"]) == "model: there is no folder './nowhere', and no model of that name"
+    assert refused(["model=lama"]).endswith("smollm2_135m, or a folder, a .gguf file or ORG/NAME)")
+    Path("llama").mkdir()
+    assert config.compose("train", ["model=llama"]).config.model.bundled, "a file of the group comes first"
+    Path("a b, c").mkdir()
+    model = config.compose("train", ["model='a b, c'"]).config.model
+    assert (model.name, model.path) == ("a b, c", os.path.abspath("a b, c"))
 
 
 def test_the_configuration_of_a_run_comes_back_from_its_folder():

@@ -12,6 +12,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.schema import BenchRun, TrainBench
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.batches import Batches
+from lowrank_cli.tasks.chat import chat_of
 
 Batch = dict[str, Tensor]
 
@@ -36,7 +37,10 @@ def batch_of(config: BenchRun, base: BaseModel) -> Batch:
     examples = tasks.load(task).train
     if len(examples) < bench.batch_size:
         raise UserError(f"bench.batch_size: {bench.batch_size}, but task={task.name} has {len(examples)} examples")
-    encoded = encode.encode_all(tokenizer, examples, task.max_length, task.lenient)
+    if chat := chat_of(tokenizer, task):
+        encoded = [chat.encode(example, task.max_length, task.lenient) for example in examples]
+    else:
+        encoded = encode.encode_all(tokenizer, examples, task.max_length, task.lenient)
     lengths = [len(row.input_ids) for row in encoded]
     batches = Batches(lengths, bench.batch_size, config.seed)
     whole = [batches[step] for step in range(len(batches)) if len(batches[step]) == bench.batch_size]

@@ -85,4 +85,4 @@ def greet(
     if packing:
         lines.append(Text(packing, style="dim"))
     if run.writes:
-        progress.console().print(*lines, sep="\n")
+        progress.console().print(*lines, sep="\n", soft_wrap=True)

@@ -56,7 +56,8 @@ def chat_of(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, *, asked: bo
             too.
 
     Raises:
-        UserError: ``task.chat=true`` and there is no template; or ``task.chat_template`` is wrong.
+        UserError: ``task.chat=true`` and there is no template; ``task.chat_template`` is wrong; or it, or
+            ``task.system``, is set for plain prompts.
     """
     own, given = tokenizer.chat_template, config.chat_template
     conversations = config.answer == "chat"
@@ -64,7 +65,12 @@ def chat_of(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, *, asked: bo
         own = own.get("default")
     if config.chats and not (own or given):
         raise UserError("task.chat: true, but the model's tokenizer has no chat template; set task.chat_template=FILE")
-    if not (conversations or config.chats or (asked and config.chats is None)):
+    if not (conversations or config.chats or (asked and config.chats is None and (own or given))):
+        for key in ("system", "chat_template"):
+            if getattr(config, key) is not None:
+                raise UserError(
+                    f"task.{key}: needs a chat, and the prompts of {config.name} are plain; set task.chat=true"
+                )
         return None
     if config.chats is False:
         return Chat(tokenizer, _plain(tokenizer), config.system, "plain turns (task.chat=false)")
@@ -72,9 +78,7 @@ def chat_of(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, *, asked: bo
         return Chat(tokenizer, _checked(given, tokenizer), config.system, "task.chat_template")
     if own is not None:
         return Chat(tokenizer, own, config.system, f"the model's chat template (task.chat={config.chat.lower()})")
-    if conversations:
-        return Chat(tokenizer, _plain(tokenizer), config.system, "plain turns, as the model has no chat template")
-    return None
+    return Chat(tokenizer, _plain(tokenizer), config.system, "plain turns, as the model has no chat template")
 
 
 class Chat:

@@ -15,6 +15,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
+from pathlib import Path
 from typing import Any
 
 from lowrank_cli.errors import UserError, inside, nearest
@@ -111,11 +112,13 @@ def load(config: TaskConfig) -> Task:
         test=test,
         template_hash=template_hash(config),
         metric=config.metric,
-        note=f"{source.name} has no splits: {', '.join(f'{size} {name}' for name, size in sizes.items())}, drawn once "
-        f"and the same for every seed"
-        if source.whole
-        else "",
+        note=_split_note(source.name, sizes) if source.whole else "",
     )
+
+
+def _split_note(path: str, sizes: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{size} {name}" for name, size in sizes.items())
+    return f"{Path(path).name} has no splits: {counts}, the same for every seed"
 
 
 def _mix(config: TaskConfig) -> Task:

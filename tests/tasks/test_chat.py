@@ -167,6 +167,10 @@ def test_when_the_template_is_used(tokenizer):
     assert "plain turns, as the model has no chat template" in str(chat_of(tokenizer, config()))
     with pytest.raises(UserError, match=r"^task.chat: true, but the model's tokenizer has no chat template; set"):
         chat_of(tokenizer, replace(sst2, chat="True"))
+    with pytest.raises(
+        UserError, match=r"^task.system: needs a chat, and the prompts of sst2 are plain; set task.chat="
+    ):
+        chat_of(chatty, replace(sst2, system="Judge."))
     (row,) = tasks.examples(sst2, [{"sentence": "fine", "label": 1}], "rows")
     chat = chat_of(chatty, replace(sst2, chat="True", system="Judge."))
     shown = chat.rendered(row, 100)

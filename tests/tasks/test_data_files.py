@@ -19,7 +19,6 @@ from lowrank_cli.tasks import files, sources
 
 ROWS = [{"sentence": f'film {n}, "fine"\nNA', "label": n % 2} for n in range(20)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
-QUOTED = ['film {n}, ""fine""\nNA']
 
 
 def table(delimiter: str) -> str:
@@ -60,8 +59,7 @@ def test_a_file_of_every_kind_has_the_same_rows_and_is_split_once(name):
     assert [len(loaded.train), len(loaded.dev), len(loaded.test)] == [16, 2, 2]
     shown = {example.text[0] for split in (loaded.train, loaded.dev, loaded.test) for example in split}
     assert shown == {row["sentence"] for row in ROWS}
-    path = str(Path(name).resolve())
-    assert loaded.note == f"{path} has no splits: 16 train, 2 dev, 2 test, drawn once and the same for every seed"
+    assert loaded.note == f"{name} has no splits: 16 train, 2 dev, 2 test, the same for every seed"
     assert task(name).dev == loaded.dev
 
 

@@ -513,7 +513,7 @@ def new(
         str | None, typer.Option("--config-dir", metavar="DIR", help="the folder of your own groups (default: conf)")
     ] = None,
 ) -> None:
-    """Write a commented file for a task, model, method or study of your own, to be filled in."""
+    """Write a file of your own for a task, model, method or study."""
     from lowrank_cli.launch.new_file import write
     from lowrank_cli.terminal import Terminal
 

@@ -54,12 +54,12 @@ class TaskConfig:
     #: ``free`` and ``chat`` only: rows without an answer are left out, and an answer too long for ``max_length`` loses
     #: its end, instead of being refused
     lenient: bool = False
+    #: ``{NAME: COLUMN}``: what the data call a column that is read as NAME, in rows of any kind of answer
+    columns: dict[str, str] = field(default_factory=dict)
     #: whether prompts and answers are turns in the model's chat template: ``true``, ``false``, or ``auto``: those of
     #: ``chat``, and a prompt of ``lrk generate`` to a model without an adapter, if its tokenizer has one
     chat: str = "auto"
     system: Optional[str] = None  #: system turn of conversations that have none
-    #: ``{NAME: COLUMN}``: what the data call a column that is read as NAME, in rows of any kind of answer
-    columns: dict[str, str] = field(default_factory=dict)
     #: Jinja chat template instead of the model's, or a file that holds one
     chat_template: Optional[str] = None
 

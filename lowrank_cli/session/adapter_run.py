@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -57,6 +58,30 @@ class About(TypedDict):
     task: str
     template_hash: str
     parts: NotRequired[dict[str, str]]
+
+
+class Chats(TypedDict):
+    """The chat templates that an adapter was trained in, in ``lrk.json``: a hash by task."""
+
+    chat: NotRequired[dict[str, str]]
+
+
+def check_chat(hashes: Mapping[str, str], about: dict[str, Any], folder: Path) -> None:
+    """Raise UserError if the adapter was trained on a task in another chat template.
+
+    Args:
+        hashes: of the chat templates now, by task.
+        about: what the adapter's proof records.
+        folder: of the adapter.
+    """
+    check(about, Chats, str(folder / save_load.PROOF), "about")
+    for task, now in hashes.items():
+        trained = about.get("chat", {}).get(task, now)
+        if trained != now:
+            raise UserError(
+                f"task.chat: '{task}' was trained in another chat template or system turn (hash {trained[:12]}, now "
+                f"{now[:12]}); give them by task.chat_template=FILE and task.system"
+            )
 
 
 def check_template(task: TaskConfig, folder: Path) -> None:

@@ -24,7 +24,7 @@ from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import PredictConfig, RunConfig, TaskConfig
 from lowrank_cli.scoring.probe import Probe
-from lowrank_cli.session.adapter_run import method_of, newest_run_note
+from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.chat import Chat, chat_of
@@ -105,6 +105,12 @@ class Session:
     def prompt_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of prompts: it adds no special tokens to what a chat template wrote."""
         return next((chat.tokenizer for chat in self.chats.values()), self.tokenizer)
+
+    @property
+    def chat_hashes(self) -> dict[str, str]:
+        """The hash of each task's chat template."""
+        task = self.config.task
+        return {task.parts.get(name, task).name: chat.hash for name, chat in self.chats.items()}
 
     def stops(self, task: str = "") -> list[int]:
         """The tokens that end an answer; the first is the one that is trained. ``task``: one of a mix."""
@@ -243,4 +249,5 @@ def load_adapter(session: Session) -> None:
     """Load the adapter's weights from the run that holds them."""
     if session.adapter is not None:
         assert session.adapter_run is not None, "composition finds a run for every method that trains"
-        save_load.load(session.adapter, session.adapter_run / "adapter")
+        folder = session.adapter_run / "adapter"
+        check_chat(session.chat_hashes, save_load.load(session.adapter, folder), folder)

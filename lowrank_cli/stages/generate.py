@@ -25,7 +25,7 @@ from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.runs import Run, atomic_write, progress
 from lowrank_cli.runs.prompt_file import Request, read_requests
 from lowrank_cli.schema import GenerateConfig, GenerateRun
-from lowrank_cli.session.adapter_run import method_of, newest_run_note
+from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.chat import Chat, chat_of
@@ -59,13 +59,16 @@ def run(config: GenerateRun, run: Run, adapter_run: Path | None, *, resume: bool
     loaded.model.to(device).eval().requires_grad_(False)
     source = newest_run_note(config, run)
     bare = adapter_run is None and not any(request.tenant for request in requests if request.error is None)
-    chat = chat_of(loaded.tokenizer, config.task, asked=bare)
+    chats = _chats(loaded, config, asked=bare)
+    chat = next(iter(chats.values()), None)
     notes = [] if chat is None else [str(chat)]
     greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source, notes=notes)
     writer = Writer(loaded, config, chat)
     began = time.monotonic()
     if settings.tenants is None:
-        _adapt(config, loaded.model, adapter_run)
+        about = _adapt(config, loaded.model, adapter_run)
+        if adapter_run is not None:
+            check_chat({name: chat.hash for name, chat in chats.items()}, about, adapter_run / "adapter")
         records = [_one(writer, requests[0], streamed=output is None)]
     else:
         records = _many(writer, requests, settings, config.hardware.grouped)
@@ -100,14 +103,22 @@ def _output(settings: GenerateConfig) -> Path | None:
     return output
 
 
-def _adapt(config: GenerateRun, model: PreTrainedModel, adapter_run: Path | None) -> None:
-    """Put the adapter of ``adapter_run``, if there is one, into the model."""
+def _chats(loaded: Loaded, config: GenerateRun, *, asked: bool) -> dict[str, Chat]:
+    """The chat template of the task, or of each task of a mix that has one, by name."""
+    tasks = config.task.parts.values() or [config.task]
+    chats = {task.name: chat_of(loaded.tokenizer, task, asked=asked) for task in tasks}
+    return {name: chat for name, chat in chats.items() if chat is not None}
+
+
+def _adapt(config: GenerateRun, model: PreTrainedModel, adapter_run: Path | None) -> dict[str, Any]:
+    """Put the adapter of ``adapter_run``, if there is one, into the model. Returns what it records about itself."""
     method = methods.create(config.method) if adapter_run is None else method_of(Run.open(adapter_run))
     if methods.can(config.method.name, Calibrates):
         raise UserError(f"method: {config.method.name} scores given answers and generates none (see lrk export)")
     if adapter_run is not None and isinstance(method, Adapts):
         adapter = method.adapt(model)
-        save_load.load(adapter, adapter_run / "adapter")
+        return save_load.load(adapter, adapter_run / "adapter")
+    return {}
 
 
 class Writer:

@@ -349,6 +349,7 @@ class Trainer:
                 "method": self.config.method.name,
                 "model": self.config.model.name,
                 "step": self.progress["step"],
+                **({"chat": hashes} if (hashes := self.session.chat_hashes) else {}),
             }
             with atomic_folder(self.run.file("adapter")) as folder:
                 save_load.save(self.adapter, folder, about)

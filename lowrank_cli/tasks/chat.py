@@ -8,6 +8,8 @@ it ends, which must be a prefix of the whole conversation, and ends with its con
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,6 +42,8 @@ PLAIN = """\
 {% endfor %}
 {% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}
 """
+#: In front of templates that write the date: what Llama 3.1 writes where it knows none, so that prompts do not age.
+DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 MARK = "lrkmark"  #: an answer that no template contains
 #: Names that transformers gives to a template, besides the tokenizer's special tokens.
 NAMES = ("messages", "add_generation_prompt", "tools", "documents", "enable_thinking")
@@ -101,13 +105,19 @@ class Chat:
         self.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="$A", pair="$A $B", special_tokens=[]
         )
-        self.template, self.system, self.source = template, system, source
+        self.template = DATE * ("strftime_now" in template) + template
+        self.system, self.source = system, source
         self.marked = bool(GENERATION.search(template))
         self.stop, self._ending = self._stop()
 
     def __str__(self) -> str:
         stop = self.stops[0]
         return f"chat: {self.source}; answers end with {self.tokenizer.convert_ids_to_tokens(stop)}"
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what shapes prompts besides the conversation."""
+        return hashlib.sha256(json.dumps([self.template, self.system]).encode()).hexdigest()
 
     @property
     def stops(self) -> list[int]:

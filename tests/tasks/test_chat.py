@@ -321,6 +321,41 @@ def test_training_evaluation_and_generation_share_the_template(lrk, method):  # 
     assert asked.code == 0 and said in asked.err, "it is asked as it was trained"
 
 
+@pytest.mark.slow
+def test_an_adapter_is_asked_in_the_template_that_it_was_trained_in(lrk):  # noqa: F811
+    write(8)
+    data = ["task=chat", "task.path=talks", "task.dev_split=validation", "task.max_new_tokens=2"]
+    small = ["train.max_steps=1", "train.batch_size=4", "hardware.threads=1"]
+    assert lrk("train", "method=lora", *data, *small).code == 0
+    for words in (["generate", "Is 3 even?"], ["evaluate"]):
+        ended = lrk(*words, "task.system=Be brief.", "hardware.threads=1")
+        told = "was trained in another chat template or system turn" if words[0] == "generate" else "another template"
+        assert ended.code == 2 and told in ended.err
+    assert lrk("generate", "Is 3 even?", "hardware.threads=1", "generate.max_new_tokens=2").code == 0
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer):
+    dated = chat_of(tokenizer, config(chat_template="{{ strftime_now('%d %b %Y') }}\n" + CHATML))
+    assert dated.rendered(example(), 200).prompt.startswith("26 Jul 2024")
+    assert sum(dated.tokens(TURNS, "x")[1]) == sum(
+        chat_of(tokenizer, config(chat_template=CHATML)).tokens(TURNS, "x")[1]
+    )
+
+
+def test_tasks_of_a_mix_share_a_template_or_have_none(lrk):  # noqa: F811
+    write(8)
+    Path("mine/task").mkdir(parents=True)
+    Path("mine/task/both.yaml").write_text(
+        "defaults: [_mix, chat@parts.chat, tiny_yesno@parts.tiny_yesno, _self_]\nname: both\nmax_length: 128\n"
+        "max_new_tokens: 4\nparts: {chat: {path: talks, dev_split: validation}}\n"
+    )
+    words = ["train", "--config-dir", "mine", "task=both", "method=lora", "train.max_steps=1"]
+    refused = one_line(lrk(*words, "hardware.threads=1"))
+    assert refused.startswith(
+        "task.parts.tiny_yesno.chat: auto, but chat is asked in a chat template; set task.parts.tiny_"
+    )
+
+
 def test_options_that_chat_rules_out(lrk):  # noqa: F811
     write(4)
     data = ["task=chat", "task.path=talks", "task.dev_split=validation"]

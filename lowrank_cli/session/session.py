@@ -47,9 +47,8 @@ class Session:
     header: str  #: the first line a run prints
     max_positions: int | None  #: longest input in tokens, where the model has a position table
     adapter_run: Path | None  #: the earlier run that holds the adapter's weights
-    chats: dict[str, Chat] = field(
-        default_factory=dict
-    )  #: chat template by task of a mix, or by ``""``; empty for none
+    #: the chat template of each task of a mix, or of ``""``; empty for plain prompts
+    chats: dict[str, Chat] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -53,6 +53,8 @@ def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool =
         else:
             with quiet(True):
                 error = save_merged(adapter, folder, loaded)
+        for chat in session.chats.values():  # whoever serves the model asks as it was trained
+            session.tokenizer.chat_template = chat.template
         session.tokenizer.save_pretrained(folder)
         if not error <= allowed:
             raise UserError(

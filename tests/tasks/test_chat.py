@@ -332,6 +332,9 @@ def test_an_adapter_is_asked_in_the_template_that_it_was_trained_in(lrk):  # noq
         told = "was trained in another chat template or system turn" if words[0] == "generate" else "another template"
         assert ended.code == 2 and told in ended.err
     assert lrk("generate", "Is 3 even?", "hardware.threads=1", "generate.max_new_tokens=2").code == 0
+    assert lrk("export", "export.format=merged", "hardware.threads=1").code == 0
+    exported = AutoTokenizer.from_pretrained("outputs/latest/export")
+    assert exported.apply_chat_template(dicts(TURNS[:1]), tokenize=False) == "<s>User:\nIs the zorp red?\n\n"
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tokenizer):

@@ -31,16 +31,19 @@ from lowrank_cli.tasks import encode
 EXPORT_QUERIES = 16  #: queries whose scores an export compares
 
 
-def train(session: Session, run: Run) -> dict[str, float]:
-    """Fit, save the fitted tensors into ``run``'s folder, and evaluate on dev and test."""
+def train(session: Session, run: Run, test: bool) -> dict[str, float]:
+    """Fit, save the fitted tensors into ``run``'s folder, and evaluate on dev and, if ``test``, on test."""
     greet(session, run)
     fitted = fit(session)
     if session.accelerator.is_main_process:
         with atomic_folder(run.file(FOLDER)) as folder:
             save(session, fitted, folder)
     session.accelerator.wait_for_everyone()
-    (dev,) = arrangement_results(session, [calibrating_method(session)], fitted, "dev")
-    metrics = _metrics(session, dev, {}, "dev") | evaluate(session, run, fitted, "test")
+    if test:
+        (dev,) = arrangement_results(session, [calibrating_method(session)], fitted, "dev")
+        metrics = _metrics(session, dev, {}, "dev") | evaluate(session, run, fitted, "test")
+    else:
+        metrics = evaluate(session, run, fitted, "dev")
     session.note_device(run)
     return metrics
 

@@ -85,12 +85,14 @@ class Plan:
         verb, own = _verb(self.steps(group)[name], f"study.prepare.{name}")
         shared = [word for word in self.config.extra if _takes(verb, own, Override.parse(word).key)]
         words = [f"seed={seed}", *own, *shared]
+        if seed not in self.config.seeds:
+            words += _without_test(verb, own)
         return Job(f"{PREPARED}/{group}/{name}/{seed}", verb, self._filled(words, group, seed))
 
     def trial(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
         label = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in values.items())
         label = re.sub(r"[^\w.+-]+", "_", label)
-        return self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed)
+        return self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed, _without_test(*self._arm(cell)))
 
     def run(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
         return self._job(f"{RUNS}/{cell}/{seed}", cell, values, seed)
@@ -101,7 +103,7 @@ class Plan:
         values = {key: first(tune.search[key]) for key in self.searched(cell)} if tune else {}
         return self.run(cell, values, self.config.seeds[0])
 
-    def _job(self, folder: str, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
+    def _job(self, folder: str, cell: Cell, values: Mapping[str, Any], seed: int, last: Sequence[str] = ()) -> Job:
         verb, own = self._arm(cell)
         group, task = self.groups[cell.group], self.tasks(cell.group)[cell.task]
         task = task[cell.arm] if isinstance(task, dict) else task
@@ -109,7 +111,7 @@ class Plan:
         words = [word for word in shared if _takes(verb, own, Override.parse(word).key)]
         words += [*own, *(f"{key}={value}" for key, value in values.items())]
         words += [word for word in self.config.extra if _takes(verb, own, Override.parse(word).key)]
-        return Job(folder, verb, self._filled([*words, f"seed={seed}"], cell.group, seed), cell)
+        return Job(folder, verb, self._filled([*words, f"seed={seed}", *last], cell.group, seed), cell)
 
     def _arm(self, cell: Cell) -> tuple[str, list[str]]:
         own = [*self.config.arms[cell.arm], *self.groups[cell.group].arms.get(cell.arm, [])]
@@ -151,6 +153,11 @@ def _takes(verb: str, own: Sequence[str], key: str) -> bool:
         if kind is not None:
             return knows(kind, key.removeprefix("method."))
     return knows(VERBS[verb], key)
+
+
+def _without_test(verb: str, own: Sequence[str]) -> list[str]:
+    """Overrides by which a run of tuning does not measure the test split."""
+    return [word for word in ("test=false", "evaluate.split=dev") if _takes(verb, own, Override.parse(word).key)]
 
 
 def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

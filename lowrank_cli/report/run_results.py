@@ -32,6 +32,7 @@ IRRELEVANT = {
     "name",
     "run",
     "evaluate.split",
+    "test",
     "evaluate.batch_size",
     "score.tokens",
     "hardware.threads",
@@ -130,9 +131,10 @@ def result_of(run: Run) -> Result:
     if stages:
         config["adapter"] = " + ".join(stages)
     config["trained"] = _trained_otherwise(run, config)
-    measured = run.config().get("run") if info.get("stage") not in ADAPTERS else None
+    own = run.config()
+    measured = own.get("run") if info.get("stage") not in ADAPTERS else None
     metrics = {k: v for k, v in run.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    split = run.config().get("evaluate", {}).get("split", "test")
+    split = own.get("evaluate", {}).get("split", "test" if own.get("test", True) else "dev")
     return Result(
         path=run.path.resolve(),
         method=info["choices"]["method"],

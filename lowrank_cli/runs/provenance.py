@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 DISTRIBUTION = "lowrank-cli"
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
 ROOT = Path(__file__).resolve().parents[2]  #: the checkout, or the folder of an installed package
-RECORDING = ("outputs", "name", "tracker")  #: keys that say where a run is recorded
+RECORDING = ("outputs", "name", "tracker", "test")  #: keys that say what of a run is recorded, and where
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ class PredictConfig:
 
 @dataclass
 class EvaluateConfig(PredictConfig):
-    """What an evaluation of its own measures; training ends with both splits."""
+    """What an evaluation of its own measures; training measures dev, and test unless ``test=false``."""
 
     split: str = MISSING  #: ``dev`` or ``test``
 

@@ -59,6 +59,7 @@ class PruneRun(RunConfig):
     score: ScoreConfig = field(default_factory=ScoreConfig)  #: used where ``run`` is not a scoring
     evaluate: PredictConfig = field(default_factory=PredictConfig)
     run: Optional[str] = MISSING  #: folder of a scoring, or of a run with an adapter; null takes the newest of them
+    test: bool = True  #: whether to measure the test split at the end, after the dev split
 
     @property
     def level(self) -> str:

@@ -56,6 +56,7 @@ class TrainRun(RunConfig):
     #: what else gets the history, the configuration and the final metrics: ``tensorboard``, ``wandb``, ``mlflow`` or
     #: ``trackio`` (each an extra to install); it changes no result
     tracker: str = "none"
+    test: bool = True  #: whether to measure the test split at the end, after the dev split
 
     def validate(self) -> None:
         require_choice("tracker", self.tracker, TRACKERS)

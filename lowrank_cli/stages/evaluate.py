@@ -77,6 +77,15 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
     return metrics, with_correct(session, records), _combine(observed)
 
 
+def evaluate_end(session: Session, test: bool) -> tuple[dict[str, float], list[Record], Observed]:
+    """As :func:`evaluate_split` of dev, then of test if ``test``: all metrics; the rest is of the last split."""
+    metrics, records, observed = evaluate_split(session, "dev")
+    if test:
+        test_metrics, records, observed = evaluate_split(session, "test")
+        metrics |= test_metrics
+    return metrics, records, observed
+
+
 def _observe(session: Session) -> Observed:
     method, adapter = session.method, session.adapter
     if adapter is None or not isinstance(method, Observes):

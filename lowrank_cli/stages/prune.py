@@ -21,7 +21,7 @@ from lowrank_cli.scoring.keep import keep_modules, keep_ranks, layer_and_role, m
 from lowrank_cli.scoring.rank_scores import Scores, require_ranks
 from lowrank_cli.scoring.selection import SETTING, Selection, text
 from lowrank_cli.session.session import Session
-from lowrank_cli.stages.evaluate import evaluate_split
+from lowrank_cli.stages.evaluate import evaluate_end
 from lowrank_cli.stages.score import adapted, measure, write
 
 
@@ -53,12 +53,11 @@ def run(config: PruneRun, run: Run, adapter_run: Path | None, *, resume: bool = 
     figures = [write_selection(run, config, scoring or run, adapter, scores, keep)] if modules else []
     resize(adapter, {key: (ranks, 0) for key, ranks in keep.items()})
     _save(session, adapter, run)
-    metrics = evaluate_split(session, "dev")[0]
-    test_metrics, records, observed = evaluate_split(session, "test")
+    metrics, records, observed = evaluate_end(session, config.test)
     write_answers(run, records, [*figures, *observed.figures, allocation(adapter)])
     session.note_device(run)
     counts = {"modules": len(adapter.modules), "ranks": sum(adapter.ranks().values())}
-    return {**metrics, **test_metrics, **observed.metrics, **before, **counts}
+    return {**metrics, **observed.metrics, **before, **counts}
 
 
 def write_selection(

@@ -40,7 +40,7 @@ from lowrank_cli.methods.protocol import (
 from lowrank_cli.runs import Run, atomic_folder, progress, stopping
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.session.session import Session, load_adapter, start
-from lowrank_cli.stages.evaluate import evaluate_split
+from lowrank_cli.stages.evaluate import evaluate_end
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
 from lowrank_cli.tasks.task import template_hash
 from lowrank_cli.training import checkpoint, tracking
@@ -61,7 +61,7 @@ def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         load_adapter(session)
     work: Callable[[], dict[str, float]]
     if isinstance(session.method, Calibrates):
-        step, work = 0, partial(calibrate.train, session, run)
+        step, work = 0, partial(calibrate.train, session, run, config.test)
     else:
         trainer = Trainer(session, run)
         session.greet(run)
@@ -378,7 +378,7 @@ class Trainer:
         return f"loss {loss:.3f}" + ("" if at is None else f", best dev {best:.3f} at {at}")
 
     def _finish(self) -> dict[str, float]:
-        """Evaluate the best adapter on dev and test. Returns the run's metrics."""
+        """Evaluate the best adapter on dev and, unless ``test=false``, on test. Returns the run's metrics."""
         session, done = self.session, self.progress
         save_load.load(self.adapter, self.run.path / "adapter")
         metrics: dict[str, float] = {
@@ -389,9 +389,8 @@ class Trainer:
             "best_step": done["best_step"],
             "dev/loss": done["best_loss"],
         }
-        metrics.update(evaluate_split(session, "dev")[0])
-        test_metrics, records, observed = evaluate_split(session, "test")
-        metrics.update(test_metrics)
+        measured, records, observed = evaluate_end(session, self.config.test)
+        metrics.update(measured)
         write_answers(self.run, records, observed.figures)
         session.note_device(self.run)
         if self.accelerator.is_main_process:

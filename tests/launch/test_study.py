@@ -79,7 +79,13 @@ def test_every_arm_is_tuned_alike_and_compared_with_its_best_value(study):
     for name in final:
         config = Run.open(folder / name).config()
         assert (config["train"]["learning_rate"], config["seed"]) == (0.3, int(name[-1]))
-    assert {Run.open(folder / name).info["seed"] for name in statuses(folder) if name.startswith("tuning/")} == {100}
+    trials = [Run.open(folder / name) for name in statuses(folder) if name.startswith("tuning/")]
+    assert {run.info["seed"] for run in trials} == {100}
+    assert {name for run in trials for name in run.metrics if "/" in name} == {
+        "dev/accuracy",
+        "dev/loss",
+        "train/steps",
+    }
 
 
 @fake
@@ -198,19 +204,26 @@ def test_a_trial_that_diverges_has_its_result_and_is_not_run_again(study, lrk):
 def test_a_trial_without_the_metric_says_what_it_has(study):
     arms = {"plain": ["evaluate", "method=none"]}
     ended = study(arms=arms, overrides=[], tune={"search": {"evaluate.shots": [0, 2]}})
-    assert ended.code == 1 and "it has no dev/loss (it has: nothing of the dev split)" in ended.err
+    assert ended.code == 1 and "it has no dev/loss (it has: dev/accuracy)" in ended.err
 
 
 @fake
 def test_prepared_runs_are_made_for_each_seed_and_named_in_overrides(study):
     prepare = {"start": ["train", "method=lora", "task=tiny_yesno", "train.max_steps=1"]}
     arms = {"plain": ["method=lora"], "more": ["evaluate", "run={start}"]}
-    ended = study(arms=arms, prepare=prepare)
+    tune = {"search": {"evaluate.shots": [0, 2]}, "metric": "dev/accuracy"}
+    ended = study(arms=arms, prepare=prepare, tune=tune)
     assert ended.code == 0, ended.err
     (folder,) = runs()
     for seed in (0, 1):
         used = Run.open(folder / f"runs/all/yesno/more/{seed}").config()["run"]
         assert used == str((folder / f"prepared/all/start/{seed}").resolve())
+        assert "test/accuracy" in Run.open(Path(used)).metrics
+    measured = [*folder.glob("prepared/all/start/100"), *folder.glob("tuning/all/yesno/more/*/100")]
+    assert len(measured) == 3  # they serve tuning alone
+    assert [[name for name in Run.open(path).metrics if name.endswith("accuracy")] for path in measured] == [
+        ["dev/accuracy"]
+    ] * 3
 
 
 @fake

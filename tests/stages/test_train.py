@@ -100,6 +100,18 @@ def test_the_best_dev_adapter_is_kept_and_scored(whole):
     assert about["step"] == whole.metrics["best_step"]
 
 
+def test_without_the_test_split_a_run_trains_alike_and_measures_dev_alone(tmp_path, whole):
+    run = train("method=milora", "method.dropout=0.1", "test=false", outputs=tmp_path)
+    assert losses(run) == losses(whole)
+    measured = numbers(run)
+    assert not [name for name in measured if name.startswith("test/")]
+    assert measured["dev/accuracy"] == numbers(whole)["dev/accuracy"]
+    answers = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == measured["dev/examples"]
+    assert fmean(answer["correct"] for answer in answers) == pytest.approx(measured["dev/accuracy"])
+    assert run.info["config_hash"] == whole.info["config_hash"]  # it decides nothing that was learnt
+
+
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, pair):
     """Two processes, killed without warning after a checkpoint; then ``--resume``. One process: tests/reliability."""
     killed = subprocess.Popen(

@@ -71,7 +71,7 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
         entries: list[Tuning] = read_json(folder / TRIALS, list[Tuning])
     except UserError as error:
         return [], [str(error)]
-    section = SectionView("Tuning", "Trials have seeds of their own, and are chosen by the dev split.")
+    section = SectionView("Tuning", "Trials have seeds of their own and measure the dev split, never the test split.")
     section.warnings += _budgets(entries, study)
     section.fold = "Best values of every arm"
     section.headers, section.left = ["task", "arm", "trials", "failed", "best", "score"], 2

@@ -496,9 +496,9 @@ def check(
             raise unknown("verb", verb, STAGES)
     plan = _preview(verb, _expand_shorthand(verb, overrides, config_dir), config_dir, multirun)
     if verb == "study":
-        from lowrank_cli.launch import study as studies
+        from lowrank_cli.launch import study_preview
 
-        studies.print_plan(plan[0][1], config_dir, probe)
+        study_preview.print_plan(plan[0][1], config_dir, probe)
     else:
         from lowrank_cli.launch.listing import print_plan
 

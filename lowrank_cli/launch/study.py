@@ -12,70 +12,31 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypedDict
 
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.config.composition import Composed, compose, rebuild
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.running import refuse_running
-from lowrank_cli.launch.study_estimate import Counts, counts, estimate, tuning_runs
 from lowrank_cli.launch.study_plan import TUNING, Cell, Job, Plan, composed_cells, require_plain, split
+from lowrank_cli.launch.study_preview import tuning_runs
 from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
-from lowrank_cli.report import number_format, path_format, tables
+from lowrank_cli.report import path_format, tables
 from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.runs.progress import console
+from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
 from lowrank_cli.schema import StudyConfig
-from lowrank_cli.terminal import Terminal
 
-LEDGER, TRIALS = "study.json", "tuning.json"
 COMPARISON = "comparison"  #: folder of the tables and plots for a paper
 LOCKS = ".devices"  #: of the study's folder: the locks by which its processes share GPUs
-
-
-class View(TypedDict):
-    """One of ``views`` of ``study.json``."""
-
-    arm: str
-    metric: str
-    bound: bool
-
-
-class Ledger(TypedDict):
-    """``study.json``."""
-
-    name: str
-    baseline: str
-    arms: list[str]
-    pools: dict[str, list[str]]
-    views: dict[str, View]
-    seeds: list[int]
-    groups: dict[str, list[str]]
-    config_dir: str | None
-
-
-class Tuned(TypedDict):
-    """One entry of ``tuning.json``."""
-
-    group: str
-    task: str
-    arm: str
-    metric: str
-    lower_is_better: bool
-    seeds: list[int]
-    keys: list[str]
-    trials: list[dict[str, Any]]
-    best: dict[str, Any] | None
-    at_edge: list[str]
 
 
 def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Composed, list[tuple[str, Composed]]]:
@@ -109,7 +70,7 @@ def remaining(run: Run, composed: Composed) -> list[tuple[str, Composed]]:
     for keys that no file may set.
     """
     require_plain(composed.config.study)
-    cells = composed_cells(Plan(composed.config.study), run.read_json(LEDGER, Ledger)["config_dir"])
+    cells = composed_cells(Plan(composed.config.study), run.read_json(STUDY).get("config_dir"))
     return [(str(cell), cell_config) for cell, cell_config in cells.items()]
 
 
@@ -119,14 +80,14 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
     kept = config.folder and Path(config.folder).expanduser()
     if kept:
         run = Run.open(kept, key="folder")
-        if not (kept / LEDGER).is_file():
-            raise UserError(f"folder: '{config.folder}' is not the folder of a study (it holds no {LEDGER})")
+        if not (kept / STUDY).is_file():
+            raise UserError(f"folder: '{config.folder}' is not the folder of a study (it holds no {STUDY})")
         refuse_running(kept, key="folder")
         remove_leftovers(kept)
     run = stage.create(composed, config_dir, command, kept.absolute() if kept else folder)
     study: StudyConfig = config.study
     plan = Plan(study)
-    ledger: Ledger = {
+    record: StudyRecord = {
         "name": study.name,
         "baseline": study.baseline,
         "arms": list(study.arms),
@@ -136,7 +97,7 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
         "groups": {group: list(plan.tasks(group)) for group in plan.groups},
         "config_dir": config_dir and str(Path(config_dir).resolve()),
     }
-    run.write_json(LEDGER, ledger)
+    run.write_json(STUDY, record)
     return run
 
 
@@ -179,7 +140,7 @@ class _Study:
 
     def __init__(self, run: Run, composed: Composed):
         config = composed.config
-        self.run, self.config_dir = run, run.read_json(LEDGER, Ledger)["config_dir"]
+        self.run, self.config_dir = run, run.read_json(STUDY).get("config_dir")
         self.root = run.path.absolute()
         self.plan = Plan(config.study, self.root)
         self.seeds = config.study.seeds
@@ -359,7 +320,7 @@ def _entry(cell: Cell, search: Search) -> Tuned:
 
 def summary(run: Run) -> RenderableType:
     """The comparison, what tuning chose, and what to do next."""
-    tuning = run.read_json(TRIALS, list[Tuned]) if (run.path / TRIALS).is_file() else []
+    tuning = run.read_json(TRIALS) if (run.path / TRIALS).is_file() else []
     shown: list[RenderableType] = [tuned_table(tuning)] if tuning else []
     if (run.path / COMPARISON).is_dir():
         from lowrank_cli.report import formats
@@ -371,55 +332,3 @@ def summary(run: Run) -> RenderableType:
         lines.append(f"  report: {path_format.shown(page)}")
     ways = next_steps(run)
     return Group(*shown, *(Text(line, no_wrap=True, overflow="ignore") for line in lines), *ways)
-
-
-def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
-    """What is compared, how it is tuned, how many runs that makes and, by a short probe, how long they take."""
-    config = composed.config
-    study, plan = config.study, Plan(config.study)
-    number = counts(plan)
-    rows = [
-        ("arms", ", ".join(f"{arm} (the baseline)" if arm == study.baseline else arm for arm in study.arms)),
-        *((f"tasks of {group}" if study.groups else "tasks", ", ".join(plan.tasks(group))) for group in plan.groups),
-        ("seeds", ", ".join(map(str, study.seeds))),
-        *((f"tuning of {group}" if study.groups else "tuning", _tuning(plan, group)) for group in plan.groups),
-        ("runs", f"{number.prepared + number.tuning + number.final}: {_phases(number)}"),
-    ]  # fmt: skip
-    grid = Table.grid(padding=(0, 3))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    for key, text in filter(lambda row: row[1], rows):
-        tables.add(grid, key, text)
-    terminal = Terminal()
-    terminal.print(Text(study.name, style="bold"))
-    terminal.print(tables.Trimmed(grid))
-    if probe:
-        seconds = estimate(plan, config.workers, config_dir)
-        conditions = f"with workers={config.workers}, on this machine as busy as it is now"
-        without = ", and what is prepared" if number.prepared else ""
-        known = seconds is not None and f"about {number_format.duration(seconds)}{without}, {conditions}"
-        terminal.print(f"time: {known or 'unknown, as the baseline trains no steps that could be tried first'}")
-    terminal.print("nothing was started", style="dim")
-
-
-def _phases(number: Counts) -> str:
-    phases = {"of preparation": number.prepared, "of tuning": number.tuning, "of the comparison": number.final}
-    return ", ".join(f"{runs} {phase}" for phase, runs in phases.items() if runs)
-
-
-def _tuning(plan: Plan, group: str) -> str:
-    """How a group is tuned; empty where it is not."""
-    tune = plan.tune(group)
-    if tune is None:
-        return ""
-    search = ", ".join(f"{key} over {_span(values)}" for key, values in tune.search.items())
-    tried = "each value" if tune.sampler == "grid" else f"{tune.budget} trials by {tune.sampler}"
-    where = f" on {tune.task}" if tune.task else " on each task"
-    widened = f", up to {tune.widen} more beyond an edge" if tune.widen else ""
-    return f"{search}: {tried}{where}{widened}; chosen by {tune.metric}, seeds {', '.join(map(str, tune.seeds))}"
-
-
-def _span(values: Any) -> str:
-    if isinstance(values, dict):
-        return f"{values['low']} to {values['high']}{' (log)' if values.get('log') else ''}"
-    return ", ".join(map(str, values))

@@ -20,8 +20,9 @@ from lowrank_cli.report import formats
 from lowrank_cli.report.across_tasks import across_tasks as results_across_tasks
 from lowrank_cli.report.comparison import Comparison
 from lowrank_cli.report.differences import compare_with_baseline, mark_best, mark_pareto
-from lowrank_cli.report.run_results import STUDY, Result, collect, locate, section_of
+from lowrank_cli.report.run_results import Result, collect, locate, section_of
 from lowrank_cli.report.study_results import read_study, study_sections
+from lowrank_cli.runs.records import STUDY
 
 
 def compare(

@@ -23,6 +23,7 @@ from lowrank_cli.report.comparison import Row, Section
 from lowrank_cli.report.metric_names import lower_is_better, main_metric
 from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.records import STUDY
 
 ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
 #: Keys that name a run or change its speed, not what it learns or predicts.
@@ -43,7 +44,6 @@ IRRELEVANT = {
     "train.checkpoint_every",
 }
 
-STUDY = "study.json"  #: marks the folder of a study
 TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
 
 Setting = tuple[tuple[str, str], ...]  #: keys and values

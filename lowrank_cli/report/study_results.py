@@ -6,34 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NotRequired, TypedDict
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.reader import PlainName, read_json
+from lowrank_cli.reader import read_json
 from lowrank_cli.report.comparison import Row, Section
-from lowrank_cli.report.run_results import STUDY, Result, empty_row, new_section, own_metric, result_of, row_of
+from lowrank_cli.report.run_results import Result, empty_row, new_section, own_metric, result_of, row_of
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.records import STUDY, StudyRecord, ViewRecord
 from lowrank_cli.schema.study import UNGROUPED
-
-
-class ViewRecord(TypedDict):
-    """Another metric of an arm's runs, see :class:`lowrank_cli.schema.study.StudyView`."""
-
-    arm: PlainName
-    metric: str
-    bound: bool
-
-
-class StudyRecord(TypedDict):
-    """The keys of ``study.json`` that a comparison reads."""
-
-    name: str
-    baseline: PlainName
-    arms: list[PlainName]
-    pools: NotRequired[dict[PlainName, list[PlainName]]]
-    views: NotRequired[dict[PlainName, ViewRecord]]
-    seeds: list[int]
-    groups: dict[PlainName, list[PlainName]]  # group → tasks
 
 
 @dataclass

@@ -138,10 +138,59 @@ class Layers(TypedDict):
     scores: dict[str | int, dict[str, Finite]]
 
 
+STUDY, TRIALS = "study.json", "tuning.json"  #: in a study's folder; the first marks it
+
+
+class ViewRecord(TypedDict):
+    """Another metric of an arm's runs, see :class:`lowrank_cli.schema.study.StudyView`."""
+
+    arm: PlainName
+    metric: str
+    bound: bool
+
+
+class StudyRecord(TypedDict):
+    """``study.json``: what is compared."""
+
+    name: str
+    baseline: PlainName
+    arms: list[PlainName]
+    pools: NotRequired[dict[PlainName, list[PlainName]]]
+    views: NotRequired[dict[PlainName, ViewRecord]]
+    seeds: list[int]
+    groups: dict[PlainName, list[PlainName]]  #: group → tasks
+    config_dir: NotRequired[str | None]
+
+
+class Trial(TypedDict):
+    """One setting that tuning tried."""
+
+    values: dict[str, Any]
+    scores: NotRequired[dict[str, Finite | None]]  #: seed → metric, null where the run failed
+    mean: Finite | None  #: null where a run failed
+
+
+class Tuned(TypedDict):
+    """One entry of ``tuning.json``: the trials of an arm on a task, and what was chosen."""
+
+    group: PlainName
+    task: PlainName
+    arm: PlainName
+    metric: str
+    lower_is_better: bool
+    seeds: NotRequired[list[int]]
+    keys: list[str]
+    trials: list[Trial]
+    best: dict[str, Any] | None  #: null where every trial failed
+    at_edge: list[str]  #: keys whose best value lies at an end of what was searched
+
+
 #: Kind of each file that :meth:`lowrank_cli.runs.Run.read_json` knows by its name.
 RECORDS: dict[str, Any] = {
     "metrics.json": dict[str, float | None],
     "figures.json": list[Figure],
     "arrangements.json": list[Arrangement],
     "bench.json": BenchRecord,
+    STUDY: StudyRecord,
+    TRIALS: list[Tuned],
 }

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="folder of a study")
     parser.add_argument("--figure", default="ranks")
     args = parser.parse_args()
-    study = json.loads((args.study / "study.json").read_text())
+    study = Run.open(args.study).read_json("study.json")
     for group, group_tasks in study["groups"].items():
         record: dict[str, dict] = {}
         for arm in study["arms"]:

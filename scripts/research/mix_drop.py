@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--mix", default="mix", help="the study's task that is the mix")
     parser.add_argument("--metric", default="accuracy")
     args = parser.parse_args()
-    study = json.loads((args.study / "study.json").read_text())
+    study = Run.open(args.study).read_json("study.json")
     runs = args.study / "runs" / args.group
     parts = {
         finished(runs / task / study["baseline"])[0].config()["task"]["name"]: task

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.reader import Finite, read_json
+from lowrank_cli.reader import read_json
 from lowrank_cli.report.html.charts import comparisons
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE
 from lowrank_cli.report.html.compared import SectionView
 from lowrank_cli.report.number_format import number
-from lowrank_cli.report.study_results import STUDY, StudyRecord
-
-TRIALS = "tuning.json"
-
-
-class Trial(TypedDict):
-    """One trial of a tuning."""
-
-    values: dict[str, Any]
-    mean: Finite | None
-
-
-class Tuning(TypedDict):
-    """One entry of ``tuning.json``."""
-
-    group: str
-    task: str
-    arm: str
-    metric: str
-    lower_is_better: bool
-    keys: list[str]
-    trials: list[Trial]
-    best: dict[str, Any] | None
-    at_edge: list[str]
+from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
 
 
 def is_study(folder: Path) -> bool:
@@ -68,7 +45,7 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
     if not (folder / TRIALS).is_file():
         return [], []
     try:
-        entries: list[Tuning] = read_json(folder / TRIALS, list[Tuning])
+        entries: list[Tuned] = read_json(folder / TRIALS, list[Tuned])
     except UserError as error:
         return [], [str(error)]
     section = SectionView("Tuning", "Trials have seeds of their own and measure the dev split, never the test split.")
@@ -98,7 +75,7 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
     return [section], []
 
 
-def _budgets(entries: list[Tuning], study: StudyRecord) -> Iterator[str]:
+def _budgets(entries: list[Tuned], study: StudyRecord) -> Iterator[str]:
     """Where arms had different numbers of trials: one that knows fewer of the searched keys has fewer in a grid."""
     for group, task in dict.fromkeys((entry["group"], entry["task"]) for entry in entries):
         counts = {e["arm"]: len(e["trials"]) for e in entries if (e["group"], e["task"]) == (group, task)}
@@ -107,7 +84,7 @@ def _budgets(entries: list[Tuning], study: StudyRecord) -> Iterator[str]:
             yield f"{name_of(study, group, task)}: the arms had different numbers of trials: {listed}."
 
 
-def _row(entry: Tuning) -> list[str]:
+def _row(entry: Tuned) -> list[str]:
     failed = sum(trial["mean"] is None for trial in entry["trials"])
     best = entry["best"] or {}
     means = [trial["mean"] for trial in entry["trials"] if trial["values"] == best and trial["mean"] is not None]
@@ -116,7 +93,7 @@ def _row(entry: Tuning) -> list[str]:
     return [entry["arm"], str(len(entry["trials"])), str(failed), shown or "–", score]
 
 
-def _curve(entry: Tuning, key: str) -> tuple[str, list[tuple[float, float]], float | None, bool]:
+def _curve(entry: Tuned, key: str) -> tuple[str, list[tuple[float, float]], float | None, bool]:
     """The arm's scores over ``key``; of several trials with one value, as in a search over more keys, the best."""
     best_of: dict[float, float] = {}
     choose = min if entry["lower_is_better"] else max

@@ -1,4 +1,4 @@
-"""What a study will run and how long that takes: counted, and extrapolated from a few steps of each arm."""
+"""The plan of a study: what it will run, counted, and how long that takes by a few steps of each arm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.errors import UserError
@@ -16,10 +20,64 @@ from lowrank_cli.launch import stage
 from lowrank_cli.launch.study_plan import Cell, Job, Plan
 from lowrank_cli.launch.tuning import trials
 from lowrank_cli.launch.workers import Workers
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run, progress
+from lowrank_cli.terminal import Terminal
 
 STEPS = 4  #: of a probe
 FEW = (f"train.max_steps={STEPS}", f"train.eval_every={STEPS // 2}", "train.log_every=1", "train.checkpoint_every=0")
+
+
+def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
+    """What is compared, how it is tuned, how many runs that makes and, by a short probe, how long they take."""
+    config = composed.config
+    study, plan = config.study, Plan(config.study)
+    number = counts(plan)
+    rows = [
+        ("arms", ", ".join(f"{arm} (the baseline)" if arm == study.baseline else arm for arm in study.arms)),
+        *((f"tasks of {group}" if study.groups else "tasks", ", ".join(plan.tasks(group))) for group in plan.groups),
+        ("seeds", ", ".join(map(str, study.seeds))),
+        *((f"tuning of {group}" if study.groups else "tuning", _tuning(plan, group)) for group in plan.groups),
+        ("runs", f"{number.prepared + number.tuning + number.final}: {_phases(number)}"),
+    ]  # fmt: skip
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, text in filter(lambda row: row[1], rows):
+        tables.add(grid, key, text)
+    terminal = Terminal()
+    terminal.print(Text(study.name, style="bold"))
+    terminal.print(tables.Trimmed(grid))
+    if probe:
+        seconds = estimate(plan, config.workers, config_dir)
+        conditions = f"with workers={config.workers}, on this machine as busy as it is now"
+        without = ", and what is prepared" if number.prepared else ""
+        known = seconds is not None and f"about {number_format.duration(seconds)}{without}, {conditions}"
+        terminal.print(f"time: {known or 'unknown, as the baseline trains no steps that could be tried first'}")
+    terminal.print("nothing was started", style="dim")
+
+
+def _phases(number: Counts) -> str:
+    phases = {"of preparation": number.prepared, "of tuning": number.tuning, "of the comparison": number.final}
+    return ", ".join(f"{runs} {phase}" for phase, runs in phases.items() if runs)
+
+
+def _tuning(plan: Plan, group: str) -> str:
+    """How a group is tuned; empty where it is not."""
+    tune = plan.tune(group)
+    if tune is None:
+        return ""
+    search = ", ".join(f"{key} over {_span(values)}" for key, values in tune.search.items())
+    tried = "each value" if tune.sampler == "grid" else f"{tune.budget} trials by {tune.sampler}"
+    where = f" on {tune.task}" if tune.task else " on each task"
+    widened = f", up to {tune.widen} more beyond an edge" if tune.widen else ""
+    return f"{search}: {tried}{where}{widened}; chosen by {tune.metric}, seeds {', '.join(map(str, tune.seeds))}"
+
+
+def _span(values: Any) -> str:
+    if isinstance(values, dict):
+        return f"{values['low']} to {values['high']}{' (log)' if values.get('log') else ''}"
+    return ", ".join(map(str, values))
 
 
 @dataclass(frozen=True)

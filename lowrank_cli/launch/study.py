@@ -8,10 +8,13 @@ is finished is kept when the study continues, as long as its configuration is th
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -23,7 +26,7 @@ from lowrank_cli.launch import stage
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.study_plan import TUNING, Cell, Job, Plan, composed_cells, require_plain, split
 from lowrank_cli.launch.study_preview import tuning_runs
-from lowrank_cli.launch.tuning import Search, Values, mean, require_sampler
+from lowrank_cli.launch.tuning import Search, Values, require_sampler
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.reader import leaves
 from lowrank_cli.report import path_format, tables
@@ -157,7 +160,7 @@ class _Study:
         """Count what later phases run, so that the time left covers them."""
         for cell in self.plan.cells():
             column = self._column(cell.group, cell.task)
-            self.board.later[column] += len(self.seeds) + tuning_runs(self.plan, cell)
+            self.board.later[column] += len(self.seeds) + sum(runs for runs, _ in tuning_runs(self.plan, cell))
 
     def prepare(self) -> None:
         """Run the steps of every group for every seed, one step after another."""
@@ -177,17 +180,17 @@ class _Study:
             tune = self.plan.tune(cell.group)
             if tune and (keys := self.plan.searched(cell)):
                 searches[cell] = Search(tune, keys, lower_is_better(tune.metric))
-        while trials := [(cell, values) for cell, search in searches.items() for values in search.propose()]:
+        while trials := [(cell, trial) for cell, search in searches.items() for trial in search.propose()]:
             jobs = {
-                (cell, seed, number): self.plan.trial(cell, values, seed)
-                for number, (cell, values) in enumerate(trials)
+                (cell, seed, number): self.plan.trial(cell, trial.values, seed, trial.part)
+                for number, (cell, trial) in enumerate(trials)
                 for seed in searches[cell].tune.seeds
             }
             self._perform("tuning", list(jobs.values()))
-            for number, (cell, values) in enumerate(trials):
+            for number, (cell, trial) in enumerate(trials):
                 tune = searches[cell].tune
                 scores = {seed: self._metric(jobs[cell, seed, number], tune.metric) for seed in tune.seeds}
-                searches[cell].tell(values, scores)
+                searches[cell].tell(trial, scores)
             self._widen(searches)
             self.run.write_json(TRIALS, [_entry(cell, search) for cell, search in searches.items()])
         return {cell: best for cell, search in searches.items() if (best := search.best()) is not None}
@@ -198,25 +201,41 @@ class _Study:
         if metric not in run.metrics:
             measured = ", ".join(name for name in run.metrics if name.startswith("dev/"))
             self._fail(job, f"it has no {metric} (it has: {measured or 'nothing of the dev split'})")
-        return run.metrics.get(metric)
+        value = run.metrics.get(metric)
+        return value if value is not None and math.isfinite(value) else None
 
     def _widen(self, searches: dict[Cell, Search]) -> None:
-        """One more value for all arms on a task of which one arm's best lies at an edge: budgets stay equal."""
+        """One more value for all arms on a task of which one arm's best lies at an edge: budgets stay equal.
+
+        A value that an arm does not allow is tried by none.
+        """
         for group, task in {(cell.group, cell.task): None for cell in searches}:
-            same = [search for cell, search in searches.items() if (cell.group, cell.task) == (group, task)]
-            tune = same[0].tune
-            grid = len(next(iter(tune.search.values())))
-            if tune.widen and all(not search.propose() for search in same):
-                wanted = dict.fromkeys(value for search in same if (value := search.beyond()) is not None)
-                room = grid + tune.widen - max(len(search.trials) for search in same)
-                for value in list(wanted)[:room]:
-                    for search in same:
-                        search.widen(value)
-                        self.board.later[self._column(group, task)] += len(tune.seeds)
+            here = {cell: search for cell, search in searches.items() if (cell.group, cell.task) == (group, task)}
+            tune = next(iter(here.values())).tune
+            if not tune.widen or any(search.propose() for search in here.values()):
+                continue
+            beyond = dict.fromkeys(value for search in here.values() if (value := search.beyond()) is not None)
+            allowed = [value for value in beyond if all(self._allows(cell, value) for cell in here)]
+            room = len(next(iter(tune.search.values()))) + tune.widen - max(len(s.trials) for s in here.values())
+            for value in allowed[:room]:
+                for search in here.values():
+                    search.widen(value)
+                    self.board.later[self._column(group, task)] += len(tune.seeds)
+
+    def _allows(self, cell: Cell, value: Any) -> bool:
+        """Whether a cell's searched key may have a value."""
+        tune = self.plan.tune(cell.group)
+        assert tune is not None
+        (key,) = tune.search
+        try:
+            self.plan.trial(cell, {key: value}, tune.seeds[0]).composed(self.config_dir)
+        except UserError:
+            return False
+        return True
 
     def compare(self, best: dict[Cell, Values]) -> None:
         """The final runs, with each arm's best values."""
-        jobs = []
+        jobs: list[Job] = []
         for cell in self.plan.cells():
             values = best.get(self.plan.tuned_as(cell), {})
             if self.plan.searched(cell) and not values:
@@ -224,6 +243,7 @@ class _Study:
                     self._fail(self.plan.run(cell, {}, seed), f"every trial of {self.plan.tuned_as(cell)} failed")
             else:
                 jobs += [self.plan.run(cell, values, seed) for seed in self.seeds]
+        self.board.later = Counter(self._column(job.cell.group, job.cell.task) for job in jobs if job.cell)
         self._perform("comparing", jobs)
 
     def _perform(self, phase: str, jobs: Sequence[Job]) -> None:
@@ -259,7 +279,7 @@ class _Study:
 
     def _prepared(self, job: Job) -> Run:
         """The folder of a run, made where it is not there. Raises UserError where it was made with other overrides."""
-        composed = stage.check(job.verb, list(job.overrides), self.config_dir)
+        composed = job.composed(self.config_dir)
         folder = self.run.file(job.folder)
         if (folder / "run.json").is_file():
             run = Run.open(folder)
@@ -267,7 +287,7 @@ class _Study:
                 return run
             if run.done:
                 raise UserError(f"it was made with {_difference(run, composed)}; move it away")
-        return stage.create(composed, self.config_dir, shlex.join(["lrk", job.verb, *job.overrides]), folder)
+        return stage.create(composed, self.config_dir, shlex.join(["lrk", job.verb, *composed.overrides]), folder)
 
     def _show(self, job: Job, run: Run) -> None:
         self._set(job, run.info["status"])
@@ -311,7 +331,13 @@ def _entry(cell: Cell, search: Search) -> Tuned:
         "seeds": search.tune.seeds,
         "keys": list(search.search),
         "trials": [
-            {"values": v, "scores": {str(s): x for s, x in of.items()}, "mean": mean(of)} for v, of in search.trials
+            {
+                "values": trial.values,
+                "part": trial.part,
+                "scores": {str(seed): score for seed, score in trial.scores.items()},
+                "mean": trial.mean,
+            }
+            for trial in search.trials
         ],
         "best": search.best(),
         "at_edge": search.at_edge(),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from lowrank_cli.errors import UserError, require_choice, unknown
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.tuning import first
 from lowrank_cli.methods.protocol import Calibrates
-from lowrank_cli.schema import TRUST, VERBS, Override, StudyConfig, StudyGroup, StudyRun, TuneConfig, parse_overrides
+from lowrank_cli.schema import (
+    TRUST,
+    VERBS,
+    Override,
+    StudyConfig,
+    StudyGroup,
+    StudyRun,
+    TrainConfig,
+    TuneConfig,
+    parse_overrides,
+)
 
 PREPARED, TUNING, RUNS = "prepared", "tuning", "runs"  #: of the study's folder
 
@@ -41,6 +52,14 @@ class Job:
     verb: str
     overrides: tuple[str, ...]
     cell: Cell | None = None  #: None for a step of preparation
+    part: int = 1  #: it trains for ``1 / part`` of the steps
+
+    def composed(self, config_dir: str | None) -> Composed:
+        """The checked configuration. Raises UserError."""
+        full = stage.check(self.verb, list(self.overrides), config_dir)
+        if self.part == 1:
+            return full
+        return stage.check(self.verb, [*self.overrides, *_shorter(full.config.train, self.part)], config_dir)
 
 
 class Plan:
@@ -89,10 +108,12 @@ class Plan:
             words += _without_test(verb, own)
         return Job(f"{PREPARED}/{group}/{name}/{seed}", verb, self._filled(words, group, seed))
 
-    def trial(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
+    def trial(self, cell: Cell, values: Mapping[str, Any], seed: int, part: int = 1) -> Job:
         label = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in values.items())
         label = re.sub(r"[^\w.+-]+", "_", label)
-        return self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed, _without_test(*self._arm(cell)))
+        label += f"-1of{part}" if part > 1 else ""
+        job = self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed, _without_test(*self._arm(cell)))
+        return replace(job, part=part)
 
     def run(self, cell: Cell, values: Mapping[str, Any], seed: int) -> Job:
         return self._job(f"{RUNS}/{cell}/{seed}", cell, values, seed)
@@ -160,6 +181,12 @@ def _without_test(verb: str, own: Sequence[str]) -> list[str]:
     return [word for word in ("test=false", "evaluate.split=dev") if _takes(verb, own, Override.parse(word).key)]
 
 
+def _shorter(train: TrainConfig, part: int) -> list[str]:
+    """Overrides for ``1 / part`` of the steps; the schedule of the learning rate, a share of them, is as complete."""
+    bound = [] if train.max_steps is None else [f"train.max_steps={math.ceil(train.max_steps / part)}"]
+    return [f"train.epochs={train.epochs / part}", *bound]
+
+
 def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of the study itself, and those for its runs."""
     keys = {item.name for item in fields(StudyRun)}
@@ -206,6 +233,8 @@ def composed_cells(plan: Plan, config_dir: str | None) -> dict[Cell | tuple[str,
             found[cell] = _checked(plan.example(cell), str(cell), steps, config_dir)
             if (tune := plan.tune(group)) and plan.searched(cell):
                 _require_metric(tune.metric, found[cell], str(cell))
+                if tune.halving:
+                    _require_steps(found[cell], str(cell))
     return found
 
 
@@ -219,6 +248,13 @@ def _require_metric(metric: str, composed: Composed, where: str) -> None:
         require_choice("tune.metric", metric, [f"dev/{name}" for name in ("loss", task.metric, *parts)])
     except UserError as error:
         raise UserError(f"study, {where}: {error}") from None
+
+
+def _require_steps(composed: Composed, where: str) -> None:
+    """Raise UserError for an arm that successive halving cannot train for fewer steps."""
+    if composed.verb != "train" or methods.can(composed.config.method.name, Calibrates):
+        method = composed.choices["method"]
+        raise UserError(f"study, {where}: tune.halving: lrk {composed.verb} with method={method} trains no steps")
 
 
 def _checked(job: Job, where: str, steps: dict[str, Composed], config_dir: str | None) -> Composed:

@@ -18,7 +18,7 @@ from lowrank_cli.config.composition import Composed
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import stage
 from lowrank_cli.launch.study_plan import Cell, Job, Plan
-from lowrank_cli.launch.tuning import trials
+from lowrank_cli.launch.tuning import rungs, trials
 from lowrank_cli.launch.workers import Workers
 from lowrank_cli.report import number_format, tables
 from lowrank_cli.runs import Run, progress
@@ -48,17 +48,27 @@ def print_plan(composed: Composed, config_dir: str | None, probe: bool) -> None:
     terminal = Terminal()
     terminal.print(Text(study.name, style="bold"))
     terminal.print(tables.Trimmed(grid))
+    for warning in _uneven(plan):
+        terminal.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if probe:
-        seconds = estimate(plan, config.workers, config_dir)
-        conditions = f"with workers={config.workers}, on this machine as busy as it is now"
-        without = ", and what is prepared" if number.prepared else ""
-        known = seconds is not None and f"about {number_format.duration(seconds)}{without}, {conditions}"
-        terminal.print(f"time: {known or 'unknown, as the baseline trains no steps that could be tried first'}")
+        least, most = estimate(plan, config.workers, config_dir) or (None, None)
+        time = "unknown, as the baseline trains no steps that could be tried first"
+        if least is not None and most is not None:
+            widened = f", up to {number_format.duration(most)} if every search is widened" if most > least else ""
+            without = ", without what is prepared" if number.prepared else ""
+            conditions = f"with workers={config.workers}, on this machine as busy as it is now"
+            time = f"about {number_format.duration(least)}{widened}{without}; {conditions}"
+        terminal.print(f"time: {time}", soft_wrap=True)
     terminal.print("nothing was started", style="dim")
 
 
 def _phases(number: Counts) -> str:
-    phases = {"of preparation": number.prepared, "of tuning": number.tuning, "of the comparison": number.final}
+    widened = f" (up to {number.widened} more where a search is widened)" if number.widened else ""
+    phases = {
+        "of preparation": number.prepared,
+        f"of tuning{widened}": number.tuning,
+        "of the comparison": number.final,
+    }
     return ", ".join(f"{runs} {phase}" for phase, runs in phases.items() if runs)
 
 
@@ -71,7 +81,26 @@ def _tuning(plan: Plan, group: str) -> str:
     tried = "each value" if tune.sampler == "grid" else f"{tune.budget} trials by {tune.sampler}"
     where = f" on {tune.task}" if tune.task else " on each task"
     widened = f", up to {tune.widen} more beyond an edge" if tune.widen else ""
-    return f"{search}: {tried}{where}{widened}; chosen by {tune.metric}, seeds {', '.join(map(str, tune.seeds))}"
+    steps = [f"{size} for {_share(part)}" for size, part in rungs(trials(tune, list(tune.search)), tune.halving)]
+    halving = f", {', then '.join(steps)}" if len(steps) > 1 else ""
+    seeds = ", ".join(map(str, tune.seeds))
+    return f"{search}: {tried}{where}{widened}{halving}; chosen by {tune.metric}, seeds {seeds}"
+
+
+def _share(part: int) -> str:
+    return "all steps" if part == 1 else f"1/{part} of the steps"
+
+
+def _uneven(plan: Plan) -> Iterator[str]:
+    """Where arms have different numbers of trials: one that knows fewer of a grid's keys has fewer."""
+    for group in plan.groups:
+        tune = plan.tune(group)
+        cells = [cell for cell in plan.cells() if cell.group == group]
+        counted = {cell.arm: trials(tune, keys) if (keys := plan.searched(cell)) else 0 for cell in cells if tune}
+        if len({*counted.values()}) > 1:
+            listed = ", ".join(f"{arm} {count}" for arm, count in counted.items())
+            where = f" of {group}" if plan.config.groups else ""
+            yield f"the arms{where} have different numbers of trials, by the searched keys that they know: {listed}"
 
 
 def _span(values: Any) -> str:
@@ -86,26 +115,50 @@ class Counts:
 
     prepared: int
     tuning: int
+    widened: int  #: that widening may add to those of tuning
     final: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a run takes: besides its steps, and for all of them."""
+
+    fixed: float
+    steps: float
+
+    def of(self, part: int = 1) -> float:
+        """The seconds of a run of ``1 / part`` of the steps."""
+        return self.fixed + self.steps / part
+
+    def times(self, ratio: float) -> Cost:
+        return Cost(self.fixed * ratio, self.steps * ratio)
+
+
 def counts(plan: Plan) -> Counts:
-    """Without the values that widening may add."""
     seeds, cells = plan.config.seeds, list(plan.cells())
     prepared = sum(len(plan.steps(group)) * len(plan.seeds(group)) for group in plan.groups)
-    return Counts(prepared, sum(tuning_runs(plan, cell) for cell in cells), len(cells) * len(seeds))
+    tuning = sum(runs for cell in cells for runs, _ in tuning_runs(plan, cell))
+    return Counts(prepared, tuning, sum(_widened(plan, cell) for cell in cells), len(cells) * len(seeds))
 
 
-def tuning_runs(plan: Plan, cell: Cell) -> int:
-    """Runs that tune a cell; none where another decides for it."""
+def tuning_runs(plan: Plan, cell: Cell) -> list[tuple[int, int]]:
+    """Runs that tune a cell, without widening, and the part of the steps (1 / part) that they train for.
+
+    Empty where another cell decides for it.
+    """
     tune = plan.tune(cell.group)
     if tune is None or plan.tuned_as(cell) != cell or not (keys := plan.searched(cell)):
-        return 0
-    return trials(tune, keys) * len(tune.seeds)
+        return []
+    return [(size * len(tune.seeds), part) for size, part in rungs(trials(tune, keys), tune.halving)]
 
 
-def estimate(plan: Plan, workers: int, config_dir: str | None) -> float | None:
-    """Seconds that tuning and comparing take; None where no probe can say.
+def _widened(plan: Plan, cell: Cell) -> int:
+    tune = plan.tune(cell.group)
+    return tune.widen * len(tune.seeds) if tune and tuning_runs(plan, cell) else 0
+
+
+def estimate(plan: Plan, workers: int, config_dir: str | None) -> tuple[float, float] | None:
+    """Seconds that tuning and comparing take, without and with all widening; None where no probe can say.
 
     In each group the baseline takes a few steps on every task, and every arm does on the first; the other cells follow
     from the ratios. Arms that read a prepared run, or train no steps, are taken to cost as much as the baseline. What
@@ -125,9 +178,7 @@ def estimate(plan: Plan, workers: int, config_dir: str | None) -> float | None:
         with progress.bar("timing a few steps of each arm", len(probes), shown=True) as bar:
             workers_of_probes = Workers(workers, Path(folder) / ".devices")
             workers_of_probes.run([run.path for run in probes.values()], lambda _: None, lambda _: bar.advance())
-        known = {
-            cell: seconds for cell, run in probes.items() if (seconds := _seconds(run.path, full[cell])) is not None
-        }
+        known = {cell: cost for cell, run in probes.items() if (cost := _cost(run.path, full[cell])) is not None}
     return _total(plan, known, workers)
 
 
@@ -145,8 +196,8 @@ def _full(plan: Plan, cell: Cell, config_dir: str | None) -> Composed:
     return stage.check(job.verb, list(job.overrides), config_dir)
 
 
-def _seconds(folder: Path, composed: Composed) -> float | None:
-    """How long a whole run takes, from the folder of its probe."""
+def _cost(folder: Path, composed: Composed) -> Cost | None:
+    """What a whole run takes, from the folder of its probe."""
     run = Run.open(folder)
     if not run.done:
         raise UserError(f"study: a probe failed: {run.info.get('error')}")
@@ -160,24 +211,20 @@ def _seconds(folder: Path, composed: Composed) -> float | None:
     steps = math.ceil(train.epochs * run.metrics["train/steps"] / run.metrics["train/epochs"])
     steps = min(steps, train.max_steps or steps)
     fixed = run.info["seconds"] - run.metrics["train/seconds"]  # loading, the last evaluations, plots
-    return fixed + steps * step + max(math.ceil(steps / train.eval_every) - 1, 0) * evaluation
+    return Cost(fixed, steps * step + max(math.ceil(steps / train.eval_every) - 1, 0) * evaluation)
 
 
-def _total(plan: Plan, known: dict[Cell, float], workers: int) -> float | None:
-    """Over all runs of tuning and of the comparison."""
-
-    def seconds(cell: Cell) -> float | None:
+def _total(plan: Plan, known: dict[Cell, Cost], workers: int) -> tuple[float, float] | None:
+    """Over all runs of tuning and of the comparison; see :func:`estimate`."""
+    least = more = 0.0
+    for cell in plan.cells():
         first_task = next(iter(plan.tasks(cell.group)))
         base = known.get(Cell(cell.group, cell.task, plan.config.baseline))
         start, own = (known.get(Cell(cell.group, first_task, arm)) for arm in (plan.config.baseline, cell.arm))
         if base is None or start is None:
             return None
-        return base * (own / start if own is not None else 1)
-
-    def every() -> Iterator[float | None]:
-        for cell in plan.cells():
-            each, runs = seconds(cell), len(plan.config.seeds) + tuning_runs(plan, cell)
-            yield None if each is None else each * runs
-
-    times = list(every())
-    return None if None in times else math.fsum(time for time in times if time is not None) / workers
+        cost = base.times(own.of() / start.of()) if own is not None else base
+        runs = [(len(plan.config.seeds), 1), *tuning_runs(plan, cell)]
+        least += sum(count * cost.of(part) for count, part in runs)
+        more += _widened(plan, cell) * cost.of()
+    return least / workers, (least + more) / workers

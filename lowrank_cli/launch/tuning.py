@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,21 @@ MARGIN = 0.05  #: share of a range that counts as its end
 DIGITS = 3  #: significant ones of a value drawn from a range
 
 Values = dict[str, Any]
+
+
+@dataclass
+class Trial:
+    """One setting, trained for ``1 / part`` of the steps, and its score for each seed: None where the run failed."""
+
+    values: Values
+    part: int = 1
+    scores: dict[int, float | None] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float | None:
+        """Over the seeds; None where one is missing or no number."""
+        values = [value for value in self.scores.values() if value is not None and math.isfinite(value)]
+        return math.fsum(values) / len(values) if values and len(values) == len(self.scores) else None
 
 
 class Search:
@@ -30,37 +46,58 @@ class Search:
     def __init__(self, tune: TuneConfig, keys: Sequence[str], lower: bool):
         self.tune, self.lower = tune, lower
         self.search = {key: tune.search[key] for key in keys}
-        self.trials: list[tuple[Values, dict[int, float | None]]] = []
+        self.trials: list[Trial] = []
         self._grid = {key: list(values) for key, values in self.search.items() if isinstance(values, list)}
         self._sampler = _tpe(self.search, lower) if tune.sampler == "tpe" else None
         self._open: Any = None  # Optuna's trial of the values that are being tried
 
-    def propose(self) -> list[Values]:
-        """The next trials; none when all were made."""
-        if self.tune.sampler == "grid":
-            every = [dict(zip(self._grid, values, strict=True)) for values in product(*self._grid.values())]
-            tried = [values for values, _ in self.trials]
-            return [values for values in every if values not in tried]
+    def propose(self) -> list[Trial]:
+        """The next trials, to be told before more are asked for; none when all were made."""
+        if self.tune.halving:
+            return self._next_rung(self.tune.halving)
+        if self._sampler is None:
+            tried = [trial.values for trial in self.trials]
+            return [Trial(values) for values in self._every() if values not in tried]
         assert self.tune.budget is not None
         if len(self.trials) >= self.tune.budget:
             return []
-        if self._sampler is None:
-            return [self._drawn(number) for number in range(len(self.trials), self.tune.budget)]
         self._open = self._sampler.ask(_distributions(self.search))
-        return [{key: _rounded(value) for key, value in self._open.params.items()}]
+        return [Trial({key: _rounded(value) for key, value in self._open.params.items()})]
 
-    def tell(self, values: Values, scores: dict[int, float | None]) -> None:
+    def _every(self) -> list[Values]:
+        """The values of all trials, in a grid or at random; the same for every arm that knows the keys."""
+        if self.tune.sampler == "grid":
+            return [dict(zip(self._grid, values, strict=True)) for values in product(*self._grid.values())]
+        assert self.tune.budget is not None
+        return [self._drawn(number) for number in range(self.tune.budget)]
+
+    def _next_rung(self, factor: int) -> list[Trial]:
+        """The first rung without trials: those of the rung before it with the best scores."""
+        values = self._every()
+        for size, part in rungs(len(values), factor):
+            here = [trial for trial in self.trials if trial.part == part]
+            if not here:
+                return [Trial(value, part) for value in values[:size]]
+            values = [trial.values for trial in self._ranked(here)]
+        return []
+
+    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those with a score, the best one first."""
+        scored = [(score, trial) for trial in trials if (score := trial.mean) is not None]
+        return [trial for _, trial in sorted(scored, key=lambda item: item[0] if self.lower else -item[0])]
+
+    def tell(self, trial: Trial, scores: dict[int, float | None]) -> None:
         """What a trial gave for each seed, None where it failed."""
-        self.trials.append((values, scores))
+        trial.scores = scores
+        self.trials.append(trial)
         if self._sampler is not None:
-            value = mean(scores)
+            value = trial.mean
             self._sampler.tell(self._open, value, **({} if value is not None else {"state": _failed()}))
 
     def best(self) -> Values | None:
-        """The values with the best mean; None if every trial failed."""
-        means = [(score, values) for values, scores in self.trials if (score := mean(scores)) is not None]
-        pick = min if self.lower else max
-        return pick(means, key=lambda item: item[0])[1] if means else None
+        """The values with the best mean of those that were trained to the end; None if all of these failed."""
+        ranked = self._ranked([trial for trial in self.trials if trial.part == 1])
+        return ranked[0].values if ranked else None
 
     def at_edge(self) -> list[str]:
         """The keys whose best value lies at an end of what was searched: an even better one may lie beyond."""
@@ -124,14 +161,20 @@ def first(values: Any) -> Any:
 
 
 def trials(tune: TuneConfig, keys: Sequence[str]) -> int:
-    """Trials of one arm, before any widening."""
+    """Settings of one arm that are tried, before any widening."""
     return tune.budget or math.prod(len(tune.search[key]) for key in keys)
 
 
-def mean(scores: dict[int, float | None]) -> float | None:
-    """Over the seeds; None where one is missing or no number."""
-    values = [value for value in scores.values() if value is not None and math.isfinite(value)]
-    return math.fsum(values) / len(values) if values and len(values) == len(scores) else None
+def rungs(count: int, factor: int | None) -> list[tuple[int, int]]:
+    """Trials and ``part`` of each rung of successive halving, which starts with ``count`` trials.
+
+    The last rung, trained to the end, has two trials or more; each one before it trains for ``1 / factor`` of the steps
+    of the next. Without a ``factor`` there is one rung.
+    """
+    sizes = [count]
+    while factor and sizes[-1] // factor >= 2:
+        sizes.append(sizes[-1] // factor)
+    return [(size, (factor or 1) ** (len(sizes) - 1 - number)) for number, size in enumerate(sizes)]
 
 
 def require_sampler(name: str) -> None:

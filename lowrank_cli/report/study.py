@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from lowrank_cli.report.number_format import duration, number
 from lowrank_cli.report.tables import NONE, STATUS_STYLES, Fitted
+from lowrank_cli.runs.records import Tuned
 
 ENDED = ("done", "failed")
 
@@ -77,16 +77,32 @@ def _counted(states: Counter[str] | None) -> Text:
     return text
 
 
-def tuned_table(tuning: Iterable[dict[str, Any]]) -> RenderableType:
-    """Each arm's best values, and where they lie at an edge of what was searched."""
+def best_score(entry: Tuned) -> float | None:
+    """The score of the chosen values, trained to the end."""
+    every = entry["trials"]
+    return next((t["mean"] for t in every if t["values"] == entry["best"] and t.get("part", 1) == 1), None)
+
+
+def edge(entry: Tuned, key: str) -> str:
+    """The end of the search at which a key's best value lies: ``lower`` or ``upper``."""
+    best = (entry["best"] or {}).get(key)
+    values = {value for trial in entry["trials"] if isinstance(value := trial["values"].get(key), int | float)}
+    if not isinstance(best, int | float):  # the file may come from anybody
+        return "unknown"
+    return "lower" if sum(value < best for value in values) < sum(value > best for value in values) else "upper"
+
+
+def tuned_table(tuning: Iterable[Tuned]) -> RenderableType:
+    """Each arm's best values, and at which end of what was searched they lie."""
     table = Fitted("tuned", ["arm", "task", "trials", "best", "score", "note"], leave_out=["trials", "score"])
     for entry in tuning:
         best = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (entry["best"] or {}).items())
-        means = [trial["mean"] for trial in entry["trials"] if trial["values"] == entry["best"]]
-        edges = [f"{key.rpartition('.')[2]} at an edge" for key in entry["at_edge"]]
+        edges = [f"{key.rpartition('.')[2]} at its {edge(entry, key)} end" for key in entry["at_edge"]]
         lost = sum(trial["mean"] is None for trial in entry["trials"]) if entry["best"] else 0
         note = Text(", ".join([*([f"{lost} failed"] if lost else []), *edges]), style="yellow")
-        task = f"{entry['group']}/{entry['task']}"
-        score = number(means[0]) if means and means[0] is not None else NONE
-        table.rows.append([entry["arm"], task, str(len(entry["trials"])), best or "every trial failed", score, note])
+        score, trials = best_score(entry), str(len(entry["trials"]))
+        table.rows.append([
+            entry["arm"], f"{entry['group']}/{entry['task']}", trials, best or "every trial failed",
+            NONE if score is None else number(score), note,
+        ])  # fmt: skip
     return Group(table) if table.rows else Text("")

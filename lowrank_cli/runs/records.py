@@ -166,6 +166,8 @@ class Trial(TypedDict):
     """One setting that tuning tried."""
 
     values: dict[str, Any]
+    part: NotRequired[Annotated[int, Where(lambda part: part >= 1, "a whole number, 1 or more")]]  #: of successive
+    # halving: it trained for 1 / part of the steps
     scores: NotRequired[dict[str, Finite | None]]  #: seed → metric, null where the run failed
     mean: Finite | None  #: null where a run failed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ class TuneConfig:
     search: dict[str, Any] = field(default_factory=dict)
     #: ``grid`` (every combination of values), ``random``, or ``tpe`` (Optuna's tree-structured Parzen estimator)
     sampler: str = "grid"
+    #: null trains every trial to its end. N is successive halving: all train for a part of the steps, the best one in N
+    #: then for N times as many, and so on; the two or more that are left train to the end and are chosen from
+    halving: Optional[int] = None
     budget: Optional[int] = None  #: trials of each arm on each task; with ``grid`` null, which takes all
     seeds: list[int] = field(default_factory=lambda: [100])  #: of the trials; none of the study's own
     metric: str = "dev/loss"  #: of the dev split: what the trials are chosen by; the mean over ``seeds``
@@ -57,8 +61,22 @@ class TuneConfig:
         if self.task is not None and self.task not in tasks:
             raise unknown(f"{key}.task", self.task, tasks)
         require_range(f"{key}.widen", self.widen, 0)
+        self._validate_halving(key)
         if self.widen and (self.sampler != "grid" or len(self.search) > 1):
             raise UserError(f"{key}.widen: only a grid over one key can be widened")
+
+    def _validate_halving(self, key: str) -> None:
+        if self.halving is None:
+            return
+        require_range(f"{key}.halving", self.halving, 2)
+        if self.sampler == "tpe" or self.widen:
+            other = "sampler=tpe" if self.sampler == "tpe" else "widen"
+            raise UserError(f"{key}.halving: does not go with {other}; set it to null, or leave {other} out")
+        count = self.budget or math.prod(len(values) for values in self.search.values())
+        if count < 2 * self.halving:
+            raise UserError(
+                f"{key}.halving: {self.halving} needs {2 * self.halving} trials or more of each arm; there are {count}"
+            )
 
     def _validate_range(self, where: str, values: dict[str, Any]) -> None:
         if self.sampler == "grid":

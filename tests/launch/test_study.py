@@ -14,7 +14,7 @@ import pytest
 import yaml
 from command import Ended, one_line, reconfigure, runs
 
-from lowrank_cli.launch.tuning import Search
+from lowrank_cli.launch.tuning import Search, rungs
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import TuneConfig
 
@@ -227,12 +227,57 @@ def test_prepared_runs_are_made_for_each_seed_and_named_in_overrides(study):
 
 
 @fake
+def test_successive_halving_of_a_study(study):
+    """Short trials have a schedule of their own; every arm has as many on every rung; the others go on from there."""
+    tune = {"search": {"train.learning_rate": [0.1, 0.2, 0.25, 0.5]}, "halving": 2}
+    ended = study("study.seeds=[0]", tune=tune, overrides=["train.max_steps=5", "train.epochs=3"])
+    assert ended.code == 0, ended.err
+    (folder,) = runs()
+    for entry in read(folder / "tuning.json"):
+        tried = [(trial["part"], trial["values"]["train.learning_rate"]) for trial in entry["trials"]]
+        assert tried == [(2, 0.1), (2, 0.2), (2, 0.25), (2, 0.5), (1, 0.25), (1, 0.2)]
+        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.25}, [])
+    at = folder / "tuning/all/yesno/plain"
+    steps = {
+        path.name: (run.config()["train"]["max_steps"], run.config()["train"]["epochs"])
+        for path in at.iterdir()
+        if (run := Run.open(path / "100"))
+    }
+    short = {f"learning_rate{rate}-1of2": (3, 1.5) for rate in (0.1, 0.2, 0.25, 0.5)}
+    assert steps == short | {"learning_rate0.25": (5, 3), "learning_rate0.2": (5, 3)}
+    assert "train.max_steps=3" in Run.open(at / "learning_rate0.1-1of2/100").info["command"]
+    page = " ".join((folder / "report.html").read_text().split())
+    assert "yesno · 1/2 of the steps" in page and "yesno · all of the steps" in page and "Successive halving" in page
+
+
+@fake
+def test_widening_ends_where_the_key_does(study):
+    """The trials are alike, so the first one, the largest, is chosen; beyond it would be 1.62 of all steps."""
+    ended = study(tune={"search": {"train.warmup": [0.9, 0.5]}, "widen": 2, "metric": "dev/accuracy"})
+    assert ended.code == 0, ended.err
+    (folder,) = runs()
+    for entry in read(folder / "tuning.json"):
+        assert [trial["values"]["train.warmup"] for trial in entry["trials"]] == [0.9, 0.5]
+        assert (entry["best"], entry["at_edge"]) == ({"train.warmup": 0.9}, ["train.warmup"])
+    assert "warmup at its upper end" in ended.out
+
+
+@fake
 def test_check_counts_the_runs_and_starts_none(lrk):
     write(tune={"search": {"train.learning_rate": [0.1, 0.3, 0.5]}, "seeds": [7, 8]})
     ended = lrk("check", "study=mine", "--config-dir", "mine", "--no-probe")
     assert (ended.code, ended.err) == (0, "")
     assert "16: 12 of tuning, 4 of the comparison" in ended.out and "plain (the baseline), routed" in ended.out
-    assert not Path("outputs").exists()
+    assert "warning" not in ended.out and not Path("outputs").exists()
+    write(tune={"search": {"train.learning_rate": [0.1, 0.3, 0.5]}, "widen": 2})
+    ended = lrk("check", "study=mine", "--config-dir", "mine", "--no-probe")
+    assert "10: 6 of tuning (up to 4 more where a search is widened), 4 of the comparison" in ended.out
+    write(tune={"search": {"train.learning_rate": [0.1, 0.3, 0.5, 0.7]}, "halving": 2})
+    ended = lrk("check", "study=mine", "--config-dir", "mine", "--no-probe")
+    assert "16: 12 of tuning, 4 of" in ended.out and "4 for 1/2 of the steps, then 2 for all steps" in ended.out
+    write(tune={"search": {"train.learning_rate": [0.1, 0.3], "method.k": [1, 2]}})
+    ended = lrk("check", "study=mine", "--config-dir", "mine", "--no-probe")
+    assert "warning: the arms have different numbers of trials" in ended.out and "plain 2, routed 4" in ended.out
 
 
 @pytest.mark.slow
@@ -274,6 +319,21 @@ def test_check_estimates_the_time_from_a_few_steps():
             [],
             "study.tune.metric: 'test/accuracy' is not of the dev split",
         ),
+        ({"tune": {"search": {"train.learning_rate": [1, 2, 3]}, "halving": 2}}, [], "needs 4 trials or more"),
+        (
+            {"tune": {"search": {"train.learning_rate": [1, 2, 3, 4]}, "halving": 2, "widen": 1}},
+            [],
+            "study.tune.halving: does not go with widen",
+        ),
+        (
+            {
+                "arms": {"plain": ["evaluate", "method=none"]},
+                "overrides": [],
+                "tune": {"search": {"evaluate.shots": [0, 1, 2, 3]}, "halving": 2, "metric": "dev/accuracy"},
+            },
+            [],
+            "study, all/yesno/plain: tune.halving: lrk evaluate with method=none trains no steps",
+        ),
         (
             {"tune": {"search": {"train.learning_rate": {"low": 2, "high": 1}}, "sampler": "random", "budget": 2}},
             [],
@@ -290,10 +350,10 @@ def searched(search: Search, optimum: float, seeds: tuple[int, ...] = (0,)) -> l
     """The values that a search tries, where the loss is the distance to ``optimum`` on a log scale."""
     tried = []
     while proposed := search.propose():
-        for values in proposed:
-            rate = values["rate"]
+        for trial in proposed:
+            rate = trial.values["rate"]
             tried.append(rate)
-            search.tell(values, dict.fromkeys(seeds, abs(rate - optimum)))
+            search.tell(trial, dict.fromkeys(seeds, abs(rate - optimum)))
     return tried
 
 
@@ -321,8 +381,8 @@ def test_a_grid_widens_beyond_the_end_at_which_its_best_lies():
 )
 def test_a_grid_is_widened_by_values_of_its_kind(values, best, beyond):
     search = Search(TuneConfig(search={"rank": values}), ["rank"], lower=True)
-    for proposed in search.propose():
-        search.tell(proposed, {0: float(proposed["rank"] != best)})
+    for trial in search.propose():
+        search.tell(trial, {0: float(trial.values["rank"] != best)})
     assert search.beyond() == beyond and not isinstance(search.beyond(), float)
 
 
@@ -343,6 +403,42 @@ def test_tpe_finds_the_optimum_with_its_budget_and_repeats_itself():
 
 def test_failed_trials_never_win():
     search = Search(TuneConfig(search={"rate": [1, 2, 3]}), ["rate"], lower=False)
-    for values, score in zip(search.propose(), [None, float("nan"), 0.1], strict=True):
-        search.tell(values, {0: score, 1: 0.9})
+    for trial, score in zip(search.propose(), [None, float("nan"), 0.1], strict=True):
+        search.tell(trial, {0: score, 1: 0.9})
     assert search.best() == {"rate": 3}
+
+
+def test_successive_halving_trains_the_best_of_each_rung_for_longer():
+    """The optimum moves with the length of training; what counts in the end is the score after all steps."""
+    optimum = {9: 2, 3: 4, 1: 5}
+    search = Search(TuneConfig(search={"rank": list(range(1, 19))}, halving=3), ["rank"], lower=True)
+    seen = []
+    while trials := search.propose():
+        assert len({trial.part for trial in trials}) == 1
+        seen.append((trials[0].part, sorted(trial.values["rank"] for trial in trials)))
+        for trial in trials:
+            search.tell(trial, {0: abs(trial.values["rank"] - optimum[trial.part])})
+    assert seen == [(9, list(range(1, 19))), (3, [1, 2, 3, 4, 5, 6]), (1, [3, 4])]
+    assert search.best() == {"rank": 4}
+
+
+def test_successive_halving_leaves_failed_trials_behind():
+    search = Search(TuneConfig(search={"rank": [1, 2, 3, 4]}, halving=2), ["rank"], lower=True)
+    for trial, score in zip(search.propose(), [None, 0.3, None, None], strict=True):
+        search.tell(trial, {0: score})
+    (trial,) = search.propose()
+    assert (trial.values, trial.part) == ({"rank": 2}, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "factor", "expected"),
+    [
+        (5, None, [(5, 1)]),
+        (4, 2, [(4, 2), (2, 1)]),
+        (9, 3, [(9, 3), (3, 1)]),
+        (17, 2, [(17, 8), (8, 4), (4, 2), (2, 1)]),
+        (3, 2, [(3, 1)]),
+    ],
+)
+def test_rungs_end_with_two_trials_or_more(count, factor, expected):
+    assert rungs(count, factor) == expected

@@ -296,7 +296,7 @@ def test_a_study_is_summarised_compared_and_linked(tmp_path):
     assert "4 arms, 2 tasks, 5 seeds; baseline lora; runs: 39 done, 1 pending" in text
     assert re.search(r"Against lora: rslora is better by 0\.\d+ \(95 % interval \+0\.\d+ to \+0\.\d+\)", text)
     assert re.search(r"no difference found for dora; one of 0\.\d+ would have been found with 80 % power", text)
-    assert "lora_fa on tiny_yesno: the best train.learning_rate, 0.003, is at an edge of the search" in text
+    assert "lora_fa on tiny_yesno: the best train.learning_rate, 0.003, is at the upper end of the search" in text
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", parsed.html)
     for title in ("Every seed", f"Difference from {BASELINE}", "test/accuracy against cost"):
         assert titles.count(title) == 2, "one for each task"

@@ -9,9 +9,10 @@ from typing import Any
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import read_json
 from lowrank_cli.report.html.charts import comparisons
-from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE
+from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
 from lowrank_cli.report.html.compared import SectionView
 from lowrank_cli.report.number_format import number
+from lowrank_cli.report.study import best_score, edge
 from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
 
 
@@ -49,6 +50,11 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
     except UserError as error:
         return [], [str(error)]
     section = SectionView("Tuning", "Trials have seeds of their own and measure the dev split, never the test split.")
+    if any(trial.get("part", 1) > 1 for entry in entries for trial in entry["trials"]):
+        section.notes.append(
+            "Successive halving: every setting trains for a part of the steps, with a complete schedule of the "
+            "learning rate; the best ones train anew for more of them, and those that are left for all."
+        )
     section.warnings += _budgets(entries, study)
     section.fold = "Best values of every arm"
     section.headers, section.left = ["task", "arm", "trials", "failed", "best", "score"], 2
@@ -58,21 +64,30 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
         if entry["best"] is None:
             section.warnings.append(f"{where}: every trial failed.")
         for key in entry["at_edge"]:
-            value = (entry["best"] or {}).get(key)
+            value = _shown((entry["best"] or {}).get(key))
             section.warnings.append(
-                f"{where}: the best {key}, {_shown(value)}, is at an edge of the search; a better one may be beyond it."
+                f"{where}: the best {key}, {value}, is at the {edge(entry, key)} end of the search; a better one may "
+                f"be beyond it."
             )
     for group, task in dict.fromkeys((entry["group"], entry["task"]) for entry in entries):
         here = [entry for entry in entries if (entry["group"], entry["task"]) == (group, task)]
-        for key in dict.fromkeys(key for entry in here for key in entry["keys"]):
-            curves = [_curve(entry, key) for entry in here if key in entry["keys"]]
-            if any(len(curve[1]) > 1 for curve in curves):
-                title = name_of(study, group, task)
-                try:
-                    section.charts.append(comparisons.tuning(title, key, here[0]["metric"], curves))
-                except NOT_DRAWABLE:
-                    section.warnings.append(f"{title}: the scores are too far apart to be drawn.")
+        title = name_of(study, group, task)
+        try:
+            section.charts += _charts(title, here)
+        except NOT_DRAWABLE:
+            section.warnings.append(f"{title}: the scores are too far apart to be drawn.")
     return [section], []
+
+
+def _charts(task: str, entries: list[Tuned]) -> Iterator[Chart]:
+    """All arms on one task: a chart for each searched key and, in successive halving, each rung."""
+    parts = sorted({trial.get("part", 1) for entry in entries for trial in entry["trials"]}, reverse=True)
+    for key in dict.fromkeys(key for entry in entries for key in entry["keys"]):
+        for part in parts:
+            curves = [_curve(entry, key, part) for entry in entries if key in entry["keys"]]
+            if any(len(curve[1]) > 1 for curve in curves):
+                steps = "" if parts == [1] else f" · {'all' if part == 1 else f'1/{part}'} of the steps"
+                yield comparisons.tuning(f"{task}{steps}", key, entries[0]["metric"], curves)
 
 
 def _budgets(entries: list[Tuned], study: StudyRecord) -> Iterator[str]:
@@ -87,22 +102,24 @@ def _budgets(entries: list[Tuned], study: StudyRecord) -> Iterator[str]:
 def _row(entry: Tuned) -> list[str]:
     failed = sum(trial["mean"] is None for trial in entry["trials"])
     best = entry["best"] or {}
-    means = [trial["mean"] for trial in entry["trials"] if trial["values"] == best and trial["mean"] is not None]
     shown = ", ".join(f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in best.items())
-    score = number(means[0]) if means else "–"
-    return [entry["arm"], str(len(entry["trials"])), str(failed), shown or "–", score]
+    score = best_score(entry)
+    return [entry["arm"], str(len(entry["trials"])), str(failed), shown or "–", "–" if score is None else number(score)]
 
 
-def _curve(entry: Tuned, key: str) -> tuple[str, list[tuple[float, float]], float | None, bool]:
-    """The arm's scores over ``key``; of several trials with one value, as in a search over more keys, the best."""
+def _curve(entry: Tuned, key: str, part: int) -> tuple[str, list[tuple[float, float]], float | None, bool]:
+    """The arm's scores over ``key`` after ``1 / part`` of the steps.
+
+    Of several trials with one value, as in a search over more keys, it is the best.
+    """
     best_of: dict[float, float] = {}
     choose = min if entry["lower_is_better"] else max
     for trial in entry["trials"]:
         value, score = trial["values"].get(key), trial["mean"]
-        if isinstance(value, int | float) and score is not None:
+        if isinstance(value, int | float) and score is not None and trial.get("part", 1) == part:
             best_of[float(value)] = choose(score, best_of.get(float(value), score))
     best = (entry["best"] or {}).get(key)
-    chosen = float(best) if isinstance(best, int | float) else None
+    chosen = float(best) if isinstance(best, int | float) and part == 1 else None
     return entry["arm"], list(best_of.items()), chosen, key in entry["at_edge"]
 
 

@@ -25,9 +25,10 @@ from lowrank_cli.schema import Override, parse_overrides, quoted
 
 @dataclass
 class JobFolder:
-    """What a launcher passes to one job of a sweep."""
+    """What a launcher passes to one run of a sweep or study."""
 
     folder: str = ""  #: prepared run folder
+    root: str = ""  #: folder of the sweep or study
 
 
 def expand(verb: str, overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
@@ -114,4 +115,5 @@ class Launcher:
             hydra_context=HydraContext(config_loader=self._loader, callbacks=Callbacks(cfg)),
             task_function=function,
         )
-        launcher.launch([[f"folder={quoted(str(job))}"] for job in jobs], initial_job_idx=0)
+        root = f"root={quoted(str(folder))}"
+        launcher.launch([[f"folder={quoted(str(job))}", root] for job in jobs], initial_job_idx=0)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from lowrank_cli import stages
 from lowrank_cli.config.composition import Composed, refuse_code, restore
+from lowrank_cli.config.sweep import is_launcher_override
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
 from lowrank_cli.launch.running import refuse_running
@@ -46,9 +47,10 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
     """Resume the run in ``folder`` with its saved configuration.
 
     Args:
-        typed: overrides of the command line; only the one that trusts the code of a model is allowed.
+        typed: overrides of the command line: trust in the code of a model, and for a study another launcher.
     """
-    trusted = trusts(typed)
+    launcher = [override for override in typed if verb == "study" and is_launcher_override(override)]
+    trusted = trusts([override for override in typed if override not in launcher])
     run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
     if used != verb:
@@ -59,6 +61,8 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
         raise UserError(f"--resume: '{folder}' is finished")
     refuse_running(run.path)
     refuse_to_act(run, trusted)
+    if verb == "study":
+        study.set_launcher(run, launcher)
     try:
         handler(verb).work(run, restore(run))
     finally:

@@ -21,8 +21,11 @@ from rich.live import Live
 from rich.text import Text
 
 from lowrank_cli.config.composition import Composed, compose, rebuild
+from lowrank_cli.config.sweep import Launcher, is_launcher_override, saved_launcher
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.launch import stage
+from lowrank_cli.launch.launcher_pool import LauncherPool
+from lowrank_cli.launch.pool import LOCKS, Pool
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.study_plan import TUNING, Cell, Job, Plan, composed_cells, require_plain, split
 from lowrank_cli.launch.study_preview import tuning_runs
@@ -39,7 +42,6 @@ from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
 from lowrank_cli.schema import StudyConfig
 
 COMPARISON = "comparison"  #: folder of the tables and plots for a paper
-LOCKS = ".devices"  #: of the study's folder: the locks by which its processes share GPUs
 
 
 def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Composed, list[tuple[str, Composed]]]:
@@ -47,7 +49,9 @@ def plan(verb: str, overrides: list[str], config_dir: str | None) -> tuple[Compo
 
     Its runs are too many to list. What the user sets beyond the study's own keys is added to their overrides.
     """
-    for_study, extra = split(overrides)
+    launcher = [override for override in overrides if is_launcher_override(override)]
+    Launcher(launcher)
+    for_study, extra = split([override for override in overrides if override not in launcher])
     composed = compose(verb, for_study, config_dir)
     values = composed.resolved
     values["study"]["extra"] += extra
@@ -99,9 +103,21 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
         "seeds": study.seeds,
         "groups": {group: list(plan.tasks(group)) for group in plan.groups},
         "config_dir": config_dir and str(Path(config_dir).resolve()),
+        "launcher": [override for override in composed.overrides if is_launcher_override(override)],
     }
     run.write_json(STUDY, record)
     return run
+
+
+def set_launcher(run: Run, launcher: list[str]) -> None:
+    """Let a study go on with another launcher than the one that it was started with, if there is one.
+
+    The saved one is used only if it cannot hold a command. Raises UserError.
+    """
+    record = run.read_json(STUDY)
+    record["launcher"] = launcher or saved_launcher(record.get("launcher", []))
+    Launcher(record["launcher"])
+    run.write_json(STUDY, record)
 
 
 def work(run: Run, composed: Composed) -> None:
@@ -118,13 +134,16 @@ def work(run: Run, composed: Composed) -> None:
             best = study.tune()
             study.compare(best)
             if study.failed:
-                again = f"continue with: lrk study --resume {path_format.typed(run.path)}"
-                raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {again}")
+                raise WorkFailed(f"{len(study.failed)} of {len(study.board.states)} runs are not done; {_again(run)}")
             run.finish({"study/runs": len(study.board.states)})
     except WorkFailed:
         _publish(run)
         raise
     _publish(run)
+
+
+def _again(run: Run) -> str:
+    return f"continue with: lrk study --resume {path_format.typed(run.path)}"
 
 
 def _publish(run: Run) -> None:
@@ -143,14 +162,17 @@ class _Study:
 
     def __init__(self, run: Run, composed: Composed):
         config = composed.config
-        self.run, self.config_dir = run, run.read_json(STUDY).get("config_dir")
+        record = run.read_json(STUDY)
+        self.run, self.config_dir = run, record.get("config_dir")
         self.root = run.path.absolute()
         self.plan = Plan(config.study, self.root)
         self.seeds = config.study.seeds
         self.failed: dict[str, str] = {}  #: folder → why
         tasks = [self._column(group, task) for group in self.plan.groups for task in self.plan.tasks(group)]
         self.board = Board(config.study.name, list(config.study.arms), tasks, config.workers)
-        self.workers = Workers(config.workers, self.root / LOCKS)
+        self.pool: Pool = Workers(config.workers, self.root / LOCKS)
+        if launcher := record.get("launcher"):
+            self.pool = LauncherPool(Launcher(launcher), self.root, _again(run))
         self._announce()
 
     def _column(self, group: str, task: str) -> str:
@@ -275,7 +297,7 @@ class _Study:
                     screen.print(f"{job.folder}: {run.info['status']} ({self.board.headline()})", soft_wrap=True)
 
             if todo:
-                self.workers.run(list(todo), lambda folder: self._set(todo[folder], RUNNING), ended)
+                self.pool.run(list(todo), lambda folder: self._set(todo[folder], RUNNING), ended)
 
     def _prepared(self, job: Job) -> Run:
         """The folder of a run, made where it is not there. Raises UserError where it was made with other overrides."""

@@ -17,6 +17,7 @@ from rich.text import Text
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import stage
+from lowrank_cli.launch.pool import LOCKS
 from lowrank_cli.launch.study_plan import Cell, Job, Plan
 from lowrank_cli.launch.tuning import rungs, trials
 from lowrank_cli.launch.workers import Workers
@@ -176,7 +177,7 @@ def estimate(plan: Plan, workers: int, config_dir: str | None) -> tuple[float, f
                     probes[cell] = stage.create(composed, config_dir, "probe", Path(folder) / str(cell))
         full = {cell: _full(plan, cell, config_dir) for cell in probes}
         with progress.bar("timing a few steps of each arm", len(probes), shown=True) as bar:
-            workers_of_probes = Workers(workers, Path(folder) / ".devices")
+            workers_of_probes = Workers(workers, Path(folder) / LOCKS)
             workers_of_probes.run([run.path for run in probes.values()], lambda _: None, lambda _: bar.advance())
         known = {cell: cost for cell, run in probes.items() if (cost := _cost(run.path, full[cell])) is not None}
     return _total(plan, known, workers)

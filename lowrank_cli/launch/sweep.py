@@ -10,21 +10,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
-from contextlib import suppress
 from pathlib import Path
-from threading import Event
 from typing import Any, NamedTuple, TypedDict
 
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.sweep import JobFolder, Launcher, expand, is_launcher_override, saved_launcher
-from lowrank_cli.errors import Interrupted, LrkError, UserError, WorkFailed
-from lowrank_cli.launch import gpu_locks, stage
+from lowrank_cli.errors import Interrupted, UserError, WorkFailed
+from lowrank_cli.launch import stage
+from lowrank_cli.launch.launcher_pool import LauncherPool, run_in_child
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.launch.single_run import handler, refuse_to_act, trusts
 from lowrank_cli.reader import PlainName, read_json
@@ -34,13 +29,11 @@ from lowrank_cli.runs import (
     DONE,
     FAILED,
     INTERRUPTED,
-    PENDING,
     RUNNING,
     Run,
     child,
     config_hash,
     discard,
-    is_alive,
     new_folder,
     remove_leftovers,
     showing_life,
@@ -53,10 +46,6 @@ from lowrank_cli.schema import Override
 from lowrank_cli.terminal import Terminal
 
 LEDGER = "sweep.json"
-STOP_FILE = ".stop"  #: in the sweep's folder: tells the launcher's processes, on any machine, to stop
-GPU_LOCKS = ".devices"  #: in the sweep's folder: the locks by which its processes share GPUs
-NO_RESULT = "the process ended without a result"
-_stop_requested = Event()  #: set when this process of a launcher gets a signal
 
 
 class JobEntry(TypedDict):
@@ -169,31 +158,19 @@ def _jobs(folder: Path, ledger: dict[str, Any]) -> list[Run]:
 def _work(folder: Path, ledger: dict[str, Any]) -> None:
     again = f"continue with: lrk {ledger['stage']} -m --resume {path_format.typed(folder)}"
     status = INTERRUPTED
-    (folder / STOP_FILE).unlink(missing_ok=True)
     write_json(folder / LEDGER, {**ledger, "status": RUNNING, "process": this_process()})
+    todo = [job.path.absolute() for job in _jobs(folder, ledger) if not job.done]
     try:
-        with showing_life(folder / LEDGER), stopping.on_stop((folder / STOP_FILE).touch):
-            _launch(folder, ledger)
-        if stopping.requested():
-            stopping.interrupt()
+        with showing_life(folder / LEDGER):
+            LauncherPool(Launcher(ledger["launcher"]), folder, again, run_job).run(todo, _ignore, _ignore)
         status = DONE
     except KeyboardInterrupt:
         raise Interrupted(again, stopping.exit_code()) from None
-    except LrkError:
-        raise
-    except Exception as error:
-        raise WorkFailed(f"the launcher failed ({type(error).__name__}: {error}); {again}") from error
     finally:
         jobs = _jobs(folder, ledger)
-        for job in jobs:
-            if job.info["status"] == RUNNING and status == INTERRUPTED:  # the launcher ended its process
-                job.interrupt()
-            elif job.info["status"] in (RUNNING, PENDING) and status == DONE:
-                job.fail(NO_RESULT)
         states = [{**entry, "status": job.info["status"]} for entry, job in zip(ledger["jobs"], jobs, strict=True)]
         failed = [job for job in jobs if not job.done]
-        status = "failed" if status == DONE and failed else status
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        status = FAILED if status == DONE and failed else status
         write_json(folder / LEDGER, {**ledger, "status": status, "jobs": states})
         Terminal().print(end_of_sweep(folder, jobs), crop=False)
     if failed:
@@ -201,76 +178,26 @@ def _work(folder: Path, ledger: dict[str, Any]) -> None:
         raise WorkFailed(f"{len(failed)} of {jobs_are} not done; {again}")
 
 
-def _launch(folder: Path, ledger: dict[str, Any]) -> None:
-    """Run the jobs that are not done. A launcher that breaks because one of its processes died is started once more."""
-    launcher, broken = Launcher(ledger["launcher"]), False
-    todo = [job.path.absolute() for job in _jobs(folder, ledger) if not job.done]
-    while todo:
-        try:
-            launcher.launch(run_job, folder, todo)
-            return
-        except BrokenExecutor:  # the launcher has ended its other processes too
-            if broken or stopping.requested():
-                raise
-        broken, ended = True, (DONE, FAILED)
-        while any(is_alive(job.info.get("process"), job.path / "run.json") for job in _jobs(folder, ledger)):
-            time.sleep(stopping.POLL)  # a job whose parent was killed stops itself
-        todo = [job.path.absolute() for job in _jobs(folder, ledger) if job.info["status"] not in ended]
+def _ignore(folder: Path) -> None:
+    """The jobs tell of themselves; see :func:`run_job`."""
 
 
 def run_job(job: JobFolder) -> None:
     """Do one job: in the sweep's own process directly, in a launcher's process in a child.
 
-    If a child is killed, only its job fails; a launcher that loses a process of its own breaks.
-
     Raises:
         KeyboardInterrupt: a signal stopped the sweep's own process. Nothing else is raised.
     """
     folder = Path(job.folder)
-    if read_json(folder.parent / LEDGER, Ledger)["process"] == this_process():
+    if stopping.handled():
         Terminal(stderr=True).print(f"job {folder.name}")
+        run = Run.open(folder)
         with stopping.on_stop(stopping.interrupt):
             try:
-                perform(folder)
+                stage.attempt(run, handler(run.info["stage"]).work)
             except Interrupted:
                 raise KeyboardInterrupt from None
     else:
-        _in_child(folder)
+        run_in_child(job)
     status = Run.open(folder).info["status"]
     Terminal(file=sys.__stderr__).print(f"job {folder.name}: {status}")
-
-
-def perform(folder: str | os.PathLike[str]) -> None:
-    """Do a job's work; see :func:`lowrank_cli.launch.stage.attempt`."""
-    run = Run.open(folder)
-    stage.attempt(run, handler(run.info["stage"]).work)
-
-
-def _in_child(folder: Path) -> None:
-    """Run a job in a child process, whose output goes to the job's ``log.txt``.
-
-    The child is told to stop when the sweep is, or when this process gets a signal; after that no job starts here.
-    """
-    stop = folder.parent / STOP_FILE
-    for number in stopping.SIGNALS:
-        signal.signal(number, lambda *_: _stop_requested.set())
-    if _stop_requested.is_set() or stop.exists():
-        return
-    run = Run.open(folder)
-    hardware = run.config().get("hardware", {})
-    if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-        gpu_locks.claim_gpu(folder.parent / GPU_LOCKS)
-    with run.file("log.txt").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "lowrank_cli.launch.sweep_job", str(folder), str(os.getpid())]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    stop_sent = False
-    while child.poll() is None:
-        if not stop_sent and (_stop_requested.is_set() or stop.exists()):
-            child.send_signal(signal.SIGUSR1)
-            stop_sent = True
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=stopping.POLL)
-    run = Run.open(folder)
-    if run.info["status"] in (PENDING, RUNNING) and not stop_sent:
-        killed = child.returncode < 0
-        run.fail(f"its process was killed ({signal.Signals(-child.returncode).name})" if killed else NO_RESULT)

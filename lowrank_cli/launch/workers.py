@@ -18,9 +18,8 @@ from pathlib import Path
 from threading import Thread
 
 from lowrank_cli import stages
-from lowrank_cli.errors import Interrupted
-from lowrank_cli.launch import gpu_locks, stage
-from lowrank_cli.runs import PENDING, RUNNING, Run, stopping
+from lowrank_cli.launch import pool, stage
+from lowrank_cli.runs import Run, stopping
 from lowrank_cli.runs.threads import available_cores
 
 POLL = 0.1  # s between looks at the children
@@ -41,10 +40,7 @@ class Workers:
         self._context.set_forkserver_preload([*stages.STAGES.values(), *PRELOADED])
 
     def run(self, folders: Sequence[Path], started: Callable[[Path], object], ended: Callable[[Path], object]) -> None:
-        """Work on runs until each of them ended, well or badly.
-
-        A signal stops the children as it would stop a single run, then raises KeyboardInterrupt.
-        """
+        """See :class:`lowrank_cli.launch.pool.Pool`."""
         waiting = list(reversed(folders))
         working: dict[Path, BaseProcess] = {}
         with stopping.on_stop(lambda: _pass_on(working.values())):
@@ -55,7 +51,9 @@ class Workers:
                     started(folder)
                 time.sleep(POLL)
                 for folder in [folder for folder, child in working.items() if not child.is_alive()]:
-                    _record_death(folder, working.pop(folder))
+                    code = working.pop(folder).exitcode
+                    if not stopping.requested():
+                        pool.record_death(Run.open(folder), code)
                     ended(folder)
         stopping.check()
 
@@ -70,18 +68,6 @@ def _pass_on(children: Iterable[BaseProcess]) -> None:
     for child in children:
         if child.is_alive() and child.pid:
             os.kill(child.pid, signal.SIGUSR1)
-
-
-def _record_death(folder: Path, child: BaseProcess) -> None:
-    """Say of a run whose process ended without a word how it ended."""
-    run = Run.open(folder)
-    if run.info["status"] in (PENDING, RUNNING) and not stopping.requested():
-        code = child.exitcode or 0
-        run.fail(
-            f"its process was killed ({signal.Signals(-code).name})"
-            if code < 0
-            else "its process ended without a result"
-        )
 
 
 def _stop_with_parent() -> None:
@@ -101,15 +87,8 @@ def _work(folder: str, directory: str, locks: str, threads: int) -> None:
         os.dup2(log, stream.fileno())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     Thread(target=_stop_with_parent, daemon=True).start()
-    hardware = Run.open(folder).config().get("hardware", {})
-    if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-        gpu_locks.claim_gpu(Path(locks))
-    code = 0
-    try:
-        with stopping.signals():
-            stage.attempt(Run.open(folder), stage.work)
-    except Interrupted as error:
-        code = error.exit_code
+    pool.claim_gpu(Run.open(folder), Path(locks))
+    code = pool.perform(Path(folder), stage.work)
     gc.freeze()  # see cli.main
     stopping.finish(code)
     sys.exit(code)

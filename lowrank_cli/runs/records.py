@@ -160,6 +160,7 @@ class StudyRecord(TypedDict):
     seeds: list[int]
     groups: dict[PlainName, list[PlainName]]  #: group → tasks
     config_dir: NotRequired[str | None]
+    launcher: NotRequired[list[str]]  #: overrides of Hydra's launcher; none where the study starts the runs itself
 
 
 class Trial(TypedDict):

@@ -29,6 +29,7 @@ class Stop(KeyboardInterrupt):
 
 
 _number: int | None = None  #: the first signal
+_handler: int | None = None  #: the process that is inside :func:`signals`
 _since = 0.0  #: when it arrived, in s of the monotonic clock
 
 
@@ -45,6 +46,11 @@ def requested() -> bool:
     return _number is not None
 
 
+def handled() -> bool:
+    """Whether this process, not one that it was forked from, is inside :func:`signals`."""
+    return _handler == os.getpid()
+
+
 def check() -> None:
     """Raise :class:`Stop` if a signal asked to stop and :func:`on_stop` does not handle it. Loops call this."""
     if requested() and _then is interrupt:
@@ -59,15 +65,15 @@ def exit_code() -> int:
 @contextmanager
 def signals() -> Iterator[None]:
     """Inside, handle the signals (main thread only), even a SIGINT that is ignored, as in a script's background."""
-    global _number
-    _number = None
+    global _number, _handler
+    outer, _number, _handler = _handler, None, os.getpid()
     before = {number: signal.signal(number, _handle) for number in SIGNALS}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _number = None
+        _number, _handler = None, outer
 
 
 def finish(code: int) -> None:

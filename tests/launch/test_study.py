@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,37 @@ def test_ctrl_c_stops_the_children_and_says_how_to_go_on(lrk):
     assert process.returncode == 130
     assert errors.splitlines()[-1] == f"interrupted: continue with: lrk study --resume {folder}"
     assert read(waiting.parent / "run.json")["status"] == "interrupted" == read(folder / "run.json")["status"]
+
+
+@fake
+@pytest.mark.slow
+def test_a_launcher_runs_a_study_and_a_killed_run_leaves_the_others_alone(study, lrk):
+    arms = {**SMALL["arms"], "fast": ["method=lora", "train.learning_rate=2"]}
+    write(arms=arms, seeds=[0, 77], tune={"search": {"train.weight_decay": [0.0, 0.1]}})
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine", *launcher]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    killed = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting").parent
+    (folder,) = runs()
+    assert {status for name, status in statuses(folder).items() if name.startswith("tuning/")} == {"done", "failed"}
+    (killed.parents[1] / "routed/77").mkdir(exist_ok=True)
+    (killed.parents[1] / "routed/77/go").touch()
+    os.kill(read(killed / "run.json")["process"]["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    final = {name: status for name, status in statuses(folder).items() if name.startswith("runs/")}
+    assert final.pop("runs/all/yesno/plain/77") == "failed"
+    assert "runs/all/yesno/plain/77: its process was killed (SIGKILL)" in errors
+    assert set(final.values()) == {"done"} and not (folder / ".stop").exists()
+    assert "error: train/loss is nan" in (folder / "tuning/all/yesno/fast/weight_decay0.0/100/log.txt").read_text()
+    (killed / "go").touch()
+    Path("mended").touch()
+    assert read(folder / "study.json")["launcher"] == launcher
+    wrong = lrk("study", "--resume", str(folder), "hydra.launcher.n_jobz=2")
+    assert (wrong.code, wrong.err) == (2, "error: hydra.launcher.n_jobz: unknown key\n")
+    ended = lrk("study", "--resume", str(folder), "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
+    assert "every trial of all/yesno/fast failed" in ended.err, "a loss that diverged is the result of its trial"
+    assert statuses(folder)["runs/all/yesno/plain/77"] == "done"
 
 
 def wait_for(file: str) -> Path:

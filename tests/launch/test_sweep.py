@@ -192,7 +192,7 @@ def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):
     monkeypatch.setattr("lowrank_cli.launch.sweep.Launcher.launch", lambda *a: None)
     ended = lrk("train", "--resume", str(sweep))
     assert ended.code == 1 and list(states(sweep).values()) == ["failed", "failed"]
-    assert "the process ended without a result" in ended.out
+    assert "its process ended without a result" in ended.out
 
 
 @pytest.mark.slow

@@ -104,6 +104,17 @@ def inside(key: str, full: str) -> Iterator[None]:
         raise UserError(re.sub(rf"^{re.escape(key)}(?=[.:])", lambda _: full, str(error))) from error
 
 
+@contextmanager
+def writing(key: str, path: object) -> Iterator[None]:
+    """Inside, an error that says where ``path`` cannot be written is a UserError that names ``key``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+            raise
+        raise UserError(f"{key}: '{path}' cannot be written ({os.strerror(error.errno)})") from error
+
+
 def nearest(value: object, allowed: Iterable[object]) -> str:
     """``"; did you mean 'x'?"`` for the closest of ``allowed``, else the first that contains ``value``; or empty.
 

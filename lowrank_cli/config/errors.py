@@ -100,7 +100,9 @@ def refuse_unsupported(parsed: Iterable[HydraOverride]) -> None:
         if not override.key_or_group:
             raise UserError(f"'{override.input_line}' is not an override (write KEY=VALUE)")
         if override.is_hydra_override():
-            raise UserError(f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m)")
+            raise UserError(
+                f"{override.input_line}: hydra/launcher and hydra.launcher.* belong to a sweep (-m) or a study"
+            )
         if override.is_delete() or override.is_add() or override.is_force_add():
             raise UserError(f"{override.input_line}: keys can be neither added nor removed; write KEY=VALUE")
         key = Override.parse(override.input_line or "").key
@@ -288,6 +290,8 @@ def _value(error: BaseException, failure: Failure) -> str:
             return f"{key}: '{shown}' is not {NOUNS['Boolean']}"
         if "is not a ListConfig" in message:
             return f"{key}: '{shown}' is not a list; write {key}=[{shown}]"
+        if "List[" in message and "incompatible with type hint" in message:
+            return f"{key}: '{shown}' is not a list; write [{shown}]"
         if "not Optional" in message:
             return f"{key}: null is not allowed"
         if "Invalid type assigned" in message:

@@ -12,7 +12,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.runs.progress import console
-from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
+from lowrank_cli.runs.records import FAILURES, STUDY, TRIALS, StudyRecord, Tuned
 from lowrank_cli.schema import StudyConfig
 
 COMPARISON = "comparison"  #: folder of the tables and plots for a paper
@@ -167,19 +167,21 @@ class _Study:
         self.root = run.path.absolute()
         self.plan = Plan(config.study, self.root)
         self.seeds = config.study.seeds
-        self.failed: dict[str, str] = {}  #: folder → why
+        self.failed: set[str] = set()  #: folders of runs that are not done, for which the study counts as failed
+        self.failures: dict[str, str] = {}  #: folder → why, of trials that diverged too
         tasks = [self._column(group, task) for group in self.plan.groups for task in self.plan.tasks(group)]
         self.board = Board(config.study.name, list(config.study.arms), tasks, config.workers)
         self.pool: Pool = Workers(config.workers, self.root / LOCKS)
         if launcher := record.get("launcher"):
             self.pool = LauncherPool(Launcher(launcher), self.root, _again(run))
-        self._announce()
+        self._count_later()
+        run.write_json(FAILURES, {})
 
     def _column(self, group: str, task: str) -> str:
         return task if len(self.plan.groups) == 1 else f"{group}/{task}"
 
-    def _announce(self) -> None:
-        """Count what later phases run, so that the time left covers them."""
+    def _count_later(self) -> None:
+        """Tell the board of all runs to come, so that the time left covers them."""
         for cell in self.plan.cells():
             column = self._column(cell.group, cell.task)
             self.board.later[column] += len(self.seeds) + sum(runs for runs, _ in tuning_runs(self.plan, cell))
@@ -196,13 +198,20 @@ class _Study:
             ])  # fmt: skip
 
     def tune(self) -> dict[Cell, Values]:
-        """Search for the best values of every cell; none where its arm has nothing to tune or every trial failed."""
+        """Search for the best values of every cell.
+
+        There are none where the arm has nothing to tune, every trial diverged, or a trial failed otherwise: once that
+        one is repeated, other values may be best.
+        """
         searches: dict[Cell, Search] = {}
+        incomplete: set[Cell] = set()
         for cell in dict.fromkeys(map(self.plan.tuned_as, self.plan.cells())):
             tune = self.plan.tune(cell.group)
             if tune and (keys := self.plan.searched(cell)):
                 searches[cell] = Search(tune, keys, lower_is_better(tune.metric))
-        while trials := [(cell, trial) for cell, search in searches.items() for trial in search.propose()]:
+        while trials := [
+            (cell, trial) for cell, search in searches.items() if cell not in incomplete for trial in search.propose()
+        ]:
             jobs = {
                 (cell, seed, number): self.plan.trial(cell, trial.values, seed, trial.part)
                 for number, (cell, trial) in enumerate(trials)
@@ -213,9 +222,12 @@ class _Study:
                 tune = searches[cell].tune
                 scores = {seed: self._metric(jobs[cell, seed, number], tune.metric) for seed in tune.seeds}
                 searches[cell].tell(trial, scores)
+                if any(jobs[cell, seed, number].folder in self.failed for seed in tune.seeds):
+                    incomplete.add(cell)
             self._widen(searches)
             self.run.write_json(TRIALS, [_entry(cell, search) for cell, search in searches.items()])
-        return {cell: best for cell, search in searches.items() if (best := search.best()) is not None}
+        complete = {cell: search.best() for cell, search in searches.items() if cell not in incomplete}
+        return {cell: best for cell, best in complete.items() if best is not None}
 
     def _metric(self, job: Job, metric: str) -> float | None:
         if job.folder in self.failed or not (run := Run.open(self.root / job.folder)).done:
@@ -261,8 +273,11 @@ class _Study:
         for cell in self.plan.cells():
             values = best.get(self.plan.tuned_as(cell), {})
             if self.plan.searched(cell) and not values:
+                tuned = f"{TUNING}/{self.plan.tuned_as(cell)}"
+                lost = any(folder.startswith(f"{tuned}/") for folder in self.failed)
+                why = f"some trials in {tuned} failed" if lost else f"every trial in {tuned} diverged"
                 for seed in self.seeds:
-                    self._fail(self.plan.run(cell, {}, seed), f"every trial of {self.plan.tuned_as(cell)} failed")
+                    self._fail(self.plan.run(cell, {}, seed), why)
             else:
                 jobs += [self.plan.run(cell, values, seed) for seed in self.seeds]
         self.board.later = Counter(self._column(job.cell.group, job.cell.task) for job in jobs if job.cell)
@@ -293,7 +308,7 @@ class _Study:
                 self._show(job, run)
                 if run.info["status"] == FAILED:
                     self._fail(job, tables.first_line(run.info.get("error")), counts=not _is_tried(job, run))
-                if not screen.is_terminal:
+                elif not screen.is_terminal:
                     screen.print(f"{job.folder}: {run.info['status']} ({self.board.headline()})", soft_wrap=True)
 
             if todo:
@@ -314,19 +329,22 @@ class _Study:
     def _show(self, job: Job, run: Run) -> None:
         self._set(job, run.info["status"])
         if run.done and run.info.get("seconds"):
-            self.board.took(self._place(job)[1], run.info["seconds"])
+            self.board.took(self._row_and_column(job)[1], run.info["seconds"])
 
     def _set(self, job: Job, status: str) -> None:
-        arm, task = self._place(job)
+        arm, task = self._row_and_column(job)
         self.board.set(job.folder, arm, task, status)
 
-    def _place(self, job: Job) -> tuple[str | None, str | None]:
-        """The row and the column of the board."""
+    def _row_and_column(self, job: Job) -> tuple[str | None, str | None]:
+        """Where the board shows a run: arm and task, or neither for a step of preparation."""
         return (job.cell.arm, self._column(job.cell.group, job.cell.task)) if job.cell else (None, None)
 
     def _fail(self, job: Job, why: str, counts: bool = True) -> None:
         if counts:
-            self.failed[job.folder] = why
+            self.failed.add(job.folder)
+        self.failures[job.folder] = why
+        with suppress(OSError):  # a full disk, for which the run may have failed
+            self.run.write_json(FAILURES, self.failures)
         self._set(job, FAILED)
         console().print(f"{job.folder}: {why}", style="red", soft_wrap=True)
 
@@ -337,10 +355,10 @@ def _is_tried(job: Job, run: Run) -> bool:
 
 
 def _difference(run: Run, composed: Composed) -> str:
-    """The first key that differs, with both values."""
+    """The first key that differs, with the value that it had and the one that it has now."""
     old, new = (dict(leaves(values, str(run.path))) for values in (run.config(), composed.resolved))
     key = next(key for key in (*old, *new) if old.get(key) != new.get(key))
-    return f"{key}={old.get(key)}, and now asked is {new.get(key)}"
+    return f"{key}={old.get(key)}, not {new.get(key)}"
 
 
 def _entry(cell: Cell, search: Search) -> Tuned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from lowrank_cli.schema import (
 )
 
 PREPARED, TUNING, RUNS = "prepared", "tuning", "runs"  #: of the study's folder
+LONGEST_LABEL = 80  #: characters of the values in the name of a trial's folder
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,7 @@ class Plan:
         return Job(f"{PREPARED}/{group}/{name}/{seed}", verb, self._filled(words, group, seed))
 
     def trial(self, cell: Cell, values: Mapping[str, Any], seed: int, part: int = 1) -> Job:
-        label = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in values.items())
-        label = re.sub(r"[^\w.+-]+", "_", label)
-        label += f"-1of{part}" if part > 1 else ""
+        label = _label(values) + (f"-1of{part}" if part > 1 else "")
         job = self._job(f"{TUNING}/{cell}/{label}/{seed}", cell, values, seed, _without_test(*self._arm(cell)))
         return replace(job, part=part)
 
@@ -139,11 +139,13 @@ class Plan:
         return _verb(own, f"study.arms.{cell.arm}")
 
     def _filled(self, words: Sequence[str], group: str, seed: int) -> tuple[str, ...]:
-        """The overrides with the values of ``{names}``."""
+        """The overrides with the values of ``{names}``; ``{{name}}`` stands for ``{name}`` itself."""
         steps = self.steps(group)
 
         def value(match: re.Match[str]) -> str:
-            name = match[1]
+            name = match[2]
+            if match[1]:  # {{name}}
+                return f"{{{match[1]}}}"
             if name in steps:
                 return str(self.folder / PREPARED / group / name / str(seed)) if self.folder else match[0]
             if name in self.config.folders:
@@ -154,7 +156,14 @@ class Plan:
                 return str(seed)
             raise unknown(f"study {self.config.name}: '{match[0]}'", name, ["seed", *self.config.folders, *steps])
 
-        return tuple(re.sub(r"\{(\w+)\}", value, word) for word in words)
+        return tuple(re.sub(r"\{\{(\w+)\}\}|\{(\w+)\}", value, word) for word in words)
+
+
+def _label(values: Mapping[str, Any]) -> str:
+    """The name of a trial's folder; with a hash where the values do not fit into one, as they are or at all."""
+    text = "-".join(f"{key.rpartition('.')[2]}{value}" for key, value in values.items())
+    name = re.sub(r"[^\w.+-]+", "_", text)[:LONGEST_LABEL]
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _verb(words: Sequence[str], where: str) -> tuple[str, list[str]]:

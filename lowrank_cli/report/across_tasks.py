@@ -20,8 +20,8 @@ def across_tasks(sections: Sequence[Section]) -> list[AcrossTasks]:
         for row in section.rows:
             if row.baseline is not None and row.difference is not None and not row.bound:
                 name = row.label if (section.model, row.method) in several else row.method
-                differences = _differences(row, row.baseline, section.metric)
-                grouped.setdefault((section.model, name), {})[section.task] = differences
+                if differences := _differences(row, row.baseline, section.metric):
+                    grouped.setdefault((section.model, name), {})[section.task] = differences
     results = [_across(*key, tasks) for key, tasks in grouped.items() if len(tasks) > 1]
     for model in {result.model for result in results}:
         tested = [i for i, result in enumerate(results) if result.model == model and result.p_value is not None]
@@ -35,12 +35,17 @@ def _count(section: Section, method: str) -> int:
 
 
 def _differences(row: Row, baseline: Row, metric: str) -> dict[int, float]:
-    """Seed → difference on a scale that tasks share: log of losses (-0.1: about 10 % less), BLEU as 0 to 1."""
+    """Seed → difference on a scale that tasks share: log of losses (-0.1: about 10 % less), BLEU as 0 to 1.
+
+    A pair with a loss of 0, which has no logarithm, is left out.
+    """
+    loss = is_loss(metric)
 
     def scaled(value: float) -> float:
-        return math.log(value) if is_loss(metric) else value / 100 if metric.endswith("bleu") else value
+        return math.log(value) if loss else value / 100 if metric.endswith("bleu") else value
 
     shared = sorted(row.values.keys() & baseline.values.keys())
+    shared = [seed for seed in shared if not loss or min(row.values[seed], baseline.values[seed]) > 0]
     return {seed: scaled(row.values[seed]) - scaled(baseline.values[seed]) for seed in shared}
 
 

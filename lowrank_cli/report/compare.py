@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from lowrank_cli.errors import UserError, unknown
+from lowrank_cli.errors import UserError, unknown, writing
 from lowrank_cli.report import formats
 from lowrank_cli.report.across_tasks import across_tasks as results_across_tasks
 from lowrank_cli.report.comparison import Comparison
@@ -44,7 +44,8 @@ def compare(
             raise UserError(f"--output: '{part}' is a file; name a folder")
     comparison = build_comparison(paths, baseline=baseline, metric=metric, outputs=outputs, across_tasks=across_tasks)
     if folder is not None:
-        formats.write(comparison, folder)
+        with writing("--output", folder):
+            formats.write(comparison, folder)
     return formats.terminal(comparison)
 
 

@@ -139,6 +139,7 @@ class Layers(TypedDict):
 
 
 STUDY, TRIALS = "study.json", "tuning.json"  #: in a study's folder; the first marks it
+FAILURES = "failures.json"  #: there too: run folder → the first line of why it failed
 
 
 class ViewRecord(TypedDict):
@@ -196,4 +197,5 @@ RECORDS: dict[str, Any] = {
     "bench.json": BenchRecord,
     STUDY: StudyRecord,
     TRIALS: list[Tuned],
+    FAILURES: dict[str, str],
 }

@@ -116,8 +116,8 @@ class StudyConfig:
     """Which arms are compared, on which tasks, over which seeds.
 
     An override may hold ``{seed}``, ``{NAME}`` of ``folders``, and ``{STEP}`` of ``prepare``: the run folder that the
-    step left for this seed. The first word of an arm or a step may be its verb; else it is ``train``. Overrides of the
-    study, a group and a task go to the arms whose verb and method know the key.
+    step left for this seed; ``{{word}}`` is the text ``{word}``. The first word of an arm or a step may be its verb;
+    else it is ``train``. Overrides of the study, a group and a task go to the arms whose verb and method know the key.
     """
 
     name: str = MISSING

@@ -15,9 +15,10 @@ import pytest
 import yaml
 from command import Ended, one_line, reconfigure, runs
 
+from lowrank_cli.launch.study_plan import Cell, Plan
 from lowrank_cli.launch.tuning import Search, rungs
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import TuneConfig
+from lowrank_cli.schema import StudyConfig, TuneConfig
 
 fake = pytest.mark.usefixtures("fake_stages")
 SMALL = {
@@ -172,7 +173,9 @@ def test_a_launcher_runs_a_study_and_a_killed_run_leaves_the_others_alone(study,
     wrong = lrk("study", "--resume", str(folder), "hydra.launcher.n_jobz=2")
     assert (wrong.code, wrong.err) == (2, "error: hydra.launcher.n_jobz: unknown key\n")
     ended = lrk("study", "--resume", str(folder), "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
-    assert "every trial of all/yesno/fast failed" in ended.err, "a loss that diverged is the result of its trial"
+    assert "every trial in tuning/all/yesno/fast diverged" in ended.err, (
+        "a loss that diverged is the result of its trial"
+    )
     assert statuses(folder)["runs/all/yesno/plain/77"] == "done"
 
 
@@ -201,7 +204,7 @@ def test_more_seeds_keep_what_is_done_and_other_settings_are_refused(study):
     assert any(tables.iterdir()) and not any(elsewhere.iterdir())
     assert len(statuses(folder)) == 6 and (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
     ended = study("train.max_steps=2", f"folder={folder}")
-    assert ended.code == 1 and "it was made with train.max_steps=3, and now asked is 2; move it away" in ended.err
+    assert ended.code == 1 and "it was made with train.max_steps=3, not 2; move it away" in ended.err
     assert (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
 
 
@@ -224,12 +227,47 @@ def test_a_trial_that_diverges_has_its_result_and_is_not_run_again(study, lrk):
     (folder,) = runs()
     assert ended.code == 1 and "3 of 8 runs are not done" in ended.err  # the broken arm's
     assert "1 failed" in ended.out
+    assert read(folder / "failures.json") == {
+        "tuning/all/yesno/plain/learning_rate2/100": "train/loss is nan at step 2",
+        "tuning/all/yesno/broken/learning_rate0.3/100": "RuntimeError: a bug",
+        "tuning/all/yesno/broken/learning_rate2/100": "train/loss is nan at step 2",
+        **dict.fromkeys(
+            (f"runs/all/yesno/broken/{seed}" for seed in (0, 1)), "some trials in tuning/all/yesno/broken failed"
+        ),
+    }
+    assert ended.err.count("RuntimeError: a bug") == 1
+    page = " ".join((folder / "report.html").read_text().split())
+    assert "RuntimeError: a bug" in page and "some trials in tuning/all/yesno/broken failed" in page
     (plain, _) = read(folder / "tuning.json")
     assert [trial["mean"] for trial in plain["trials"]] == [0.0, None]
     diverged = folder / "tuning/all/yesno/plain/learning_rate2/100/run.json"
     before = diverged.read_bytes()
     assert lrk("study", "--resume", str(folder)).code == 1
     assert diverged.read_bytes() == before
+
+
+@fake
+def test_a_comparison_waits_for_trials_that_failed(study, lrk):
+    """One trial has a bug. Repeated, it may be the best one, so its arm is not compared before."""
+    arms = {"plain": ["method=lora"], "other": ["method=lora", "train.weight_decay=9"]}
+    ended = study(arms=arms, tune={"search": {"train.max_steps": [1, 2]}}, overrides=[])
+    (folder,) = runs()
+    assert ended.code == 1
+    assert statuses(folder)["tuning/all/yesno/other/max_steps1/100"] == "done"
+    assert not (folder / "runs/all/yesno/other").exists()
+    assert {statuses(folder)[f"runs/all/yesno/plain/{seed}"] for seed in (0, 1)} == {"done"}
+
+
+def test_values_that_do_not_name_a_folder_get_a_hash():
+    plan = Plan(StudyConfig(name="mine", arms={"a": ["method=lora"]}, baseline="a", seeds=[0], tasks={"t": []}))
+
+    def folder(value) -> str:
+        return plan.trial(Cell("all", "t", "a"), {"train.learning_rate": value}, 9).folder
+
+    assert folder(1e-3) == "tuning/all/t/a/learning_rate0.001/9"
+    named = [folder("a b"), folder("a_b"), folder("a/b"), folder("x" * 200), folder("x" * 200 + "y"), folder([1, 2])]
+    assert len({*named}) == 6 and max(map(len, named)) < 130
+    assert {len(Path(name).parts) for name in named} == {6}
 
 
 @fake
@@ -331,6 +369,8 @@ def test_check_estimates_the_time_from_a_few_steps():
         ({}, ["train.max_stepz=3"], "train.max_stepz: unknown key; did you mean 'train.max_steps'?"),
         ({"arms": {"plain": ["method=lorra"]}}, [], "study, all/yesno/plain: method: unknown value 'lorra'"),
         ({"arms": {"plain": ["trian", "method=lora"]}}, [], "study.arms.plain: unknown value 'trian'"),
+        ({"arms": {"plain": "method=lora"}}, [], "study.arms.plain: 'method=lora' is not a list; write [method=lora]"),
+        ({"overrides": ["task.path={{data}}"]}, [], "task.path: there is no folder '{data}'"),
         ({"overrides": ["task.path={data}"]}, [], "'{data}': unknown value 'data' (allowed: seed)"),
         ({"folders": {"data": None}, "overrides": ["task.path={data}"]}, [], "study.folders.data: missing"),
         ({}, ["study.folders.data=nowhere"], "study.folders.data"),

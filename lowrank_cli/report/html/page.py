@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import reduce
@@ -21,7 +22,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 
-from lowrank_cli.errors import UserError, escaped, inside
+from lowrank_cli.errors import UserError, escaped, inside, writing
 from lowrank_cli.reader import read_json
 from lowrank_cli.report.compare import build_comparison
 from lowrank_cli.report.html import compared, study
@@ -88,7 +89,8 @@ def write(paths: Sequence[str], baseline: str | None, output: str | None, output
         relative = Path(os.path.relpath(entry.run.path, file.resolve().parent)).as_posix()
         entry.folder = entry.run.path.name if relative == "." else relative
         entry.link = f"{quote(relative)}/"
-    atomic_write(file, render(page))
+    with writing("--output", file) if output is not None else nullcontext():
+        atomic_write(file, render(page))
     return file
 
 
@@ -101,6 +103,7 @@ def _hide(page: Page, folders: Sequence[Path]) -> None:
     page.problems = hidden(page.problems)
     for section in page.sections:
         section.notes = hidden(section.notes)
+        section.rows = [hidden(list(row)) for row in section.rows]
     for entry in page.runs:
         entry.run.problems = hidden(entry.run.problems)
 
@@ -142,9 +145,9 @@ def _study_page(folder: Path, baseline: str | None) -> Page:
     sizes = _counted(ledger["arms"], "arm"), _counted(tasks, "task"), _counted(ledger["seeds"], "seed")
     page.subtitle = f"{', '.join(sizes)}; baseline {ledger['baseline']}; runs: {_statuses(runs)}"
     _add_comparison(page, [folder], baseline)
-    tuned, problems = study.tuning(folder, ledger)
-    page.sections += tuned
-    page.problems += problems
+    for sections, problems in (study.tuning(folder, ledger), study.failures(folder)):
+        page.sections += sections
+        page.problems += problems
     titles = {path: name for name, path in names}
     page.runs = _entries(runs, titles)
     return page

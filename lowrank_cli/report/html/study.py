@@ -13,7 +13,7 @@ from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
 from lowrank_cli.report.html.compared import SectionView
 from lowrank_cli.report.number_format import number
 from lowrank_cli.report.study import best_score, edge
-from lowrank_cli.runs.records import STUDY, TRIALS, StudyRecord, Tuned
+from lowrank_cli.runs.records import FAILURES, STUDY, TRIALS, StudyRecord, Tuned
 
 
 def is_study(folder: Path) -> bool:
@@ -39,6 +39,16 @@ def run_folders(folder: Path, study: StudyRecord) -> list[tuple[str, Path]]:
         for arm in study["arms"]
         for seed in study["seeds"]
     ]
+
+
+def failures(folder: Path) -> tuple[list[SectionView], list[str]]:
+    """A section with the runs that failed and why, if there are any, and what cannot be read."""
+    try:
+        why: dict[str, str] = read_json(folder / FAILURES, dict[str, str]) if (folder / FAILURES).is_file() else {}
+    except UserError as error:
+        return [], [str(error)]
+    section = SectionView("Failed", headers=["run", "error"], rows=list(why.items()), left=2)
+    return ([section] if why else []), []
 
 
 def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[str]]:

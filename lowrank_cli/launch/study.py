@@ -36,7 +36,7 @@ from lowrank_cli.report import path_format, tables
 from lowrank_cli.report.end_of_run import next_steps
 from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.report.study import Board, tuned_table
-from lowrank_cli.runs import FAILED, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
+from lowrank_cli.runs import FAILED, PENDING, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.runs.progress import console
 from lowrank_cli.runs.records import FAILURES, STUDY, TRIALS, StudyRecord, Tuned
 from lowrank_cli.schema import StudyConfig
@@ -302,6 +302,7 @@ class _Study:
                     self._show(job, run)
                     if not run.done and not _is_tried(job, run):
                         todo[run.path] = job
+                        self._set(job, PENDING)
 
             def ended(folder: Path) -> None:
                 job, run = todo[folder], Run.open(folder)

@@ -245,7 +245,9 @@ MISTAKES = {
     "~method": "~method: keys can be neither added nor removed",
     "method=null": "method: choose one of " + METHODS,
     "method@other=lora": "method@other: a group goes to its own section; write method=NAME",
-    "hydra/launcher=joblib": "hydra/launcher=joblib: hydra/launcher and hydra.launcher.* belong to a sweep (-m)",
+    "hydra/launcher=joblib": (
+        "hydra/launcher=joblib: hydra/launcher and hydra.launcher.* belong to a sweep (-m) or a study"
+    ),
     "name=a/b": "name: 'a/b' cannot be part of a folder's name",
     "name=..": "name: '..' cannot be part of a folder's name",
     "method.layers=[1]": "method.layers: unknown key; it is a key of method=fanlora",

@@ -173,9 +173,7 @@ def test_a_launcher_runs_a_study_and_a_killed_run_leaves_the_others_alone(study,
     wrong = lrk("study", "--resume", str(folder), "hydra.launcher.n_jobz=2")
     assert (wrong.code, wrong.err) == (2, "error: hydra.launcher.n_jobz: unknown key\n")
     ended = lrk("study", "--resume", str(folder), "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
-    assert "every trial in tuning/all/yesno/fast diverged" in ended.err, (
-        "a loss that diverged is the result of its trial"
-    )
+    assert "every trial in tuning/all/yesno/fast diverged" in ended.err  # its result; it is not repeated
     assert statuses(folder)["runs/all/yesno/plain/77"] == "done"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -451,6 +452,31 @@ def test_across_tasks_takes_logarithms_of_losses(add):
     _, _, shown = run_compare(add, baseline="lora", metric="test/loss", across_tasks=True)
     row = next(line.split() for line in shown.split("all tasks together")[1].splitlines() if "milora" in line)
     assert row[3].startswith("-1"), row
+
+
+def test_across_tasks_leaves_out_a_loss_without_logarithm(add):
+    for task in ("tiny_yesno", "tiny_topic", "tiny_choice"):
+        for seed in range(3):
+            add("lora", seed, 1.0, task=task, metric="test/loss")
+            exact = task == "tiny_choice" or (task, seed) == ("tiny_topic", 0)
+            add("milora", seed, 0.0 if exact else 0.9, task=task, metric="test/loss")
+    _, _, shown = run_compare(add, baseline="lora", metric="test/loss", across_tasks=True)
+    row = next(line.split() for line in shown.split("all tasks together")[1].splitlines() if "milora" in line)
+    assert row[:4] == ["milora", "2", "5", "-0.1054"], row  # two tasks, five pairs, log(0.9)
+
+
+@pytest.mark.parametrize("write", ["compare", "report"])
+def test_an_output_that_cannot_be_written_is_named(add, lrk, monkeypatch, write):
+    add("lora", 0, 0.5)
+
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "somewhere")
+
+    monkeypatch.setattr("lowrank_cli.report.formats.atomic_write", refused)
+    monkeypatch.setattr("lowrank_cli.report.html.page.atomic_write", refused)
+    ended = lrk(write, "--outputs", str(add.outputs), str(add.outputs), "--output", "made.html")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: --output: 'made.html' cannot be written (Permission denied)\n"
 
 
 def test_across_tasks_needs_a_baseline_and_two_tasks(add):

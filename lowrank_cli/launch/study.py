@@ -300,7 +300,9 @@ class _Study:
                     self._fail(job, str(error))
                 else:
                     self._show(job, run)
-                    if not run.done and not _is_tried(job, run):
+                    if _is_tried(job, run):
+                        self._fail(job, tables.first_line(run.info.get("error")), counts=False)
+                    elif not run.done:
                         todo[run.path] = job
                         self._set(job, PENDING)
 

@@ -239,9 +239,9 @@ def test_a_trial_that_diverges_has_its_result_and_is_not_run_again(study, lrk):
     (plain, _) = read(folder / "tuning.json")
     assert [trial["mean"] for trial in plain["trials"]] == [0.0, None]
     diverged = folder / "tuning/all/yesno/plain/learning_rate2/100/run.json"
-    before = diverged.read_bytes()
+    before, failures = diverged.read_bytes(), read(folder / "failures.json")
     assert lrk("study", "--resume", str(folder)).code == 1
-    assert diverged.read_bytes() == before
+    assert diverged.read_bytes() == before and read(folder / "failures.json") == failures
 
 
 @fake

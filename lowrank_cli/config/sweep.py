@@ -56,7 +56,7 @@ def is_launcher_override(override: str) -> bool:
 
 
 def saved_launcher(overrides: Sequence[str]) -> list[str]:
-    """The launcher's overrides of a saved sweep, if they are safe: the sweep may come from anybody.
+    """The launcher's overrides of a saved sweep or study, if they are safe: it may come from anybody.
 
     Raises UserError for any other override, and for a value other than a number or a word: it could be a command.
     """
@@ -64,7 +64,7 @@ def saved_launcher(overrides: Sequence[str]) -> list[str]:
         value = Override.parse(override).value
         if not (is_launcher_override(override) and re.fullmatch(r"[\w.-]*", value)):
             raise UserError(
-                f"--resume: the sweep was started with {override}; type it again, or another launcher, after --resume"
+                f"--resume: it was started with {override}; type that again, or another launcher, after --resume"
             )
     return list(overrides)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -77,9 +77,9 @@ class LauncherPool:
         stop.unlink(missing_ok=True)
         try:
             with stopping.on_stop(stop.touch), ThreadPoolExecutor(1) as watcher:
-                watching = watcher.submit(_watch, before, started, ended, over)
+                watching = watcher.submit(_watch, dict(before), started, ended, over)
                 try:
-                    self._launch(folders)
+                    self._launch(before)
                 finally:
                     over.set()
                 watching.result()
@@ -87,9 +87,13 @@ class LauncherPool:
             stop.unlink(missing_ok=True)
         stopping.check()
 
-    def _launch(self, folders: Sequence[Path]) -> None:
-        """Start the runs and wait. A launcher that breaks because one of its processes died is started once more."""
-        todo, complete = list(folders), False
+    def _launch(self, before: Mapping[Path, str | None]) -> None:
+        """Start the runs and wait. A launcher that breaks because one of its processes died is started once more.
+
+        Args:
+            before: the folders, and when their runs ended before, as far as they did.
+        """
+        todo, complete = list(before), False
         try:
             try:
                 self.launcher.launch(self.function, self.root, todo)
@@ -98,8 +102,8 @@ class LauncherPool:
                     raise
                 while any(is_alive(Run.open(folder).info.get("process"), folder / "run.json") for folder in todo):
                     time.sleep(stopping.POLL)  # a run whose parent was killed stops itself
-                todo = [folder for folder in todo if Run.open(folder).info["status"] not in (DONE, FAILED)]
-                self.launcher.launch(self.function, self.root, todo)
+                if todo := [folder for folder, at in before.items() if not _has_ended(Run.open(folder), at)]:
+                    self.launcher.launch(self.function, self.root, todo)
             complete = not stopping.requested()
         except LrkError:
             raise
@@ -130,10 +134,15 @@ def _watch(
     while waiting and not last:
         last = over.wait(WATCH)
         for folder, before in list(waiting.items()):
-            info = Run.open(folder).info
-            if info["status"] in (DONE, FAILED, INTERRUPTED) and info.get("ended") != before:
+            run = Run.open(folder)
+            if _has_ended(run, before) or (run.info["status"] == INTERRUPTED and run.info.get("ended") != before):
                 del waiting[folder]
                 ended(folder)
-            elif info["status"] == RUNNING and folder not in begun:
+            elif run.info["status"] == RUNNING and folder not in begun:
                 begun.add(folder)
                 started(folder)
+
+
+def _has_ended(run: Run, before: str | None) -> bool:
+    """Whether a run was done or failed since it was started; ``before`` is when it ended earlier, if it did."""
+    return run.info["status"] in (DONE, FAILED) and run.info.get("ended") != before

@@ -224,7 +224,7 @@ class _Study:
                 searches[cell].tell(trial, scores)
                 if any(jobs[cell, seed, number].folder in self.failed for seed in tune.seeds):
                     incomplete.add(cell)
-            self._widen(searches)
+            self._widen({cell: search for cell, search in searches.items() if cell not in incomplete})
             self.run.write_json(TRIALS, [_entry(cell, search) for cell, search in searches.items()])
         complete = {cell: search.best() for cell, search in searches.items() if cell not in incomplete}
         return {cell: best for cell, best in complete.items() if best is not None}

@@ -219,6 +219,16 @@ def test_a_study_from_somebody_else_cannot_search_over_trust(study, lrk):
 
 
 @fake
+def test_a_study_from_somebody_else_cannot_name_a_launchers_command(study, lrk):
+    assert study(arms={"plain": ["method=lora", "train.learning_rate=2"]}).code == 1
+    (folder,) = runs()
+    record = read(folder / "study.json") | {"launcher": ["hydra/launcher=joblib", "hydra.launcher.setup=[touch made]"]}
+    (folder / "study.json").write_text(json.dumps(record))
+    ended = lrk("study", "--resume", str(folder))
+    assert ended.code == 2 and "it was started with hydra.launcher.setup=[touch made]; type that again" in ended.err
+
+
+@fake
 def test_a_trial_that_diverges_has_its_result_and_is_not_run_again(study, lrk):
     tune = {"search": {"train.learning_rate": [0.3, 2]}}
     ended = study(tune=tune, arms={"plain": ["method=lora"], "broken": ["method=lora", "train.weight_decay=9"]})

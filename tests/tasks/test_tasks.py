@@ -435,7 +435,7 @@ def test_template_hash_follows_what_shapes_prompts_and_answers():
 
 def test_hub_out_of_reach_is_one_line_within_seconds():
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"^task.hub: 'stanfordnlp/sst2' is not in the local cache .* task.path=FILE or FOLDER"):
+    with pytest.raises(UserError, match=r"^task.hub: 'stanfordnlp/sst2' is not in the local cache .* task.path="):
         tasks.load(config("sst2"))
     assert time.monotonic() - start < 30
 

@@ -55,7 +55,7 @@ class Tenants:
             raise error
 
     def _load(self, name: str, path: str) -> None:
-        folder = _adapter_folder(Path(os.path.expanduser(path)))
+        folder = adapter_folder(Path(os.path.expanduser(path)))
         if tenant.readable(folder):
             self.bank.load(name, folder)
         elif (folder / save_load.PROOF).is_file():
@@ -78,7 +78,7 @@ class Tenants:
         return self._adapters[key]
 
 
-def _adapter_folder(path: Path) -> Path:
+def adapter_folder(path: Path) -> Path:
     """The adapter folder of the run in ``path``, which must be finished, or else ``path`` itself."""
     if not os.path.isdir(path):  # False, not an error, for an invalid path
         raise UserError(f"tenant: there is no folder '{path}'")

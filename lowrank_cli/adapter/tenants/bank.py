@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.adapter.tenants.batch import Batch
+from lowrank_cli.adapter.tenants.batch import Batch, PromptGates
 from lowrank_cli.adapter.tenants.tenant import Canary, Tenant, from_adapter, read
 from lowrank_cli.adapter.tenants.update_class import update_class
 from lowrank_cli.errors import UserError, unknown
@@ -92,10 +92,13 @@ class Bank:
         self._resident.pop(name, None)
 
     @contextmanager
-    def batch(self, tenants: Sequence[str | None]) -> Iterator[Batch]:
+    def batch(self, tenants: Sequence[str | None], gates: Sequence[PromptGates] | None = None) -> Iterator[Batch]:
         """Inside, forward passes use the adapters ``tenants``, one for each prompt.
 
         The B rows of a pass are B / len(tenants) copies of each prompt in turn.
+
+        Args:
+            gates: of prompts that earlier batches have routed; see :class:`Batch`.
 
         Raises:
             UserError: an unknown name, no prompts, adapters that do not fit ``max_bytes``, or another batch running.
@@ -103,7 +106,7 @@ class Bank:
         self._require_idle()
         if not tenants:
             raise UserError("bank: a batch has no prompts; it needs one at least")
-        batch = Batch(self.model, [None if name is None else self.tenant(name) for name in tenants], self._update)
+        batch = self._batch(tenants, gates)
         self._make_room({name: self._tenants[name] for name in self._tenants if name in tenants}, batch)
         self._running = batch
         try:
@@ -111,6 +114,17 @@ class Bank:
                 yield batch
         finally:
             self._running = None
+
+    def fits(self, tenants: Sequence[str | None]) -> bool:
+        """Whether a batch of ``tenants`` fits ``max_bytes``. Raises UserError for an unknown name."""
+        if self.max_bytes is None:
+            return True
+        batch = self._batch(tenants)
+        return batch.bytes + sum(tenant.bytes for tenant in batch.tenants.values()) <= self.max_bytes
+
+    def _batch(self, tenants: Sequence[str | None], gates: Sequence[PromptGates] | None = None) -> Batch:
+        found = [None if name is None else self.tenant(name) for name in tenants]
+        return Batch(self.model, found, self._update, gates)
 
     def proven(self, name: str) -> bool:
         """Whether the adapter has a canary for :meth:`check`."""

@@ -18,6 +18,8 @@ from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.adapter.tenants.grouped_update import GroupedLinear, GroupedUpdate, group, stacked
 from lowrank_cli.adapter.tenants.tenant import SiteKey, Tenant
 
+PromptGates = dict[SiteKey, float]  #: the gates of one prompt's routed modules; empty without a router
+
 
 class Batch:
     """The tenants of one batch: operands are gathered once, and each prompt is routed once.
@@ -25,9 +27,19 @@ class Batch:
     A forward pass with an empty KV cache starts the prompts; with routers, a pass that continues a cache must continue
     theirs. Only linears with updates are wrapped. Routed operands are gathered once the routers have seen the prompts,
     for the rows that use them.
+
+    Args:
+        gates: for each prompt, what :meth:`gates` returned for it in an earlier batch. The batch then continues one KV
+            cache, that of all prompts, and routes nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, tenants: Sequence[Tenant | None], update: type[GroupedUpdate]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tenants: Sequence[Tenant | None],
+        update: type[GroupedUpdate],
+        gates: Sequence[PromptGates] | None = None,
+    ):
         self.model, self._update = model, update
         self.soft = False  #: use every routed module, weighted by its probability
         self.tenants = {id(tenant): tenant for tenant in tenants if tenant is not None}
@@ -43,6 +55,19 @@ class Batch:
         #: Groups at each site with one row for each prompt and every module on; beams and gates never use more.
         self._most = {site: len(group(self._owners(site)).owners) for site in self._sites}
         self.bytes = sum(self._bytes(site) for site in self._sites)  #: largest memory of the operands
+        self._continues = gates is not None
+        if gates is not None:
+            for site in self._routed:
+                self._gates[site] = torch.tensor([of_prompt.get(site, 1.0) for of_prompt in gates], device=model.device)
+
+    def gates(self) -> list[PromptGates]:
+        """The gates of each prompt at the sites that its tenant's routers choose from, after the prompts' pass."""
+        columns = {site: gates.tolist() for site, gates in self._gates.items()}
+        routes = [None if owner is None else self.tenants[owner].routes for owner in self._prompts]
+        return [
+            {site: columns[site][row] for layer in routes_of_row.sites for site in layer} if routes_of_row else {}
+            for row, routes_of_row in enumerate(routes)
+        ]
 
     def _bytes(self, site: SiteKey) -> int:
         pairs = [tenant.updates[site] for tenant in self.tenants.values() if site in tenant.updates]
@@ -87,10 +112,13 @@ class Batch:
             self._gather()
         cache = continued_cache(args, kwargs, tokens)
         if cache is not None:
+            if self._continues and self._cache is None:
+                self._cache = weakref.ref(cache)
             known = not self._routed or (self._cache is not None and cache is self._cache())
             assert known, "the gates of this batch's prompts belong to another KV cache"
             self._mask = None
         else:
+            assert not self._continues, "a batch with given gates continues a KV cache"
             self._mask, self._cache = prompts(args, kwargs, mask), None
         return args, kwargs
 

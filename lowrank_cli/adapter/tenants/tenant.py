@@ -63,6 +63,10 @@ Rank = Annotated[int, Where(lambda rank: rank > 0, "a whole number above 0")]
 _FEW = Where(lambda patterns: len(patterns) <= MAX_PATTERNS, f"up to {MAX_PATTERNS} keys with values")
 
 
+class NotLowRank(UserError):
+    """The adapter is more than low-rank products and routers of prompts, so it cannot be one of many in a batch."""
+
+
 class PeftConfig(TypedDict):
     """The keys of PEFT's ``adapter_config.json`` that determine what an adapter computes."""
 
@@ -130,10 +134,10 @@ class Tenant:
 def from_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
     """A copy of the current state of ``adapter``, for a model in ``dtype``; ``name`` is for error messages.
 
-    Raises UserError for an adapter that is more than low-rank products and routers of prompts.
+    Raises NotLowRank for an adapter that is more than low-rank products and routers of prompts.
     """
     if adapter.trained.keys() - _low_rank_names(adapter):
-        raise UserError(f"bank: '{name}' trains a part of the model in full, so it cannot share it with others")
+        raise NotLowRank(f"bank: '{name}' trains a part of the model in full, so it cannot share it with others")
     routing = adapter.routing
     if routing is not None:
         routing.open_all()
@@ -146,7 +150,7 @@ def from_adapter(adapter: Adapter, name: str, dtype: torch.dtype) -> Tenant:
                 module.unmergeable
                 or "its change of a weight is no product of small factors (lrk export may cut it to a LoRA)"
             )
-            raise UserError(f"bank: '{name}' cannot be one of many: {why}")
+            raise NotLowRank(f"bank: '{name}' cannot be one of many: {why}")
         updates[sites[key]] = _operands(a, b, dtype)
     routes = None
     if routing is not None:
@@ -179,8 +183,8 @@ def readable(folder: Path) -> bool:
 def read(model: PreTrainedModel, fingerprint: str, folder: Path) -> Tenant:
     """Read a LoRA in the format of the PEFT library, from a run of ours or from elsewhere.
 
-    Raises UserError if files are missing, damaged or belong to another model, and for options of the library beyond a
-    plain LoRA of linears.
+    Raises UserError if files are missing, damaged or belong to another model, and NotLowRank for options of the library
+    beyond a plain LoRA of linears.
     """
     canary = None
     if (folder / save_load.PROOF).is_file():
@@ -220,14 +224,14 @@ def saved_canary(folder: Path, proof: dict[str, Any], vocabulary: int) -> Canary
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json``. Raises UserError if it does not describe a plain LoRA."""
+    """``adapter_config.json``. Raises NotLowRank if it does not describe a plain LoRA."""
     if not (folder / save_load.CONFIG).exists():
         raise UserError(f"{folder}: not an adapter folder ({save_load.CONFIG} is missing)")
     config = read_json(folder / save_load.CONFIG, PeftConfig)
     for key, value in config.items():
         plain = PLAIN.get(key, [False if value is True else None])
         if value and key not in NEUTRAL and value not in plain:
-            raise UserError(f"{folder}: {save_load.CONFIG} has {key}={value}, and a bank takes {key}={plain[0]}")
+            raise NotLowRank(f"{folder}: {save_load.CONFIG} has {key}={value}, and a bank takes {key}={plain[0]}")
     return config
 
 

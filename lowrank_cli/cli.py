@@ -26,7 +26,18 @@ from lowrank_cli.errors import (
 from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
-STAGES = ("train", "score", "prune", "evaluate", "export", "generate", "bench", "run", "study")  #: they take overrides
+STAGES = (
+    "train",
+    "score",
+    "prune",
+    "evaluate",
+    "export",
+    "generate",
+    "serve",
+    "bench",
+    "run",
+    "study",
+)  #: they take overrides
 VERBS = (*STAGES, "compare", "report", "list", "check", "new")
 KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
@@ -64,6 +75,11 @@ EXAMPLES = {
         'lrk generate "zorp is red. Is zorp red?"',
         'lrk generate run=outputs/latest "zorp is red." generate.temperature=0.8 seed=1',
         "lrk generate --tenants prompts.jsonl generate.output=answers.jsonl",
+    ],
+    "serve": [
+        "lrk serve",
+        "lrk serve run=outputs/latest serve.name=tuned serve.port=8080",
+        "lrk serve --tenants tenants.jsonl serve.adapters=adapters serve.token_file=token",
     ],
     "bench": [
         "lrk bench decode",
@@ -286,6 +302,22 @@ def generate(
 
 
 @app.command(cls=Verb)
+def serve(
+    overrides: Overrides = None,
+    tenants: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help='JSON lines {"name": NAME, "tenant": RUN}: adapters to serve together'),
+    ] = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Serve a trained adapter (run=FOLDER, or the newest), or a file of them, with the OpenAI API."""
+    arguments = [*(overrides or []), *([f"serve.tenants={tenants}"] if tenants is not None else [])]
+    _stage("serve", _expand_shorthand("serve", arguments, config_dir), False, resume, dry_run, config_dir)
+
+
+@app.command(cls=Verb)
 def bench(
     overrides: Annotated[
         list[str] | None,
@@ -365,11 +397,13 @@ def _warn_untested_versions() -> None:
 
 def _expand_shorthand(verb: str, arguments: list[str], config_dir: str | None) -> list[str]:
     """``arguments`` as overrides: generate takes a prompt among them, bench a kind in front."""
-    if verb not in ("generate", "bench"):
+    if verb not in ("generate", "serve", "bench"):
         return arguments
     from lowrank_cli.launch import shorthand
 
-    return shorthand.generate(arguments) if verb == "generate" else shorthand.bench(arguments, config_dir)
+    if verb == "bench":
+        return shorthand.bench(arguments, config_dir)
+    return shorthand.generate(arguments) if verb == "generate" else shorthand.serve(arguments)
 
 
 def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: bool) -> list[tuple[str, Any]]:

@@ -173,7 +173,7 @@ def composed(words, lrk, page):
     named = re.compile(rf"\b({'|'.join(map(re.escape, STANDS_FOR))})$")
     verb, *rest = [named.sub(lambda at: STANDS_FOR[at[1]], word) for word in words[1:]]
     rest = [word for word in rest if not word.startswith(("hydra", "tracker="))]  # launchers and trackers are extras
-    if "study" in (verb, rest[0].partition("=")[0]):  # tests/config/test_studies.py composes its runs
+    if "study" in (verb, *[word.partition("=")[0] for word in rest[:1]]):  # tests/config/test_studies.py composes its runs
         compose("study", split(rest)[0])
         return
     ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))

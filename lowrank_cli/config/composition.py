@@ -39,6 +39,10 @@ INPUTS = (
     "task.path",
     "method.setting",
     "generate.tenants",
+    "serve.tenants",
+    "serve.token_file",
+    "serve.adapters",
+    "serve.chat_template",
     "method.rank_pattern",
 )  #: keys of files and folders that are read; saved as absolute paths
 WRITTEN = "generate.output"  # a file
@@ -48,10 +52,17 @@ PATHS = (*INPUTS, WRITTEN, "outputs")
 ADAPTERS = ("train", "prune")  # stages whose runs hold an adapter
 #: Verb: the stages whose runs it reads.
 READS = {
-    **dict.fromkeys(("train", "score", "evaluate", "export", "generate"), ADAPTERS),
+    **dict.fromkeys(("train", "score", "evaluate", "export", "generate", "serve"), ADAPTERS),
     "prune": (*ADAPTERS, "score"),
 }
-NEWEST = ("score", "prune", "evaluate", "export", "generate")  # verbs that read the newest run where none is named
+NEWEST = (
+    "score",
+    "prune",
+    "evaluate",
+    "export",
+    "generate",
+    "serve",
+)  # verbs that read the newest run where none is named
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
 OPEN = ("method.options.", "method.beside.", "task.columns.")  #: mappings whose keys no schema fixes

@@ -92,6 +92,10 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if hasattr(config, "generate"):
         generate = config.generate
         rows.append(("prompt", generate.prompt) if generate.tenants is None else ("prompts", generate.tenants))
+    if hasattr(config, "serve"):
+        serve = config.serve
+        rows.append(("serving", f"{serve.host}:{serve.port}, {serve.max_rows} answers at a time"))
+        rows += [("tenants", serve.tenants)] if serve.tenants is not None else []
     if hasattr(config, "evaluate"):
         rows.append(("evaluation", _evaluation(config.evaluate)))
     if getattr(config, "run", None):

@@ -1,19 +1,20 @@
-"""The command lines of ``generate`` and ``bench`` as overrides."""
+"""The command lines of ``generate``, ``serve`` and ``bench`` as overrides."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lowrank_cli.config.folders import files
 from lowrank_cli.errors import UserError, require_choice
 from lowrank_cli.runs.prompt_file import read_requests
+from lowrank_cli.runs.tenant_file import read_tenants
 from lowrank_cli.schema import quoted
 
 OVERRIDE = re.compile(r"[~+]{0,2}[\w./@]+=|~\w")
-FILE, COUNTS = "generate.tenants=", "bench.tenants="
+COUNTS = "bench.tenants="
 
 
 def generate(arguments: Sequence[str]) -> list[str]:
@@ -31,21 +32,32 @@ def generate(arguments: Sequence[str]) -> list[str]:
             f"generate: one prompt at a time, not {len(prompts)}; quote it as one word, or give a file (--tenants FILE)"
         )
     overrides = [f"generate.prompt={quoted(item)}" if item in prompts else item for item in arguments]
-    files = [item.removeprefix(FILE) for item in arguments if item.startswith(FILE)]
-    chosen = any(item.startswith(("run=", "model=", "method=")) for item in arguments)
-    if files and files[-1] != "null" and not chosen:
-        overrides.append(_model_of(Path(files[-1].strip("'\"")).expanduser()))
+    if file := _tenants_file(arguments, "generate.tenants="):
+        requests = [request for request in read_requests(file) if request.error is None]
+        overrides.append(_model_of(request.tenant for request in requests if request.tenant is not None))
     return overrides
 
 
-def _model_of(file: Path) -> str:
-    """The override that takes the model of the first tenant that is a run; without one, the default model."""
-    for request in read_requests(file):
-        if request.error is None and request.tenant is not None:
-            path = Path(os.path.expanduser(request.tenant))
-            for home in (path, path.parent):
-                if os.path.isfile(home / "run.json"):  # False for an invalid path
-                    return f"run={home}"
+def serve(arguments: Sequence[str]) -> list[str]:
+    """The arguments of ``lrk serve`` as overrides, with the model of the first tenant as :func:`generate` adds it."""
+    file = _tenants_file(arguments, "serve.tenants=")
+    return [*arguments, _model_of(read_tenants(file).values())] if file else [*arguments]
+
+
+def _tenants_file(arguments: Sequence[str], key: str) -> Path | None:
+    """The file in the last argument that begins with ``key``; None if arguments choose a model, or there is no file."""
+    files = [item.removeprefix(key) for item in arguments if item.startswith(key)]
+    chosen = any(item.startswith(("run=", "model=", "method=")) for item in arguments)
+    return Path(files[-1].strip("'\"")).expanduser() if files and files[-1] != "null" and not chosen else None
+
+
+def _model_of(folders: Iterable[str]) -> str:
+    """The override that takes the model of the first folder that is a run or in one; without one, the default model."""
+    for folder in folders:
+        path = Path(os.path.expanduser(folder))
+        for home in (path, path.parent):
+            if os.path.isfile(home / "run.json"):  # False for an invalid path
+                return f"run={home}"
     return "method=none"
 
 

@@ -15,7 +15,7 @@ from lowrank_cli.launch import recipe, stage, study
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.report import path_format
 from lowrank_cli.runs import Run, discard
-from lowrank_cli.schema import TRUST
+from lowrank_cli.schema import LOOPBACK, TRUST
 from lowrank_cli.terminal import Terminal
 
 
@@ -78,7 +78,7 @@ def trusts(typed: Sequence[str]) -> bool:
 
 
 def refuse_to_act(run: Run, trusted: bool) -> None:
-    """Refuse to resume a run that would execute a model's code, start a program or write outside its folder.
+    """Refuse to resume a run that would run a model's code, start a program, write outside its folder or serve others.
 
     The folder may come from anybody.
 
@@ -92,6 +92,12 @@ def refuse_to_act(run: Run, trusted: bool) -> None:
             raise UserError(
                 f"--resume: '{path_format.shown(run.path)}' would write generate.output={output}, outside its folder; "
                 f"start it anew"
+            )
+        serve = getattr(composed.config, "serve", None)
+        if serve is not None and (serve.host not in LOOPBACK or serve.adapters is not None):
+            raise UserError(
+                f"--resume: '{path_format.shown(run.path)}' would serve others with serve.host={serve.host}, "
+                f"serve.adapters={serve.adapters}; start it anew"
             )
         if program := getattr(getattr(composed.config, "bench", None), "vllm", None):
             raise UserError(

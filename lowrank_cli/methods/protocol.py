@@ -274,4 +274,5 @@ STAGE_NEEDS: dict[str, tuple[type, ...]] = {
     "evaluate": (Method,),
     "export": (Adapts, Calibrates),
     "generate": (Method,),
+    "serve": (Method,),
 }

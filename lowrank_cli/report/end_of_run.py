@@ -185,6 +185,6 @@ def _next(run: Run, selective: str) -> Iterable[str]:
         return [f"lrk compare {where}"] if stage == "run" else []
     return (
         [f"lrk compare {typed(run.path.parent)}"]
-        if status == "done" and stage not in ("export", "bench", "generate")
+        if status == "done" and stage not in ("export", "bench", "generate", "serve")
         else []
     )

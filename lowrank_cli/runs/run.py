@@ -61,7 +61,7 @@ class Run:
         model = config.get("model", {}).get("name")  # a recipe names none
         if folder is None:
             # a prompt has no task
-            groups = ("recipe", "study", "method", "model", *(["task"] if stage != "generate" else []))
+            groups = ("recipe", "study", "method", "model", *([] if stage in ("generate", "serve") else ["task"]))
             kind = ["recipe"] if "recipe" in choices else [] if "method" in choices else [stage]
             names = dict(choices) | ({"model": model} if model else {})
             parts = kind + [names[group] for group in groups if group in choices]

@@ -31,6 +31,7 @@ from lowrank_cli.schema.prune import PruneConfig, PruneRun
 from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
 from lowrank_cli.schema.run import RunConfig
 from lowrank_cli.schema.score import AUTO, KINDS, MODULE_KINDS, SCORE_KINDS, ScoreConfig, ScoreRun, require_window
+from lowrank_cli.schema.serve import LOOPBACK, ServeConfig, ServeRun
 from lowrank_cli.schema.study import StudyConfig, StudyGroup, StudyRun, TuneConfig
 from lowrank_cli.schema.task import TaskConfig, mix
 from lowrank_cli.schema.train import TrainConfig, TrainRun
@@ -41,6 +42,7 @@ __all__ = [
     "BASE",
     "BENCHES",
     "KINDS",
+    "LOOPBACK",
     "MODULE_KINDS",
     "PEFTS",
     "SCORE_KINDS",
@@ -75,6 +77,8 @@ __all__ = [
     "ScoreBench",
     "ScoreConfig",
     "ScoreRun",
+    "ServeConfig",
+    "ServeRun",
     "StageConfig",
     "StudyConfig",
     "StudyGroup",

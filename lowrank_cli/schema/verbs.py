@@ -9,6 +9,7 @@ from lowrank_cli.schema.generate import GenerateRun
 from lowrank_cli.schema.prune import PruneRun
 from lowrank_cli.schema.recipe import RecipeRun
 from lowrank_cli.schema.score import ScoreRun
+from lowrank_cli.schema.serve import ServeRun
 from lowrank_cli.schema.study import StudyRun
 from lowrank_cli.schema.train import TrainRun
 
@@ -20,6 +21,7 @@ VERBS: dict[str, type] = {
     "evaluate": EvaluateRun,
     "export": ExportRun,
     "generate": GenerateRun,
+    "serve": ServeRun,
     "bench": BenchRun,
     "run": RecipeRun,
     "study": StudyRun,

@@ -8,7 +8,11 @@ STAGES = {
     "bench": "lowrank_cli.stages.bench",
     "export": "lowrank_cli.stages.export",
     "generate": "lowrank_cli.stages.generate",
+    "serve": "lowrank_cli.stages.serve",
 }
+
+#: Stages of recipes and studies: those that end by themselves.
+ENDING = tuple(name for name in STAGES if name != "serve")
 
 #: Verbs that print their result to stdout; everything else goes to stderr.
 PRINTS = ("generate",)

@@ -26,18 +26,8 @@ from lowrank_cli.errors import (
 from lowrank_cli.runs import stopping
 from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
-STAGES = (
-    "train",
-    "score",
-    "prune",
-    "evaluate",
-    "export",
-    "generate",
-    "serve",
-    "bench",
-    "run",
-    "study",
-)  #: they take overrides
+#: They take overrides.
+STAGES = ("train", "import", "score", "prune", "evaluate", "export", "generate", "serve", "bench", "run", "study")
 VERBS = (*STAGES, "compare", "report", "list", "check", "new")
 KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
@@ -47,6 +37,10 @@ EXAMPLES = {
         "lrk train method=lora task=tiny_sentiment train.max_steps=50 seed=1",
         "lrk train -m method=lora,milora seed=0,1,2 hydra/launcher=joblib",
         "lrk train --resume outputs/latest",
+    ],
+    "import": [
+        "lrk import outputs/latest/adapter task=tiny_sentiment",
+        "lrk import ORG/NAME model=smollm2_135m",
     ],
     "score": [
         "lrk score",
@@ -231,6 +225,22 @@ def train(
     _stage("train", overrides or [], multirun, resume, dry_run, config_dir)
 
 
+@app.command("import", cls=Verb)
+def import_(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ADAPTER] [KEY=VALUE]...", autocompletion=_complete, help=OVERRIDES_HELP),
+    ] = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Make a run of an adapter that the PEFT library wrote: a folder, or ORG/NAME on the Hub."""
+    arguments = overrides or []
+    arguments = _expand_shorthand("import", arguments, config_dir) if resume is None else arguments
+    _stage("import", arguments, False, resume, dry_run, config_dir)
+
+
 @app.command(cls=Verb)
 def score(
     overrides: Overrides = None,
@@ -396,11 +406,13 @@ def _warn_untested_versions() -> None:
 
 
 def _expand_shorthand(verb: str, arguments: list[str], config_dir: str | None) -> list[str]:
-    """``arguments`` as overrides: generate takes a prompt among them, bench a kind in front."""
-    if verb not in ("generate", "serve", "bench"):
+    """``arguments`` as overrides: generate takes a prompt among them, import an adapter, bench a kind in front."""
+    if verb not in ("import", "generate", "serve", "bench"):
         return arguments
-    from lowrank_cli.launch import shorthand
+    from lowrank_cli.launch import imported, shorthand
 
+    if verb == "import":
+        return imported.overrides(arguments)
     if verb == "bench":
         return shorthand.bench(arguments, config_dir)
     return shorthand.generate(arguments) if verb == "generate" else shorthand.serve(arguments)

@@ -35,6 +35,7 @@ LIMIT = "task.limit=8"
 #: Appended to a command that works, so that it takes seconds.
 SMALL = {
     "train": ["train.max_steps=2", "train.batch_size=2", LIMIT],
+    "import": [LIMIT],
     "score": [LIMIT, "score.batch=2"],
     "prune": [LIMIT, "score.batch=2"],
     "evaluate": [LIMIT],
@@ -173,7 +174,10 @@ def composed(words, lrk, page):
     named = re.compile(rf"\b({'|'.join(map(re.escape, STANDS_FOR))})$")
     verb, *rest = [named.sub(lambda at: STANDS_FOR[at[1]], word) for word in words[1:]]
     rest = [word for word in rest if not word.startswith(("hydra", "tracker="))]  # launchers and trackers are extras
-    if "study" in (verb, *[word.partition("=")[0] for word in rest[:1]]):  # tests/config/test_studies.py composes its runs
+    if "study" in (
+        verb,
+        *[word.partition("=")[0] for word in rest[:1]],
+    ):  # tests/config/test_studies.py composes its runs
         compose("study", split(rest)[0])
         return
     ended = lrk(verb, *rest, *["--dry-run"] * (verb in STAGES))

@@ -49,7 +49,7 @@ WRITTEN = "generate.output"  # a file
 STARTED = "bench.vllm"  # a program
 ONLY_TYPED = "no file can set it, only what is typed"
 PATHS = (*INPUTS, WRITTEN, "outputs")
-ADAPTERS = ("train", "prune")  # stages whose runs hold an adapter
+ADAPTERS = ("train", "import", "prune")  # stages whose runs hold an adapter
 #: Verb: the stages whose runs it reads.
 READS = {
     **dict.fromkeys(("train", "score", "evaluate", "export", "generate", "serve"), ADAPTERS),

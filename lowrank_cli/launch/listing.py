@@ -89,6 +89,8 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
         kind = config.score.kind_of(config.level)
         given = "from run= if lrk score made it, else " if composed.verb == "prune" else ""
         rows.append(("scores", f"{given}{config.level}s by {kind}, {config.score.batch} dev examples"))
+    if hasattr(config, "adapter"):
+        rows.append(("imports", config.adapter))
     if hasattr(config, "generate"):
         generate = config.generate
         rows.append(("prompt", generate.prompt) if generate.tenants is None else ("prompts", generate.tenants))

@@ -88,8 +88,8 @@ def _compose_stages(composed: Composed, config_dir: str | None) -> list[tuple[st
         where = f"recipe {recipe.name}, stage '{entry.name}'"
         if entry.name in planned or not re.fullmatch(r"[\w-]+", entry.name):
             raise UserError(f"{where}: the name must be unique, of letters, digits, - and _")
-        if entry.stage not in stages.ENDING:
-            raise unknown(where, entry.stage, stages.ENDING)
+        if entry.stage not in stages.IN_RECIPES:
+            raise unknown(where, entry.stage, stages.IN_RECIPES)
         source = None
         inherited = _inherited(entry.overrides)
         if inherited is not None:

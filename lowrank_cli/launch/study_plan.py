@@ -170,8 +170,8 @@ def _verb(words: Sequence[str], where: str) -> tuple[str, list[str]]:
     """The verb, which the first word may name, and the overrides."""
     if not words or "=" in words[0]:
         return "train", list(words)
-    if words[0] not in stages.ENDING:
-        raise unknown(where, words[0], stages.ENDING)
+    if words[0] not in stages.IN_RECIPES:
+        raise unknown(where, words[0], stages.IN_RECIPES)
     return words[0], list(words[1:])
 
 

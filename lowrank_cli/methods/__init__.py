@@ -61,6 +61,11 @@ def can(name: str, *capabilities: type) -> bool:
     return issubclass(_class(name), capabilities)
 
 
+def of_peft(options: Mapping[str, Any]) -> str:
+    """The method that computes what an adapter with the ``options`` of PEFT's LoRA configuration computes."""
+    return "dora" if options.get("use_dora") else "lora"
+
+
 def published_speeds() -> dict[str, Mapping[tuple[str, int], float]]:
     """:attr:`Method.published_speed` of every method."""
     return {name: method.published_speed for name, method in _classes().items()}

@@ -269,6 +269,7 @@ class Calibrates(Protocol):
 #: The capabilities that each stage of a recipe accepts; a method needs one of them.
 STAGE_NEEDS: dict[str, tuple[type, ...]] = {
     "train": (Adapts, Calibrates),
+    "import": (Adapts,),
     "score": (Adapts,),
     "prune": (Adapts,),
     "evaluate": (Method,),

@@ -173,7 +173,7 @@ def _next(run: Run, selective: str) -> Iterable[str]:
             given = [f"model.id={used['id']}"]
         model = " ".join([f"model={model}", *given])
         return [f"lrk train method={selective} method.setting={typed(run.path / SETTING)} {model}"]
-    if status == "done" and stage in ("train", "prune"):
+    if status == "done" and stage in ("train", "import", "prune"):
         return [f"lrk evaluate run={where}"]
     if status == "done" and stage == "score":
         if run.config("score")["score"].get("level") != "module":

@@ -25,7 +25,7 @@ from lowrank_cli.report.statistics import median_interval
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.records import STUDY
 
-ADAPTERS = ("train", "prune")  #: stages that leave an adapter; the others measure one
+ADAPTERS = ("train", "import", "prune")  #: stages that leave an adapter; the others measure one
 #: Keys that name a run or change its speed, not what it learns or predicts.
 IRRELEVANT = {
     "seed",

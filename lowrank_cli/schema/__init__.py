@@ -24,6 +24,7 @@ from lowrank_cli.schema.evaluate import EvaluateConfig, EvaluateRun, PredictConf
 from lowrank_cli.schema.export import ExportConfig, ExportRun
 from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
 from lowrank_cli.schema.hardware import HardwareConfig
+from lowrank_cli.schema.import_run import ImportRun
 from lowrank_cli.schema.method import MethodConfig
 from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
 from lowrank_cli.schema.override import Override, parse_overrides, quoted
@@ -61,6 +62,7 @@ __all__ = [
     "GenerateConfig",
     "GenerateRun",
     "HardwareConfig",
+    "ImportRun",
     "InContextBench",
     "LoadBench",
     "LoopBench",

@@ -6,6 +6,7 @@ from lowrank_cli.schema.bench import BenchRun
 from lowrank_cli.schema.evaluate import EvaluateRun
 from lowrank_cli.schema.export import ExportRun
 from lowrank_cli.schema.generate import GenerateRun
+from lowrank_cli.schema.import_run import ImportRun
 from lowrank_cli.schema.prune import PruneRun
 from lowrank_cli.schema.recipe import RecipeRun
 from lowrank_cli.schema.score import ScoreRun
@@ -16,6 +17,7 @@ from lowrank_cli.schema.train import TrainRun
 #: What each verb that takes overrides is configured by.
 VERBS: dict[str, type] = {
     "train": TrainRun,
+    "import": ImportRun,
     "score": ScoreRun,
     "prune": PruneRun,
     "evaluate": EvaluateRun,

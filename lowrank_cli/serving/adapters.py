@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.files.peft_lora import NotLowRank
 from lowrank_cli.adapter.module_copy import copied
-from lowrank_cli.adapter.tenants.tenant import NotLowRank
 from lowrank_cli.calibration.logits_processor import AnswerProcessor
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.adapter_run import method_of, method_of_adapter

@@ -2,6 +2,7 @@
 
 STAGES = {
     "train": "lowrank_cli.stages.train",
+    "import": "lowrank_cli.stages.import_adapter",
     "score": "lowrank_cli.stages.score",
     "prune": "lowrank_cli.stages.prune",
     "evaluate": "lowrank_cli.stages.evaluate",
@@ -11,8 +12,8 @@ STAGES = {
     "serve": "lowrank_cli.stages.serve",
 }
 
-#: Stages of recipes and studies: those that end by themselves.
-ENDING = tuple(name for name in STAGES if name != "serve")
+#: Stages of recipes and studies: they end by themselves, and overrides say all about them.
+IN_RECIPES = tuple(name for name in STAGES if name not in ("import", "serve"))
 
 #: Verbs that print their result to stdout; everything else goes to stderr.
 PRINTS = ("generate",)

@@ -79,7 +79,7 @@ class Adapters:
         model = copied(self._bank.model)
         if self._adapt(model, folder).routing is not None:
             raise error  # only a bank keeps the routes of rows that join and leave
-        return Lane(model, self._tokenizer, self._autocast)
+        return Lane(model.eval(), self._tokenizer, self._autocast)
 
     def _adapt(self, model: PreTrainedModel, folder: Path) -> Adapter:
         """Put the adapter in ``folder`` into a copy of the model."""

@@ -90,6 +90,10 @@ def create(engine: Engine, options: Options, metrics: Metrics) -> FastAPI:
     async def failed(request: Request, found: Failed) -> Response:
         return error(500, str(found))
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, found: Exception) -> Response:
+        return error(500, f"the server failed ({type(found).__name__}); its log says more")
+
     return app
 
 
@@ -231,6 +235,9 @@ class Server:
         form: Format,
     ) -> Response:
         """Queue the prompts; their answers as one response, or as a stream of chunks."""
+        if len(prompts) * body.n > self.engine.max_waiting:
+            most = self.engine.max_waiting
+            raise UserError(f"prompt: {len(prompts) * body.n} answers at once are too many (allowed: 1 to {most})")
         try:
             stream = Stream(self.engine, self.metrics, model, prompts, sampling, body.n)
         except Full:

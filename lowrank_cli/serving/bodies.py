@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,6 +27,10 @@ class Body(BaseModel):
     def _only_what_is_supported(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             raise ValueError("the body is not an object")
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the body holds half of a surrogate pair; expected whole characters") from None
         for key in body.keys() - cls.model_fields.keys() - IGNORED:
             if key not in cls.neutral:
                 raise ValueError(f"{key}: unknown key{nearest(key, cls.model_fields)}")
@@ -136,18 +141,18 @@ class ChatBody(Answering):
     top_logprobs: Annotated[int, Field(ge=0, le=TOP)] = 0
 
 
-class LoadBody(BaseModel):
+class LoadBody(Body):
     """``/v1/load_lora_adapter``."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    neutral: ClassVar[dict[str, list[Any]]] = {"load_inplace": [False]}
 
     lora_name: Annotated[str, Field(min_length=1, max_length=200)]
     lora_path: Annotated[str, Field(min_length=1)]
 
 
-class UnloadBody(BaseModel):
+class UnloadBody(Body):
     """``/v1/unload_lora_adapter``."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    neutral: ClassVar[dict[str, list[Any]]] = {"lora_int_id": []}
 
     lora_name: str

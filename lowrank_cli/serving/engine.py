@@ -168,7 +168,7 @@ class Engine:
         """Refuse new requests, finish the others within ``seconds`` (None: without a limit), and fail what is left."""
         self.refuse()
         with self._changed:
-            self._changed.wait_for(lambda: self._idle and not self._waiting, seconds)
+            self._changed.wait_for(lambda: self._closed or (self._idle and not self._waiting), seconds)
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
@@ -189,17 +189,22 @@ class Engine:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        while self._wait_for_work():
-            self._do_jobs()
-            self._forget_unloaded()
-            self._step()
-        stopped = Failed("the server was stopped")
-        for lane in self._all_lanes():
-            lane.fail(stopped)
-        for request in self._waiting:
-            request.fail(stopped)
-        for future, _ in self._jobs:
-            future.set_exception(Closing())
+        try:
+            while self._wait_for_work():
+                self._do_jobs()
+                self._forget_unloaded()
+                self._step()
+        finally:  # whatever happens, nobody waits for ever
+            with self._changed:
+                self._closing = self._closed = self._idle = True
+                self._changed.notify_all()
+            stopped = Failed("the server was stopped")
+            for lane in self._all_lanes():
+                lane.fail(stopped)
+            for request in self._waiting:
+                request.fail(stopped)
+            for future, _ in self._jobs:
+                future.set_exception(Closing())
 
     def _step(self) -> None:
         """Start what fits, and generate one token of each running answer."""

@@ -112,9 +112,12 @@ def _load(engine: Engine, tenants: dict[str, str]) -> None:
             console.print(f"{name}: {model.note}")
     if tenants and all(readable(adapter_folder(Path(folder).expanduser())) for folder in tenants.values()):
         name, folder = next(iter(tenants.items()))
+        export = (
+            f"lrk export run={folder}" if Path(folder).expanduser().joinpath("run.json").is_file() else "lrk export"
+        )
         console.print(
-            f"these are plain LoRAs; on a GPU, vLLM is faster: lrk export run={folder} writes one for it, and prints "
-            f"the line to start it: vllm serve MODEL --enable-lora --lora-modules {name}=FOLDER"
+            f"these are plain LoRAs; on a GPU, vLLM is faster: {export} writes one for it, and prints the line that "
+            f"serves it: vllm serve MODEL --enable-lora --lora-modules {name}=FOLDER"
         )
 
 

@@ -158,7 +158,7 @@ MISTAKES = {
     ("train", "method=milra"): "method: unknown value 'milra'; did you mean 'milora'?",
     ("train", "rank=8"): "rank: unknown key; did you mean 'method.rank'?",
     ("train", "method.rank=x"): "method.rank: 'x' is not a whole number",
-    ("train", "method=none"): "method: 'none' has no stage train (it has: evaluate, generate)",
+    ("train", "method=none"): "method: 'none' has no stage train (it has: evaluate, generate, serve)",
     ("train", "model.path=nowhere"): "model.path: there is no folder 'nowhere'",
     ("train", "task.path=nowhere"): "task.path: there is no file or folder 'nowhere'",
     ("train", "hardware.processes=3"): "train.batch_size: 16 cannot be shared by hardware.processes=3",

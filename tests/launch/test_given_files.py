@@ -465,7 +465,7 @@ def test_a_line_is_named_and_a_cut_one_left_out():
 RUN_JSON = {
     "[]": "it is []; expected keys with values",
     '"x"': "it is 'x'; expected keys with values",
-    '{"stage": 3}': "stage is 3; expected one of train, score",
+    '{"stage": 3}': "stage is 3; expected one of train, import, score",
     '{"stage": "train"}': "status is missing; expected one of done",
 }
 for key, value, message in (

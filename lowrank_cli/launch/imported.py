@@ -10,10 +10,10 @@ from typing import Annotated, NotRequired, TypedDict
 
 from lowrank_cli import methods, runs
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.peft_folder import CONFIG, fetch
 from lowrank_cli.launch.shorthand import OVERRIDE
 from lowrank_cli.reader import Finite, Where, read_json
 from lowrank_cli.schema import parse_overrides, quoted
+from lowrank_cli.session.peft_folder import CONFIG, fetch
 
 BUNDLED = ("lowrank_cli", "assets", "tiny_llama")  #: end of the path of the bundled model, on any machine
 

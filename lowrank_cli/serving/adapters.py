@@ -13,12 +13,12 @@ from lowrank_cli.adapter.files.peft_lora import NotLowRank
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.calibration.logits_processor import AnswerProcessor
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference.adapter_run import method_of, method_of_adapter
 from lowrank_cli.inference.tenants import Tenants, adapter_folder
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.runs import Run
 from lowrank_cli.serving.lanes import BankLane, CalibratedLane, Lane
 from lowrank_cli.serving.requests import Model
+from lowrank_cli.session.adapter_run import method_of, method_of_adapter
 
 STATISTICS = "statistics"  #: the folder of a run that holds what a calibration has fitted
 
@@ -36,8 +36,8 @@ class Adapters:
     ):
         self._tokenizer, self._autocast = tokenizer, autocast
         self._tenants = Tenants(model, max_bytes, grouped)
-        self._bank = self._tenants.bank
-        self.bank_lane = BankLane(self._bank, tokenizer, autocast)
+        self.bank = self._tenants.bank
+        self.bank_lane = BankLane(self.bank, tokenizer, autocast)
 
     def load(self, name: str, folder: str) -> tuple[Model, Lane]:
         """The adapter of a run or of an adapter folder, and the lane that answers with it.
@@ -55,7 +55,7 @@ class Adapters:
             return Model(name, folder=folder), self._own_lane(adapter_folder(path), error)
         note = (
             ""
-            if self._bank.proven(key)
+            if self.bank.proven(key)
             else f"that it was trained on this model was not verified (no {save_load.PROOF})"
         )
         return Model(name, key, folder, note=note), self.bank_lane
@@ -63,12 +63,12 @@ class Adapters:
     def remove(self, model: Model) -> None:
         """Forget the adapter of a model of which no answer is running."""
         if model.adapter is not None:
-            self._bank.remove(model.adapter)
+            self.bank.remove(model.adapter)
 
     def _free(self, name: str) -> str:
         """A name that the bank does not have; it still has those of removed models that are running."""
         key, number = name, 1
-        while key in self._bank.names:
+        while key in self.bank.names:
             key, number = f"{name} ({number + 1})", number + 1
         return key
 
@@ -76,7 +76,7 @@ class Adapters:
         """A copy of the model, which shares its weights, with an adapter that the bank refused with ``error``."""
         if not (folder / save_load.PROOF).is_file():
             raise error
-        model = copied(self._bank.model)
+        model = copied(self.bank.model)
         if self._adapt(model, folder).routing is not None:
             raise error  # only a bank keeps the routes of rows that join and leave
         return Lane(model.eval(), self._tokenizer, self._autocast)
@@ -100,7 +100,7 @@ class Adapters:
     def _calibrated(self, path: Path) -> Lane:
         """The model with the calibration in the run ``path``, and with the adapter that it was fitted on, if any."""
         adapted = next((run.path for run in Run.open(path).lineage() if (run.path / "adapter").is_dir()), None)
-        model = copied(self._bank.model)
+        model = copied(self.bank.model)
         if adapted is not None:
             self._adapt(model, adapted / "adapter")
         eos = self._tokenizer.eos_token_id

@@ -71,10 +71,10 @@ class Engine:
     ):
         self.tokenizer = tokenizer
         self.max_rows, self.max_waiting, self.max_length = max_rows, max_waiting, max_length
-        self._adapters = Adapters(model, tokenizer, max_bytes, grouped, autocast)
+        self.adapters = Adapters(model, tokenizer, max_bytes, grouped, autocast)
         self.base = Model(base)
         self._changed = Condition()  # guards what follows
-        self._lanes: dict[Model, Lane] = {self.base: self._adapters.bank_lane}  # of all models, unloaded ones too
+        self.lanes: dict[Model, Lane] = {self.base: self.adapters.bank_lane}  # of all models, unloaded ones too
         self._models = {base: self.base}
         self._waiting: deque[Request] = deque()
         self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -92,7 +92,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Answers that are being generated."""
-        return sum(len(lane.answers) for lane in set(self._lanes.copy().values()))
+        return sum(len(lane.answers) for lane in set(self.lanes.copy().values()))
 
     @property
     def waiting(self) -> int:
@@ -144,12 +144,12 @@ class Engine:
             with self._changed:
                 if name in self._models:
                     raise UserError(f"model: there is a model '{name}' already; unload it first")
-            model, lane = self._adapters.load(name, folder)
+            model, lane = self.adapters.load(name, folder)
             with self._changed:
-                self._models[name], self._lanes[model] = model, lane
+                self._models[name], self.lanes[model] = model, lane
             return model
 
-        return self._in_thread(load)
+        return self.between_steps(load)
 
     def unload(self, name: str) -> None:
         """Serve ``name`` no longer; requests that are queued or running are still answered.
@@ -177,7 +177,7 @@ class Engine:
         """Refuse new requests from now on."""
         self._closing = True
 
-    def _in_thread(self, work: Callable[[], T]) -> T:
+    def between_steps(self, work: Callable[[], T]) -> T:
         """The result of ``work``, done by the engine's thread between two steps. Raises Closing if it has ended."""
         future: Future[T] = Future()
         with self._changed:
@@ -225,13 +225,13 @@ class Engine:
             return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(self._jobs or self._waiting or self.running or len(self._lanes) > len(self._models))
+        return bool(self._jobs or self._waiting or self.running or len(self.lanes) > len(self._models))
 
     def _do_jobs(self) -> None:
         with self._changed:
             jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
         if jobs:
-            self._adapters.bank_lane.suspend()
+            self.adapters.bank_lane.suspend()
         for future, work in jobs:
             try:
                 future.set_result(work())
@@ -239,18 +239,18 @@ class Engine:
                 future.set_exception(error)
 
     def _all_lanes(self) -> list[Lane]:
-        return list(dict.fromkeys(self._lanes.values()))
+        return list(dict.fromkeys(self.lanes.values()))
 
     def _forget_unloaded(self) -> None:
         """Remove the adapters of unloaded models whose answers are done."""
         with self._changed:
             used = {request.model for request in self._waiting}
             used |= {answer.request.model for lane in self._all_lanes() for answer in lane.answers}
-            unused = [model for model in self._lanes if model not in used and model not in self._models.values()]
+            unused = [model for model in self.lanes if model not in used and model not in self._models.values()]
             for model in unused:
-                del self._lanes[model]
+                del self.lanes[model]
         for model in unused:
-            self._adapters.remove(model)
+            self.adapters.remove(model)
 
     def _admitted(self) -> Iterator[tuple[Lane, list[Request]]]:
         """Take requests off the queue, in order, as long as there are rows for them; by lane."""
@@ -262,7 +262,7 @@ class Engine:
                 if request.cancelled:
                     self._waiting.popleft()
                     continue
-                lane = self._lanes[request.model]
+                lane = self.lanes[request.model]
                 joining = [*lanes.get(lane, ()), request]
                 tokens += len(request.prompt)
                 if request.count > rows or (lanes and tokens > PROMPT_TOKENS):

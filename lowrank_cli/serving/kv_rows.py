@@ -23,14 +23,14 @@ class RowLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.width = self.end = 0  # rows, columns, and the column of the storage that follows them
-        self._storages: list[Tensor] = []  # of keys and of values
+        self.storages: list[Tensor] = []  # of keys and of values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens (B, H, t, D) and return those of all tokens."""
         assert len(key_states) == self.count, f"{len(key_states)} rows continue a cache of {self.count}"
         tokens = key_states.shape[-2]
         self._reserve((key_states, value_states), self.count, self.width, tokens)
-        for storage, states in zip(self._storages, (key_states, value_states), strict=True):
+        for storage, states in zip(self.storages, (key_states, value_states), strict=True):
             storage[: self.count, :, self.end : self.end + tokens] = states
         self.end += tokens
         return self._view(self.count, self.width + tokens)
@@ -45,7 +45,7 @@ class RowLayer(DynamicLayer):
             width: tokens of the longest row, old or new.
         """
         self._reserve(states, self.count + len(sources), width, 1)
-        for storage, new in zip(self._storages, states, strict=True):
+        for storage, new in zip(self.storages, states, strict=True):
             storage[: self.count, :, self.end - width : self.end - self.width] = 0  # padding has to be finite
             for row, (source, length) in enumerate(zip(sources, lengths, strict=True), self.count):
                 storage[row, :, self.end - width : self.end - length] = 0
@@ -54,23 +54,23 @@ class RowLayer(DynamicLayer):
 
     def keep(self, moves: Sequence[tuple[int, int]], count: int, width: int) -> None:
         """Keep ``count`` rows and the last ``width`` columns, after moving rows (from, to)."""
-        for storage in self._storages:
+        for storage in self.storages:
             for source, target in moves:
                 storage[target, :, self.end - width : self.end] = storage[source, :, self.end - width : self.end]
         self._view(count, width)
         if not count:
-            self._storages, self.end = [], 0
+            self.storages, self.end = [], 0
 
     def _view(self, count: int, width: int) -> tuple[Tensor, Tensor]:
         self.count, self.width = count, width
-        keys, values = (storage[:count, :, self.end - width : self.end] for storage in self._storages)
+        keys, values = (storage[:count, :, self.end - width : self.end] for storage in self.storages)
         self.keys, self.values = keys, values
         return keys, values
 
     def _reserve(self, states: tuple[Tensor, Tensor], count: int, width: int, more: int) -> None:
         """Have storages for ``count`` rows, with ``width`` columns before ``end`` and ``more`` after it."""
-        if self._storages:
-            rows, _, columns, _ = self._storages[0].shape
+        if self.storages:
+            rows, _, columns, _ = self.storages[0].shape
             if count <= rows and width <= self.end and self.end + more <= columns:
                 return
         else:
@@ -79,11 +79,11 @@ class RowLayer(DynamicLayer):
         columns += max(SLACK, columns // 4)
         rows = count + count // 2
         storages = [new.new_zeros(rows, new.shape[1], columns, new.shape[3]) for new in states]
-        for old, storage in zip(self._storages, storages):
+        for old, storage in zip(self.storages, storages):
             storage[: self.count, :, width - self.width : width] = old[
                 : self.count, :, self.end - self.width : self.end
             ]
-        self._storages, self.end = storages, width
+        self.storages, self.end = storages, width
 
 
 class KVRows:
@@ -92,15 +92,15 @@ class KVRows:
     def __init__(self) -> None:
         self.cache = DynamicCache()
         self.lengths: list[int] = []
-        self._layers: list[RowLayer] = []
+        self.layers: list[RowLayer] = []
 
     def join(self, prefilled: DynamicCache, sources: Sequence[int], lengths: Sequence[int]) -> None:
         """Add rows of ``prefilled``, padded on the left; see :meth:`RowLayer.join`."""
         self.lengths += lengths
-        if not self._layers:
-            self._layers = [RowLayer() for _ in prefilled.layers]
-            self.cache.layers = [*self._layers]
-        for layer, source in zip(self._layers, prefilled.layers, strict=True):
+        if not self.layers:
+            self.layers = [RowLayer() for _ in prefilled.layers]
+            self.cache.layers = [*self.layers]
+        for layer, source in zip(self.layers, prefilled.layers, strict=True):
             assert isinstance(source, DynamicLayer)
             if source.keys is not None and source.values is not None:  # None where layers share theirs
                 layer.join((source.keys, source.values), sources, lengths, max(self.lengths))
@@ -114,7 +114,7 @@ class KVRows:
         by_target = {row: row for row in order} | {target: source for source, target in moves}
         order = [by_target[row] for row in range(len(rows))]
         self.lengths = [self.lengths[row] for row in order]
-        for layer in self._layers:
+        for layer in self.layers:
             if layer.is_initialized:
                 layer.keep(moves, len(rows), max(self.lengths, default=0))
         return order

@@ -41,7 +41,7 @@ class Lane:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, autocast: bool):
         self.model, self.tokenizer, self.autocast = model, tokenizer, autocast
         self.answers: list[Answer] = []
-        self._rows = KVRows()
+        self.rows = KVRows()
         accepted = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in accepted
         self._options = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})}
@@ -57,7 +57,7 @@ class Lane:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)  # (B, T)
         cache = DynamicCache()  # without the model's config: all layers keep all tokens
         with self._prompts(requests) as gates:
-            logits = self._forward(inputs, cache)  # (B, V)
+            logits = self.forward(inputs, cache)  # (B, V)
             return Read(cache, logits, gates())
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Lane:
         for row, (request, gates) in enumerate(zip(requests, read.gates, strict=True)):
             sources += [row] * request.count
             answers += request.answers(self.tokenizer, gates)
-        self._rows.join(read.cache, sources, [len(answer.request.prompt) for answer in answers])
+        self.rows.join(read.cache, sources, [len(answer.request.prompt) for answer in answers])
         self.answers += answers
         self._extend(answers, read.logits[torch.tensor(sources, device=read.logits.device)])
         self._leave()
@@ -78,8 +78,8 @@ class Lane:
         self._leave()  # those cancelled since
         if self.answers:
             with self._continued():
-                inputs = self._rows.inputs([answer.last for answer in self.answers], self.model.device)
-                logits = self._forward(inputs, self._rows.cache)  # (B, V)
+                inputs = self.rows.inputs([answer.last for answer in self.answers], self.model.device)
+                logits = self.forward(inputs, self.rows.cache)  # (B, V)
             self._extend(self.answers, logits)
             self._leave()
 
@@ -88,7 +88,7 @@ class Lane:
         for answer in self.answers:
             answer.request.fail(error)
         self.suspend()
-        self.answers, self._rows = [], KVRows()
+        self.answers, self.rows = [], KVRows()
 
     def suspend(self) -> None:
         """Leave the model as it is outside of batches; the next step resumes."""
@@ -97,7 +97,7 @@ class Lane:
         rows = [at for at, answer in enumerate(self.answers) if not answer.done]
         if len(rows) < len(self.answers):
             self.suspend()
-            self.answers = [self.answers[at] for at in self._rows.keep(rows)]
+            self.answers = [self.answers[at] for at in self.rows.keep(rows)]
 
     def _extend(self, answers: Sequence[Answer], logits: Tensor) -> None:
         """Append a token, chosen from logits (B, V), to each answer."""
@@ -111,7 +111,7 @@ class Lane:
         batch = collate_prompts([request.prompt for request in requests], self.tokenizer.pad_token_id)
         return {key: value.to(self.model.device) for key, value in batch.items()}
 
-    def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
         """Logits of the last position, (B, V)."""
         if not self._positions:
             inputs = {key: value for key, value in inputs.items() if key != "position_ids"}

@@ -14,14 +14,13 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import peft_lora, save_load
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.device import greet, prepare
-from lowrank_cli.inference.peft_folder import CONFIG, fetch
 from lowrank_cli.methods.protocol import Adapts
 from lowrank_cli.models.load import load
 from lowrank_cli.reader import read_json
-from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.runs import Run, atomic_folder, progress
 from lowrank_cli.schema import ImportRun
+from lowrank_cli.session.device import greet, prepare
+from lowrank_cli.session.peft_folder import CONFIG, fetch
 from lowrank_cli.tasks.task import template_hash
 
 

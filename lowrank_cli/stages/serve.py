@@ -10,16 +10,15 @@ import torch
 
 from lowrank_cli.adapter.tenants.tenant import readable
 from lowrank_cli.errors import UserError
-from lowrank_cli.inference import progress
-from lowrank_cli.inference.adapter_run import newest_run_note
-from lowrank_cli.inference.device import greet, prepare
 from lowrank_cli.inference.tenants import adapter_folder
 from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.reader import read_text
-from lowrank_cli.runs import Run
+from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.tenant_file import default_name, read_tenants
 from lowrank_cli.schema import ServeConfig, ServeRun
 from lowrank_cli.serving.engine import Engine
+from lowrank_cli.session.adapter_run import newest_run_note
+from lowrank_cli.session.device import greet, prepare
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")  #: of the extra serve
 

@@ -48,7 +48,7 @@ def held(engine):
         waits.set()
         assert lock.wait(60)
 
-    threading.Thread(target=engine._in_thread, args=(wait,), daemon=True).start()
+    threading.Thread(target=engine.between_steps, args=(wait,), daemon=True).start()
     assert waits.wait(60)
     return lock
 
@@ -113,7 +113,7 @@ def test_every_family_generates_as_alone(family):
             late = [asked("milora", 14, 40), asked("lora", 1, 9)]
             lane.join(late, lane.read(late))
         lane.step()
-    assert not lane.answers and not lane._rows.lengths
+    assert not lane.answers and not lane.rows.lengths
     for (model, ids, new, count), client in zip(expected, clients, strict=True):
         inputs = torch.tensor([ids])
         model.generation_config.eos_token_id = None
@@ -220,8 +220,8 @@ def test_an_unloaded_adapter_answers_what_was_asked_before(adapters, made):
     assert ask(engine, "ann", PROMPTS[0], 8).texts == [adapters.alone("dan", PROMPTS[0], 8)], "another of the name"
     engine.unload("ann")
     assert ask(engine, "base", PROMPTS[0], 8).texts
-    engine._in_thread(lambda: None)
-    assert len(engine._lanes) == 1 and engine._adapters._bank.names == []
+    engine.between_steps(lambda: None)
+    assert len(engine.lanes) == 1 and engine.adapters.bank.names == []
     with pytest.raises(UserError, match="'base' is the model that all adapters share"):
         engine.unload("base")
 
@@ -248,15 +248,15 @@ def test_an_adapter_that_does_not_fit_leaves_the_others_alone(adapters, made, tm
 
 def test_a_failing_pass_ends_its_own_requests_only(adapters, made, monkeypatch, capsys):
     engine = made(adapters, ("ann", "eve"))
-    lane = engine._adapters.bank_lane
-    forward = lane._forward
+    lane = engine.adapters.bank_lane
+    forward = lane.forward
 
     def failing(inputs, cache):
         if 31 in inputs["input_ids"]:
             raise RuntimeError("out of memory")
         return forward(inputs, cache)
 
-    monkeypatch.setattr(lane, "_forward", failing)
+    monkeypatch.setattr(lane, "forward", failing)
     lock = held(engine)
     good, bad = request(engine, "ann", PROMPTS[0], 8), request(engine, "ann", PROMPTS[0], 8)
     bad.prompt = [*bad.prompt, 31]
@@ -277,7 +277,7 @@ def test_a_failing_pass_ends_its_own_requests_only(adapters, made, monkeypatch, 
 
 def test_adapters_that_do_not_fit_together_take_turns(adapters, made):
     roomy = made(adapters, ("ann", "ben"))
-    largest = max(roomy._adapters._bank.bytes(tenant) for tenant in ("ann", "ben"))
+    largest = max(roomy.adapters.bank.bytes(tenant) for tenant in ("ann", "ben"))
     roomy.close()
     engine = made(adapters, ("ann", "ben"), max_bytes=largest + 2**20)
     clients = [ask(engine, tenant, PROMPTS[0], 5) for tenant in ("ann", "ben") * 3]
@@ -310,10 +310,10 @@ def test_nothing_of_a_request_stays(adapters, made):
     for number in range(12):
         clients = [ask(engine, tenant, PROMPTS[number % 4], 3 + number % 5) for tenant in ("ann", "ben", "eve", "base")]
         assert all(client.texts for client in clients)
-    engine._in_thread(lambda: None)
+    engine.between_steps(lambda: None)
     del clients
     gc.collect()
     left = [item for item in gc.get_objects() if type(item) in (Answer, Request)]
     assert left == []
-    for lane in set(engine._lanes.values()):
-        assert lane._rows.lengths == [] and all(layer._storages == [] for layer in lane._rows._layers)
+    for lane in set(engine.lanes.values()):
+        assert lane.rows.lengths == [] and all(layer.storages == [] for layer in lane.rows.layers)

@@ -29,6 +29,15 @@ for _name in _unset:
     os.environ.pop(_name, None)
 
 
+#: Files that take minutes: they begin first, so that no process is left alone with one of them at the end.
+LONGEST = ("test_campaign.py", "test_runs_campaign.py", "test_input_campaign.py", "test_docs.py", "test_study.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files in front (xdist keeps this order with --no-loadscope-reorder)."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     """Sockets of this process reach loopback addresses only; anything else is unreachable."""

@@ -34,6 +34,7 @@ def run(config, run, adapter_run, *, resume=False):
                 raise KeyboardInterrupt
         rate = train.learning_rate
         run.log({"step": step, "train/loss": 1 / step, "learning_rate": rate, "resumed": resume, "devices": devices})
-    split = getattr(config.evaluate, "split", "test" if getattr(config, "test", True) else "dev")
+    measured = "test" if getattr(config, "test", True) else "dev"
+    split = getattr(getattr(config, "evaluate", None), "split", measured)
     metrics = {f"{split}/accuracy": 0.5 + config.seed / 100, "train/steps": train.max_steps if train else 0}
     return metrics | ({"dev/loss": round(abs(train.learning_rate - BEST_RATE), 4)} if train else {})

@@ -112,7 +112,7 @@ def test_stages_run_in_a_row(lrk):
     assert (base["method"]["name"], base["run"], base["task"]["name"]) == ("none", None, "tiny_yesno")
     assert again["run"] == str((path / "01-small").absolute())
     assert (again["method"]["rank"], again["task"]["name"], again["task"]["limit"]) == (2, "tiny_choice", 3)
-    assert json.loads((path / "metrics.json").read_text())["test/accuracy"] == 0.5
+    assert json.loads((path / "metrics.json").read_text())["dev/accuracy"] == 0.5
     assert json.loads((path / "run.json").read_text())["status"] == "done"
     assert all(name in ended.out for name in ("small", "base", "again"))
     assert f"{path}\n" in ended.out and ended.out.endswith(f"  next: lrk compare {path}\n")

@@ -378,7 +378,7 @@ def test_check_estimates_the_time_from_a_few_steps():
         ({"arms": {"plain": ["method=lorra"]}}, [], "study, all/yesno/plain: method: unknown value 'lorra'"),
         ({"arms": {"plain": ["trian", "method=lora"]}}, [], "study.arms.plain: unknown value 'trian'"),
         ({"arms": {"plain": "method=lora"}}, [], "study.arms.plain: 'method=lora' is not a list; write [method=lora]"),
-        ({"overrides": ["task.path={{data}}"]}, [], "task.path: there is no folder '{data}'"),
+        ({"overrides": ["task.path={{data}}"]}, [], "task.path: there is no file or folder '{data}'"),
         ({"overrides": ["task.path={data}"]}, [], "'{data}': unknown value 'data' (allowed: seed)"),
         ({"folders": {"data": None}, "overrides": ["task.path={data}"]}, [], "study.folders.data: missing"),
         ({}, ["study.folders.data=nowhere"], "study.folders.data"),

@@ -386,9 +386,9 @@ def test_proca_is_fitted_on_examples_that_are_not_shown(fitted, asked):
     common = [f"run={fitted.path}", "method.calibration=proca", "method.draws=1", "method.templates=1"]
     lrk("evaluate", *common, "evaluate.shots=4")
     ((examples, prompts),) = asked
-    unlabelled = examples[:20]  # of 24 in D; then 24 queries
-    assert len(examples) == 20 + 24
-    assert all(prompt.count(example.prompt) == 1 for example, prompt in zip(unlabelled, prompts))
+    unlabelled = examples[24:]  # of 24 in D, behind 24 queries
+    assert len(unlabelled) == 20
+    assert all(prompt.count(example.prompt) == 1 for example, prompt in zip(unlabelled, prompts[24:], strict=True))
     with pytest.raises(UserError, match=r"evaluate\.shots: all examples are shown"):
         lrk("evaluate", *common, "evaluate.shots=24")
 
@@ -398,13 +398,14 @@ def test_inputs_without_content_have_texts_of_each_column():
         config.compose("train", ["method=idaicl", "method.calibration=dconca", "method.probes=9"]).config.method
     )
     pair = {"premise": ["a b c d", "e f g h"], "hypothesis": ["x", "y"]}
-    rows, indices = method.probes(pair, [0, 1], Random(0))
-    assert len(rows) == 9 and indices == []
+    probes = method.probes(pair, [0, 1], Random(0))
+    rows = probes.texts
+    assert len(rows) == 9 and not probes.examples
     assert {len(row["premise"].split()) for row in rows} == {4} and {row["hypothesis"] for row in rows} == {"x", "y"}
     assert {word for row in rows for word in row["premise"].split()} <= set("abcdefgh")
     method.config.calibration = "conca"
-    rows, indices = method.probes(pair, [0, 1], Random(0))
-    assert rows == [{"premise": text, "hypothesis": text} for text in ("N/A", "[MASK]", "")] and indices == []
+    rows = method.probes(pair, [0, 1], Random(0)).texts
+    assert rows == [{"premise": text, "hypothesis": text} for text in ("N/A", "[MASK]", "")]
 
 
 def test_oracles_bound_the_metric_and_are_named_so(fitted, capsys):

@@ -220,7 +220,7 @@ def test_a_stop_during_the_last_evaluation_repeats_no_step(monkeypatch, tmp_path
     step = Trainer.take_step
     monkeypatch.setattr(Trainer, "take_step", lambda trainer, number: steps.append(number) or step(trainer, number))
     with monkeypatch.context() as patch, stopping.signals(), pytest.raises(Interrupted):
-        patch.setattr("lowrank_cli.stages.train.evaluate_split", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("lowrank_cli.stages.train.evaluate_end", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         train("method=lora", "train.max_steps=5")
     single_run.resume("train", "outputs/latest")
     assert steps == [1, 2, 3, 4, 5] and numbers(Run.open("outputs/latest")) == numbers(expected)

@@ -254,7 +254,7 @@ def test_answer_has_no_space_after_white_space():
         ("sst2", {"template": "{}"}, "task.template: an empty {}"),
         ("sst2", {"template": "{sentence} {options}"}, "task.template: .*task.answer=labels has none"),
         ("arc_easy", {"template": "{question}"}, "task.template: .*it is missing"),
-        ("sst2", {"text": []}, "task.text: an encoder reads one or two columns"),
+        ("sst2", {"text": ["sentence"] * 3}, "task.text: an encoder reads one or two columns"),
         ("gsm8k", {"extract": "("}, "task.extract: .*not a regular expression"),
         ("gsm8k", {"extract": r"((\d+,?)+)$"}, "task.extract: .* has nested repeats"),
         ("gsm8k", {"extract": r"(?:x|a(?:b*c)?){2,}"}, "task.extract: .* has nested repeats"),
@@ -453,8 +453,7 @@ def test_a_data_set_with_a_loading_script_is_looked_up_in_the_cache_as_parquet(m
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     if parquet:
-        rows, _ = sources.from_hub("a/b", None).read("train")
-        assert rows == [{"branch": "refs/convert/parquet"}]
+        assert sources.from_hub("a/b", None).read("train").rows == [{"branch": "refs/convert/parquet"}]
     else:
         with pytest.raises(UserError, match="'a/b' is not in the local cache"):
             sources.from_hub("a/b", None)

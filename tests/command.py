@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def fake_stages(monkeypatch):
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
     monkeypatch.setattr(plots, "write", lambda figure, file: atomic_write(file, b""))  # rendering is most of such a run
+    forkserver._forkserver._stop()  # one that an earlier test left starts children with that test's stages
+    yield
+    forkserver._forkserver._stop()
 
 
 def shell(*arguments: str, **environment: str) -> Ended:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository
@@ -46,4 +45,4 @@ class ParsedOnce(ConfigRepository):
             assert result is not None
             self._parsed[key] = written, result
         result = self._parsed[key][1]
-        return replace(result, config=copy.deepcopy(result.config))  # composing changes it
+        return copy.deepcopy(result)  # composing changes it, the list of defaults too

@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
@@ -116,4 +117,8 @@ class Launcher:
             task_function=function,
         )
         root = f"root={quoted(str(folder))}"
-        launcher.launch([[f"folder={quoted(str(job))}", root] for job in jobs], initial_job_idx=0)
+        singletons = Singleton._instances
+        try:
+            launcher.launch([[f"folder={quoted(str(job))}", root] for job in jobs], initial_job_idx=0)
+        finally:  # a launcher that ran a job in this process left copies of them, which later compositions do not read
+            Singleton._instances = singletons

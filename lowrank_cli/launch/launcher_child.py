@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lowrank_cli.launch import pool
+from lowrank_cli.launch import child
 from lowrank_cli.launch.single_run import handler
 from lowrank_cli.runs import Run, stopping
 
@@ -17,7 +17,7 @@ def main() -> None:
     """Do the run. The launcher's process (process id PARENT) reads the outcome in the run folder."""
     stopping.with_parent(lambda: os.kill(os.getpid(), signal.SIGUSR1), int(sys.argv[2]))
     folder = Path(sys.argv[1])
-    code = pool.perform(folder, handler(Run.open(folder).info["stage"]).work)
+    code = child.do_run(folder, handler(Run.open(folder).info["stage"]).work)
     gc.freeze()  # see cli.main
     sys.exit(code)
 

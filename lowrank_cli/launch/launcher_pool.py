@@ -19,7 +19,7 @@ from threading import Event
 
 from lowrank_cli.config.sweep import JobFolder, Launcher
 from lowrank_cli.errors import LrkError, WorkFailed
-from lowrank_cli.launch import pool
+from lowrank_cli.launch import child, pool
 from lowrank_cli.runs import DONE, FAILED, INTERRUPTED, RUNNING, Run, is_alive, stopping
 
 STOP_FILE = ".stop"  #: in the folder of the sweep or study: tells the launcher's processes, on any machine, to stop
@@ -40,19 +40,19 @@ def run_in_child(job: JobFolder) -> None:
     if _stop_requested.is_set() or stop.exists():
         return
     run = Run.open(folder)
-    pool.claim_gpu(run, root / pool.LOCKS)
+    child.claim_gpu(run, root / pool.LOCKS)
     with run.file("log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "lowrank_cli.launch.launcher_child", str(folder), str(os.getpid())]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     stop_sent = False
-    while child.poll() is None:
+    while process.poll() is None:
         if not stop_sent and (_stop_requested.is_set() or stop.exists()):
-            child.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGUSR1)
             stop_sent = True
         with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=stopping.POLL)
+            process.wait(timeout=stopping.POLL)
     if not stop_sent:
-        pool.record_death(Run.open(folder), child.returncode)
+        pool.record_death(Run.open(folder), process.returncode)
 
 
 class LauncherPool:

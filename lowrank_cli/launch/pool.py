@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lowrank_cli.config.composition import Composed
-from lowrank_cli.errors import Interrupted
-from lowrank_cli.launch import gpu_locks, stage
-from lowrank_cli.runs import PENDING, RUNNING, Run, stopping
+from lowrank_cli.runs import PENDING, RUNNING, Run
 
 LOCKS = ".devices"  #: in the folder of a sweep or study: the locks by which its processes share GPUs
 NO_RESULT = "its process ended without a result"
@@ -24,23 +21,6 @@ class Pool(Protocol):
 
         A signal stops the runs as it would stop a single one, then raises KeyboardInterrupt.
         """
-
-
-def perform(folder: Path, work: Callable[[Run, Composed], None]) -> int:
-    """Do one run in a process of its own. Returns its exit code, which only says whether a signal stopped the run."""
-    try:
-        with stopping.signals():
-            stage.attempt(Run.open(folder), work)
-    except Interrupted as error:
-        return error.exit_code
-    return 0
-
-
-def claim_gpu(run: Run, locks: Path) -> None:
-    """Restrict this process to one GPU if the run needs one; see :func:`gpu_locks.claim_gpu`."""
-    hardware = run.config().get("hardware", {})
-    if (hardware.get("device"), hardware.get("processes")) == ("cuda", 1):
-        gpu_locks.claim_gpu(locks)
 
 
 def record_death(run: Run, exit_code: int | None = None) -> None:

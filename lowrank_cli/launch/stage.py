@@ -16,7 +16,7 @@ from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Diverged, Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
 from lowrank_cli.launch.distributed import spawn
-from lowrank_cli.methods.protocol import Adapts, Calibrates, Plan
+from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
@@ -50,7 +50,7 @@ def check(
     _refuse_unsupported_stage(composed)
     _refuse_unused_values(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
-        _refuse_uncalibratable(composed, method.plan())
+        _refuse_uncalibratable(composed, method)
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
@@ -146,9 +146,9 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
         )
 
 
-def _refuse_uncalibratable(composed: Composed, plan: Plan) -> None:
+def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
     """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
-    task = composed.config.task
+    task, plan = composed.config.task, method.plan()
     if task.answer != "labels":
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "
@@ -164,7 +164,8 @@ def _refuse_uncalibratable(composed: Composed, plan: Plan) -> None:
             f"(allowed: 1 to {1 + len(task.templates)})"
         )
     shots = getattr(composed.config, "evaluate", None) and composed.config.evaluate.shots
-    if plan.shown and composed.verb != "bench" and not shots:
+    shown = any(one.plan().shown for one in (method, *method.beside().values()))
+    if shown and composed.verb != "bench" and not shots:
         raise UserError(
             f"method.statistics: shown, but {composed.verb} shows no demonstrations"
             f"{'; set evaluate.shots, or' if shots == 0 else ';'} fit with method.statistics=train"

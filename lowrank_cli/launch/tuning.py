@@ -15,6 +15,7 @@ from lowrank_cli.schema import TuneConfig
 
 MARGIN = 0.05  #: share of a range that counts as its end
 DIGITS = 3  #: significant ones of a value drawn from a range
+DRAWS = 20  #: times the budget that values are drawn at random, to find as many different ones
 
 Values = dict[str, Any]
 
@@ -69,7 +70,11 @@ class Search:
         if self.tune.sampler == "grid":
             return [dict(zip(self._grid, values, strict=True)) for values in product(*self._grid.values())]
         assert self.tune.budget is not None
-        return [self._drawn(number) for number in range(self.tune.budget)]
+        drawn: list[Values] = []
+        for number in range(DRAWS * self.tune.budget):  # of a short list some values are drawn again, which is no trial
+            if len(drawn) < self.tune.budget and (values := self._drawn(number)) not in drawn:
+                drawn.append(values)
+        return drawn
 
     def _next_rung(self, factor: int) -> list[Trial]:
         """The first rung without trials: those of the rung before it with the best scores."""

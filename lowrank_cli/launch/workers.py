@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 
 from lowrank_cli import stages
-from lowrank_cli.launch import pool, stage
+from lowrank_cli.launch import child, pool, stage
 from lowrank_cli.runs import Run, stopping
 from lowrank_cli.runs.threads import available_cores
 
@@ -65,9 +65,9 @@ class Workers:
 
 
 def _pass_on(children: Iterable[BaseProcess]) -> None:
-    for child in children:
-        if child.is_alive() and child.pid:
-            os.kill(child.pid, signal.SIGUSR1)
+    for process in children:
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, signal.SIGUSR1)
 
 
 def _stop_with_parent() -> None:
@@ -87,8 +87,8 @@ def _work(folder: str, directory: str, locks: str, threads: int) -> None:
         os.dup2(log, stream.fileno())
     os.environ["OMP_NUM_THREADS"] = str(threads)
     Thread(target=_stop_with_parent, daemon=True).start()
-    pool.claim_gpu(Run.open(folder), Path(locks))
-    code = pool.perform(Path(folder), stage.work)
+    child.claim_gpu(Run.open(folder), Path(locks))
+    code = child.do_run(Path(folder), stage.work)
     gc.freeze()  # see cli.main
     stopping.finish(code)
     sys.exit(code)

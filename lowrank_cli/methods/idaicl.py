@@ -18,6 +18,7 @@ over its tokens, each by the rule above with the same μ and Σ.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = ("ida", "none", "conca", "dconca", "proca", "loo")
 CHOICES = ("random", "similar", "dissimilar", "imbalanced")
+#: Names that metrics and arrangements use themselves.
+TAKEN = ("std", "worst", "template", "draw", "permutation", "demonstrations", "oracle_all_sets", "oracle_each_set")
 #: Keys that may differ among calibrations that share the model's passes.
 BESIDE = ("calibration", "statistics", "strength", "tau", "probes", "unlabelled")
 
@@ -126,13 +129,19 @@ class IDAICLConfig(MethodConfig):
                 f"method.draws: {self.draws}, but {self.demonstrations} demonstrations are not drawn; set 1"
             )
         for name, keys in self.beside.items():
-            self._validate_beside(f"method.beside.{name}", keys)
+            self._validate_beside(name, keys)
 
-    def _validate_beside(self, where: str, keys: Any) -> None:
+    def _validate_beside(self, name: str, keys: Any) -> None:
+        where = f"method.beside.{name}"
+        if name in TAKEN or not re.fullmatch(r"\w+", name):
+            raise UserError(f"{where}: a name is made of letters, digits and _, and is none of {', '.join(TAKEN)}")
         if not isinstance(keys, Mapping):
             raise UserError(f"{where}: '{keys}' names no keys, such as {{calibration: none}}")
-        for key in keys:
+        for key, value in keys.items():
             require_choice(where, key, BESIDE)
+            kind = str if key in ("calibration", "statistics") else int if key in ("probes", "unlabelled") else float
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"{where}.{key}: '{value}' is no {'text' if kind is str else 'number'}")
         if self.statistics == "shown" and keys.get("statistics") == "train":
             raise UserError(f"{where}.statistics: train needs method.statistics=train, with which they are fitted")
         try:

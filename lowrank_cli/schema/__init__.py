@@ -2,6 +2,8 @@
 
 Nothing heavy is imported. A method's own schema stands in its file under ``lowrank_cli/methods`` and derives from
 :class:`MethodConfig`. ``validate`` checks what a type cannot say; it raises :class:`lowrank_cli.errors.UserError`.
+``verbs.py`` says which schema each verb has; all that work with a model derive from :class:`RunConfig`, which has the
+model, the task, the hardware and the method.
 """
 
 from lowrank_cli.schema.bench import (

@@ -175,6 +175,8 @@ def test_a_launcher_runs_a_study_and_a_killed_run_leaves_the_others_alone(study,
     ended = lrk("study", "--resume", str(folder), "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
     assert "every trial in tuning/all/yesno/fast diverged" in ended.err  # its result; it is not repeated
     assert statuses(folder)["runs/all/yesno/plain/77"] == "done"
+    later = lrk("evaluate", f"run={folder}/runs/all/yesno/plain/0", "--dry-run")  # that launcher ran in this process
+    assert later.code == 0, later.err
 
 
 def wait_for(file: str) -> Path:

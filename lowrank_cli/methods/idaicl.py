@@ -70,8 +70,8 @@ class IDAICLConfig(MethodConfig):
     permutations: int = MISSING  #: orders of each set, the drawn one first
     templates: int = MISSING  #: wordings of the task (``task.template``, then ``task.templates``)
     probes: int = MISSING  #: content-free inputs of ``dconca``
-    #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many. No other
-    #: calibration sees unlabelled examples
+    #: examples of D that ``proca`` is fitted on, their labels unread and none of them shown: at most so many. Only
+    #: ``dconca`` too reads texts without labels, all of D, for its words
     unlabelled: int = MISSING
     #: name: keys, such as ``{plain: {calibration: none}}``: other calibrations of the same answers, out of the same
     #: passes of the model; their metrics end with the name

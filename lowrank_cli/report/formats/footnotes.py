@@ -74,7 +74,7 @@ def _marks(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
         starred = any(row.best for row in rows)
         yield f"{STAR} {rule}." if starred else f"No row is marked best: that needs that {rule}."
     if any(row.bound for row in rows):
-        yield f"{BOUND} a bound, found with the test labels: no method can have it, and it is not tested."
+        yield f"{BOUND} a bound, found with the test labels: it is not tested."
     if any(row.pareto for row in rows):
         yield f"{PARETO} Pareto front: no other row has a median at least as good at this cost or less."
 

@@ -27,7 +27,7 @@ from lowrank_cli.launch import stage
 from lowrank_cli.launch.launcher_pool import LauncherPool
 from lowrank_cli.launch.pool import LOCKS, Pool
 from lowrank_cli.launch.running import refuse_running
-from lowrank_cli.launch.study_plan import TUNING, Cell, Job, Plan, composed_cells, require_plain, split
+from lowrank_cli.launch.study_plan import RUNS, TUNING, Cell, Job, Plan, composed_cells, require_plain, split
 from lowrank_cli.launch.study_preview import tuning_runs
 from lowrank_cli.launch.tuning import Search, Values, require_sampler
 from lowrank_cli.launch.workers import Workers
@@ -39,7 +39,7 @@ from lowrank_cli.report.study import Board, tuned_table
 from lowrank_cli.runs import FAILED, PENDING, RUNNING, Run, atomic_folder, config_hash, remove_leftovers, stopping
 from lowrank_cli.runs.progress import console
 from lowrank_cli.runs.records import FAILURES, STUDY, TRIALS, StudyRecord, Tuned
-from lowrank_cli.schema import StudyConfig
+from lowrank_cli.schema import StudyConfig, parse_overrides
 
 COMPARISON = "comparison"  #: folder of the tables and plots for a paper
 
@@ -90,6 +90,7 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
         if not (kept / STUDY).is_file():
             raise UserError(f"folder: '{config.folder}' is not the folder of a study (it holds no {STUDY})")
         refuse_running(kept, key="folder")
+        _refuse_changed(run, config.study)
         remove_leftovers(kept)
     run = stage.create(composed, config_dir, command, kept.absolute() if kept else folder)
     study: StudyConfig = config.study
@@ -107,6 +108,25 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
     }
     run.write_json(STUDY, record)
     return run
+
+
+def _refuse_changed(run: Run, study: StudyConfig) -> None:
+    """Raise UserError where finished runs of the comparison would be made otherwise now, before anything is written."""
+    before = Plan(rebuild("study", run.config(), run.info["choices"], []).config.study)
+    now = Plan(study)
+    still = {*now.cells()}
+    for cell in before.cells():
+        done = cell in still and any((run.path / RUNS / str(cell)).glob("*/metrics.json"))
+        if not done:
+            continue
+        jobs = [plan.run(cell, {}, 0) for plan in (before, now)]
+        old, new = ({word.key: word.value for word in parse_overrides(job.overrides)} for job in jobs)
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"folder: its runs of {cell} were made with {key}={old.get(key, 'its default')}, not "
+                    f"{new.get(key, 'its default')}; give that, or leave out folder=… for a new study"
+                )
 
 
 def set_launcher(run: Run, launcher: list[str]) -> None:

@@ -203,8 +203,11 @@ def test_more_seeds_keep_what_is_done_and_other_settings_are_refused(study):
     assert study("study.seeds=[0,1,2]", f"folder={folder}").code == 0
     assert any(tables.iterdir()) and not any(elsewhere.iterdir())
     assert len(statuses(folder)) == 6 and (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
+    kept = {file: (folder / file).read_bytes() for file in ("run.json", "config.yaml", "study.json")}
     ended = study("train.max_steps=2", f"folder={folder}")
-    assert ended.code == 1 and "it was made with train.max_steps=3, not 2; move it away" in ended.err
+    said = "folder: its runs of all/yesno/plain were made with train.max_steps=3, not 2"
+    assert ended.code == 2 and said in ended.err
+    assert {file: (folder / file).read_bytes() for file in kept} == kept
     assert (folder / "runs/all/yesno/plain/0/run.json").read_bytes() == before
 
 

@@ -77,7 +77,8 @@ def summary(comparison: Comparison) -> list[tuple[str, str]]:
             )
         )
     for section in comparison.sections:
-        compared = [row for row in section.rows if row.difference is not None and row.baseline is not None]
+        known = [row for row in section.rows if row.difference is not None and row.baseline is not None]
+        compared = [row for row in known if not row.bound]
         findings = [_Finding(row.label, row.difference) for row in compared if row.difference is not None]
         if findings:
             baseline = next(row.baseline.label for row in compared if row.baseline is not None)

@@ -300,7 +300,8 @@ def test_newest_versions_have_an_environment_of_their_own_looked_up_every_time(c
         assert (code, out) == (0, "0 versions differ from constraints.txt\n")
     assert checkout.installs == ["onto an empty .venv", "onto the last one"]
     assert all(line.endswith(" --upgrade --editable .[dev,4bit]") for line in checkout.commands if line[:2] == "uv")
-    assert checkout.lines("calls") == ["pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m not slow @tests/newest.txt -k a b"] * 2
+    command = "pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m not slow @tests/newest.txt -k a b"
+    assert checkout.lines("calls") == [command] * 2
     assert not (checkout.root / ".venv").exists()
 
     code, _, err = checkout.call("--newest", script="test", BROKEN="pytest")

@@ -307,7 +307,7 @@ def generate(
     config_dir: ConfigDir = None,
 ) -> None:
     """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many adapters."""
-    arguments = [*(overrides or []), *([f"generate.tenants={tenants}"] if tenants is not None else [])]
+    arguments = _with_tenants("generate", overrides, tenants)
     _stage("generate", _expand_shorthand("generate", arguments, config_dir), multirun, resume, dry_run, config_dir)
 
 
@@ -323,7 +323,7 @@ def serve(
     config_dir: ConfigDir = None,
 ) -> None:
     """Serve a trained adapter (run=FOLDER, or the newest), or a file of them, with the OpenAI API."""
-    arguments = [*(overrides or []), *([f"serve.tenants={tenants}"] if tenants is not None else [])]
+    arguments = _with_tenants("serve", overrides, tenants)
     _stage("serve", _expand_shorthand("serve", arguments, config_dir), False, resume, dry_run, config_dir)
 
 
@@ -374,6 +374,11 @@ def study(
 ) -> None:
     """Compare methods fairly: the same tuning for each, then several seeds, with what the difference can tell."""
     _stage("study", overrides or [], False, resume, dry_run, config_dir)
+
+
+def _with_tenants(verb: str, overrides: list[str] | None, tenants: str | None) -> list[str]:
+    """The overrides, with ``--tenants`` as one of them."""
+    return [*(overrides or []), *([f"{verb}.tenants={tenants}"] if tenants is not None else [])]
 
 
 def _stage(

@@ -22,6 +22,18 @@ from lowrank_cli.runs import Run, atomic_write, config_hash
 FAKES = Path(__file__).parent / "fakes"
 ROOT = Path(__file__).resolve().parents[1]
 
+#: A few small steps of the bundled model.
+FEW_STEPS = [
+    "task=tiny_sentiment",
+    "task.limit=24",
+    "hardware.threads=1",
+    "train.max_steps=6",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "train.eval_every=2",
+    "train.checkpoint_every=2",
+]
+
 
 @dataclass
 class Ended:

@@ -88,15 +88,19 @@ def _with_shares(
     ``correct_share`` is that of the method, where there are several; ``beside`` has those of the other calibrations.
     """
 
-    def shares(of: Sequence[Result]) -> list[float] | None:
-        correct = [[record.get("correct") for record in with_correct(session, result.records)] for result in of]
+    def checked(of: Sequence[Result]) -> list[list[dict[str, Any]]]:
+        return [with_correct(session, result.records) for result in of]
+
+    def shares(of: Sequence[Sequence[dict[str, Any]]]) -> list[float] | None:
+        correct = [[record.get("correct") for record in records] for records in of]
         if any(value is None for row in correct for value in row):
             return None
         return [sum(column) / len(column) for column in zip(*correct, strict=True)]
 
-    lines = with_correct(session, results[0].records)
-    if (own := shares(results)) is not None:
-        others = {name: shares(of) for name, of in beside.items()}
+    answered = checked(results)
+    lines = answered[0]
+    if (own := shares(answered)) is not None:
+        others = {name: shares(checked(of)) for name, of in beside.items()}
         for index, line in enumerate(lines):
             if len(results) > 1:
                 line["correct_share"] = own[index]

@@ -107,7 +107,7 @@ class StudyView:
     """Another figure of an arm's runs as a row of its own, such as a calibration that was scored beside the arm's."""
 
     arm: str = MISSING
-    metric: str = MISSING  #: what stands behind the metric's name and ``_``: ``conca`` for ``test/accuracy_conca``
+    metric: str = MISSING  #: what follows the metric's name and ``_``: ``conca`` for ``test/accuracy_conca``
     bound: bool = False  #: it was found with the test labels: shown and never tested, for no method can have it
 
 

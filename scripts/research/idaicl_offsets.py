@@ -6,7 +6,7 @@ A trial in memory, without run folders. ``OVERRIDE``s choose the data, such as t
 For each number of demonstrations and every set it scores the queries, each demonstration after the others, and the
 demonstrations inside the prompt, and prints the accuracy (mean ± standard deviation over the sets) with
 
-- IDAICL as published, and its mean term and its covariance term alone, by features behind answers and behind prompts,
+- IDAICL as published, and its mean term and its covariance term alone, by features after answers and after prompts,
   for several λ, negative ones too;
 - the mean answer subtracted that the demonstrations give inside the prompt, and after the others (``loo``);
 - the best constant offset of each set (an oracle).
@@ -108,8 +108,8 @@ def trial(reader: Reader, pool: Sequence[Example], queries: Sequence[Example], s
     assert len(set(first.tolist())) == len(first), "labels must differ in their first token"
     right = torch.tensor([example.label for example in queries])
     by_place = {
-        "behind answers": Terms(reader.head, reader.last([one.prompt + one.answer for one in pool]), first),
-        "behind prompts": Terms(reader.head, reader.last([one.prompt for one in pool]), first),
+        "after answers": Terms(reader.head, reader.last([one.prompt + one.answer for one in pool]), first),
+        "after prompts": Terms(reader.head, reader.last([one.prompt for one in pool]), first),
     }
     found: dict[str, list[float]] = {}
     own, needed = [], []
@@ -142,7 +142,7 @@ def trial(reader: Reader, pool: Sequence[Example], queries: Sequence[Example], s
             add(f"minus the mean answer of {name}", plain - bias(answers(those).log_softmax(dim=-1)))
         best = best_offsets(plain.double(), right, torch.zeros(len(first), dtype=torch.float64)).float()
         add("best offset of the set (oracle)", plain + best)
-        ours = (by_place["behind answers"].scores(logits, first, 0.5, 0.5) - plain).mean(dim=0)
+        ours = (by_place["after answers"].scores(logits, first, 0.5, 0.5) - plain).mean(dim=0)
         own.append(ours - ours.mean())
         needed.append(best - best.mean())
     print(f"\n| {shots} demonstrations, {sets} sets, {len(queries)} queries | accuracy |\n|---|---|")

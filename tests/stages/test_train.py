@@ -13,6 +13,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from command import FEW_STEPS
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -25,17 +26,6 @@ from lowrank_cli.session.session import Session
 from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow
-#: A few small steps of the bundled model.
-QUICK = [
-    "task=tiny_sentiment",
-    "task.limit=24",
-    "hardware.threads=1",
-    "train.max_steps=6",
-    "train.batch_size=8",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.checkpoint_every=2",
-]
 #: Two processes. The load balance is a mean over a process's own prompts, so alone it would differ.
 PARALLEL = [
     "method=milora",
@@ -47,7 +37,7 @@ PARALLEL = [
 
 def train(*overrides: str, outputs="outputs") -> Run:
     """``lrk train`` in this process; the run that it made."""
-    single_run.start("train", [*QUICK, f"outputs={outputs}", *overrides], None, "lrk train")
+    single_run.start("train", [*FEW_STEPS, f"outputs={outputs}", *overrides], None, "lrk train")
     return Run.open(Path(outputs) / "latest")
 
 
@@ -70,7 +60,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """An uninterrupted run of two processes."""
-    return command(tmp_path_factory.mktemp("pair"), [*QUICK, *PARALLEL])
+    return command(tmp_path_factory.mktemp("pair"), [*FEW_STEPS, *PARALLEL])
 
 
 def test_a_run_leaves_everything_that_the_contract_names(whole):
@@ -115,7 +105,7 @@ def test_without_the_test_split_a_run_trains_alike_and_measures_dev_alone(tmp_pa
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, pair):
     """Two processes, killed without warning after a checkpoint; then ``--resume``. One process: tests/reliability."""
     killed = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_cli", "train", *QUICK, *PARALLEL],
+        [sys.executable, "-m", "lowrank_cli", "train", *FEW_STEPS, *PARALLEL],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -169,7 +159,7 @@ def test_accumulated_batches_make_the_same_step(tmp_path):
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, whole):
     started = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_cli", "train", *QUICK, "method=milora", "method.dropout=0.1"],
+        [sys.executable, "-m", "lowrank_cli", "train", *FEW_STEPS, "method=milora", "method.dropout=0.1"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

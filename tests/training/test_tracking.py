@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from command import one_line
+from command import FEW_STEPS, one_line
 from resuming import history, train_broken_at
 from safetensors.torch import load_file
 
@@ -23,17 +23,7 @@ from lowrank_cli.runs import Run, config_hash
 from lowrank_cli.schema.train import TRACKERS
 from lowrank_cli.training import tracking
 
-QUICK = [
-    "method=lora",
-    "task=tiny_sentiment",
-    "task.limit=24",
-    "hardware.threads=1",
-    "train.max_steps=6",
-    "train.batch_size=8",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.checkpoint_every=2",
-]
+QUICK = ["method=lora", *FEW_STEPS]
 
 
 @pytest.fixture

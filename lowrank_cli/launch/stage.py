@@ -15,13 +15,14 @@ from rich.console import Group, RenderableType
 from lowrank_cli import methods, stages
 from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Diverged, Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
+from lowrank_cli.launch import tenants
 from lowrank_cli.launch.distributed import spawn
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.schema import BenchRun, RunConfig, TrainRun
+from lowrank_cli.schema import ENDLESS, BenchRun, RunConfig, ServeRun, TrainRun
 from lowrank_cli.training.tracking import require as require_tracker
 
 
@@ -51,6 +52,8 @@ def check(
     _refuse_unused_values(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_uncalibratable(composed, method)
+    if isinstance(config, ServeRun):
+        tenants.check(config)
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
@@ -245,7 +248,10 @@ def perform(run: Run, composed: Composed, resume: bool) -> None:
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
     """Keep the run's heartbeat during the block, and record its failure; after a signal, say how to resume."""
-    again = f"continue with: lrk {run.info['stage']} --resume {path_format.typed(run.path)}"
+    stage = run.info["stage"]
+    again = f"continue with: lrk {stage} --resume {path_format.typed(run.path)}"
+    if stage in ENDLESS:
+        again = "the server has stopped"
     try:
         with showing_life(run.path / "run.json"):
             yield

@@ -28,6 +28,7 @@ from lowrank_cli.report.tables import (
     status_text,
 )
 from lowrank_cli.runs.scores import SavedScores
+from lowrank_cli.schema import ENDLESS
 
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
@@ -164,7 +165,7 @@ def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str
 
 def _next(run: Run, selective: str) -> Iterable[str]:
     stage, status, where = run.info.get("stage"), run.info.get("status"), typed(run.path)
-    if status in ("failed", "interrupted"):
+    if status in ("failed", "interrupted") and stage not in ENDLESS:
         return [f"lrk {stage} --resume {where}"]
     if status == "done" and selective and (run.path / SETTING).is_file():
         used, model = run.config("model")["model"], run.info["choices"]["model"]

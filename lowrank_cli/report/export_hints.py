@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from lowrank_cli.runs.vllm_command import vllm_serve
+
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
 
@@ -14,7 +16,6 @@ IN_4_BITS = (
     "bnb_4bit_quant_type={!r}, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16', "
     "llm_int8_skip_modules=['lm_head', 'classifier', '.*pooler'])"
 )
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  #: what ``vllm serve --max-lora-rank`` takes; 16 is its default
 
 
 def ways(run: Run) -> list[str]:
@@ -45,8 +46,7 @@ def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[
         called = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
         return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
     load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
-    rank = next((size for size in VLLM_RANKS if size >= adapter["r"]), None)
-    if rank is None or kind:  # for a server as it stands would take the base in full precision
+    serve = vllm_serve(str(base), adapter["r"], {"tuned": folder})
+    if serve is None or kind:  # for a server as it stands would take the base in full precision
         return [load]
-    serve = ["vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", str(rank)]
-    return [load, f"serve: {shlex.join([*serve, '--lora-modules', f'tuned={folder}'])}"]
+    return [load, f"serve: {serve}"]

@@ -1,4 +1,4 @@
-"""A file of tenants: JSON lines {"name": NAME, "tenant": FOLDER}."""
+"""The adapters that are served: of a run, or of a file of JSON lines {"name": NAME, "tenant": FOLDER}."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, NotRequired, TypedDict
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Where, parse_json, read_text
+from lowrank_cli.schema import ServeRun
 
 Name = Annotated[str, Where(lambda name: 0 < len(name.strip()) <= 200, "a name of up to 200 characters")]
 
@@ -17,6 +18,20 @@ class Line(TypedDict):
 
     tenant: str  #: folder of a run or of an adapter, relative to the working directory
     name: NotRequired[Name]  #: what requests call it; by default, as :func:`default_name`
+
+
+def tenants_of(config: ServeRun) -> dict[str, str]:
+    """Folders by name, as :func:`read_tenants`; raises UserError also if one is named like the model."""
+    settings = config.serve
+    if settings.tenants is not None:
+        tenants = read_tenants(Path(settings.tenants))
+    elif config.run is not None:
+        tenants = {settings.name or default_name(config.run): config.run}
+    else:
+        tenants = {}
+    if config.model.name in tenants:
+        raise UserError(f"serve: '{config.model.name}' is the name of the model; name the adapter otherwise")
+    return tenants
 
 
 def read_tenants(path: Path) -> dict[str, str]:

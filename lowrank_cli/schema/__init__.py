@@ -38,12 +38,13 @@ from lowrank_cli.schema.serve import LOOPBACK, ServeConfig, ServeRun
 from lowrank_cli.schema.study import StudyConfig, StudyGroup, StudyRun, TuneConfig
 from lowrank_cli.schema.task import TaskConfig, mix
 from lowrank_cli.schema.train import TrainConfig, TrainRun
-from lowrank_cli.schema.verbs import VERBS
+from lowrank_cli.schema.verbs import ENDLESS, VERBS
 
 __all__ = [
     "AUTO",
     "BASE",
     "BENCHES",
+    "ENDLESS",
     "KINDS",
     "LOOPBACK",
     "MODULE_KINDS",

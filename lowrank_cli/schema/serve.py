@@ -24,7 +24,8 @@ class ServeConfig:
     port: int = MISSING  #: 0 takes a free one
     token_file: Optional[str] = MISSING  #: file with the token that requests have to bear; null asks for none
     adapters: Optional[str] = MISSING  #: folder from which requests may load adapters; null allows none
-    chat_template: Optional[str] = MISSING  #: file with a Jinja template; null is the tokenizer's own
+    #: file with a Jinja template for models that were not trained in one of their own; null is the tokenizer's
+    chat_template: Optional[str] = MISSING
     max_rows: int = MISSING  #: answers generated at a time
     max_waiting: int = MISSING  #: answers that may wait for that; more requests are refused (429)
     max_length: Optional[int] = MISSING  #: tokens of a prompt and its answer; null is what the model can

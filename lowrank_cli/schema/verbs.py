@@ -28,3 +28,6 @@ VERBS: dict[str, type] = {
     "run": RecipeRun,
     "study": StudyRun,
 }
+
+#: Verbs that run until a signal stops them, so that nothing is left to resume.
+ENDLESS = ("serve",)

@@ -16,6 +16,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.inference.tenants import Tenants, adapter_folder
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.runs import Run
+from lowrank_cli.serving.chats import adapter_template
 from lowrank_cli.serving.lanes import BankLane, CalibratedLane, Lane
 from lowrank_cli.serving.requests import Model
 from lowrank_cli.session.adapter_run import method_of, method_of_adapter
@@ -48,17 +49,20 @@ class Adapters:
         path = Path(os.path.expanduser(folder))
         if (path / "run.json").is_file() and isinstance(method_of(Run.open(path, key="serve")), Calibrates):
             return Model(name, folder=folder, calibrated=True), self._calibrated(path)
+        if not path.is_dir():
+            raise UserError(f"tenant: there is no folder '{folder}'")
+        template = adapter_template(self._tokenizer, path)
         key = self._free(name)
         try:
             self._tenants.add(key, folder)
         except NotLowRank as error:
-            return Model(name, folder=folder), self._own_lane(adapter_folder(path), error)
+            return Model(name, folder=folder, template=template), self._own_lane(adapter_folder(path), error)
         note = (
             ""
             if self.bank.proven(key)
             else f"that it was trained on this model was not verified (no {save_load.PROOF})"
         )
-        return Model(name, key, folder, note=note), self.bank_lane
+        return Model(name, key, folder, template=template, note=note), self.bank_lane
 
     def remove(self, model: Model) -> None:
         """Forget the adapter of a model of which no answer is running."""

@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from lowrank_cli.errors import UserError, escaped
 from lowrank_cli.serving.answers import ChatFormat, Format, Stream, collected
 from lowrank_cli.serving.bodies import Answering, ChatBody, CompletionBody, LoadBody, UnloadBody
+from lowrank_cli.serving.chats import Template, server_template
 from lowrank_cli.serving.engine import Closing, Engine, Full, UnknownModel
 from lowrank_cli.serving.metrics import Metrics
 from lowrank_cli.serving.middleware import Gate, error, error_body, too_large
@@ -38,7 +38,7 @@ class Options:
     token: str | None = None  #: that requests have to bear
     adapters: Path | None = None  #: the folder from which adapters may be loaded; None: from nowhere
     max_body_bytes: int = 2**20
-    chat_template: str | None = None  #: None: the tokenizer's own
+    chat_template: str | None = None  #: for models that have none of their own; None: the tokenizer's
 
 
 def create(engine: Engine, options: Options, metrics: Metrics) -> FastAPI:
@@ -110,7 +110,7 @@ class Server:
 
     def __init__(self, engine: Engine, options: Options, metrics: Metrics):
         self.engine, self.options, self.metrics = engine, options, metrics
-        self.ends = _ends_of_turns(engine, options.chat_template)
+        self.template = server_template(engine.tokenizer, options.chat_template)
 
     async def health(self) -> Response:
         """200 as long as new requests are taken."""
@@ -153,12 +153,14 @@ class Server:
     async def chat_completions(self, http: Request, body: ChatBody) -> Response:
         """Answer a conversation, written as the model's chat template says."""
         model = self.engine.model(body.model)
-        prompt = await asyncio.to_thread(self._templated, body)
+        template = self._template(model)
+        messages = [message.plain for message in body.messages]
+        prompt = await asyncio.to_thread(template.tokens, self.engine.tokenizer, messages)
         limit = body.max_completion_tokens or body.max_tokens
         self._require_room("messages", [prompt], limit or 1)
         logprobs = body.top_logprobs if body.logprobs else None
         most = limit or self.engine.max_length - len(prompt)
-        sampling = self._sampling(model, body, most, logprobs, self.ends)
+        sampling = self._sampling(model, body, most, logprobs, template.ends)
         return await self._answer(http, body, model, [prompt], sampling, ChatFormat(self.engine, model, logprobs))
 
     async def load_adapter(self, body: LoadBody) -> Response:
@@ -192,22 +194,15 @@ class Server:
             encoded.append(ids)
         return encoded
 
-    def _templated(self, body: ChatBody) -> list[int]:
-        """The tokens of a conversation."""
-        tokenizer, template = self.engine.tokenizer, self.options.chat_template
-        if template is None and tokenizer.chat_template is None:
+    def _template(self, model: Model) -> Template:
+        """The chat template that the model answers in."""
+        template = model.template or self.template
+        if template is None:
             raise UserError(
-                "messages: the model has no chat template; use /v1/completions, or start the server with "
+                f"messages: '{model.name}' has no chat template; use /v1/completions, or start the server with "
                 "serve.chat_template=FILE"
             )
-        messages = [message.plain for message in body.messages]
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except (TemplateError, ValueError, TypeError) as problem:
-            raise UserError(f"messages: the chat template refuses them: {problem}") from None
-        return cast(list[int], ids)
+        return template
 
     def _require_room(self, param: str, prompts: Sequence[list[int]], new: int) -> None:
         for prompt in prompts:
@@ -305,18 +300,3 @@ async def _unless_gone(http: Request, work: Awaitable[T]) -> T | None:
             task.cancel()
             with suppress(asyncio.CancelledError, Failed):
                 await task
-
-
-def _ends_of_turns(engine: Engine, template: str | None) -> frozenset[int]:
-    """The tokens with which the chat template ends what the assistant says, besides the end of the sequence."""
-    tokenizer, said = engine.tokenizer, "§"
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": said}]
-    if template is None and tokenizer.chat_template is None:
-        return frozenset()
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except (TemplateError, ValueError, TypeError):
-        return frozenset()
-    assert isinstance(text, str)
-    following = tokenizer(text.rpartition(said)[2].lstrip(), add_special_tokens=False).input_ids[:1]
-    return frozenset(following) & frozenset(tokenizer.all_special_ids)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_cli.adapter.tenants.batch import PromptGates
+from lowrank_cli.serving.chats import Template
 from lowrank_cli.serving.sampling import Sampling, Token
 from lowrank_cli.serving.text import Text
 
@@ -42,6 +43,7 @@ class Model:
     adapter: str | None = None  #: its name in the bank, if it is there
     folder: str | None = None  #: of the adapter or its run, as it was given
     calibrated: bool = False  #: whether it gives one of a few answers, which have no log probabilities
+    template: Template | None = None  #: the chat template that it was trained in, if it is known
     note: str = ""  #: what the operator should know about it
     since: int = field(default_factory=lambda: int(time.time()))  #: when it was loaded, in s since 1970
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lowrank_cli.adapter.files.save_load import CONFIG
 from lowrank_cli.adapter.tenants.tenant import readable
 from lowrank_cli.errors import UserError
 from lowrank_cli.inference.tenants import adapter_folder
 from lowrank_cli.models.load import Loaded, load
-from lowrank_cli.reader import read_text
+from lowrank_cli.reader import read_json, read_text
 from lowrank_cli.runs import Run, progress
-from lowrank_cli.runs.tenant_file import default_name, read_tenants
+from lowrank_cli.runs.tenant_file import tenants_of
+from lowrank_cli.runs.vllm_command import vllm_serve
 from lowrank_cli.schema import ServeConfig, ServeRun
 from lowrank_cli.serving.engine import Engine
 from lowrank_cli.session.adapter_run import newest_run_note
@@ -41,7 +44,7 @@ def run(config: ServeRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         max_body_bytes=settings.max_body_bytes,
         chat_template=_text("chat_template", settings.chat_template),
     )
-    tenants = _tenants(config)
+    tenants = tenants_of(config)
     with server.listen(settings.host, settings.port) as listener:
         device = prepare(config.hardware).device
         torch.manual_seed(config.seed)
@@ -51,10 +54,11 @@ def run(config: ServeRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source)
         engine = _engine(config, loaded)
         try:
-            _load(engine, tenants)
+            _load(config, engine, tenants)
             metrics = Metrics(engine)
             names = ", ".join(model.name for model in engine.models)
-            progress.console().print(f"serving {names} at {server.address(listener)}/v1; stop with Ctrl-C")
+            where = f"{server.address(listener)}/v1"
+            progress.console().print(f"serving {names} at {where}; stop with Ctrl-C", soft_wrap=True)
             began = time.monotonic()
             server.run(app.create(engine, options, metrics), engine, listener, settings.grace)
         finally:
@@ -64,20 +68,6 @@ def run(config: ServeRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         "serve/tokens": metrics.generated,
         "serve/seconds": time.monotonic() - began,
     }
-
-
-def _tenants(config: ServeRun) -> dict[str, str]:
-    """Folders of adapters by name."""
-    settings = config.serve
-    if settings.tenants is not None:
-        tenants = read_tenants(Path(settings.tenants))
-    elif config.run is not None:
-        tenants = {settings.name or default_name(config.run): config.run}
-    else:
-        tenants = {}
-    if config.model.name in tenants:
-        raise UserError(f"serve: '{config.model.name}' is the name of the model; name the adapter otherwise")
-    return tenants
 
 
 def _engine(config: ServeRun, loaded: Loaded) -> Engine:
@@ -102,22 +92,29 @@ def _engine(config: ServeRun, loaded: Loaded) -> Engine:
     )
 
 
-def _load(engine: Engine, tenants: dict[str, str]) -> None:
+def _load(config: ServeRun, engine: Engine, tenants: dict[str, str]) -> None:
     """Load the adapters, and print what the operator should know about them."""
     console = progress.console()
     for name, folder in tenants.items():
         model = engine.load(name, folder)
         if model.note:
             console.print(f"{name}: {model.note}")
-    if tenants and all(readable(adapter_folder(Path(folder).expanduser())) for folder in tenants.values()):
-        name, folder = next(iter(tenants.items()))
-        export = (
-            f"lrk export run={folder}" if Path(folder).expanduser().joinpath("run.json").is_file() else "lrk export"
-        )
-        console.print(
-            f"these are plain LoRAs; on a GPU, vLLM is faster: {export} writes one for it, and prints the line that "
-            f"serves it: vllm serve MODEL --enable-lora --lora-modules {name}=FOLDER"
-        )
+    folders = {name: adapter_folder(Path(folder).expanduser()) for name, folder in tenants.items()}
+    command = None if config.hardware.quantization else _vllm(engine, folders)
+    if command is not None:
+        console.print(f"these are plain LoRAs; on a GPU, vLLM is faster:\n{command}", soft_wrap=True)
+
+
+def _vllm(engine: Engine, folders: dict[str, Path]) -> str | None:
+    """The command with which vLLM serves the adapters; None if it cannot, as they are more than plain LoRAs."""
+    plain = all(readable(folder) and engine.model(name).adapter is not None for name, folder in folders.items())
+    if not folders or not plain:
+        return None
+    configs = [read_json(folder / CONFIG, dict[str, Any]) for folder in folders.values()]
+    base = str(engine.adapters.bank.model.config.name_or_path)
+    shown = {name: str(folder.absolute()) for name, folder in folders.items()}
+    ranks = [rank for config in configs for rank in (config.get("r", 8), *(config.get("rank_pattern") or {}).values())]
+    return vllm_serve(base, max(ranks), shown)
 
 
 def _token(settings: ServeConfig) -> str | None:

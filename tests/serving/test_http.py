@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -130,6 +131,25 @@ def test_streams_bring_the_same_text(running, adapters):
     assert texts == [adapters.alone("ben", prompt, 8) for prompt in PROMPTS[:2]] and None not in ends
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 16
     assert len(chunks) > 8, "they come token by token"
+
+
+def test_an_adapter_answers_in_the_template_next_to_it(running, adapters):
+    folder = Path(adapters.folders["ann"])
+    own = folder.with_name("own")
+    shutil.copytree(folder, own)
+    (own / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}: {% endif %}"
+    )
+    running.engine.load("own", str(own))
+    client, settings = running.client(), {"messages": said("hi"), "max_tokens": 8, "temperature": 0}
+    answer = client.chat.completions.create(model="own", **settings)
+    ids = running.engine.tokenizer("<s><hi></s>: ", add_special_tokens=False).input_ids
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].message.content == greedy(client, "ann", ids).choices[0].text
+    others = client.chat.completions.create(model="ann", **settings)
+    assert others.choices[0].message.content == adapters.alone("ann", "user: hi\nassistant:", 8)
+    running.engine.unload("own")
 
 
 def test_chats_follow_the_template(running, adapters):
@@ -289,7 +309,7 @@ def test_a_token_is_asked_for(adapters):
             "POST", "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}, authorization="Bearer secret"
         )
         assert status == 403 and "start the server with serve.adapters=FOLDER" in answer["error"]["message"]
-        with pytest.raises(openai.BadRequestError, match="the model has no chat template"):
+        with pytest.raises(openai.BadRequestError, match="'base' has no chat template"):
             running.client("secret").chat.completions.create(model="base", messages=said("hi"))
     finally:
         running.close()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from command import ROOT, lrk, one_line  # noqa: F401 (a fixture)
 from serving_cases import PROMPTS
 
+from lowrank_cli.runs import stopping
 from lowrank_cli.runs.tenant_file import read_tenants
 from lowrank_cli.stages import serve
 
@@ -26,10 +28,11 @@ needs_server = pytest.mark.skipif(not SERVES, reason="the extra serve or the pac
 
 @pytest.fixture
 def trained(lrk):  # noqa: F811
-    """A function that trains a method for a moment; returns the run's folder."""
+    """A function that trains a method for a moment, on reviews unless told otherwise; returns the run's folder."""
 
     def train(*words):
-        ended = lrk("train", *words, "task=tiny_sentiment", "hardware.threads=1")
+        task = [] if any(word.startswith("task=") for word in words) else ["task=tiny_sentiment"]
+        ended = lrk("train", *words, *task, "hardware.threads=1")
         assert ended.code == 0, ended
         return str(Path("outputs/latest").resolve())
 
@@ -143,6 +146,61 @@ def one_line_at_end(ended):
     assert ended.code == 2, ended
     assert not any(Path("outputs").glob("2*/*"))
     return ended.err.splitlines()[-1].removeprefix("error: ")
+
+
+def test_tenants_are_checked_before_anything_is_loaded(trained, lrk, monkeypatch):  # noqa: F811
+    short = ("train.max_steps=1", "train.batch_size=2", "task.limit=8")
+    for method in ("lora", "full"):
+        shutil.copytree(trained(f"method={method}", *short), method)
+    shutil.copytree("lora", "other")
+    proof = json.loads(Path("other/adapter/lrk.json").read_text()) | {"fingerprint": "0" * 64}
+    Path("other/adapter/lrk.json").write_text(json.dumps(proof))
+    Path("empty").mkdir()
+
+    def checked(*folders):
+        lines = [json.dumps({"name": f"t{at}", "tenant": folder}) + "\n" for at, folder in enumerate(folders)]
+        Path("tenants.jsonl").write_text("".join(lines))
+        return lrk("check", "serve", "serve.tenants=tenants.jsonl")
+
+    assert checked("lora", "lora/adapter").code == 0
+    for folder, message in {
+        "nowhere": "there is no folder 'nowhere'",
+        "empty": "'empty' is no run with an adapter, and no adapter folder",
+        "full": "method=full leaves no adapter that could share the model; merge it with lrk export run=full export.",
+        "other": "it was trained on another model than 't0' (fingerprint 000000000000, not ",
+    }.items():
+        ended = checked("lora", folder)
+        assert ended.code == 2 and ended.err.startswith(f"error: serve: tenant 't1': {message}"), ended
+
+    def stop(*args, **settings):
+        raise stopping.Stop
+
+    monkeypatch.setattr(serve, "load", stop)
+    ended = lrk("serve", "run=lora", "serve.port=0")
+    assert ended.code == 130 and "interrupted: the server has stopped" in ended.err and "--resume" not in ended.err
+    assert "--resume" not in ended.out
+
+
+def test_a_chat_is_written_as_the_run_recorded_it(trained, lrk):  # noqa: F811
+    from serving_cases import bundled
+
+    from lowrank_cli.serving.chats import adapter_template
+
+    turn = {"role": "user", "content": "How are you?"}
+    rows = [
+        {"messages": [{"role": "user", "content": str(at)}, {"role": "assistant", "content": "a"}]} for at in range(20)
+    ]
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("template").write_text("{% for m in messages %}{{ m.role }}: {{ m.content + eos_token }}{% endfor %}")
+    words = ["task.path=talk.jsonl", "task.chat_template=template", "task.system=Be kind.", "train.max_steps=1"]
+    run = Path(trained("method=lora", "task=chat", *words))
+    tokenizer = bundled()[1]
+    expected = tokenizer("system: Be kind.</s>user: How are you?</s>", add_special_tokens=False).input_ids
+    for folder in (run, run / "adapter"):
+        template = adapter_template(tokenizer, folder)
+        assert template.tokens(tokenizer, [turn]) == expected and tokenizer.eos_token_id in template.ends
+    own = [{"role": "system", "content": "Be brief."}, turn]
+    assert "Be kind" not in tokenizer.decode(template.tokens(tokenizer, own))
 
 
 def test_tenants_are_named_after_their_runs():

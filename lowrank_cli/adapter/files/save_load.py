@@ -37,6 +37,9 @@ PREFIX = "base_model.model."
 TOKENS = 16  #: tokens of a canary
 #: Largest difference of canary logits for the same function, relative to their largest magnitude.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+#: The same where an adapter was saved in one dtype and runs in another: on SmolLM2, 30 layers deep, the logits of the
+#: model alone differ by 0.03 between fp32 and bf16, those of adapters by up to 0.06.
+OTHER_DTYPE = 1e-1
 
 
 class Proof(TypedDict):
@@ -233,7 +236,7 @@ def check_logits(logits: Tensor, saved: Tensor, source: str, then: str, now: tor
     if logits.shape != saved.shape:
         raise UserError(f"{source}: the canary has {len(saved)} logits, and this model gives {len(logits)}")
     error = (logits - saved).abs().max() / saved.abs().max().clamp_min(1e-6)
-    if not error <= max(TOLERANCE[then], TOLERANCE[str(now).removeprefix("torch.")]):
+    if not error <= (TOLERANCE[then] if str(now) == f"torch.{then}" else OTHER_DTYPE):
         raise UserError(
             f"{source}: the adapter does not compute what it did when it was saved "
             f"(canary logits differ by {error:.1%}); check the model's files and hardware.precision"

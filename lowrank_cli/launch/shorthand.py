@@ -64,7 +64,7 @@ def _model_of(folders: Iterable[str]) -> str:
 def bench(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
     """The arguments of ``lrk bench`` as overrides: a kind in front becomes ``bench=KIND``.
 
-    Unless ``bench.batch_size`` is given, it is the largest of ``bench.tenants``.
+    Unless ``bench.batch_size`` is given, it is the largest of ``bench.tenants``; ``lrk bench serve`` has no such key.
 
     Raises:
         UserError: there is no such kind.
@@ -74,7 +74,7 @@ def bench(arguments: Sequence[str], config_dir: str | None = None) -> list[str]:
         require_choice("bench", overrides[0], files("bench", config_dir))
         overrides[0] = f"bench={overrides[0]}"
     counts = [item for item in overrides if re.fullmatch(re.escape(COUNTS) + r"\[[\d, ]+\]", item)]
-    if counts and not any(item.startswith("bench.batch_size=") for item in overrides):
+    if counts and overrides[0] != "bench=serve" and not any(item.startswith("bench.batch_size=") for item in overrides):
         overrides.append(f"bench.batch_size={max(1, *map(int, re.findall(r'[0-9]+', counts[-1])))}")
     return overrides
 

@@ -20,6 +20,8 @@ def shown(run: Run, published: Published) -> list[RenderableType]:
     if not run.done or not (run.path / "bench.json").is_file():
         return []
     record = run.read_json("bench.json")
+    if record["bench"]["measure"] == "serve":
+        return [_served(record, count) for count in record["bench"]["tenants"]]
     if "memory" not in record:
         return [_times(record), *(Text(note, style="dim") for note in record.get("notes", []))]
     memory = Text(f"memory: {record['memory']}", style="dim")
@@ -50,6 +52,35 @@ def _times(record: dict[str, Any]) -> tables.Fitted:
         low, high = row["time_ratio_quartiles"]
         times = [f"{row['ms']:.2f}", f"{row['time_ratio']:.3f}", f"{low:.3f}–{high:.3f}"]
         table.rows.append([row["method"], *times, f"{row['cpu_ms']:.2f}", f"{row['cpu_ratio']:.3f}"])
+    return table
+
+
+def _served(record: dict[str, Any], tenants: int) -> tables.Fitted:
+    """Of requests to servers with so many adapters."""
+    bench = record["bench"]
+    heading = (
+        f"serve: {tenants} adapter{'s' * (tenants > 1)}, {bench['requests']} requests, {bench['prompt_length']} prompt "
+        f"tokens, {bench['new_tokens']} new ones, {bench['max_rows']} at a time, {bench['rounds']} rounds"
+    )
+    against = {"vllm_ratio": "× vLLM", "vllm_cpu_ratio": "CPU × vLLM"}
+    against = {key: title for key, title in against.items() if any(key in row for row in record["rows"])}
+    columns = ["method", "requests/s", "answered/s", "tokens/s", "× base", "ms/token p50", "p95", "p99"]
+    columns += ["first token p50", "p95 ", "p99 ", "CPU ms/token", *against.values()]
+    table = tables.Fitted(heading, columns, leave_out=["p99 ", "p99", "answered/s", "p95 ", "p95"])
+    for row in record["rows"]:
+        if row["tenants"] == tenants:
+            cells = [
+                row["method"],
+                "all" if row["rate"] is None else f"{row['rate']:g}",
+                f"{row['requests_per_second']:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['ratio']:.3f}",
+                *(f"{row[f'ms_per_token_p{share}']:.1f}" for share in (50, 95, 99)),
+                *(number_format.duration(row[f"first_token_ms_p{share}"] / 1000) for share in (50, 95, 99)),
+                f"{row['cpu_ms_per_token']:.1f}",
+                *(f"{row[key]:.3f}" if key in row else "" for key in against),
+            ]
+            table.rows.append(cells)
     return table
 
 

@@ -20,6 +20,7 @@ from lowrank_cli.schema.bench import (
     LoopBench,
     PrepackBench,
     ScoreBench,
+    ServeBench,
     TrainBench,
 )
 from lowrank_cli.schema.evaluate import EvaluateConfig, EvaluateRun, PredictConfig
@@ -82,6 +83,7 @@ __all__ = [
     "ScoreBench",
     "ScoreConfig",
     "ScoreRun",
+    "ServeBench",
     "ServeConfig",
     "ServeRun",
     "StageConfig",

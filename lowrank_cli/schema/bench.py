@@ -168,6 +168,33 @@ class PrepackBench(BenchConfig):
         self.require_positive("tenants", "prompt_length", "new_tokens")
 
 
+@dataclass
+class ServeBench(BenchConfig):
+    """``lrk serve`` under load, for many adapters; see :mod:`lowrank_cli.bench.serve`."""
+
+    others: ClassVar[tuple[str, ...]] = (BASE, VLLM, VLLM_LORA)
+
+    tenants: list[int] = MISSING  #: numbers of different adapters, which requests ask in turn
+    rates: list[float] = MISSING  #: requests per second, arriving at random (Poisson); ``inf`` sends all at once
+    requests: int = MISSING  #: of each method in a round
+    prompt_length: int = MISSING  #: random tokens of each prompt
+    new_tokens: int = MISSING  #: generated for each; none stops earlier
+    max_rows: int = MISSING  #: answers that a server generates at a time
+    vllm: Optional[str] = None  #: as of ``lrk bench decode``
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_positive("requests", "prompt_length", "max_rows")
+        require_range("bench.new_tokens", self.new_tokens, 2)
+        for key, low in (("tenants", 1), ("rates", 0.001)):
+            values = list(getattr(self, key))
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"bench.{key}: {values} must name each number once")
+            for value in values:
+                if value != float("inf") or key == "tenants":
+                    require_range(f"bench.{key}", value, low)
+
+
 #: Kinds of measurement: each has a module of the same name in ``lowrank_cli/bench``.
 BENCHES: dict[str, type[BenchConfig]] = {
     "decode": DecodeBench,
@@ -177,6 +204,7 @@ BENCHES: dict[str, type[BenchConfig]] = {
     "icl": InContextBench,
     "load": LoadBench,
     "prepack": PrepackBench,
+    "serve": ServeBench,
 }
 
 

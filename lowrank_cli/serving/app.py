@@ -218,7 +218,8 @@ class Server:
             raise UserError(f"n: {body.n} is out of range (allowed: 1 to {self.engine.max_rows})")
         eos = self.engine.tokenizer.eos_token_id
         assert isinstance(eos, int)
-        return Sampling(limit, body.temperature, body.top_p, body.seed, body.stops, ends | {eos}, logprobs)
+        stops = frozenset[int]() if body.ignore_eos else ends | {eos}
+        return Sampling(limit, body.temperature, body.top_p, body.seed, body.stops, stops, logprobs)
 
     async def _answer(
         self,

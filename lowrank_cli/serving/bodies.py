@@ -54,6 +54,7 @@ class Answering(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Stop | None = None
+    ignore_eos: bool = False  #: as of vLLM: an answer goes on after the end of the sequence
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lowrank_cli.bench import decode, icl, load, prepack, score, train_loop, train_step
+from lowrank_cli.bench import decode, icl, load, prepack, score, serve, train_loop, train_step
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import BenchRun
 
@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
     "icl": icl,
     "load": load,
     "prepack": prepack,
+    "serve": serve,
 }
 
 

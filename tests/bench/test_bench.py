@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import statistics
@@ -134,7 +135,7 @@ def test_the_bundled_model_and_the_methods_of_the_defaults_are_measured():
         (["decode", "bench.methods=[base,peft+trl]"], "bench.methods: unknown value 'peft+trl'; did you mean 'peft'?"),
         (
             ["train", "bench.tenants=[1]"],
-            "bench.tenants: unknown key; it is a key of lrk bench decode and lrk bench prepack (bench has: measure",
+            "bench.tenants: unknown key; it is a key of lrk bench decode, lrk bench prepack and lrk bench serve ",
         ),
     ],
 )
@@ -472,9 +473,36 @@ def test_a_kind_that_measures_time(kind, lrk):  # noqa: F811
         assert rows["lora"]["between_share"] == 0 < rows["lelora phase=2"]["between_share"] < 1
 
 
+@pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="the extra serve is not installed")
+def test_a_server_under_load(lrk):  # noqa: F811
+    words = ["bench.rounds=1", "bench.requests=3", "bench.new_tokens=4", "bench.tenants=[2]", "bench.rates=[50,inf]"]
+    ended = lrk("bench", "serve", "hardware.threads=1", "bench.methods=[base,'milora k=3',vllm+lora]", *words)
+    assert ended.code == 0 and "'vllm+lora' is skipped: bench.vllm does not name a Python" in ended.err, ended
+    run = Run.open("outputs/latest")
+    rows = run.read_json("bench.json")["rows"]
+    assert [(row["method"], row["rate"]) for row in rows] == [
+        (name, rate) for rate in (50, None) for name in ("base", "milora k=3")
+    ]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(4 * row["requests_per_second"]), "all answers have 4 tokens"
+        assert 0 < row["first_token_ms_p50"] <= row["first_token_ms_p99"] and row["ms_per_token_p50"] > 0
+    assert run.metrics["bench/milora k=3/tenants_2/rate_all/ratio"] == rows[3]["ratio"] != 1
+    assert "milora k=3" in ended.out and (run.path / "plots" / "serve_2.png").is_file()
+    assert one_line_of(lrk("bench", "serve", f"model.shape={SHAPE}")).endswith("set model.shape=null and a model")
+
+
+def one_line_of(ended):
+    """The message of a mistake that is noticed once the model is there."""
+    assert ended.code == 2, ended
+    return ended.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["serve", "bench.rates=[]"], "bench.rates: [] must name each number once"),
+        (["serve", "bench.rates=[0]"], "bench.rates: 0.0 is out of range"),
+        (["serve", "bench.tenants=[1,1]"], "bench.tenants: [1, 1] must name each number once"),
         (["scre"], "bench: unknown value 'scre'; did you mean 'score'? (allowed: decode, icl, load, loop, prepack"),
         (["load", "bench.beams=[1]"], "bench.beams: unknown key; it is a key of lrk bench decode (bench has: measure"),
         (["decode", "bench.measure=train"], "bench.measure: 'train' has other keys; choose it with: lrk bench train"),

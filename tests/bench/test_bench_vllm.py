@@ -70,7 +70,10 @@ def test_without_it_its_entries_are_left_out(lrk):  # noqa: F811
         ([f"bench.vllm={sys.executable}"], f"bench.vllm: vLLM of '{sys.executable}' failed: ModuleNotFoundError"),
         (["bench.vllm=/bin/true"], "bench.vllm: vLLM of '/bin/true' ended without an answer"),
         (["bench.beams=[1,3]"], "bench.beams: vLLM is measured without beams; set bench.beams=[1]"),
-        (["bench=train"], "bench.new_tokens: unknown key; it is a key of lrk bench decode and lrk bench prepack"),
+        (
+            ["bench=train"],
+            "bench.new_tokens: unknown key; it is a key of lrk bench decode, lrk bench prepack and lrk bench serve",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(lrk, words, message):  # noqa: F811

@@ -93,7 +93,8 @@ class WordingScorer:
                 probe_scores = probe_scores.unflatten(0, (len(queries), -1))  # (Q * M, C) -> (Q, M, C)
             calibrated = variant.adjust(self._tensors(variant, shown), probe_scores, query_scores)  # (Q, C)
             answers = records(queries, [choice(q, row) for q, row in zip(queries, calibrated.tolist(), strict=True)])
-            ((metric, value),) = score(self.session, answers).items()
+            metric = self.session.task.metric
+            value = score(self.session, answers)[metric]
             count = spans[probes].stop - spans[probes].start
             results.append(Result(arrangement, metric, value, None if own else of_all, answers, count))
         return results

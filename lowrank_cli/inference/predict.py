@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -69,13 +70,16 @@ def choice(example: Example, scores: Sequence[float]) -> Record:
 
 
 def score(session: Session, records: Sequence[Record]) -> dict[str, float]:
-    """The task's metric over ``records``; for a mix ``<task>/<metric>`` of each task and their ``mean``."""
+    """The task's metrics over ``records``; for a mix ``<task>/<metric>`` of each, and the ``mean`` of their own."""
     from lowrank_cli.tasks import metrics  # importing evaluate takes seconds
 
     def compute(task: TaskConfig, records: Sequence[Record]) -> dict[str, float]:
         predictions = [record["prediction"] for record in records]
         references = [list(record["references"]) for record in records]
-        return metrics.compute(task.metric, predictions, references, extract=task.extract)
+        values: dict[str, float] = {}
+        for name in (task.metric, *task.more_metrics):
+            values |= metrics.compute(name, predictions, references, task.extract, task.label_words)
+        return values
 
     config = session.config.task
     if not config.parts:
@@ -84,7 +88,7 @@ def score(session: Session, records: Sequence[Record]) -> dict[str, float]:
     for name, task in config.parts.items():
         of_task = compute(task, [record for record in records if record["task"] == name])
         values |= {f"{name}/{metric}": value for metric, value in of_task.items()}
-    return {"mean": sum(values.values()) / len(values), **values}
+    return {"mean": fmean(values[f"{name}/{task.metric}"] for name, task in config.parts.items()), **values}
 
 
 def with_correct(session: Session, records: Sequence[Record]) -> list[Record]:

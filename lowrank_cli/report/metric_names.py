@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lowrank_cli.schema import METRICS
+
 _COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
 _LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
 
@@ -18,7 +20,8 @@ def is_loss(name: str) -> bool:
 
 
 def lower_is_better(name: str) -> bool:
-    return name.endswith(_LOWER_IS_BETTER)
+    metric = METRICS.get(name.rpartition("/")[2])
+    return not metric.higher_is_better if metric else name.endswith(_LOWER_IS_BETTER)
 
 
 def quality(names: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
 from lowrank_cli.schema.hardware import HardwareConfig
 from lowrank_cli.schema.import_run import ImportRun
 from lowrank_cli.schema.method import MethodConfig
+from lowrank_cli.schema.metric import METRICS, metrics_of
 from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
 from lowrank_cli.schema.override import Override, parse_overrides, quoted
 from lowrank_cli.schema.prune import PruneConfig, PruneRun
@@ -48,6 +49,7 @@ __all__ = [
     "ENDLESS",
     "KINDS",
     "LOOPBACK",
+    "METRICS",
     "MODULE_KINDS",
     "PEFTS",
     "SCORE_KINDS",
@@ -95,6 +97,7 @@ __all__ = [
     "TrainConfig",
     "TrainRun",
     "TuneConfig",
+    "metrics_of",
     "mix",
     "parse_overrides",
     "quoted",

@@ -9,8 +9,11 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, inside, require_choice, require_range
+from lowrank_cli.schema.metric import ANSWERS, metrics_of
 
 CHAT = {"auto": None, "true": True, "false": False}
+LABELLED = ("labels", "multi_label", "tags")  #: answers from ``label_words``
+ENTITY_TAG = re.compile(r"O|[BIES]-.+")
 
 
 @dataclass
@@ -19,20 +22,23 @@ class TaskConfig:
 
     ``answer`` is ``labels`` (one fixed set of ``label_words``), ``choices`` (each row lists its own, answered by
     letter), ``free`` (generated text), ``chat`` (conversations, see :mod:`lowrank_cli.tasks.conversations`) or ``mix``
-    (several tasks trained together, each with its own answers).
+    (several tasks trained together, each with its own answers). Encoders also answer with a ``number`` (regression),
+    ``multi_label`` (any of the ``label_words``) or ``tags`` (one of the ``label_words`` for each word of a text).
     """
 
     name: str = MISSING
-    answer: str = MISSING  #: ``labels``, ``choices``, ``free``, ``chat`` or ``mix``
+    answer: str = (
+        MISSING  #: ``labels``, ``choices``, ``free``, ``chat``, ``number``, ``multi_label``, ``tags``, ``mix``
+    )
     template: str = MISSING  #: prompt with ``{column}`` fields; ``{options}`` lists the choices, one a line
     text: list[str] = MISSING  #: one or two columns an encoder reads (text, text pair); empty: the template's first two
-    target: str = MISSING  #: the column that holds the label, the index of the choice, or the free answer
-    label_words: list[str] = MISSING  #: one word for each label, in label order (``labels`` only)
-    label_values: list[str] = (
-        MISSING  #: the column's own values in label order; empty: 0, 1, …, false/true or the words
-    )
-    #: ``accuracy``, ``exact_match``, ``number_match``, ``bleu``, ``rouge_l``; ``macro_f1`` of labels, ``mean`` of a mix
-    metric: str = MISSING
+    #: the column that holds the label, the index of the choice, the number, or the free answer, or a list of labels,
+    #: tags or right answers
+    target: str = MISSING
+    label_words: list[str] = MISSING  #: one word for each label, in label order (``labels``, ``multi_label``, ``tags``)
+    #: the column's own values in the order of the labels or options; empty: 0, 1, …, false/true, the words or letters
+    label_values: list[str] = MISSING
+    metric: str = MISSING  #: what runs are compared by (see the table of metrics)
     extract: Optional[str] = MISSING  #: regular expression; the last match in a free answer is what counts
     max_length: int = MISSING  #: tokens of prompt and answer together; longer prompts lose their beginning
     max_new_tokens: int = MISSING  #: longest generated answer, in tokens
@@ -54,6 +60,9 @@ class TaskConfig:
     #: ``free`` and ``chat`` only: rows without an answer are left out, and an answer too long for ``max_length`` loses
     #: its end, instead of being refused
     lenient: bool = False
+    #: ``choices`` only: the column that lists a row's options, or a column for each option
+    options: list[str] = field(default_factory=lambda: ["choices"])
+    more_metrics: list[str] = field(default_factory=list)  #: what is measured besides ``metric``
     #: ``{NAME: COLUMN}``: what the data call a column that is read as NAME, in rows of any kind of answer
     columns: dict[str, str] = field(default_factory=dict)
     #: whether prompts and answers are turns in the model's chat template: ``true``, ``false``, or ``auto``: those of
@@ -64,7 +73,7 @@ class TaskConfig:
     chat_template: Optional[str] = None
 
     def validate(self) -> None:
-        require_choice("task.answer", self.answer, ("labels", "choices", "free", "chat", "mix"))
+        require_choice("task.answer", self.answer, ANSWERS)
         require_choice("task.chat", self.chat.lower(), CHAT)
         if (self.answer == "mix") != bool(self.parts):
             raise UserError("task.parts: task.answer=mix names its tasks there, another answer has none")
@@ -74,9 +83,9 @@ class TaskConfig:
             with inside("task", f"task.parts.{name}"):
                 part.validate()
         require_choice("task.splits", self.splits, ("paper", "given", "whole", "held_out"))
-        metrics = ["mean"] if self.answer == "mix" else ["accuracy", "exact_match", "number_match", "bleu", "rouge_l"]
-        metrics += ["macro_f1"] if self.answer == "labels" else []
-        require_choice("task.metric", self.metric, metrics)
+        for key, metrics in {"metric": [self.metric], "more_metrics": self.more_metrics}.items():
+            for metric in metrics:
+                require_choice(f"task.{key}", metric, metrics_of(self.answer))
         require_range("task.max_length", self.max_length, 2)
         require_range("task.max_new_tokens", self.max_new_tokens, 1)
         if self.limit is not None:
@@ -85,22 +94,45 @@ class TaskConfig:
             self._refuse_what_parts_have()
         if self.lenient and self.answer not in ("free", "chat"):
             raise UserError(f"task.lenient: true is for task.answer=free or chat, not {self.answer}")
-        if self.answer == "labels" and len(self.label_words) < 2:
-            raise UserError(f"task.label_words: {list(self.label_words)} names fewer than two labels")
-        for key in ("label_words", "label_values"):
-            words = [word.casefold() for word in getattr(self, key)]
-            if len(set(words)) < len(words):
-                raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
-            if not all(word.strip() for word in words):
-                raise UserError(f"task.{key}: {list(getattr(self, key))} holds an empty word")
+        self._validate_labels()
         for index, entry in enumerate(self.templates):
             self._validate_wording(f"task.templates[{index}]", entry)
         for index, (template, _) in enumerate(self.wordings()):
             key = "templates" if index else "template"
             if self.answer not in ("chat", "mix") and not re.search(r"\{(?!options\})", template):
                 raise UserError(f"task.{key}: {template!r} names no {{column}}, so every prompt would be the same")
-        if self.label_values and len(self.label_values) != len(self.label_words):
+
+    def _validate_labels(self) -> None:
+        """Refuse labels that are too few, ambiguous or of no use for this kind of answer."""
+        words = list(self.label_words)
+        if self.answer in LABELLED and len(words) < 2:
+            raise UserError(f"task.label_words: {words} names fewer than two labels")
+        for key in ("label_words", "label_values"):
+            named = [word.casefold() for word in getattr(self, key)]
+            if len(set(named)) < len(named):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} names a label twice")
+            if not all(word.strip() for word in named):
+                raise UserError(f"task.{key}: {list(getattr(self, key))} holds an empty word")
+        if self.answer == "choices":
+            if not self.options:
+                raise UserError("task.options: empty; name the column that lists a row's options, or one for each")
+        elif self.options != ["choices"]:
+            raise UserError(f"task.options: {list(self.options)} is for task.answer=choices, not {self.answer}")
+        elif self.label_values and len(self.label_values) != len(words):
             raise UserError("task.label_values: must be as many as task.label_words, or empty")
+        metrics = {self.metric, *self.more_metrics}
+        if "f1" in metrics and len(words) != 2:
+            raise UserError(f"task.metric: f1 is of the second of two labels, not of {words}; take macro_f1")
+        for word in words:
+            if "," in word and (self.answer == "multi_label" or "macro_f1" in metrics):
+                raise UserError(f"task.label_words: '{word}' has a comma, which stands between labels")
+            if self.answer == "tags" and len(word.split()) != 1:
+                raise UserError(f"task.label_words: '{word}' has a space, which stands between tags")
+            if any(metric.startswith("entity") for metric in metrics) and not ENTITY_TAG.fullmatch(word):
+                raise UserError(
+                    f"task.label_words: '{word}' is no tag of an entity (O, or B-TYPE, I-TYPE, E-TYPE, S-TYPE); "
+                    f"set task.metric=tag_accuracy"
+                )
 
     @property
     def chats(self) -> bool | None:

@@ -1,8 +1,8 @@
 """A task: rows of a data set as prompts with answers, in three splits.
 
 Column names (in ``template``, ``text`` and ``target``) may list alternatives, ``question|question_stem``: the
-first one that a row has is read. ``choices`` tasks read the options from the column ``choices``: a list of
-strings, or the Hub's ``{"text": [...], "label": [...]}``. ``messages.1.content`` reads inside a column.
+first one that a row has is read. ``choices`` tasks read the options from one column, which holds a list of strings or
+the Hub's ``{"text": [...], "label": [...]}``, or from a column each. ``messages.1.content`` reads inside a column.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
@@ -27,6 +27,8 @@ from lowrank_cli.tasks.sources import Row
 
 LETTERS = string.ascii_uppercase
 OPTION = "{letter}. {text}"  #: one line of ``{options}``
+MARKED = re.compile(r"\(?([A-Z])[).:]\s*")  #: an option that begins with its letter
+SEPARATOR = ", "  #: between the labels of a ``multi_label`` answer
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Example:
     answer: str  #: the text that a causal model is trained to generate
     choices: tuple[str, ...]  #: candidate answers: label words or letters; empty for free answers
     label: int | None  #: index of the answer in ``choices``
-    text: tuple[str, ...]  #: an encoder's input: a text, or a pair
+    text: tuple[str, ...]  #: an encoder's input: a text, or a pair; of ``tags``, the words
     references: tuple[str, ...]  #: all right answers
     task: str = ""  #: in a mix: the task that it comes from
     first: int = 0  #: index of the first of ``choices`` among the task's ``label_words``
     columns: tuple[str, ...] = ()  #: its values of the template's :func:`columns`
     turns: tuple[Turn, ...] = ()  #: the conversation that ends with the answer; empty for other tasks
+    #: what an encoder's head learns besides ``label``: the number, the labels, or the tag of each word
+    target: float | tuple[int, ...] | None = None
     where: str = dataclass_field(default="", compare=False)  #: file and line, for messages
 
 
@@ -55,7 +59,7 @@ class Task:
 
     config: TaskConfig
     name: str
-    answer: str  #: ``labels``, ``choices``, ``free``, ``chat`` or ``mix``
+    answer: str  #: see :class:`~lowrank_cli.schema.TaskConfig`
     label_words: tuple[str, ...]  #: of a mix: those of all its tasks, concatenated
     train: list[Example]
     dev: list[Example]
@@ -169,8 +173,9 @@ def template_hash(config: TaskConfig) -> str:
         "label_values": list(config.label_values),
         "option": OPTION,
     }
-    chat = {"chat": config.chats, "system": config.system, "chat_template": config.chat_template}
-    shape |= {key: value for key, value in chat.items() if value is not None}
+    options = list(config.options) if config.options != ["choices"] else None
+    later = {"chat": config.chats, "system": config.system, "chat_template": config.chat_template, "options": options}
+    shape |= {key: value for key, value in later.items() if value is not None}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
@@ -194,12 +199,14 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str, lines: Sequence
         rows = [_renamed(config, row, f"{name}:{number}") for row, number in zip(rows, numbers, strict=True)]
     if config.answer == "chat":
         return _chats(config, rows, name, numbers)
+    if config.answer in TARGETS:
+        return [_for_encoder(config, row, f"{name}:{number}") for number, row in zip(numbers, rows, strict=True)]
     make = {"labels": _label, "choices": _choice, "free": _free}[config.answer]
     names, result = columns(config.template), []
     texts = config.text or names[:2]
     for number, row in zip(numbers, rows, strict=True):
         where = f"{name}:{number}"
-        if config.lenient and not _text(row, config.target, where).strip():
+        if config.lenient and not any(_answers(row, config.target, where)):
             continue
         options, label, choices, references = make(config, row, where)
         prompt = _prompt(config.template, row, options, where)
@@ -275,7 +282,13 @@ Answer = tuple[str, int | None, tuple[str, ...], tuple[str, ...]]
 
 
 def _label(config: TaskConfig, row: Row, where: str) -> Answer:
-    words, value = tuple(config.label_words), _column(row, config.target, where)
+    words, index = tuple(config.label_words), _require_label(config, _column(row, config.target, where), where)
+    return "", index, words, (words[index],)
+
+
+def _require_label(config: TaskConfig, value: Any, where: str) -> int:
+    """The index of the label that ``value`` names. Raises UserError if it names none."""
+    words = tuple(config.label_words)
     index = _label_index(value, words, tuple(config.label_values))
     if index is None:
         if config.label_values:
@@ -286,7 +299,7 @@ def _label(config: TaskConfig, row: Row, where: str) -> Answer:
             f"{where}: label {value!r} in column '{config.target}' is outside the task's labels "
             f"(allowed: {allowed}, {', '.join(words)})"
         )
-    return "", index, words, (words[index],)
+    return index
 
 
 def _label_index(value: Any, words: Sequence[str], values: Sequence[str]) -> int | None:
@@ -305,49 +318,159 @@ def _label_index(value: Any, words: Sequence[str], values: Sequence[str]) -> int
 
 
 def _choice(config: TaskConfig, row: Row, where: str) -> Answer:
-    listed: Any = _column(row, "choices", where)
-    names: list[str] = []
-    if isinstance(listed, dict):
-        listed, labels = listed.get("text"), listed.get("label", [])
-        if not isinstance(labels, list) or (labels and isinstance(listed, list) and len(labels) != len(listed)):
-            raise UserError(f"{where}: column 'choices' must have a label for each text, not {labels!r}")
-        names = [_plain(name, "choices", where) for name in labels]
-    if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
-        raise UserError(f"{where}: column 'choices' must list 2 to {len(LETTERS)} options, not {listed!r}")
-    listed = [_plain(text, "choices", where) for text in listed]
+    listed, names = _options(config, row, where)
     letters = tuple(LETTERS[: len(listed)])
-    value = _column(row, config.target, where)
-    if isinstance(value, int) and not isinstance(value, bool):
+    value, values = _column(row, config.target, where), list(config.label_values[: len(listed)])
+    if isinstance(value, int) and not isinstance(value, bool) and not values:
         index = value if 0 <= value < len(listed) else None
     else:
-        known = names or list(letters)
+        known = values or names or list(letters)
         key = str(value).strip()
         index = known.index(key) if key in known else None
     if index is None:
+        allowed = values or [f"0 to {len(listed) - 1}", *(names or letters)]
         raise UserError(
             f"{where}: answer {value!r} in column '{config.target}' is none of the row's options "
-            f"(allowed: 0 to {len(listed) - 1}, {', '.join(names or letters)})"
+            f"(allowed: {', '.join(allowed)})"
         )
     options = "\n".join(OPTION.format(letter=letter, text=text) for letter, text in zip(letters, listed))
     return options, index, letters, (letters[index],)
 
 
+def _options(config: TaskConfig, row: Row, where: str) -> tuple[list[str], list[str]]:
+    """The options of a row, and what the row calls them, if anything.
+
+    Where each option begins with its letter (``A)``), the letter is left out.
+    """
+    names: list[str] = []
+    if len(config.options) > 1:
+        options = [_text(row, column, where) for column in config.options]
+    else:
+        (column,) = config.options
+        listed: Any = _column(row, column, where)
+        if isinstance(listed, dict):
+            listed, labels = listed.get("text"), listed.get("label", [])
+            if not isinstance(labels, list) or (labels and isinstance(listed, list) and len(labels) != len(listed)):
+                raise UserError(f"{where}: column '{column}' must have a label for each text, not {labels!r}")
+            names = [_plain(name, column, where) for name in labels]
+        if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
+            raise UserError(f"{where}: column '{column}' must list 2 to {len(LETTERS)} options, not {listed!r}")
+        options = [_plain(text, column, where) for text in listed]
+    marks = [MARKED.match(text) for text in options]
+    if all(mark and mark[1] == letter for mark, letter in zip(marks, LETTERS)):
+        options = [text[mark.end() :] for text, mark in zip(options, marks) if mark]
+    return options, names
+
+
 def _free(config: TaskConfig, row: Row, where: str) -> Answer:
-    answer = _text(row, config.target, where).strip()
-    if not answer:
+    answers = tuple(dict.fromkeys(filter(None, _answers(row, config.target, where))))
+    if not answers:
         raise UserError(f"{where}: column '{config.target}' holds no answer")
-    if config.extract and not re.search(config.extract, answer):
-        raise UserError(f"{where}: task.extract={config.extract} matches nothing in {answer[-60:]!r}")
-    return "", None, (), (answer,)
+    for answer in answers if config.extract else ():
+        if not re.search(str(config.extract), answer):
+            raise UserError(f"{where}: task.extract={config.extract} matches nothing in {answer[-60:]!r}")
+    return "", None, (), answers
 
 
-def _prompt(template: str, row: Row, options: str, where: str) -> str:
+def _answers(row: Row, target: str, where: str) -> list[str]:
+    """The right answers of a row: one text, or a list of them."""
+    value = _column(row, target, where)
+    return [_plain(text, target, where).strip() for text in (value if isinstance(value, list) else [value])]
+
+
+def _for_encoder(config: TaskConfig, row: Row, where: str) -> Example:
+    """An example whose answer is no text: a number, a set of labels, or a tag for each word."""
+    names = columns(config.template)
+    read = list(config.text) or names[:2]
+    target = TARGETS[config.answer](config, row, where)
+    shown = _joined if config.answer == "tags" else _text
+    if isinstance(target, tuple) and config.answer == "tags":
+        text = _words(row, read[0], where)
+        if not len(text) == len(target) > 0:
+            raise UserError(
+                f"{where}: {len(text)} words in column '{read[0]}', but {len(target)} tags in '{config.target}'"
+            )
+    else:
+        text = tuple(_text(row, column, where) for column in read)
+    return Example(
+        prompt=_prompt(config.template, row, "", where, shown),
+        answer="",
+        choices=(),
+        label=None,
+        text=text,
+        references=(answer_text(config, target),),
+        columns=tuple(shown(row, column, where) for column in names),
+        target=target,
+        where=where,
+    )
+
+
+def answer_text(config: TaskConfig, target: float | tuple[int, ...]) -> str:
+    """What an encoder's answer is called in ``predictions.jsonl``, and compared as."""
+    if not isinstance(target, tuple):
+        return f"{target:.7g}"
+    return (" " if config.answer == "tags" else SEPARATOR).join(config.label_words[index] for index in target)
+
+
+def _number(config: TaskConfig, row: Row, where: str) -> float:
+    value = _column(row, config.target, where)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float, str)) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: column '{config.target}' must hold a number, not {value!r}")
+    return number
+
+
+def _label_set(config: TaskConfig, row: Row, where: str) -> tuple[int, ...]:
+    """The labels of a list, or of a text with commas between them; none of an empty one."""
+    value = _column(row, config.target, where)
+    if isinstance(value, str):
+        value = [item for item in value.split(",") if item.strip()]
+    listed = value if isinstance(value, list) else [value]
+    return tuple(sorted({_require_label(config, item, where) for item in listed}))
+
+
+def _tags(config: TaskConfig, row: Row, where: str) -> tuple[int, ...]:
+    """The tags of a list, or of a text with spaces between them."""
+    value = _column(row, config.target, where)
+    listed = value.split() if isinstance(value, str) else value
+    if not isinstance(listed, list):
+        raise UserError(f"{where}: column '{config.target}' must list a tag for each word, not {value!r}")
+    return tuple(_require_label(config, item, where) for item in listed)
+
+
+#: What an encoder's head learns from a row, by ``task.answer``.
+TARGETS: dict[str, Callable[[TaskConfig, Row, str], float | tuple[int, ...]]] = {
+    "number": _number,
+    "multi_label": _label_set,
+    "tags": _tags,
+}
+
+
+def _prompt(
+    template: str, row: Row, options: str, where: str, read: Callable[[Row, str, str], str] | None = None
+) -> str:
+    """The template with the row's columns, as ``read`` gives them (default: :func:`_text`)."""
     pieces = []
     for literal, field, _, _ in string.Formatter().parse(template):
         pieces.append(literal)
         if field is not None:
-            pieces.append(options if field == "options" else _text(row, field, where))
+            pieces.append(options if field == "options" else (read or _text)(row, field, where))
     return "".join(pieces)
+
+
+def _words(row: Row, column: str, where: str) -> tuple[str, ...]:
+    """The words of a list, or of a text with spaces between them."""
+    value = _column(row, column, where)
+    if isinstance(value, list):
+        return tuple(_plain(word, column, where) for word in value)
+    return tuple(_plain(value, column, where).split())
+
+
+def _joined(row: Row, column: str, where: str) -> str:
+    return " ".join(_words(row, column, where))
 
 
 def _text(row: Row, column: str, where: str) -> str:
@@ -392,8 +515,10 @@ def _check_template(config: TaskConfig) -> None:
             "task.template: {options} lists the options of task.answer=choices: "
             f"{'it is missing' if config.answer == 'choices' else f'task.answer={config.answer} has none'}"
         )
-    if len(config.text) > 2:
-        raise UserError(f"task.text: an encoder reads one or two columns, not {list(config.text)}")
+    most = 1 if config.answer == "tags" else 2
+    if len(config.text) > most:
+        allowed = "one column of words" if config.answer == "tags" else "one or two columns"
+        raise UserError(f"task.text: an encoder reads {allowed}, not {list(config.text)}")
     if config.extract:
         require_pattern("task.extract", config.extract)
 

@@ -9,9 +9,13 @@ import evaluate
 import pytest
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.schema import METRICS as SCHEMA
+from lowrank_cli.tasks.entities import entities
 from lowrank_cli.tasks.metrics import METRICS, compute, correct
 
 GSM = r"####\s*\$?(-?[\d,]*\.?\d+)"
+
+WORDS = ("no", "yes")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     home = Path(os.environ["HF_HOME"])
     before = sorted(home.rglob("*"))
     for name in METRICS:
-        compute(name, ["a 1"], ["a 1"])
+        compute(name, ["1"], ["1"], labels=WORDS)
     assert sorted(home.rglob("*")) == before
     assert not list(tmp_path.glob("*/*"))
 
@@ -110,3 +114,79 @@ def test_correct_answers_are_those_that_a_share_counts():
     assert correct("number_match", ["4 ", "is 5", "7"], references) == [True, True, True]
     assert correct("accuracy", ["A: 4", "x", "7"], references, extract=r"\d") == [True, False, True]
     assert correct("bleu", ["4"], [["4"]]) is None
+
+
+def test_every_metric_of_the_schema_is_computed_here_and_within_its_range():
+    assert METRICS.keys() == SCHEMA.keys() - {"mean"}
+    texts = {"number": ("2.5", "4"), "tags": ("B-X I-X", "O B-X"), "free": ("so it is 1 now", "2")}
+    texts |= {"labels": WORDS, "multi_label": WORDS}
+    for name in METRICS:
+        about, first, other = SCHEMA[name], *texts[next(kind for kind in texts if kind in SCHEMA[name].answers)]
+        values = [
+            compute(name, guesses, [first, other], labels=WORDS)[name]
+            for guesses in ([first, other], [other, first], [first, first])
+        ]
+        assert all(value >= about.low and (about.high is None or value <= about.high + 1e-9) for value in values), name
+        right, wrong, _ = values
+        assert (right > wrong) == about.higher_is_better and right != wrong, name
+
+
+@pytest.mark.parametrize(
+    ("guess", "texts", "em", "f1"),
+    [
+        ("The Eiffel-Tower!", ["eiffeltower"], 1, 1),
+        ("in the old town", ["Old Town", "a town"], 0, 0.8),
+        ("", ["a"], 1, 1),  # an article alone is nothing, as in the official script
+        ("", ["town"], 0, 0),
+        ("town town", ["town"], 0, 2 / 3),
+    ],
+)
+def test_squad_compares_words(guess, texts, em, f1):
+    assert compute("squad_em", [guess], [texts]) == {"squad_em": em}
+    assert compute("squad_f1", [guess], [texts]) == {"squad_f1": pytest.approx(f1)}
+
+
+def test_label_sets():
+    guesses, truths = ["joy, love", "", "fear"], ["love", "fear", "fear, joy"]
+    assert compute("micro_f1", guesses, truths)["micro_f1"] == pytest.approx(2 * 2 / (3 + 4))
+    assert compute("macro_f1", guesses, truths)["macro_f1"] == pytest.approx((0 + 1 + 2 / 3) / 3)
+    assert compute("accuracy", guesses, [*truths[:1], "", "fear"])["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_matthews_of_two_and_of_several_labels():
+    """Values of scikit-learn 1.9."""
+    assert compute("matthews", list("ababa"), list("abbba"))["matthews"] == pytest.approx(2 / 3)
+    assert compute("matthews", list("abcabc"), list("abccba"))["matthews"] == pytest.approx(0.5)
+    assert compute("matthews", list("aaaa"), list("abab"))["matthews"] == 0
+
+
+def test_correlations_with_ties():
+    """Values of scipy 1.17."""
+    guesses, truths = ["1", "2", "2", "4"], ["0.5", "1.5", "3", "2"]
+    assert compute("pearson", guesses, truths)["pearson"] == pytest.approx(0.4453993340830445)
+    assert compute("spearman", guesses, truths)["spearman"] == pytest.approx(0.6324555320336759)
+    assert compute("mse", guesses, truths)["mse"] == pytest.approx((0.25 + 0.25 + 1 + 4) / 4)
+    assert compute("pearson", ["1", "1"], ["0", "1"])["pearson"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("O B-P I-P O", [("P", 1, 2)]),
+        ("I-P I-P I-L", [("P", 0, 1), ("L", 2, 2)]),
+        ("B-P B-P I-P", [("P", 0, 0), ("P", 1, 2)]),
+        ("B-P I-L E-L I-L", [("P", 0, 0), ("L", 1, 2), ("L", 3, 3)]),
+        ("S-P S-P B-L E-L O", [("P", 0, 0), ("P", 1, 1), ("L", 2, 3)]),
+        ("O O", []),
+    ],
+)
+def test_entities(tags, expected):
+    assert entities(tags.split()) == expected
+
+
+def test_entities_count_where_span_and_type_are_right():
+    guesses, truths = ["B-P I-P O B-L", "O"], ["B-P I-P O B-P", "B-L"]
+    assert compute("entity_precision", guesses, truths)["entity_precision"] == 1 / 2
+    assert compute("entity_recall", guesses, truths)["entity_recall"] == 1 / 3
+    assert compute("entity_f1", guesses, truths)["entity_f1"] == pytest.approx(2 / 5)
+    assert compute("tag_accuracy", guesses, truths)["tag_accuracy"] == 3 / 5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,13 @@ from lowrank_cli.tasks.task import columns, content_free, flipped, template_hash
 CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
 
 
+@cache
+def values_of(name: str) -> dict:
+    return compose("train", [f"task={name}"]).resolved["task"]
+
+
 def config(name: str, **overrides) -> TaskConfig:
-    values = compose("train", [f"task={name}"]).resolved["task"]
+    values = copy.deepcopy(values_of(name))
     found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values, overrides))
     found.validate()
     return found
@@ -64,6 +71,34 @@ ROWS = {
     "agnews": [{"text": "A bank lends.", "label": 2}],
     "dbpedia": [{"label": 5, "title": "Boat", "content": "A boat."}],
     "cb": [{"premise": "It rains.", "hypothesis": "it is wet", "idx": 1, "label": 2}],
+    "piqa": [{"goal": "Cool it.", "sol1": "Use ice.", "sol2": "Use steam.", "label": 0}],
+    "winogrande": [{"sentence": "It is _ .", "option1": "ice", "option2": "steam", "answer": "2"}],
+    "siqa": [
+        {
+            "context": "Jo ran.",
+            "question": "Why?",
+            "answerA": "late",
+            "answerB": "fun",
+            "answerC": "fear",
+            "label": label,
+        }
+        for label in ("3", 3)
+    ],
+    "hellaswag": [{"activity_label": "Ice", "ctx": "It is", "endings": ["hot", "up", "me", "cold"], "label": "3"}],
+    "arc_challenge": [
+        {"question": "Hot water?", "choices": {"text": OPTIONS, "label": ["A", "B", "C"]}, "answerKey": "B"}
+    ],
+    "aqua": [{"question": "1 + 1?", "options": ["A)1", "B)2", "C)3"], "rationale": "Add.", "correct": "B"}],
+    "copa": [{"premise": "It rained.", "choice1": "It is wet.", "choice2": "No.", "question": "effect", "label": 0}],
+    "record": [{"passage": "Jo won.", "query": "@placeholder won", "entities": ["Jo"], "answers": ["Jo"]}],
+    "squad": [
+        {"title": "T", "context": "Jo won.", "question": "Who?", "answers": {"text": ["Jo", "Jo"], "answer_start": [0]}}
+    ],
+    "qnli": [{"question": "Who?", "sentence": "Jo won.", "label": 0}],
+    "cola": [{"sentence": "Won Jo.", "label": 0}],
+    "mnli": [{"premise": "It rains.", "hypothesis": "It is wet.", "label": 1}],
+    "qqp": [{"question1": "Who?", "question2": "What?", "label": 0}],
+    "mrpc": [{"sentence1": "Jo won.", "sentence2": "She won.", "label": 1}],
     "gsm8k": [{"question": "2 + 2?", "answer": "Add.\n#### 4"}],
     "e2e_nlg": [{"meaning_representation": "name : Zizzi", "human_reference": "It is Zizzi ."}],
 }
@@ -82,6 +117,24 @@ READ = {
     "agnews": ("Input: A bank lends.\nType:", " business", 2),
     "dbpedia": ("Input: A boat.\nType:", " transportation", 5),
     "cb": ("Premise: It rains.\nHypothesis: it is wet\nPrediction:", " neither", 2),
+    "piqa": ("Goal: Cool it.\nA. Use ice.\nB. Use steam.\nAnswer:", " A", 0),
+    "winogrande": ("Sentence: It is _ .\nWhat fills the blank _?\nA. ice\nB. steam\nAnswer:", " B", 1),
+    "siqa": ("Jo ran.\nQuestion: Why?\nA. late\nB. fun\nC. fear\nAnswer:", " C", 2),
+    "hellaswag": ("Ice: It is\nA. hot\nB. up\nC. me\nD. cold\nAnswer:", " D", 3),
+    "arc_challenge": ("Question: Hot water?\nA. ice\nB. steam\nC. rain\nAnswer:", " B", 1),
+    "aqua": ("Question: 1 + 1?\nA. 1\nB. 2\nC. 3\nAnswer:", " B", 1),
+    "copa": ("It rained.\nWhat was the effect?\nA. It is wet.\nB. No.\nAnswer:", " A", 0),
+    "record": ("Jo won.\nQuestion: What is @placeholder in this sentence? @placeholder won\nAnswer:", " Jo", None),
+    "squad": ("Jo won.\nQuestion: Who?\nAnswer:", " Jo", None),
+    "qnli": ("Who?\nJo won.\nQuestion: Does this response answer the question?\nAnswer:", " yes", 0),
+    "cola": ("Won Jo.\nQuestion: Does this sentence make sense?\nAnswer:", " no", 0),
+    "mnli": ("It rains.\nQuestion: It is wet. True, False or Neither?\nAnswer:", " neither", 1),
+    "qqp": ("Question 1: Who?\nQuestion 2: What?\nQuestion: Do both questions ask the same thing?\nAnswer:", " no", 0),
+    "mrpc": (
+        "Sentence 1: Jo won.\nSentence 2: She won.\nQuestion: Do both sentences mean the same thing?\nAnswer:",
+        " yes",
+        1,
+    ),
     "gsm8k": ("Question: 2 + 2?\nAnswer:", " Add.\n#### 4", None),
     "e2e_nlg": ("name : Zizzi\nIn words:", " It is Zizzi .", None),
 }
@@ -150,7 +203,7 @@ def test_each_column_of_an_input_without_content_has_its_own_text():
 def test_every_task_file_fits_the_schema_and_describes_itself():
     for file in CONF.glob("[!_]*.yaml"):
         assert file.read_text().startswith("# ")
-        assert compose("train", [f"task={file.stem}"]).config.task.name == file.stem
+        assert config(file.stem).name == file.stem
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from typing import Any, NotRequired, TypedDict
 from lowrank_cli.errors import escaped
 from lowrank_cli.reader import read_json_lines
 from lowrank_cli.runs import Run
+from lowrank_cli.schema import METRICS
 
 Row = tuple[int, str, str | None, str, bool | None]  #: number, prompt, answer, expected answers, whether it is right
 
 #: Metrics that grade an answer instead of calling it right or wrong.
-GRADED = ("bleu", "rouge_l")
+GRADED = [name for name, metric in METRICS.items() if not metric.share]
 
 
 class Prediction(TypedDict):
@@ -52,10 +53,10 @@ def rows(run: Run, metrics: dict[str, Any]) -> list[Row]:
 def _right(record: Prediction, graded: bool) -> bool | None:
     if "correct" in record:
         return record["correct"]
-    if graded:
-        return None
     if record.get("choice") is not None and record.get("label") is not None:
         return record["choice"] == record["label"]
+    if graded:
+        return None
     answer = record["prediction"]
     return answer is not None and _plain(answer) in map(_plain, record["references"])
 

@@ -30,7 +30,7 @@ for _name in _unset:
 
 
 #: Files that take minutes: they begin first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_campaign.py", "test_runs_campaign.py", "test_input_campaign.py", "test_docs.py", "test_study.py")
+LONGEST = ("test_campaign.py", "test_docs.py", "test_study.py")
 
 
 def pytest_collection_modifyitems(items):

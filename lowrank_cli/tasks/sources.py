@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def _file(path: Path, shown: str) -> Source:
     return Source(shown, (ONLY,), lambda split: files.read(path), whole=True)
 
 
+@cache
 def _generator(name: str) -> Source:
+    """Made once in a process: the stages of a recipe read the same rows."""
     from lowrank_cli.tasks.tiny import generate
 
     data = generate(name)

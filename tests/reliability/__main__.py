@@ -98,7 +98,7 @@ def prepare(scratch: Path) -> None:
     warnings.simplefilter("ignore")
     from .command import preload
 
-    preload()
+    preload(scratch)
 
 
 def run(family: str, seeds: Iterable[int], scratch: Path, samples: Samples, keep: Path | None) -> Iterable[Result]:

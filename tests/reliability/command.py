@@ -10,6 +10,7 @@ import atexit
 import codecs
 import gc
 import importlib
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,20 @@ PRELOADED = (
     "lowrank_cli.launch.single_run",
     "lowrank_cli.launch.sweep",
     "lowrank_cli.config.completion",
+    "lowrank_cli.launch.imported",
+    "lowrank_cli.launch.listing",
+    "lowrank_cli.launch.shorthand",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "lowrank_cli.tasks.metrics",
     "matplotlib.pyplot",
+)
+#: Run once, before the first fork, so that what the libraries make when first used is there. None goes backward: the
+#: engine of torch starts a thread for each GPU, and a process with such threads cannot be forked.
+WARMING = (
+    ("evaluate", "method=none", "task=tiny_sentiment", "task.limit=4", "hardware.threads=1"),
+    ("generate", "method=none", "zorp is red.", "generate.max_new_tokens=4", "hardware.threads=1"),
 )
 
 
@@ -70,9 +80,13 @@ class Ended:
     stopped_after: float | None = None
 
 
-def preload() -> None:
-    """Import and compose what every command needs; to be called once, before the first :class:`Command`."""
-    from lowrank_cli import methods, stages
+def preload(folder: Path) -> None:
+    """Import, compose and load what every command needs; to be called once, before the first :class:`Command`.
+
+    Args:
+        folder: where the commands of :data:`WARMING` run.
+    """
+    from lowrank_cli import cli, methods, stages
     from lowrank_cli.config.composition import compose
 
     for name in (*stages.STAGES.values(), *PRELOADED):
@@ -80,6 +94,9 @@ def preload() -> None:
     for name in methods.names():
         methods.create(methods.config_classes()[name](name=name))
     compose("train", ["method=lora"])
+    with chdir(folder), redirect_stdout(io.StringIO()) as shown, redirect_stderr(shown):
+        for arguments in WARMING:
+            assert cli.call(list(arguments)) == 0, shown.getvalue()
     codecs.lookup("utf-8-sig")  # imported when first asked for, which another user may not be able to do
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Trials notice what is wrong, and the table says what they found."""
+"""The bounded campaign, of which no trial may fail; what trials call wrong, and the table of what they found."""
 
 import json
 import subprocess
@@ -13,6 +13,14 @@ from .trial import Failed, Result, judge
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACEBACK = 'Traceback (most recent call last):\n  File "/x/lowrank_cli/a.py", line 3, in f\nKeyError: 1\n'
+
+
+@pytest.mark.slow
+def test_no_trial_fails(tmp_path):
+    """All families in one process: they share its imports and the runs that trials start from."""
+    command = [sys.executable, "-m", "tests.reliability", "--samples", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def ended(code: int | None, out: str = "", err: str = "", reports: tuple[str, ...] = ()) -> Ended:

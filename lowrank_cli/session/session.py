@@ -19,10 +19,10 @@ from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.errors import UserError
-from lowrank_cli.methods.protocol import Adapts, ChoosesSites, Method
+from lowrank_cli.methods.protocol import Adapts, Calibrates, ChoosesSites, Method
 from lowrank_cli.models.load import check_task, load
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import PredictConfig, RunConfig, TaskConfig
+from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
@@ -190,7 +190,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     method = methods.create(config.method)
     adapts = method if adapter_run is None or isinstance(method, Adapts) else method_of(Run.open(adapter_run))
     check_task(config.model, config.task)
-    task = tasks.load(config.task)
+    task = tasks.load(config.task, _only_split(config, method))
     shots = getattr(getattr(config, "evaluate", None), "shots", 0)
     if shots > len(task.train):
         raise UserError(
@@ -216,6 +216,14 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         chats=_chats(loaded.tokenizer, config.task),
     )
     return replace(session, task=_in_chat(session)) if session.chats else session
+
+
+def _only_split(config: RunConfig, method: Method) -> str | None:
+    """The only split that is used: of an evaluation without demonstrations and without anything to fit."""
+    evaluate = getattr(config, "evaluate", None)
+    if not isinstance(evaluate, EvaluateConfig) or evaluate.shots or isinstance(method, Calibrates):
+        return None
+    return evaluate.split
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> dict[str, Chat]:

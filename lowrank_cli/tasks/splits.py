@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.schema import TaskConfig
+from lowrank_cli.tasks.sources import Source
 
 T = TypeVar("T")
 
@@ -47,6 +48,19 @@ def names(config: TaskConfig, available: Sequence[str], source: str) -> tuple[st
         f"task: {source} has nothing to evaluate on besides task.train_split={train} "
         f"(found: {', '.join(available)}); name another of them in task.dev_split or task.test_split"
     )
+
+
+def alone(config: TaskConfig, split: str, source: Source) -> str | None:
+    """The split of the data that is all of ``split`` (dev or test); None if the data's train split decides on it too.
+
+    Without a train split the papers' rule has nothing to decide: what is there to evaluate on is ``split``.
+    """
+    own = {"dev": config.dev_split, "test": config.test_split}
+    if source.whole or (config.splits != "given" and config.train_split in source.splits):
+        return None
+    if config.splits == "given":
+        return _require(f"task.{split}_split", own[split], source.splits, source.name)
+    return next((name for name in (own.pop(split), *own.values()) if name in source.splits), None)
 
 
 def _require(key: str, name: str | None, available: Sequence[str], source: str) -> str:

@@ -69,19 +69,25 @@ class Task:
     note: str = ""  #: how the data were split, if nothing says so
 
 
-def load(config: TaskConfig) -> Task:
+def load(config: TaskConfig, only: str | None = None) -> Task:
     """Read, check and split a data set. The result does not depend on the run's seed.
 
     On dev and test, free answers to the same prompt become one example with several references.
+
+    Args:
+        only: ``dev`` or ``test`` if no other split is used. The others are left empty where this one does not follow
+            from them, so the data need not have them.
 
     Raises:
         UserError: the data are missing, malformed or do not fit the config (the message names file and line), or there
             are too few for three splits.
     """
     if config.answer == "mix":
-        return _mix(config)
+        return _mix(config, only)
     _check_template(config)
     source = sources.open_source(config)
+    if only is not None and (name := splits.alone(config, only, source)):
+        return _alone(config, only, source, name)
     names = (sources.ONLY,) if source.whole else splits.names(config, source.splits, source.name)
     free = config.answer in ("free", "chat")
     read = [source.read(name) for name in names]
@@ -106,17 +112,37 @@ def load(config: TaskConfig) -> Task:
     if empty:
         counts = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"task: {source.name} leaves no example for {' and '.join(empty)} ({counts})")
+    note = _split_note(source.name, sizes) if source.whole else ""
+    return _task(config, config.label_words, {"train": train, "dev": dev, "test": test}, note)
+
+
+def _alone(config: TaskConfig, only: str, source: sources.Source, name: str) -> Task:
+    """The task with the split ``only``, which is all of the source's split ``name``, and no others."""
+    split = source.read(name)
+    rows = examples(config, split.rows, split.name, split.lines)
+    rows = _merge(rows) if config.answer in ("free", "chat") else rows
+    if not rows:
+        raise UserError(f"task: {split.name} leaves no example for {only}")
+    missing = f"{source.name} has no split '{config.train_split}', so the {only} set is all of '{name}'"
+    rows = _pick(rows, splits.limited(len(rows), config.limit))
+    return _task(
+        config,
+        config.label_words,
+        {"train": [], "dev": [], "test": [], only: rows},
+        "" if config.splits == "given" else missing,
+    )
+
+
+def _task(config: TaskConfig, words: Sequence[str], by_split: Mapping[str, list[Example]], note: str) -> Task:
     return Task(
         config=config,
         name=config.name,
         answer=config.answer,
-        label_words=tuple(config.label_words),
-        train=train,
-        dev=dev,
-        test=test,
+        label_words=tuple(words),
+        **by_split,
         template_hash=template_hash(config),
         metric=config.metric,
-        note=_split_note(source.name, sizes) if source.whole else "",
+        note=note,
     )
 
 
@@ -125,7 +151,7 @@ def _split_note(path: str, sizes: Mapping[str, int]) -> str:
     return f"{Path(path).name} has no splits: {counts}, the same for every seed"
 
 
-def _mix(config: TaskConfig) -> Task:
+def _mix(config: TaskConfig, only: str | None) -> Task:
     """The examples of all tasks of a mix, split by split; ``task.limit`` caps the splits of the whole mix.
 
     Raises:
@@ -136,28 +162,19 @@ def _mix(config: TaskConfig) -> Task:
     notes: list[str] = []
     for name, of_mix in config.parts.items():
         with inside("task", f"task.parts.{name}"):
-            task = load(of_mix)
+            task = load(of_mix, only)
         for split, items in mixed.items():
             items += [replace(example, task=name, first=len(words)) for example in getattr(task, split)]
         words += task.label_words
         notes += [task.note] if task.note else []
     limited = {split: _pick(items, splits.limited(len(items), config.limit)) for split, items in mixed.items()}
     for split, items in limited.items():
+        if only not in (None, split):
+            continue
         left_out = [name for name in config.parts if all(example.task != name for example in items)]
         if left_out:
             raise UserError(f"task.limit: {config.limit} leaves no {split} example of {', '.join(left_out)}; raise it")
-    return Task(
-        config=config,
-        name=config.name,
-        answer=config.answer,
-        label_words=tuple(words),
-        train=limited["train"],
-        dev=limited["dev"],
-        test=limited["test"],
-        template_hash=template_hash(config),
-        metric=config.metric,
-        note="; ".join(notes),
-    )
+    return _task(config, words, limited, "; ".join(notes))
 
 
 def template_hash(config: TaskConfig) -> str:

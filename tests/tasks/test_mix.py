@@ -164,7 +164,7 @@ def test_a_part_keeps_its_own_length_within_that_of_the_mix(monkeypatch):
     assert rooms == {"tiny_yesno": (96, 288), "tiny_topic": (12, 36)}
     assert (session.max_new_tokens("tiny_yesno"), session.max_new_tokens("tiny_topic")) == (4, 2)
     longest = dict.fromkeys(rooms, 0)
-    for example, encoded in zip(session.task.train, session.encode(session.task.train), strict=True):
+    for example, encoded in zip(session.task.test, session.encode(session.task.test), strict=True):
         longest[example.task] = max(longest[example.task], len(encoded.input_ids))
         assert session.tokenizer.decode(encoded.input_ids[encoded.prompt_length : -1]) == example.answer
     assert longest["tiny_topic"] <= 12 < longest["tiny_yesno"] <= 96

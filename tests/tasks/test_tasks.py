@@ -411,6 +411,18 @@ def test_given_splits(tmp_path):
     assert (len(task.train), len(task.dev), len(task.test)) == (3, 4, 5)
 
 
+def test_one_split_alone_needs_no_other(tmp_path):
+    path = write(tmp_path / "given", test=reviews(5))
+    for splits_ in ("given", "paper"):
+        task = tasks.load(config("sst2", path=path, splits=splits_), "test")
+        assert (len(task.train), len(task.dev), len(task.test)) == (0, 0, 5)
+        assert ("has no split 'train', so the test set is all of 'test'" in task.note) == (splits_ == "paper")
+    with pytest.raises(UserError, match=r"^task.dev_split: .* no split 'validation' \(found: test\)"):
+        tasks.load(config("sst2", path=path, splits="given"), "dev")
+    path = write(tmp_path / "paper", train=reviews(9), validation=reviews(5, 100))  # the training set decides
+    assert tasks.load(config("sst2", path=path), "test").test == tasks.load(config("sst2", path=path)).test
+
+
 def test_splits_held_out_of_the_training_split(tmp_path):
     rows = [{"prompt": f"question {n // 2}", "messages": [{"content": "?"}, {"content": f"{n}"}]} for n in range(40)]
     task = tasks.load(config("ultrachat", path=write(tmp_path / "data", train_sft=rows)))

@@ -111,7 +111,12 @@ EXAMPLES = {
         "lrk list keys train",
         "lrk list runs method=lora done",
     ],
-    "check": ["lrk check method=milora task=rte", "lrk check recipe=milora", "lrk check study=lora_variants"],
+    "check": [
+        "lrk check method=milora task=rte",
+        "lrk check recipe=milora",
+        "lrk check study=lora_variants",
+        "lrk check train method=lora train.batch_size=64 --memory 24",
+    ],
     "new": ["lrk new task reviews", "lrk new model ours --config-dir mine", "lrk new study first"],
 }
 
@@ -536,6 +541,12 @@ def check(
     multirun: Multirun = False,
     config_dir: ConfigDir = None,
     probe: Annotated[bool, typer.Option(help="of a study: take a few steps, to say how long it takes")] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GIB|auto", help="of a training: its memory, and the largest batch that fits (auto: what is here)"
+        ),
+    ] = None,
 ) -> None:
     """Validate a configuration and print the plan, without weights or data; a study's with a short probe."""
     overrides = list(overrides or [])
@@ -553,7 +564,7 @@ def check(
     else:
         from lowrank_cli.launch.listing import print_plan
 
-        print_plan(plan)
+        print_plan(plan, memory)
 
 
 @app.command(cls=Verb)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.linear import AdaptedLinear
@@ -241,8 +242,10 @@ def _inputs_in_fp32(module: nn.Module, args: tuple) -> tuple:
 def fingerprint(model: PreTrainedModel) -> str:
     """Identifies the pretrained weights: a hash of each tensor's name, shape and first 64 values in bf16.
 
-    Independent of dtype, device and sharding, and of a freshly initialised classification head.
+    Independent of dtype, device and sharding, and of a freshly initialised classification head. Empty for fake tensors.
     """
+    if isinstance(next(model.parameters()), FakeTensor):
+        return ""
     digest = hashlib.sha256()
     heads = tuple(f"{name}." for name in head_names(model))
     for name, tensor in sorted(model.named_parameters()):

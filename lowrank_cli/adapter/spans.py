@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Span(NamedTuple):
@@ -39,6 +40,7 @@ def index(span: Span | None, outputs: int, device: torch.device | None = None) -
 
 
 @lru_cache(maxsize=64)
+@_disable_current_modes()
 def _features(span: Span, outputs: int, device: torch.device | None) -> Tensor:
     features = torch.arange(outputs, device=device)
     offset = features % (span.period or outputs)

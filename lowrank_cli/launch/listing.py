@@ -13,13 +13,21 @@ from lowrank_cli import methods
 from lowrank_cli.config.composition import Composed
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, verbs_of
-from lowrank_cli.errors import unknown
+from lowrank_cli.errors import UserError, unknown
 from lowrank_cli.methods.protocol import Adapts
-from lowrank_cli.report import tables
+from lowrank_cli.report import number_format, tables
 from lowrank_cli.report.metric_names import lower_is_better
 from lowrank_cli.runs import Run, scan
 from lowrank_cli.runs.records import STATUSES
-from lowrank_cli.schema import VERBS, BenchConfig, BenchRun, HardwareConfig, PruneConfig, parse_overrides
+from lowrank_cli.schema import (
+    VERBS,
+    BenchConfig,
+    BenchRun,
+    HardwareConfig,
+    PruneConfig,
+    TrainRun,
+    parse_overrides,
+)
 from lowrank_cli.terminal import Terminal
 
 FILTERS = ("method", "task", "model", "hardware", "recipe", "study", "stage", "seed", "status")  #: of lrk list runs
@@ -35,14 +43,25 @@ def yaml_of(stages: Stages) -> str:
     return "".join(documents)
 
 
-def print_plan(stages: Stages) -> None:
-    """One block for each run that would be made."""
+def print_plan(stages: Stages, memory: str | None = None) -> None:
+    """One block for each run that would be made.
+
+    Args:
+        memory: GiB of each device, ``auto`` for what is visible here; None to leave out what training takes of it.
+
+    Raises:
+        UserError: a model does not fit its method, or ``memory`` is no size.
+    """
+    available = None if memory is None else _available(memory)
     console = Terminal()
     for name, composed in stages:
         grid = Table.grid(padding=(0, 3))
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
-        for key, text in _plan(composed):
+        rows = _plan(composed)
+        if memory is not None and composed.verb == "train":
+            rows += _memory(composed.config, available)
+        for key, text in rows:
             tables.add(grid, key, text)
         console.print(Text(name, style="bold"))
         console.print(tables.Trimmed(grid))
@@ -122,6 +141,42 @@ def _layers(composed: Composed) -> list[tuple[str, str]]:
     if summary is None and model.gguf:
         summary = "not known before the GGUF file is converted, which the first run does"
     return [("layers", summary or "not known before the model is downloaded, with its config.json")]
+
+
+def _available(memory: str) -> float | None:
+    """``--memory`` in bytes; None for ``auto``."""
+    if memory == "auto":
+        return None
+    try:
+        size = float(memory)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise UserError(f"--memory: '{memory}' is not a size in GiB (allowed: a number above 0, auto)")
+    return size * 2**30
+
+
+def _memory(config: TrainRun, available: float | None) -> list[tuple[str, str]]:
+    """Rows on the memory of a training step and the largest batch; none for a method that trains no adapter."""
+    if not methods.can(config.method.name, Adapts):
+        return []
+    from lowrank_cli.session.memory import USABLE, estimate
+
+    plan = estimate(config, available)
+    if plan is None:
+        return [("memory", "not known before the model is downloaded, with its config.json")]
+    parts = [(name, size) for name, size in vars(plan.memory).items() if name != "peak" and size]
+    rows = [
+        ("memory", f"{number_format.size(plan.memory.peak)} of tensors at the peak, on each device"),
+        ("of this", ", ".join(f"{name} {number_format.size(size)}" for name, size in parts)),
+        ("for", f"{plan.rows} examples of {plan.length.tokens} tokens ({plan.length.source})"),
+    ]
+    if plan.most_rows is not None and plan.available is not None:
+        usable = f"{USABLE[config.hardware.device]:.0%} of {number_format.size(plan.available)}"
+        most = plan.most_rows * config.train.gradient_accumulation * config.hardware.processes
+        fits = f"train.batch_size={most} fits {usable}" if most else f"no example fits {usable}"
+        rows.append(("at most", f"{fits}; more with train.gradient_accumulation"))
+    return rows
 
 
 def _quantized(hardware: HardwareConfig) -> str:

@@ -46,6 +46,10 @@ class Method:
         """How this method uses dev batches in training; empty if it does not."""
         return ""
 
+    def kept_bytes(self, adapter: Adapter) -> int:
+        """Memory that training keeps on the device besides the adapter and its optimizer."""
+        return 0
+
     def alone(self) -> str:
         """Why this method cannot train in several processes; empty if it can."""
         return ""

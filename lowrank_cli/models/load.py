@@ -157,7 +157,7 @@ def load(
                 **arguments,
             )
         with one_line(f"the tokenizer of {where.source}"):
-            tokenizer = _tokenizer(where.source, arguments)
+            tokenizer = load_tokenizer(where.source, arguments)
     packing = prepack_for(network, hardware, generates)
     network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)
@@ -300,7 +300,8 @@ def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) 
     return config
 
 
-def _tokenizer(source: str, arguments: dict[str, Any]) -> Any:
+def load_tokenizer(source: str, arguments: dict[str, Any]) -> Any:
+    """The tokenizer of a folder or repository, with a pad token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, **arguments)

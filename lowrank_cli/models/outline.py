@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_cli.models import gguf
-from lowrank_cli.models.load import BUNDLED, cached, factory_of, one_line, quiet
+from lowrank_cli.models.load import BUNDLED, cached, factory_of, load_tokenizer, one_line, quiet
 from lowrank_cli.schema import ModelConfig
 
 
-def outline(model: ModelConfig) -> Any | None:
+def outline(model: ModelConfig, device: str = "meta", dtype: Any = None) -> Any | None:
     """The model on torch's meta device; None if its config.json is not on this machine.
 
-    Raises UserError if that file cannot be read.
+    Args:
+        device: another one if the caller makes fake tensors there.
+        dtype: of the weights; None: as the configuration says.
+
+    Raises:
+        UserError: that file cannot be read.
     """
     folder = _folder(model)
     if folder is None:
@@ -21,9 +26,19 @@ def outline(model: ModelConfig) -> Any | None:
     import torch
     from transformers import AutoConfig
 
-    with quiet(True), one_line(str(folder)), torch.device("meta"):
+    with quiet(True), one_line(str(folder)), torch.device(device):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        return factory_of(model).from_config(config, trust_remote_code=model.trust_remote_code)
+        arguments = {} if dtype is None else {"dtype": dtype}
+        return factory_of(model).from_config(config, trust_remote_code=model.trust_remote_code, **arguments)
+
+
+def outline_tokenizer(model: ModelConfig) -> Any | None:
+    """The model's tokenizer; None if it is not on this machine."""
+    folder = _folder(model)
+    if folder is None:
+        return None
+    with quiet(True), one_line(f"the tokenizer of {folder}"):
+        return load_tokenizer(str(folder), {"trust_remote_code": model.trust_remote_code})
 
 
 def _folder(model: ModelConfig) -> Path | None:

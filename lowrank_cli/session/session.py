@@ -213,7 +213,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         header=loaded.header,
         max_positions=loaded.max_positions,
         adapter_run=adapter_run,
-        chats=_chats(loaded.tokenizer, config.task),
+        chats=chats_of(loaded.tokenizer, config.task),
     )
     return replace(session, task=_in_chat(session)) if session.chats else session
 
@@ -226,7 +226,7 @@ def _only_split(config: RunConfig, method: Method) -> str | None:
     return evaluate.split
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> dict[str, Chat]:
+def chats_of(tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> dict[str, Chat]:
     """The chat template of each task of a mix, or of the only task. Raises UserError if only some tasks have one."""
     chats: dict[str, Chat] = {}
     for name, config in (task.parts or {"": task}).items():

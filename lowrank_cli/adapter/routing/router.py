@@ -11,11 +11,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 EPSILON = 1e-6  #: lower bound of a token's norm and of a feature's deviation, as divisors
 
 
 @cache
+@_disable_current_modes()
 def fit_gelu(numerator: int, denominator: int) -> tuple[Tensor, Tensor]:
     """(a_0 … a_m) and (b_1 … b_n) of a rational function fitted to GeLU and linear far outside.
 

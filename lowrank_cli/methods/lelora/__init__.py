@@ -87,6 +87,13 @@ class LeLoRA(LoRA):
         """Rewards, if windows move."""
         return "" if self.config.policy == "fixed" else "rewards its choices by the loss of dev batches"
 
+    def kept_bytes(self, adapter: Adapter) -> int:
+        """The spectra between two choices."""
+        if self.strategies is None:
+            return 0
+        components = zip(self.strategies.reachable, adapter.sites.values(), strict=True)
+        return sum(4 * len(index) * (site.in_features + site.out_features) for index, site in components)
+
     def alone(self) -> str:
         """Data parallelism needs constant shapes, and each process has its own dev gradients."""
         policy = self.config.policy

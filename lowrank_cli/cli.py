@@ -548,7 +548,7 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Validate a configuration and print the plan, without weights or data; a study's with a short probe."""
+    """Validate a configuration and print the plan, without weights; a study's with a short probe."""
     overrides = list(overrides or [])
     groups = {override.partition("=")[0] for override in overrides}
     verb = "study" if "study" in groups else "run" if "recipe" in groups else "train"

@@ -27,10 +27,12 @@ from lowrank_cli.config.folders import GROUPS, conf_folders
 from lowrank_cli.config.hydra_loader import WITHOUT_HYDRA, ParsedOnce
 from lowrank_cli.config.inline_files import inline_files
 from lowrank_cli.config.keys import knows
+from lowrank_cli.config.model_width import model_width
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check, read_text
-from lowrank_cli.schema import TRUST, VERBS, Override, parse_overrides, quoted
+from lowrank_cli.schema import TRUST, VERBS, Override, TrainRun, parse_overrides, quoted
+from lowrank_cli.schema.learning_rate import UsualRate, usual_rate
 
 INPUTS = (
     "run",
@@ -263,7 +265,14 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
     _refuse_huge(resolved)
     config = OmegaConf.to_object(cfg)
     _validate(config)
+    if isinstance(config, TrainRun) and config.train.learning_rate is None:
+        config.train.learning_rate = resolved["train"]["learning_rate"] = usual_rate_of(config).value
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
+
+
+def usual_rate_of(config: TrainRun) -> UsualRate:
+    """The learning rate that ``train.learning_rate=null`` stands for."""
+    return usual_rate(config.model, model_width(config.model), methods.create(config.method).rate_scale())
 
 
 def _require_booleans(cfg: DictConfig, parsed: Sequence[HydraOverride]) -> None:
@@ -494,7 +503,7 @@ def _expand_models(load: ConfigLoaderImpl, given: Sequence[Override]) -> list[Ov
 
 
 def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
-    """Name a model after its weights if its file gives no name, or gives it to other weights.
+    """Name a model after its weights if its file gives no name, or gives it to other weights; so with its width.
 
     Args:
         given: the keys that the user set.
@@ -503,6 +512,8 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
     unnamed = (
         OmegaConf.is_missing(model, "name") or "model.id" in given or (model.bundled and (model.path or model.gguf))
     )
+    if "model.id" in given and "model.width" not in given:
+        model.width = None  # the file's is that of other weights
     if "model.name" in given or not unnamed:
         return
     model.name = _weights_name(model.gguf, model.path, model.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli import methods
-from lowrank_cli.config.composition import Composed
+from lowrank_cli.config.composition import Composed, usual_rate_of
 from lowrank_cli.config.folders import description, files
 from lowrank_cli.config.keys import Row, method_keys, section_keys, sections, verbs_of
 from lowrank_cli.errors import UserError, unknown
@@ -39,6 +40,10 @@ def yaml_of(stages: Stages) -> str:
     documents = []
     for name, composed in stages:
         text = yaml.safe_dump(composed.resolved, sort_keys=False, allow_unicode=True, width=110)
+        if composed.verb == "train":
+            usual = usual_rate_of(composed.config)
+            if usual.is_usual(composed.config.train.learning_rate):
+                text = re.sub(r"(?m)^(train:\n  learning_rate: .*)$", rf"\1  # {usual.source}", text)
         documents.append(text if len(stages) == 1 else f"--- # {name}: lrk {composed.verb}\n{text}")
     return "".join(documents)
 
@@ -99,8 +104,10 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
         share = train.batch_size // (train.gradient_accumulation * hardware.processes)
         split = f"{hardware.processes} processes × {train.gradient_accumulation} accumulated × {share} examples"
         rows += [
-            ("training", f"{steps}, learning rate {train.learning_rate:g}"),
+            ("training", steps),
+            ("learning rate", usual_rate_of(config).described(train.learning_rate)),
             ("batches", f"{train.batch_size} examples a step = {split}"),
+            *_estimate(config),
         ]
     if hasattr(config, "prune"):
         rows.append(("pruning", _pruning(config.prune)))
@@ -122,6 +129,14 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if getattr(config, "run", None):
         rows.append(("starts from" if composed.verb == "train" else "adapter of", config.run))
     return [*rows, ("seed", str(config.seed)), ("outputs", config.outputs)]
+
+
+def _estimate(config: TrainRun) -> list[tuple[str, str]]:
+    """Rows with steps, tokens and time, if the data are on this machine."""
+    from lowrank_cli.session.training_estimate import training_estimate
+
+    estimate = training_estimate(config, methods.create(config.method))
+    return estimate.rows() if estimate else []
 
 
 def _layers(composed: Composed) -> list[tuple[str, str]]:

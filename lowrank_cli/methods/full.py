@@ -29,6 +29,10 @@ class Full(Method):
         """All of them train."""
         return "trains them"
 
+    def rate_scale(self) -> float:
+        """A tenth at every model size ("LoRA Without Regret", Thinking Machines, 2025)."""
+        return 0.1
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Train every parameter (tied ones once)."""
         from lowrank_cli.adapter.adapted_model import Adapter

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Options of PEFT's configurations that follow from the rest of a run's.
 DERIVED = ("target_modules", "feedforward_modules", "peft_type", "task_type", "inference_mode", "modules_to_save")
+#: Tuners that train vectors alone take about ten times LoRA's learning rate: the papers of (IA)³ and VeRA have 3e-3
+#: (Liu et al. 2022, arXiv 2205.05638) and 4e-3 (Kopiczko et al. 2024, arXiv 2310.11454) for models of billions.
+SCALES = {"ia3": 10.0, "vera": 10.0}
 #: Warnings of what the tuners mend themselves: GPT-2's transposed weights, and BOFT without its CUDA extension.
 EXPECTED = "fan_in_fan_out is set to False but|Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
 
@@ -49,6 +52,10 @@ class Peft(Method):
     config: PeftConfig
     unmergeable = "the updates of a PEFT tuner are kept apart"
     unprunable = "its tuner is PEFT's, which has no ranks to judge one by one"
+
+    def rate_scale(self) -> float:
+        """See :data:`SCALES`."""
+        return SCALES.get(self.config.type, 1.0)
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """The target linears. Raises UserError for an unknown tuner, an unknown option or a missing linear."""

@@ -50,6 +50,10 @@ class Method:
         """Memory that training keeps on the device besides the adapter and its optimizer."""
         return 0
 
+    def rate_scale(self) -> float:
+        """The usual learning rate of this method, in relation to that of LoRA."""
+        return 1.0
+
     def alone(self) -> str:
         """Why this method cannot train in several processes; empty if it can."""
         return ""

@@ -20,7 +20,7 @@ def outline(model: ModelConfig, device: str = "meta", dtype: Any = None) -> Any 
     Raises:
         UserError: that file cannot be read.
     """
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return None
     import torch
@@ -41,7 +41,8 @@ def outline_tokenizer(model: ModelConfig) -> Any | None:
         return load_tokenizer(str(folder), {"trust_remote_code": model.trust_remote_code})
 
 
-def _folder(model: ModelConfig) -> Path | None:
+def folder_of(model: ModelConfig) -> Path | None:
+    """The folder of the model on this machine; None if it is not here, or a GGUF file that is not converted yet."""
     if model.gguf:
         return gguf.converted(gguf.find(Path(model.gguf), f"model.gguf: {model.gguf}"))
     if model.path:

@@ -8,7 +8,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from lowrank_cli.errors import UserError, nearest, require_choice
+from lowrank_cli.errors import UserError, nearest, require_choice, require_range
 
 #: Sizes of Llama models: layers, width, feed-forward width, heads, key-value heads, vocabulary.
 SHAPES = {
@@ -36,6 +36,8 @@ class ModelConfig:
     gguf: Optional[str] = None
     #: an installed Python package that holds the model as GGUF, used where the Hub cannot be reached
     package: Optional[str] = None
+    #: hidden size, from which the usual learning rate follows; read from a folder or file where one is given
+    width: Optional[int] = None
     #: random weights instead: a name of :data:`SHAPES`, or LAYERSxWIDTHxFEEDFORWARDxHEADS (``lrk bench`` only)
     shape: Optional[str] = None
 
@@ -43,6 +45,8 @@ class ModelConfig:
         require_choice("model.kind", self.kind, ("causal", "encoder"))
         if self.shape is not None:
             self.sizes()
+        if self.width is not None:
+            require_range("model.width", self.width, 1)
         if not (self.bundled or self.id or self.path or self.gguf):
             raise UserError("model: nothing to load; set model.id (Hub), model.path (folder) or model.gguf (file)")
         if self.gguf and self.path:

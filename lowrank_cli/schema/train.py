@@ -18,7 +18,8 @@ TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
 class TrainConfig:
     """AdamW with linear warm-up and decay, dev evaluation and early stop. A step is one optimizer update."""
 
-    learning_rate: float = MISSING  #: peak, reached after the warm-up
+    #: peak, reached after the warm-up; null: the usual one, see :mod:`lowrank_cli.schema.learning_rate`
+    learning_rate: Optional[float] = MISSING
     weight_decay: float = MISSING  #: AdamW's
     warmup: float = MISSING  #: share of all steps
     epochs: float = MISSING  #: passes over the training set
@@ -32,7 +33,8 @@ class TrainConfig:
     checkpoint_every: int = MISSING  #: steps between checkpoints to resume from; 0 keeps only that of an interrupt
 
     def validate(self) -> None:
-        require_range("train.learning_rate", self.learning_rate, 0)
+        if self.learning_rate is not None:
+            require_range("train.learning_rate", self.learning_rate, 0)
         require_range("train.weight_decay", self.weight_decay, 0)
         require_range("train.warmup", self.warmup, 0, 1)
         if not self.epochs > 0:

@@ -54,10 +54,10 @@ class Session:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def greet(self, run: Run) -> None:
-        """Choose the CPU threads and print the run's first lines: which model this is and how it computes."""
+    def greet(self, run: Run, *more: str) -> None:
+        """Choose the CPU threads and print the run's first lines: the model, how it computes, and ``more``."""
         source = newest_run_note(self.config, run)
-        notes = dict.fromkeys([*([self.task.note] if self.task.note else []), *map(str, self.chats.values())])
+        notes = dict.fromkeys([*([self.task.note] if self.task.note else []), *map(str, self.chats.values()), *more])
         greet(run, self.config.hardware, self.model, self.header, source=source, notes=notes)
 
     def note_device(self, run: Run) -> None:

@@ -39,6 +39,7 @@ from lowrank_cli.methods.protocol import (
 )
 from lowrank_cli.runs import Run, atomic_folder, progress, stopping
 from lowrank_cli.schema import TrainRun
+from lowrank_cli.schema.learning_rate import usual_rate
 from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.stages.evaluate import evaluate_end
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
@@ -64,7 +65,7 @@ def run(config: TrainRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         step, work = 0, partial(calibrate.train, session, run, config.test)
     else:
         trainer = Trainer(session, run)
-        session.greet(run)
+        session.greet(run, *trainer.remarks())
         if resume:
             trainer.resume()
         step, work = trainer.progress["step"], trainer.fit
@@ -82,6 +83,8 @@ class Trainer:
         self.session, self.run, self.adapter = session, run, session.adapter
         self.config: TrainRun = session.config  # type: ignore[assignment]
         self.settings = self.config.train
+        assert self.settings.learning_rate is not None, "composition fills it in"
+        self.peak = self.settings.learning_rate
         self.accelerator = session.accelerator
         self.train_data = session.encode(session.task.train)
         self.dev_data = session.encode(session.task.dev)
@@ -117,6 +120,13 @@ class Trainer:
         }
         self.bar: progress.Bar  # of the steps, while they run
 
+    def remarks(self) -> list[str]:
+        """A line about the learning rate, if it was chosen by the table, or is far from it."""
+        width = self.session.model.config.get_text_config().hidden_size
+        usual = usual_rate(self.config.model, width, self.session.method.rate_scale())
+        noted = usual.is_usual(self.peak) or usual.is_far(self.peak)
+        return [f"learning rate: {usual.described(self.peak)}"] if noted else []
+
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, one for each ``peak`` learning rate."""
         method = self.session.method
@@ -124,7 +134,7 @@ class Trainer:
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.adapter.trained.items():
             if name not in self.adapter.deferred:
-                groups.setdefault(rates.get(name, self.settings.learning_rate), []).append(parameter)
+                groups.setdefault(rates.get(name, self.peak), []).append(parameter)
         return [{"params": parameters, "peak": peak} for peak, parameters in groups.items()]
 
     def fit(self) -> dict[str, float]:
@@ -273,7 +283,7 @@ class Trainer:
 
         ``peak`` defaults to ``train.learning_rate``; ``train.warmup`` is the share of the steps that warm up.
         """
-        peak = self.settings.learning_rate if peak is None else peak
+        peak = self.peak if peak is None else peak
         warmup = math.ceil(self.settings.warmup * self.total)
         if step <= warmup:
             return peak * step / warmup

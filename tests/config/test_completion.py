@@ -59,7 +59,7 @@ def test_choices_of_a_group(bash, zsh):
 
 
 def test_keys_come_with_their_value_so_that_no_space_follows(bash, zsh):
-    assert bash("train", "train.lear") == ["train.learning_rate=", "train.learning_rate=0.002"]
+    assert bash("train", "train.warm") == ["train.warmup=", "train.warmup=0.06"]
     assert zsh("lrk train train.lear")[0] == "train.learning_rate="
     assert bash("train", "train.max_steps", "=") == ["300"]
 

@@ -22,7 +22,7 @@ MACHINE = (
     (re.compile(r"/[^\s\"']*(?=/lowrank_cli/assets/)"), "ROOT"),  # of the checkout that wrote an adapter
     (re.compile(r"\b\d{4}-\d\d-\d\d/"), "DATE/"),
     (re.compile(r"(?<=DATE/)\d{6}(?=-)|(?<=  )\d{6}(?=-)"), "TIME"),
-    (re.compile(r"\b[\d.]+ ?(s|ms|min|MiB|GiB)\b"), r"N \1"),
+    (re.compile(r"\b[\d.]+ ?(s|ms|min|MiB|GiB|GFLOP/s)\b"), r"N \1"),
 )
 
 

@@ -32,6 +32,7 @@ from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check, read_text
 from lowrank_cli.schema import TRUST, VERBS, Override, TrainRun, parse_overrides, quoted
+from lowrank_cli.schema.harness import HarnessConfig
 from lowrank_cli.schema.learning_rate import UsualRate, usual_rate
 
 INPUTS = (
@@ -46,6 +47,7 @@ INPUTS = (
     "serve.adapters",
     "serve.chat_template",
     "method.rank_pattern",
+    "eval.include_path",
 )  #: keys of files and folders that are read; saved as absolute paths
 WRITTEN = "generate.output"  # a file
 STARTED = "bench.vllm"  # a program
@@ -126,6 +128,7 @@ def _loader(folders: tuple[Path, ...]) -> ConfigLoaderImpl:
     store.store(group="task", name="_mix", node=schema.mix())
     for name, node in methods.config_classes().items():
         store.store(group="method", name=f"_{name}", node=node)
+    store.store(group="eval", name="_lm_eval", node=HarnessConfig)
     for name, kind in schema.BENCHES.items():
         store.store(group="bench", name=f"_{name}", node=kind)
     search_path = create_config_search_path(f"file://{folders[-1]}")

@@ -13,7 +13,13 @@ GROUPS = ("model", "task", "hardware", "method")
 
 def groups_of(verb: str) -> tuple[str, ...]:
     """The groups of a verb's configuration."""
-    return {"run": ("recipe",), "study": ("study",), "bench": ("bench", "model", "task", "hardware")}.get(verb, GROUPS)
+    others = {
+        "run": ("recipe",),
+        "study": ("study",),
+        "bench": ("bench", "model", "task", "hardware"),
+        "evaluate": (*GROUPS, "eval"),
+    }
+    return others.get(verb, GROUPS)
 
 
 def conf_folder() -> Path:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from types import NoneType
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -54,6 +55,8 @@ def section_keys(section: str, config_dir: str | None) -> list[Row]:
     choices = {group: name for item in listed for group, name in item.items()}
     if section == "bench" and kind_of_bench:
         choices["bench"] = kind_of_bench
+    if section in choices and choices[section] is None:
+        choices[section] = next(iter(files(section, config_dir)))  # chosen by the user alone
     if section in primary:
         given = primary[section]
     else:
@@ -75,7 +78,14 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 def sections(verb: str) -> dict[str, Any]:
     """The sections of a verb's configuration with their schemas, except the method's."""
-    return {name: kind for name, kind in get_type_hints(VERBS[verb]).items() if is_dataclass(kind)}
+    hints = {name: _present(hint) for name, hint in get_type_hints(VERBS[verb]).items()}
+    return {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+
+
+def _present(hint: Any) -> Any:
+    """What an optional section is if it is not null."""
+    inner = [kind for kind in get_args(hint) if kind is not NoneType]
+    return inner[0] if len(inner) == 1 and is_dataclass(inner[0]) else hint
 
 
 def verbs_of(section: str) -> list[str]:
@@ -125,7 +135,7 @@ def _rows(section: str, kind: type, values: dict[str, Any]) -> list[Row]:
 def knows(kind: Any, key: str) -> bool:
     """Whether a schema has a dotted key; in a section without a schema every key is taken for known."""
     name, _, rest = key.partition(".")
-    section = get_type_hints(kind).get(name)
+    section = _present(get_type_hints(kind).get(name))
     return section is not None and (not rest or not is_dataclass(section) or knows(section, rest))
 
 

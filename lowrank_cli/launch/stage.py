@@ -22,7 +22,7 @@ from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.schema import ENDLESS, BenchRun, RunConfig, ServeRun, TrainRun
+from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun
 from lowrank_cli.training.tracking import require as require_tracker
 
 
@@ -54,6 +54,8 @@ def check(
         _refuse_uncalibratable(composed, method)
     if isinstance(config, ServeRun):
         tenants.check(config)
+    if isinstance(config, EvaluateRun) and config.eval is not None:
+        _refuse_outside_harness(config)
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
@@ -67,6 +69,20 @@ def check(
                 f"times train.gradient_accumulation={accumulated}"
             )
     return composed
+
+
+def _refuse_outside_harness(config: EvaluateRun) -> None:
+    """Refuse what eval=lm_eval cannot measure or would ignore."""
+    if config.model.kind != "causal":
+        raise UserError(f"eval: lm_eval asks causal models, and {config.model.name} is an encoder; leave eval out")
+    if methods.can(config.method.name, Calibrates):
+        raise UserError(f"eval: lm_eval does not see what method={config.method.name} calibrates; leave eval out")
+    if config.hardware.processes > 1:
+        raise UserError(f"hardware.processes: {config.hardware.processes}, but eval=lm_eval runs in one; set it to 1")
+    if config.evaluate.shots or config.evaluate.num_beams > 1:
+        raise UserError(
+            "evaluate.shots, evaluate.num_beams: eval=lm_eval has eval.num_fewshot and greedy decoding instead"
+        )
 
 
 def _refuse_unsupported_stage(composed: Composed) -> None:

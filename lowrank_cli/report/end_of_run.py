@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_cli.report import export_hints
-from lowrank_cli.report.metric_names import is_cost, quality
+from lowrank_cli.report.metric_names import STANDARD_ERROR, is_cost, quality
 from lowrank_cli.report.number_format import count, duration, number, size
 from lowrank_cli.report.path_format import shown, typed
 from lowrank_cli.report.selections import SETTING
@@ -123,6 +123,8 @@ def _learned(metrics: dict[str, Any]) -> Iterable[tuple[str, Text]]:
         text = Text(number(metrics[name]), style="bold" if split == "test" else "")
         if name == "dev/loss" and "best_step" in metrics:
             text.append(f"  (best at step {metrics['best_step']} of {metrics.get('train/steps', '?')})")
+        elif f"{name}{STANDARD_ERROR}" in metrics:
+            text.append(f"  (± {number(metrics[f'{name}{STANDARD_ERROR}'])})")
         elif f"{split}/examples" in metrics and not part:
             text.append(f"  ({metrics[f'{split}/examples']} examples)")
         yield " ".join(filter(None, (split, part, metric.replace("_", " ")))), text
@@ -157,7 +159,9 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
 
 def _others(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, str]]:
     elsewhere = {*quality(metrics), *(name for name in metrics if name.startswith("bench/"))}
-    rest = [name for name in metrics if name not in elsewhere and not is_cost(name)]
+    rest = [
+        name for name in metrics if name not in elsewhere and not is_cost(name) and not name.endswith(STANDARD_ERROR)
+    ]
     own = f"{info.get('stage')}/"
     names = (name.removeprefix(own).replace("_", " ") if name.startswith(own) else name for name in rest)
     return [(shown, number(metrics[name])) for shown, name in zip(names, rest, strict=True)]

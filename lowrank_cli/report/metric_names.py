@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from lowrank_cli.schema import METRICS
 
 _COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
-_LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "parameters", "bytes")
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "seconds", "parameters", "bytes")
+STANDARD_ERROR = "_stderr"  #: ends the name of a metric's standard error
 
 
 def is_cost(name: str) -> bool:
@@ -26,8 +27,12 @@ def lower_is_better(name: str) -> bool:
 
 def quality(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that say how good a model is, without repeats: test before dev, losses last in each."""
-    named = [name for name in dict.fromkeys(names) if name.startswith(("test/", "dev/")) and not is_cost(name)]
+    named = [name for name in dict.fromkeys(names) if _is_quality(name)]
     return sorted(named, key=lambda name: (name.startswith("dev/"), is_loss(name)))
+
+
+def _is_quality(name: str) -> bool:
+    return name.startswith(("test/", "dev/")) and not is_cost(name) and not name.endswith(STANDARD_ERROR)
 
 
 def main_metric(names: Iterable[str], wanted: Iterable[str]) -> str:

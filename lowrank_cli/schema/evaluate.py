@@ -8,6 +8,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from lowrank_cli.errors import require_choice, require_range
+from lowrank_cli.schema.harness import HarnessConfig
 from lowrank_cli.schema.run import RunConfig
 
 
@@ -41,4 +42,5 @@ class EvaluateRun(RunConfig):
     """``lrk evaluate``."""
 
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    eval: Optional[HarnessConfig] = None  #: what to measure instead of the task; null: the task
     run: Optional[str] = MISSING  #: folder of a run with an adapter; null takes the newest finished one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -10,10 +11,12 @@ from typing import Any
 from lowrank_cli.icl import calibrate
 from lowrank_cli.icl.demonstrations import draw
 from lowrank_cli.icl.fit import load_or_fit
+from lowrank_cli.inference import harness
 from lowrank_cli.inference.predict import Record, predict, score, with_correct, write_answers
 from lowrank_cli.methods.protocol import Calibrates, Diagnoses, Observes
 from lowrank_cli.runs import Run, progress
 from lowrank_cli.schema import EvaluateRun
+from lowrank_cli.schema.harness import HarnessConfig
 from lowrank_cli.session.adapter_run import check_template
 from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.tasks.task import Example
@@ -35,6 +38,8 @@ class Observed:
 
 def run(config: EvaluateRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
     """Evaluate ``config.run``'s adapter (or none) and write ``predictions.jsonl`` into ``run``'s folder."""
+    if config.eval is not None:
+        return _measure_with_harness(config, config.eval, run, adapter_run)
     if adapter_run:
         check_template(config.task, adapter_run / "adapter")
     session = start(config, adapter_run)
@@ -55,6 +60,20 @@ def run(config: EvaluateRun, run: Run, adapter_run: Path | None, *, resume: bool
     return {**metrics, **observed.metrics}
 
 
+def _measure_with_harness(
+    config: EvaluateRun, eval: HarnessConfig, run: Run, adapter_run: Path | None
+) -> dict[str, float]:
+    """The metrics of the lm-evaluation-harness; its full report is in ``lm_eval.json``."""
+    tasks = harness.load_tasks(eval)  # before weights are read
+    session = start(config, adapter_run)
+    load_adapter(session)
+    session.greet(run)
+    report = harness.evaluate(session, eval, tasks)
+    run.write_text("lm_eval.json", json.dumps(report, indent=2, default=str) + "\n")
+    session.note_device(run)
+    return {**harness.metrics(report), **parameters(session)}
+
+
 def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list[Record], Observed]:
     """Metrics named ``<split>/<metric>``, the predictions, and what the method observed on this split."""
     examples = {"dev": session.task.dev, "test": session.task.test}[split]
@@ -71,10 +90,14 @@ def evaluate_split(session: Session, split: str) -> tuple[dict[str, float], list
             observed[task] = len(indices), _observe(session)
     metrics = {f"{split}/{name}": value for name, value in score(session, records).items()}
     metrics[f"{split}/examples"] = len(examples)
-    metrics["total_parameters"] = session.model.num_parameters()
-    metrics["trainable_parameters"] = session.adapter.count() if session.adapter else 0
-    metrics["activated_parameters"] = metrics["trainable_parameters"]
-    return metrics, with_correct(session, records), _combine(observed)
+    return {**metrics, **parameters(session)}, with_correct(session, records), _combine(observed)
+
+
+def parameters(session: Session) -> dict[str, float]:
+    """The numbers of parameters of the adapted model."""
+    trainable = session.adapter.count() if session.adapter else 0
+    total = session.model.num_parameters()
+    return {"total_parameters": total, "trainable_parameters": trainable, "activated_parameters": trainable}
 
 
 def evaluate_end(session: Session, test: bool) -> tuple[dict[str, float], list[Record], Observed]:

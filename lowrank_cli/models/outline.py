@@ -34,7 +34,7 @@ def outline(model: ModelConfig, device: str = "meta", dtype: Any = None) -> Any 
 
 def outline_tokenizer(model: ModelConfig) -> Any | None:
     """The model's tokenizer; None if it is not on this machine."""
-    folder = _folder(model)
+    folder = folder_of(model)
     if folder is None:
         return None
     with quiet(True), one_line(f"the tokenizer of {folder}"):

@@ -104,10 +104,11 @@ class Search:
         ranked = self._ranked([trial for trial in self.trials if trial.part == 1])
         return ranked[0].values if ranked else None
 
-    def at_edge(self) -> list[str]:
-        """The keys whose best value lies at an end of what was searched: an even better one may lie beyond."""
+    def at_edge(self) -> dict[str, str]:
+        """``lower`` or ``upper`` for each key whose best value lies at that end: an even better one may lie beyond."""
         best = self.best()
-        return [key for key in self.search if best is not None and self._end(key, best[key]) is not None]
+        ends = {key: self._end(key, best[key]) for key in self.search} if best is not None else {}
+        return {key: "upper" if end else "lower" for key, end in ends.items() if end is not None}
 
     def _end(self, key: str, value: Any) -> int | None:
         """0 at the lower end, -1 at the upper one, None between them or where there is no order.

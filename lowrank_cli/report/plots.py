@@ -24,8 +24,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FEW_POINTS = 30  #: with fewer each train loss is marked
+BOX = 5  #: with fewer values quartiles mean little, so there is no box
 FALL = 5  #: times the last train losses; a first one above that gets a logarithmic axis
 LETTER = 0.085  #: width of a letter of a title, in inches; 0.7 inches are lost beside the axes
+MANY_ROWS = 40  #: of discs: with more there is a panel for each kind of row
 ANNOTATED_CELLS = 300  #: a heatmap with more cells shows colours only
 TRAIN, DEV, RATE, REFERENCE = "#0072b2", "#d55e00", "#f1f3f5", "#5d5d5d"
 STYLE = Path(__file__).with_name("style.mplstyle")
@@ -43,7 +45,8 @@ def draw(run: Run) -> list[Path]:
     ``lines`` draws each row as a line over the numbers in ``columns``, with optional ``low`` and ``high`` (rows ×
     columns) as a band; ``box`` draws the values of each row, which may differ in number, as a box with its points;
     ``bubbles`` a disc for each value as colour, its area from ``sizes`` (rows × columns; ``size_label`` says what they
-    are), over the numbers in ``columns``, the colours from 0 or over ``scale``; ``bars`` draws a group of bars for
+    are), over the numbers in ``columns``, the colours from 0 or over ``scale``; many rows are in panels if
+    ``panel_of`` names the panel of each row and ``panel_rows`` its name there; ``bars`` draws a group of bars for
     each row, one a column, with error bars from ``low`` to ``high`` (rows × columns). Optional ``row_label`` and
     ``column_label`` name the axes.
     Returns the files written, none where there is nothing to draw.
@@ -334,11 +337,9 @@ def lines(entry: dict[str, Any]) -> Figure:
     factor, stand at equal distances.
     """
     from matplotlib.ticker import NullLocator
-    from numpy import linspace
 
     figure, axes = _figure(7.2, 4.2)
-    if len(entry["rows"]) > 10:  # more than the default colours: shades in the order of the rows
-        axes.set_prop_cycle(color=_scale("#cfe3f0", TRAIN)(linspace(0, 1, len(entry["rows"]))))
+    axes.set_prop_cycle(color=series_colours(len(entry["rows"])))
     columns, table = entry["columns"], _numbers(entry["values"])
     factor = _factor(columns)
     lows, highs = (_numbers(entry.get(key, [])) for key in ("low", "high"))
@@ -365,6 +366,15 @@ def lines(entry: dict[str, Any]) -> Figure:
     return figure
 
 
+def series_colours(count: int) -> list[Any]:
+    """A colour for each of ``count`` series: the default ones, or shades where there are more."""
+    from matplotlib import rcParams
+    from numpy import linspace
+
+    cycle = rcParams["axes.prop_cycle"].by_key()["color"]
+    return cycle[:count] if count <= len(cycle) else list(_scale("#cfe3f0", TRAIN)(linspace(0, 1, count)))
+
+
 def _factor(columns: list[float]) -> float | None:
     """By what each of at least three numbers is larger than the one before, if it is the same for all."""
     if len(columns) < 3 or min(columns) <= 0:
@@ -383,20 +393,24 @@ def _beside_each_other(columns: list[float], factor: float | None, shift: float)
 
 @styled
 def box(entry: dict[str, Any]) -> Figure:
-    """Each row's values as a box from quartile to quartile, whiskers to the extremes, the mean and every point."""
+    """Each row's values as points with mean and median; from ``BOX`` values on with a box, whiskers to the extremes."""
     width = max(3.6, 1.1 * len(entry["rows"]) + 1.6)
     figure, axes = _figure(width, 4.2)
     places = range(1, len(entry["rows"]) + 1)
-    drawn = axes.boxplot(
-        entry["values"],
-        positions=list(places),
-        whis=(0, 100),
-        widths=0.5,
-        showmeans=True,
-        medianprops={"color": DEV},
-        meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": DEV, "markersize": 5},
-    )
     for place, values in zip(places, entry["values"], strict=True):
+        boxed = len(values) >= BOX
+        drawn = axes.boxplot(
+            [values],
+            positions=[place],
+            whis=(0, 100),
+            widths=0.5,
+            showmeans=True,
+            showbox=boxed,
+            showcaps=boxed,
+            whiskerprops={"visible": boxed},
+            medianprops={"color": DEV},
+            meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": DEV, "markersize": 5},
+        )
         apart = [place + 0.06 * offset for offset in _beside(values)]
         axes.plot(apart, values, linestyle="none", marker="o", markersize=3, color=TRAIN, alpha=0.6)
     shown = [drawn["medians"][0], drawn["means"][0]]
@@ -420,30 +434,53 @@ def _beside(values: list[float]) -> list[float]:
 @styled
 def bubbles(entry: dict[str, Any]) -> Figure:
     """Each value as the colour of a disc, its area in proportion to ``sizes``, row by row over ``columns``."""
-    rows, columns, sizes = entry["rows"], entry["columns"], _numbers(entry["sizes"])
-    figure, axes = _figure(min(max(0.4 * len(columns), 5.0), 12) + 1.5, min(max(0.22 * len(rows), 2.0), 16) + 1.2)
-    largest = max((size for line in sizes for size in line), default=0) or 1
-    low, high = entry.get("scale", (0, None))
-    places = [(x, y) for y in range(len(rows)) for x in columns]
-    discs = axes.scatter(
-        [x for x, _ in places],
-        [y for _, y in places],
-        c=[value for line in _numbers(entry["values"]) for value in line],
-        s=[120 * size / largest for line in sizes for size in line],
-        cmap=_scale("#e3f0f8", TRAIN),
-        edgecolors=TRAIN,
-        linewidths=0.5,
-        vmin=low,
-        vmax=high,
-    )
-    axes.set_yticks(range(len(rows)), [str(row) for row in rows], fontsize=7)
-    if _whole(columns):
-        _whole_ticks(axes.xaxis)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(entry.get("column_label", ""))
-    axes.set_title(textwrap.fill(entry["title"], 70))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = entry["rows"], entry["columns"]
+    values, sizes = _numbers(entry["values"]), _numbers(entry["sizes"])
+    panels: dict[str, list[int]] = {"": list(range(len(rows)))}
+    names = rows
+    if "panel_of" in entry and len(rows) > MANY_ROWS:
+        titles, names = entry["panel_of"], entry["panel_rows"]
+        panels = {title: [at for at, own in enumerate(titles) if own == title] for title in dict.fromkeys(titles)}
+    across, most = min(len(panels), 4), max(map(len, panels.values()))
+    width = min(max(0.4 * len(columns), 2.6 if across > 1 else 5.0), 12 / across)  # inches of a panel
+    height = min(max((0.17 if across > 1 else 0.22) * most, 2.0), 16) + 0.4
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(across * width + 1.5, down * height + 0.8))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(down, across, squeeze=False, sharex=True)
+    largest, area = max((size for line in sizes for size in line), default=0) or 1, 60 if across > 1 else 120
+    low, high = entry.get("scale", (0, max(_finite(values))))
+    for at, place in enumerate(axes.flat):
+        if at >= len(panels):
+            place.set_visible(False)
+            continue
+        title, here = list(panels.items())[at]
+        discs = place.scatter(
+            columns * len(here),
+            [y for y in range(len(here)) for _ in columns],
+            c=[value for row in here for value in values[row]],
+            s=[area * size / largest for row in here for size in sizes[row]],
+            cmap=_scale("#e3f0f8", TRAIN),
+            edgecolors=TRAIN,
+            linewidths=0.5,
+            vmin=low,
+            vmax=high,
+        )
+        place.set_yticks(range(len(here)), [str(names[row]) for row in here], fontsize=7)
+        if _whole(columns):
+            _whole_ticks(place.xaxis)
+        place.set_ylim(len(here) - 0.5, -0.5)
+        place.set_title(title, fontsize=8, fontweight="normal")
+    for place in axes[-1] if across == 1 else ():
+        place.set_xlabel(entry.get("column_label", ""))
+    if across > 1:
+        figure.supxlabel(entry.get("column_label", ""))
+    figure.suptitle(textwrap.fill(entry["title"], 70), x=0.01, ha="left")
     figure.colorbar(discs, ax=axes, pad=0.02).set_label(entry.get("label", ""))
-    marks, names = discs.legend_elements("sizes", num=4, fmt="{x:.3g}", func=lambda areas: areas * largest / 120)
+    marks, names = discs.legend_elements("sizes", num=4, fmt="{x:.3g}", func=lambda areas: areas * largest / area)
     figure.legend(marks, names, ncols=len(names), title=entry.get("size_label"), loc="outside lower right")
     return figure
 

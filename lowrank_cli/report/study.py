@@ -83,21 +83,12 @@ def best_score(entry: Tuned) -> float | None:
     return next((t["mean"] for t in every if t["values"] == entry["best"] and t.get("part", 1) == 1), None)
 
 
-def edge(entry: Tuned, key: str) -> str:
-    """The end of the search at which a key's best value lies: ``lower`` or ``upper``."""
-    best = (entry["best"] or {}).get(key)
-    values = {value for trial in entry["trials"] if isinstance(value := trial["values"].get(key), int | float)}
-    if not isinstance(best, int | float):  # the file may come from anybody
-        return "unknown"
-    return "lower" if sum(value < best for value in values) < sum(value > best for value in values) else "upper"
-
-
 def tuned_table(tuning: Iterable[Tuned]) -> RenderableType:
     """Each arm's best values, and at which end of what was searched they lie."""
     table = Fitted("tuned", ["arm", "task", "trials", "best", "score", "note"], leave_out=["trials", "score"])
     for entry in tuning:
         best = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (entry["best"] or {}).items())
-        edges = [f"{key.rpartition('.')[2]} at its {edge(entry, key)} end" for key in entry["at_edge"]]
+        edges = [f"{key.rpartition('.')[2]} at its {end} end" for key, end in entry["at_edge"].items()]
         lost = sum(trial["mean"] is None for trial in entry["trials"]) if entry["best"] else 0
         note = Text(", ".join([*([f"{lost} failed"] if lost else []), *edges]), style="yellow")
         score, trials = best_score(entry), str(len(entry["trials"]))

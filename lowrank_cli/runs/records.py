@@ -110,6 +110,8 @@ class Figure(TypedDict):
     outlined: NotRequired[list[list[bool]]]
     scale: NotRequired[list[Finite]]
     panels: NotRequired[list[dict[str, Any]]]
+    panel_of: NotRequired[list[str]]
+    panel_rows: NotRequired[list[str]]
 
 
 class Arrangement(TypedDict):
@@ -186,7 +188,8 @@ class Tuned(TypedDict):
     keys: list[str]
     trials: list[Trial]
     best: dict[str, Any] | None  #: null where every trial failed
-    at_edge: list[str]  #: keys whose best value lies at an end of what was searched
+    #: ``lower`` or ``upper`` for each key whose best value lies at that end of what was searched
+    at_edge: dict[str, Annotated[str, Where(("lower", "upper").__contains__, "lower or upper")]]
 
 
 #: Kind of each file that :meth:`lowrank_cli.runs.Run.read_json` knows by its name.

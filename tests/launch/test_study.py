@@ -73,7 +73,7 @@ def test_every_arm_is_tuned_alike_and_compared_with_its_best_value(study):
     for entry in tuning:
         assert [trial["values"]["train.learning_rate"] for trial in entry["trials"]] == [0.1, 0.3, 0.5]
         assert [trial["mean"] for trial in entry["trials"]] == [0.2, 0.0, 0.2]
-        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.3}, [])
+        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.3}, {})
     assert (folder / "report.html").is_file() and (folder / "comparison" / "compare.tex").is_file()
     assert "tuned" in ended.err + ended.out and "detectable" in ended.err + ended.out
     final = {name: status for name, status in statuses(folder).items() if name.startswith("runs/")}
@@ -319,7 +319,7 @@ def test_successive_halving_of_a_study(study):
     for entry in read(folder / "tuning.json"):
         tried = [(trial["part"], trial["values"]["train.learning_rate"]) for trial in entry["trials"]]
         assert tried == [(2, 0.1), (2, 0.2), (2, 0.25), (2, 0.5), (1, 0.25), (1, 0.2)]
-        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.25}, [])
+        assert (entry["best"], entry["at_edge"]) == ({"train.learning_rate": 0.25}, {})
     at = folder / "tuning/all/yesno/plain"
     steps = {
         path.name: (run.config()["train"]["max_steps"], run.config()["train"]["epochs"])
@@ -341,7 +341,7 @@ def test_widening_ends_where_the_key_does(study):
     (folder,) = runs()
     for entry in read(folder / "tuning.json"):
         assert [trial["values"]["train.warmup"] for trial in entry["trials"]] == [0.9, 0.5]
-        assert (entry["best"], entry["at_edge"]) == ({"train.warmup": 0.9}, ["train.warmup"])
+        assert (entry["best"], entry["at_edge"]) == ({"train.warmup": 0.9}, {"train.warmup": "upper"})
     assert "warmup at its upper end" in ended.out
 
 
@@ -445,12 +445,12 @@ def searched(search: Search, optimum: float, seeds: tuple[int, ...] = (0,)) -> l
 def test_a_grid_widens_beyond_the_end_at_which_its_best_lies():
     search = Search(TuneConfig(search={"rate": [0.001, 0.002]}), ["rate"], lower=True)
     assert searched(search, optimum=0.004) == [0.001, 0.002]
-    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.002}, ["rate"], 0.004)
+    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.002}, {"rate": "upper"}, 0.004)
     search.widen(0.004)
     assert searched(search, optimum=0.004) == [0.004] and search.beyond() == 0.008
     search.widen(0.008)
     searched(search, optimum=0.004)
-    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.004}, [], None)
+    assert (search.best(), search.at_edge(), search.beyond()) == ({"rate": 0.004}, {}, None)
 
 
 @pytest.mark.parametrize(

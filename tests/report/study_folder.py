@@ -106,6 +106,7 @@ def _tuned(group: str, task: str, arm: str) -> dict[str, Any]:
     best = ARMS[arm][3]
     scores = {rate: 0.4 + 0.05 * math.log10(rate / best) ** 2 for rate in RATES}
     trials = [{"values": {"train.learning_rate": r}, "scores": {"100": s}, "mean": s} for r, s in scores.items()]
+    end = {RATES[0]: "lower", RATES[-1]: "upper"}.get(best)
     return {
         "group": group,
         "task": task,
@@ -116,5 +117,5 @@ def _tuned(group: str, task: str, arm: str) -> dict[str, Any]:
         "keys": ["train.learning_rate"],
         "trials": trials,
         "best": {"train.learning_rate": best},
-        "at_edge": ["train.learning_rate"] if best in (RATES[0], RATES[-1]) else [],
+        "at_edge": {"train.learning_rate": end} if end else {},
     }

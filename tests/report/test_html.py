@@ -321,7 +321,7 @@ def test_failed_trials_are_counted(tmp_path):
     (entry,) = json.loads((folder / "tuning.json").read_text())
     for trial in entry["trials"]:
         trial["mean"] = None
-    (folder / "tuning.json").write_text(json.dumps([entry | {"best": None, "at_edge": []}]))
+    (folder / "tuning.json").write_text(json.dumps([entry | {"best": None, "at_edge": {}}]))
     assert "lora on tiny_yesno: every trial failed." in written([folder]).text
 
 

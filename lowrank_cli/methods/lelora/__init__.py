@@ -188,6 +188,8 @@ def figures(strategies: Strategies) -> list[dict[str, Any]]:
             "kind": "bubbles",
             "title": "Window of each matrix: place as colour, width as size",
             "rows": names,
+            "panel_of": [str(site.role or "other") for site in strategies.sites],
+            "panel_rows": [str(site.layer) for site in strategies.sites],
             "columns": log["step"],
             "values": [
                 [starts[m] / max(1, size - widths[m]) for starts, widths in zip(log["starts"], log["widths"])]

@@ -108,6 +108,8 @@ class LauncherPool:
         except LrkError:
             raise
         except Exception as error:
+            if stopping.requested():  # the signal ended its processes too
+                stopping.interrupt()
             raise WorkFailed(f"the launcher failed ({type(error).__name__}: {error}); {self.again}") from error
         finally:
             for run in map(Run.open, todo):

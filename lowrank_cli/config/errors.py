@@ -196,7 +196,9 @@ def _missing(error: MissingConfigException, message: str, failure: Failure) -> s
     within = re.match(r"In '([^']+/[^']+)'", message)
     where = f"{within[1]}.yaml, defaults" if within and not within[1].startswith("hydra/") else group
     others = ", or a folder, a .gguf file or ORG/NAME" if group == "model" else ""
-    return f"{where}: unknown value '{name}'{nearest(name, options)} (allowed: {', '.join(sorted(options))}{others})"
+    close = nearest(name, options)
+    own = "" if close else "; --config-dir DIR adds the files of DIR" if group == "study" else ""
+    return f"{where}: unknown value '{name}'{close} (allowed: {', '.join(sorted(options))}{others}{own})"
 
 
 def _unknown_key(key: str, failure: Failure) -> str:
@@ -208,6 +210,8 @@ def _unknown_key(key: str, failure: Failure) -> str:
 
 def unknown_key(key: str, keys: list[str]) -> str:
     """The message for a ``key`` that is not one of ``keys``: which methods or verbs have it, else the nearest key."""
+    if match := re.match(r"(study\.(?:arms|tasks|groups|pools|views|prepare|folders))\.(\w+)", key):
+        return f"{key}: {match[1]} has no '{match[2]}'; write it in the study's file, or add it: '+{match[0]}=…'"
     section, _, leaf = key.rpartition(".")
     siblings = [known.rpartition(".")[2] for known in keys if section and known.rpartition(".")[0] == section]
     listed = f" ({section} has: {', '.join(siblings)})" if siblings else ""

@@ -199,7 +199,7 @@ def _shorter(train: TrainConfig, part: int) -> list[str]:
 def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of the study itself, and those for its runs."""
     keys = {item.name for item in fields(StudyRun)}
-    own = [word for word in overrides if Override.parse(word).root in keys or not Override.parse(word).sets]
+    own = [word for word in overrides if Override.parse(word.lstrip("+")).root in keys or not Override.parse(word).sets]
     return own, [word for word in overrides if word not in own]
 
 
@@ -215,6 +215,8 @@ def require_plain(config: StudyConfig) -> None:
     shared = [word for at in groups for word in at.overrides] + config.extra
     for key in dict.fromkeys([*(override.key for override in parse_overrides(shared)), *searched]):
         if not any(_takes(verb, own, key) for verb, own in arms.values()):
+            if knows(StudyRun, f"study.{key}"):
+                raise UserError(f"study {config.name}: {key}: unknown key; did you mean 'study.{key}'?")
             known = {name: None for verb, own in arms.values() for name in flat(VERBS[verb]) if _takes(verb, own, name)}
             raise UserError(f"study {config.name}: {unknown_key(key, list(known))}")
 

@@ -445,6 +445,7 @@ def compare(
     across_tasks: Annotated[
         bool, typer.Option("--across-tasks", help="also test methods over all tasks together, paired by task and seed")
     ] = False,
+    percent: Annotated[bool, typer.Option("--percent", help="accuracy and other shares in percent")] = False,
     output: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="also write the comparison here: Markdown, CSV, LaTeX, plots, PEFT's JSON"),
@@ -455,7 +456,7 @@ def compare(
     from lowrank_cli.report.compare import compare as compare_runs
     from lowrank_cli.terminal import Terminal
 
-    Terminal().print(compare_runs(runs or [], baseline, metric, output, outputs, across_tasks))
+    Terminal().print(compare_runs(runs or [], baseline, metric, output, outputs, across_tasks, percent))
 
 
 @app.command(cls=Verb)

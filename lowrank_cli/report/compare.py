@@ -20,7 +20,8 @@ from lowrank_cli.report import formats
 from lowrank_cli.report.across_tasks import across_tasks as results_across_tasks
 from lowrank_cli.report.comparison import Comparison
 from lowrank_cli.report.differences import compare_with_baseline, mark_best, mark_pareto
-from lowrank_cli.report.run_results import Result, collect, locate, section_of
+from lowrank_cli.report.percent import in_percent
+from lowrank_cli.report.run_results import Result, collect, locate, sections_of
 from lowrank_cli.report.study_results import read_study, study_sections
 from lowrank_cli.runs.records import STUDY
 
@@ -32,10 +33,12 @@ def compare(
     output: str | None,
     outputs: str,
     across_tasks: bool = False,
+    percent: bool = False,
 ) -> RenderableType:
     """What ``lrk compare`` prints; arguments as in :func:`build_comparison`.
 
     Args:
+        percent: show accuracy and other shares in percent.
         output: a folder to write the comparison to, in every format of :mod:`lowrank_cli.report.formats`.
     """
     folder = None if output is None else Path(output)
@@ -45,8 +48,8 @@ def compare(
     comparison = build_comparison(paths, baseline=baseline, metric=metric, outputs=outputs, across_tasks=across_tasks)
     if folder is not None:
         with writing("--output", folder):
-            formats.write(comparison, folder)
-    return formats.terminal(comparison)
+            formats.write(comparison, folder, percent=percent)
+    return formats.terminal(in_percent(comparison) if percent else comparison)
 
 
 def build_comparison(
@@ -105,6 +108,7 @@ def _of_study(folder: Path, baseline: str | None, metric: str | None) -> Compari
         study=study.record["name"],
         cells=study.cells,
         missing=study.missing,
+        absent=study.absent,
     )
 
 
@@ -120,7 +124,7 @@ def _of_runs(
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in collected.results:
         groups.setdefault((result.model, result.task), []).append(result)
-    sections = [section_of(members, metric) for _, members in sorted(groups.items())]
+    sections = [section for _, members in sorted(groups.items()) for section in sections_of(members, metric)]
     sections = [section for section in sections if section.rows]
     if not sections:
         raise UserError("compare: none of these runs has a finite test or dev metric; name one with --metric")

@@ -31,7 +31,8 @@ class Difference:
     p_value: float | None = None  #: of the same t test as the interval; of one pair with examples, McNemar's exact test
     p_holm: float | None = None  #: corrected for the other rows of the section
     sign_flip: float | None = None  #: p over seeds, without assumptions; None below two pairs
-    detectable: float | None = None  #: true difference that the test would have found with 80 % power
+    #: true difference that the test would have found with 80 % power; of a share, None above 1
+    detectable: float | None = None
     bootstrap: tuple[float, float] | None = None  #: 95 % interval over resampled seeds and examples
 
 
@@ -86,6 +87,7 @@ class Section:
     rows: list[Row]
     without_metric: int = 0  #: finished runs that lack the metric
     repeats: int = 0  #: older runs of a seed that a newer one replaces
+    others: bool = False  #: whether runs of this task were measured on other examples too
     clashes: int = 0  #: of them, those whose setting of the same name kept other modules
     shared: str = ""  #: ``key=value …`` of most runs, left out of the settings that have it; or empty
 
@@ -100,7 +102,7 @@ class Section:
         return f"unless a setting says otherwise: {self.shared}" if self.shared else ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class AcrossTasks:
     """One method against the baseline on all tasks of a model together."""
 
@@ -130,6 +132,12 @@ class Comparison:
     study: str | None = None  #: its name
     cells: int = 0  #: of a study: groups × tasks × arms × seeds
     missing: int = 0  #: of these, those without a finished run
+    absent: dict[str, list[str]] = field(default_factory=dict)  #: of a study: task → arms without any finished run
+
+
+def priced(section: Section) -> list[Row]:
+    """The rows with costs of their own: pools and views share those of the arms that they are made from."""
+    return [row for row in section.rows if not (row.pool or row.view)]
 
 
 def swept(rows: Sequence[Row]) -> tuple[str, dict[str, float]]:

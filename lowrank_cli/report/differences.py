@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lowrank_cli.errors import UserError, unknown
-from lowrank_cli.report.comparison import COSTS, Difference, Row, Section, swept
+from lowrank_cli.report.comparison import COSTS, Difference, Row, Section, priced, swept
+from lowrank_cli.report.metric_names import is_share
 from lowrank_cli.report.predictions import Answers, answers
 from lowrank_cli.report.statistics import (
     crossed_mean,
@@ -39,7 +40,7 @@ def mark_pareto(section: Section) -> None:
     sign = -1 if section.lower_is_better else 1
 
     def points(cost: str) -> list[tuple[Row, float, float]]:
-        known = [(row, getattr(row, cost)) for row in section.rows if not (row.pool or row.view)]
+        known = [(row, getattr(row, cost)) for row in priced(section)]
         return [(row, sign * row.median, value) for row, value in known if value is not None]
 
     fronts = {cost: pareto_front(points(cost)) for cost in COSTS}
@@ -108,7 +109,8 @@ def difference(row: Row, baseline: Row, metric: str) -> Difference | None:
     estimate = paired_mean(differences) if table is None else crossed_mean(table)
     if estimate is not None:
         result.low, result.high = estimate.interval()
-        result.p_value, result.detectable = estimate.p_value(), estimate.detectable()
+        result.p_value, detectable = estimate.p_value(), estimate.detectable()
+        result.detectable = None if is_share(metric) and detectable > 1 else detectable
     if table is not None:
         result.bootstrap = paired_bootstrap(table)
         if len(differences) == 1 and not (row.pool or baseline.pool):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
+ROUNDING = 1e-12  #: differences of metrics below it come from the order of their sums
 FAR = 30  #: times the median above which the largest leaves the rest one colour, and digits that are all zeros
 
 
@@ -55,6 +56,11 @@ def number(value: Any) -> str:
     if 0 < abs(value) < 1e-3:
         return f"{value:.3g}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign; what is left by the rounding of sums is zero."""
+    return number(0.0) if abs(value) < ROUNDING else f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def unit(values: Iterable[float]) -> float:

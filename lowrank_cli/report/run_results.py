@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +38,16 @@ IRRELEVANT = {
     "evaluate.batch_size",
     "score.tokens",
     "hardware.threads",
+    "tracker",
     "method.setting",  # its name stands for it, its layers may differ from seed to seed
     "method.layers",
     "method.ranks",  # those of method.rank_pattern
     "train.log_every",
     "train.checkpoint_every",
 }
+
+#: Keys that say out of which data the examples come.
+DATA = re.compile(r"task\.(parts\.[^.]+\.)?(hub|subset|path|generator|splits|dev_split|test_split)")
 
 TRAINED = "trained."  #: begins a key of how the adapter was trained, where the run that measured it was set otherwise
 
@@ -128,6 +133,7 @@ def result_of(run: Run) -> Result:
     """What a comparison needs of a finished run."""
     info = run.info
     config, stages = _lineage(run)
+    _drop_unused(config)
     if stages:
         config["adapter"] = " + ".join(stages)
     config["trained"] = _trained_otherwise(run, config)
@@ -174,10 +180,29 @@ def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
         own = earlier.config("seed")
         if scored:
             own.pop("score", None)  # a pruning of what was scored scores nothing
+        if (earlier.path / "statistics").is_dir():
+            own.pop("train", None)  # a method that calibrates takes no steps
         config = {**config, **own, "seed": config.get("seed", own["seed"])}
         stages += [earlier.info["stage"]] if earlier.info["stage"] in ADAPTERS else []
         scored = earlier.info["stage"] == "score"
     return config, stages
+
+
+def _drop_unused(config: dict[str, Any]) -> None:
+    """Remove settings that the runs of this kind of model, answer and method do not read."""
+    task, evaluate, method = (config.get(section, {}) for section in ("task", "evaluate", "method"))
+    encoder = config.get("model", {}).get("kind") == "encoder"
+    unused = {
+        "template": encoder,
+        "templates": encoder or "templates" not in method,
+        "text": not encoder,
+        "max_new_tokens": task.get("answer") in ("labels", "choices"),
+        "extract": task.get("answer") in ("labels", "choices"),
+    }
+    for key in (key for key, drop in unused.items() if drop):
+        task.pop(key, None)
+    if task.get("answer") in ("labels", "choices"):
+        evaluate.pop("num_beams", None)
 
 
 def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
@@ -227,10 +252,45 @@ def _join(results: dict[Path, Result]) -> list[Result]:
     return list(joined.values())
 
 
-def section_of(results: list[Result], metric: str | None) -> Section:
-    """The runs of one model on one task, by ``metric`` or else by the task's own; ``rows`` is empty if none has it."""
+def sections_of(results: list[Result], metric: str | None) -> list[Section]:
+    """The runs of one model on one task, by ``metric`` or else by the task's own: a section for each test set.
+
+    Runs that were measured on different examples are never compared. One section without rows if none has the metric.
+    """
     metric = metric or own_metric(results)
     measured = [result for result in results if metric in result.metrics]
+    by_set = by_test_set(measured, metric) or {results[0].task: []}
+    sections = [_section(results[0].model, task, metric, members) for task, members in by_set.items()]
+    sections[0].without_metric = len(results) - len(measured)
+    for section in sections:
+        section.others = len(sections) > 1
+    return sections
+
+
+def by_test_set(results: Iterable[Result], metric: str) -> dict[str, list[Result]]:
+    """The results by the examples that ``metric`` was measured on; where these differ, the task's name tells them.
+
+    They are the same if they are as many, out of the same data.
+    """
+    split = metric.partition("/")[0]
+    sets: dict[tuple[float | None, Setting], list[Result]] = {}
+    for result in results:
+        source = sorted((key, value) for key, value in result.config.items() if DATA.fullmatch(key))
+        sets.setdefault((result.metrics.get(f"{split}/examples"), tuple(source)), []).append(result)
+    if len(sets) < 2:
+        return {members[0].task: members for members in sets.values()}
+    common = set.intersection(*(set(source) for _, source in sets))
+    named = {}
+    for (examples, source), members in sets.items():
+        others = "".join(
+            f", {key.partition('.')[2]}={_value(value)}" for key, value in source if (key, value) not in common
+        )
+        count = "unknown examples" if examples is None else f"{examples:.0f} examples"
+        named[f"{members[0].task}, {count}{others}"] = members
+    return named
+
+
+def _section(model: str, task: str, metric: str, measured: list[Result]) -> Section:
     rows: dict[tuple[str, Setting], dict[int, Result]] = {}
     clashes = 0
     for result in sorted(measured, key=lambda result: result.started):  # of a seed the newest run counts
@@ -239,8 +299,7 @@ def section_of(results: list[Result], metric: str | None) -> Section:
         by_seed[result.seed] = result
     names, shared = _names(rows)
     made = [row_of(method, names[method, setting], metric, by_seed) for (method, setting), by_seed in rows.items()]
-    section = new_section(results[0].model, results[0].task, metric, made)
-    section.without_metric = len(results) - len(measured)
+    section = new_section(model, task, metric, made)
     section.repeats = len(measured) - sum(len(row.values) for row in made)
     section.clashes, section.shared = clashes, shared
     return section

@@ -10,7 +10,7 @@ from statistics import fmean
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import read_json
 from lowrank_cli.report.comparison import Row, Section
-from lowrank_cli.report.run_results import Result, empty_row, new_section, own_metric, result_of, row_of
+from lowrank_cli.report.run_results import Result, by_test_set, empty_row, new_section, own_metric, result_of, row_of
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.records import STUDY, StudyRecord, ViewRecord
 from lowrank_cli.schema.study import UNGROUPED
@@ -29,6 +29,14 @@ class StudyResults:
     def missing(self) -> int:
         """Cells without a finished run."""
         return self.cells - sum(len(by_seed) for arms in self.results.values() for by_seed in arms.values())
+
+    @property
+    def absent(self) -> dict[str, list[str]]:
+        """The arms without any finished run, by the task (with its group where there are several) that lacks them."""
+        named = len(self.record["groups"]) > 1
+        arms_of = {(f"{g}/{t}" if named else t): arms for (g, t), arms in self.results.items()}
+        missing = {task: [arm for arm in self.record["arms"] if arm not in arms] for task, arms in arms_of.items()}
+        return {task: arms for task, arms in missing.items() if arms}
 
     @property
     def metrics(self) -> set[str]:
@@ -73,20 +81,24 @@ def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
     for (group, task), arms in study.results.items():
         results = [result for by_seed in arms.values() for result in by_seed.values()]
         name = metric or own_metric(results)
-        rows = {}
-        for arm, by_seed in arms.items():
-            measured = {seed: result for seed, result in by_seed.items() if name in result.metrics}
-            if measured:
-                rows[arm] = row_of(arm, "", name, measured)
-        pools = study.record.get("pools", {}).items()
-        pooled = [row for pool, members in pools if (row := _pool(pool, [rows[arm] for arm in members if arm in rows]))]
-        views = study.record.get("views", {}).items()
-        viewed = [row for view, record in views if (row := _view(view, record, name, arms.get(record["arm"], {})))]
-        if rows:
+        measured = [result for result in results if name in result.metrics]
+        sets = by_test_set(measured, name)
+        for number, (test_set, members) in enumerate(sets.items()):
+            rows = {}
+            for arm, by_seed in arms.items():
+                here = {seed: result for seed, result in by_seed.items() if result in members}
+                if here:
+                    rows[arm] = row_of(arm, "", name, here)
+            pools = study.record.get("pools", {}).items()
+            pooled = [row for pool, arms_ in pools if (row := _pool(pool, [rows[arm] for arm in arms_ if arm in rows]))]
+            views = [item for item in study.record.get("views", {}).items() if item[1]["arm"] in rows]
+            viewed = [row for view, record in views if (row := _view(view, record, name, arms[record["arm"]]))]
             # without groups, sections are named after the model
             model = results[0].model if list(study.record["groups"]) == [UNGROUPED] else group
-            section = new_section(model, task, name, [*rows.values(), *pooled, *viewed])
-            section.without_metric = len(results) - sum(len(row.values) for row in rows.values())
+            title = task + test_set.removeprefix(members[0].task)
+            section = new_section(model, title, name, [*rows.values(), *pooled, *viewed])
+            section.without_metric = 0 if number else len(results) - len(measured)
+            section.others = len(sets) > 1
             sections.append(section)
     return sections
 

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import math
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -59,8 +60,14 @@ def test_rows_hold_median_interval_test_and_costs(add):
     assert (second["train_seconds"], second["peak_memory_bytes"]) == ("101.0", str(2**29))
     assert first["seeds"] == "0 1 2" and first["metric"] == "test/accuracy"
     tested = "+0.0200 | -0.0048 to +0.0448 | 0.074 | 0.250 (3) | ±0.0326"
-    assert f"| milora | 3 | 0.8500 | 0.8100–0.8600 | {tested} | 262k ◆ | 81.9k | 3m 20s ◆ | 512 MiB ◆ |" in markdown
-    assert "| lora | 3 | 0.8200 | 0.8000–0.8400 | – | – | – | – | – | 262k | 262k | 1m 41s ◆ | 512 MiB |" in markdown
+    assert (
+        f"| milora | 3 | 0.8500 | 0.8100–0.8600 | 0.0265 | {tested} | 262k ◆ | 81.9k | 3m 20s ◆ | 512 MiB ◆ |"
+        in markdown
+    )
+    assert (
+        "| lora | 3 | 0.8200 | 0.8000–0.8400 | 0.0200 | – | – | – | – | – | 262k | 262k | 1m 41s ◆ | 512 MiB |"
+        in markdown
+    )
     assert "### llama · tiny_yesno · test/accuracy (higher is better)" in markdown
     assert "0.250 (3)" in shown and "sign-flip" in shown
 
@@ -73,8 +80,11 @@ def test_runs_over_arrangements_show_their_spread(add):
     rows, markdown, _ = run_compare(add)
     found = {row["method"]: (row["arrangement_std"], row["arrangement_worst"]) for row in rows}
     assert found == {"idaicl": ("0.125", "0.5"), "none": ("", ""), "lora": ("", "")}
-    assert "| idaicl ★ | 3 | 0.8000 | 0.8000–0.8000 | 0.1250 | 0.5000 |" in markdown
-    assert "| none | 3 | 0.7000 | 0.7000–0.7000 | – | – |" in markdown and "| lora | 1 | 0.9000 | – | 262k" in markdown
+    assert "| idaicl ★ | 3 | 0.8000 | 0.8000–0.8000 | 0.0000 | 0.1250 | 0.5000 |" in markdown
+    assert (
+        "| none | 3 | 0.7000 | 0.7000–0.7000 | 0.0000 | – | – |" in markdown
+        and "| lora | 1 | 0.9000 | – | 262k" in markdown
+    )
     assert "several arrangements of demonstrations" in markdown
 
 
@@ -162,9 +172,9 @@ def test_what_most_runs_have_is_said_once_and_names_stay_distinct(add):
 
 def test_keys_with_the_same_last_word_keep_their_section(add):
     for name, value in (("one", 1), ("two", 2)):
-        add("lora", value, 0.5, config={"model.path": f"/data/{name}", "task.path": f"/data/{name}"})
+        add("lora", value, 0.5, config={"model.path": f"/data/{name}", "hardware.path": f"/data/{name}"})
     assert {row["setting"] for row in run_compare(add)[0]} == {
-        f"model.path=/data/{name} task.path=/data/{name}" for name in ("one", "two")
+        f"hardware.path=/data/{name} model.path=/data/{name}" for name in ("one", "two")
     }
 
 
@@ -326,6 +336,53 @@ def test_runs_without_a_finite_value_are_left_out_and_counted(add):
     assert "| lora | 1 | 0.5000 | – |" in markdown
 
 
+def test_runs_on_other_examples_are_never_ranked(add):
+    for seed in (1, 2):
+        add("lora", seed, 0.5, **{"test/examples": 48})
+        add("milora", seed, 0.9, **{"test/examples": 48})
+        add("dora", seed, 1.0, **{"test/examples": 8})
+    rows, markdown, _ = run_compare(add, baseline="lora")
+    differences = {(row["task"], row["method"]): row["mean_difference"] for row in rows}
+    assert differences == {
+        ("tiny_yesno, 48 examples", "milora"): "0.4",
+        ("tiny_yesno, 48 examples", "lora"): "",
+        ("tiny_yesno, 8 examples", "dora"): "",
+    }
+    assert "in tables of their own: they are not compared" in markdown
+    assert "covers the median with probability 1 - 2^(1-n): 50 % for 2 seeds" in markdown
+
+
+def test_a_difference_that_cannot_be_is_not_called_detectable(add):
+    for seed, other in ((1, 0.9), (2, 0.3)):
+        add("lora", seed, 0.5)
+        add("dora", seed, other)
+    rows, markdown, _ = run_compare(add, baseline="lora")
+    assert [row["detectable"] for row in rows] == ["", ""] and rows[0]["p_value"]
+    assert "detectable –: it would be more than 1" in markdown
+
+
+def test_shares_in_percent(add):
+    spread(add, "lora", [0.81, 0.82, 0.83])
+    spread(add, "dora", [0.83, 0.84, 0.87])
+    console = Console(width=160, file=io.StringIO())
+    console.print(compare([], "lora", None, "paper", str(add.outputs), percent=True))
+    text = console.file.getvalue()
+    assert "test/accuracy in % (higher is better)" in text and "84.00 83.00–87.00" in text and "+2.6667" in text
+    assert "0.84" in Path("paper/compare.csv").read_text() and "84.00" in Path("paper/compare.tex").read_text()
+
+
+def test_keys_that_a_run_does_not_read_are_no_setting(add):
+    for seed, (tokens, beams) in enumerate(((4, 1), (8, 2))):
+        add(
+            "lora",
+            seed,
+            0.5,
+            config={"task.answer": "labels", "task.max_new_tokens": tokens, "evaluate.num_beams": beams},
+        )
+    ((method, setting, n),) = [(row["method"], row["setting"], row["n"]) for row in run_compare(add)[0]]
+    assert (method, setting, n) == ("lora", "", "2")
+
+
 def test_the_range_is_shown_where_the_interval_is_narrower(add):
     spread(add, "lora", [0.1 * i for i in range(1, 10)])
     rows, markdown, _ = run_compare(add)
@@ -343,7 +400,7 @@ def test_a_narrow_terminal_shows_every_number_whole(add):
         text = console.file.getvalue()
         assert text.count("method") == tables
         assert max(map(len, text.splitlines())) <= width
-        for cell in ("0.8100–0.8300", "+0.0000", "1.000 (3)", "262k", "81.9k", "512 MiB"):
+        for cell in ("0.8100–0.8300", " 0.0000 ", "1.000 (3)", "262k", "81.9k", "512 MiB"):
             assert cell in text
 
 

@@ -31,7 +31,9 @@ def comparison(add):
 def test_every_format_is_written(comparison, tmp_path):
     formats.write(comparison, tmp_path / "out")
     tasks = ("tiny_topic", "tiny_yesno")
-    plots = {f"{kind}-llama-{task}.png" for kind in ("forest", "pareto") for task in tasks} | {"forest-llama-all.png"}
+    plots = {f"{kind}-llama-{task}.png" for kind in ("forest", "pareto", "seeds") for task in tasks} | {
+        "forest-llama-all.png"
+    }
     expected = {"compare.md", "compare.csv", "compare.tex", "method_comparison", *plots}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").read_text().splitlines()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowrank_cli.report.comparison import AcrossTasks, Comparison, Difference, Row, Section
-from lowrank_cli.report.number_format import count, duration, number, size
+from lowrank_cli.report.number_format import count, duration, number, signed, size
 from lowrank_cli.report.tables import NONE
 
 STAR = "★"
@@ -47,7 +47,8 @@ def section_columns(section: Section, baseline: str | None) -> Columns:
             "quality",
             lambda row: _span(*row.range),
         ),
-        "std": (
+        "std": (any(row.std is not None for row in rows), "quality", lambda row: _known(number, row.std)),
+        "std within": (
             any(row.arrangement_worst is not None for row in rows),
             "quality",
             lambda row: _known(number, row.arrangement_std),
@@ -98,11 +99,6 @@ def across_columns(results: Sequence[AcrossTasks]) -> Columns:
 def across_title(model: str, comparison: Comparison) -> str:
     """The heading of that table."""
     return f"{model} · all tasks together, against {comparison.baseline}"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return f"{'+' if value >= 0 else ''}{number(value)}"
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_cli.errors import escaped
 from lowrank_cli.report import plots
-from lowrank_cli.report.comparison import Comparison, Row, Section, swept
+from lowrank_cli.report.comparison import Comparison, Row, Section, priced, swept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ FRONT, OTHER = plots.TRAIN, plots.REFERENCE
 def write(comparison: Comparison, folder: Path) -> None:
     """Write the plots that the comparison has data for, as PNG."""
     for section in comparison.sections:
+        plots.write(seeds(section), folder / _name("seeds", section.model, section.task))
         if (entry := curve(section)) is not None:
             plots.write(plots.picture(entry), folder / entry["file"])
         if (figure := pareto(section)) is not None:
@@ -75,9 +76,33 @@ def forest(title: str, label: str, rows: Sequence[tuple[str, float, float | None
 
 
 @plots.styled
+def seeds(section: Section) -> Figure:
+    """Methods × seeds: every run as a point, one colour for each seed, and the median of each row as a line."""
+    figure, axes = plots._figure(7.2, 1.5 + 0.4 * len(section.rows))
+    every = sorted({seed for row in section.rows for seed in row.values})
+    colours = plots.series_colours(len(every))
+    for at, seed in enumerate(every):
+        shift = 0.5 * ((at + 0.5) / len(every) - 0.5)  # the seeds of a row are one above the other
+        shown = [(row.values[seed], place + shift) for place, row in enumerate(section.rows) if seed in row.values]
+        axes.plot(*zip(*shown), linestyle="none", marker="o", markersize=5, color=colours[at], label=str(seed))
+    for place, row in enumerate(section.rows):
+        axes.vlines(row.median, place - 0.36, place + 0.36, color="#16191d", linewidth=1.6)
+    axes.set_yticks(range(len(section.rows)), [_literal(row.label) for row in section.rows])
+    axes.set_ylim(len(section.rows) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
+    axes.set_xlabel(_literal(f"{section.metric}; line: median"))
+    axes.set_title(_literal(f"{section.model} · {section.task}"))
+    if len(every) > 1:
+        axes.legend(title="seed", loc="upper left", bbox_to_anchor=(1, 1), ncols=1 + len(every) // 12)
+    return figure
+
+
+@plots.styled
 def pareto(section: Section) -> Figure | None:
     """Median over each cost that differs between rows, with intervals and the front; None without such a cost."""
-    costs = [cost for cost in COST_AXES if len({getattr(row, cost) for row in section.rows} - {None}) > 1]
+    rows = priced(section)
+    costs = [cost for cost in COST_AXES if len({getattr(row, cost) for row in rows} - {None}) > 1]
     if not costs:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,15 +112,15 @@ def pareto(section: Section) -> Figure | None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, costs, strict=True):
-        _pareto_panel(axes, section, cost)
+        _pareto_panel(axes, rows, cost)
     panels[0].set_ylabel(_literal(f"{section.metric}, median and interval"))
     figure.suptitle(_literal(f"{section.model} · {section.task}"), x=0.01, ha="left")
     return figure
 
 
-def _pareto_panel(axes: Any, section: Section, cost: str) -> None:
+def _pareto_panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
     label, unit = COST_AXES[cost]
-    points = [(row, getattr(row, cost) / unit) for row in section.rows if getattr(row, cost) is not None]
+    points = [(row, getattr(row, cost) / unit) for row in rows if getattr(row, cost) is not None]
     values = [value for _, value in points]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_xscale("log")
@@ -106,15 +131,22 @@ def _pareto_panel(axes: Any, section: Section, cost: str) -> None:
         colour = FRONT if cost in row.pareto else OTHER
         axes.plot([value, value], [row.low, row.high], color=colour, linewidth=1.2, alpha=0.5)
         axes.plot([value], [row.median], color=colour, marker="D" if cost in row.pareto else "o", markersize=5)
+    axes.margins(x=0.18)
+    if axes.get_xscale() == "linear":
+        axes.locator_params(axis="x", nbins=5)
+    scaled = axes.xaxis.get_transform().transform
+    middle = scaled(axes.get_xlim()).mean()
+    for row, value in points:
+        beyond = scaled([value])[0] > middle  # the label is on the side with room
         axes.annotate(
             _literal(row.label),
             (value, row.median),
-            xytext=(6, 3),
+            xytext=(-6 if beyond else 6, 3),
             textcoords="offset points",
+            ha="right" if beyond else "left",
             fontsize=8,
-            color=colour,
+            color=FRONT if cost in row.pareto else OTHER,
         )
-    axes.margins(x=0.18)
     axes.set_xlabel(label)
 
 

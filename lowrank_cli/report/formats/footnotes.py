@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from lowrank_cli.report.comparison import Comparison, Row
 from lowrank_cli.report.formats.columns import BOUND, PARETO, STAR
 from lowrank_cli.report.metric_names import is_loss
+from lowrank_cli.report.tables import NONE
+
+EXACT = 6  #: seeds from which on an interval of 95 % for a median can be told by order statistics
 
 
 def footnotes(comparison: Comparison) -> list[str]:
@@ -25,15 +28,20 @@ def _columns(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
         return
     line = "n counts seeds."
     if any(len(row.values) > 1 for row in rows):
-        line += (
-            " interval: of the median, 95 % by order statistics from 6 seeds on; below, the range "
-            "of the seeds, which covers the median with probability 1 - 2^(1-n): 75 % for 3 seeds, 94 % for 5."
+        few = sorted({n for row in rows if 1 < (n := len(row.values)) < EXACT})
+        covered = ", ".join(f"{100 * (1 - 2 ** (1 - n)):.0f} % for {n}" for n in few)
+        line += " interval: of the median, 95 % by order statistics from 6 seeds on" + (
+            f"; below, the range of the seeds, which covers the median with probability 1 - 2^(1-n): {covered} seeds."
+            if few
+            else "."
         )
+    if any(row.std is not None for row in rows):
+        line += " std: sample standard deviation over seeds."
     yield line
     if any(row.arrangement_worst is not None for row in rows):
         yield (
-            "std and worst: standard deviation and minimum of the metric over several arrangements of demonstrations "
-            "within a run (medians over seeds); the metric is then the mean over them."
+            "std within and worst: standard deviation and minimum of the metric over several arrangements of "
+            "demonstrations within a run (medians over seeds); the metric is then the mean over them."
         )
     if any(row.pool for row in rows):
         pools = {row.method: row.pool for row in rows if row.pool}
@@ -57,6 +65,8 @@ def _differences(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
         yield f"Intervals and p count both seeds and test examples as samples{rest}."
     elif compared:
         yield "Intervals and p are over seeds alone: another test set could move all differences together."
+    if any(d.p_value is not None and d.detectable is None for d in (row.difference for row in compared) if d):
+        yield f"detectable {NONE}: it would be more than 1, the largest difference that there can be."
     if any(d.pairs == 1 and d.examples for d in (row.difference for row in compared) if d is not None):
         yield "p of a single pair: McNemar's exact test over test examples; it says nothing about other seeds."
     if comparison.across_tasks:
@@ -82,7 +92,11 @@ def _marks(comparison: Comparison, rows: list[Row]) -> Iterable[str]:
 def _absent(comparison: Comparison) -> Iterable[str]:
     sections = comparison.sections
     if comparison.missing:
-        yield f"Missing: {comparison.missing} of the study's {comparison.cells} cells have no finished run."
+        arms = "; ".join(f"{', '.join(names)} on {task}" for task, names in comparison.absent.items())
+        none = f" No run of these is finished: {arms}." if arms else ""
+        yield f"Missing: {comparison.missing} of the study's {comparison.cells} cells have no finished run.{none}"
+    if any(section.others for section in sections):
+        yield "Runs that were measured on different examples are in tables of their own: they are not compared."
     if clashes := sum(section.clashes for section in sections):
         yield (
             f"{clashes} of the runs replaced below kept other modules under the same name: "

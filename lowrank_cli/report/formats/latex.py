@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lowrank_cli.report.comparison import AcrossTasks, Comparison, Difference, Row, Section
 from lowrank_cli.report.formats.columns import across_title
-from lowrank_cli.report.number_format import count, number
+from lowrank_cli.report.number_format import count, number, signed
 
 ESCAPES = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -80,15 +80,11 @@ def _estimate(
     mean: float, low: float | None, high: float | None, p: float | None, detectable: float | None
 ) -> list[str]:
     return [
-        f"${_signed(mean)}$",
-        NONE if low is None or high is None else f"$[{_signed(low)}, {_signed(high)}]$",
+        f"${signed(mean)}$",
+        NONE if low is None or high is None else f"$[{signed(low)}, {signed(high)}]$",
         NONE if p is None else f"{p:.3f}" if p >= 0.001 else "$<0.001$",
         NONE if detectable is None else f"$\\pm{number(detectable)}$",
     ]
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else ''}{number(value)}"
 
 
 def _table(caption: str, label: str, texts: int, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -7,11 +7,10 @@ from itertools import pairwise
 from statistics import median
 
 from lowrank_cli.report.comparison import COSTS, Row, Section
-from lowrank_cli.report.formats.columns import signed
 from lowrank_cli.report.html.charts import svg
 from lowrank_cli.report.html.charts.rows import WIDE, Rows, width_for
 from lowrank_cli.report.html.charts.svg import Axis, Chart, Plot, add, finite
-from lowrank_cli.report.number_format import count, duration, number, size
+from lowrank_cli.report.number_format import count, duration, number, signed, size
 
 FAR = 5  #: times the median of the scores, above which the worst gets a logarithmic axis
 MIB = 2.0**20  #: bytes

@@ -9,7 +9,6 @@ from lowrank_cli.schema import METRICS
 _COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "seconds", "parameters", "bytes")
 STANDARD_ERROR = "_stderr"  #: ends the name of a metric's standard error
-_SHARES = ("accuracy", "_match", "f1", "rouge_l", "precision", "recall")
 
 
 def is_cost(name: str) -> bool:
@@ -23,7 +22,8 @@ def is_loss(name: str) -> bool:
 
 def is_share(name: str) -> bool:
     """Whether the metric is between 0 and 1, so that people write it in percent."""
-    return name.endswith(_SHARES)
+    metric = METRICS.get(name.rpartition("/")[2])
+    return metric is not None and (metric.low, metric.high) == (0.0, 1.0)
 
 
 def lower_is_better(name: str) -> bool:

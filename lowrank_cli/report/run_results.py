@@ -281,9 +281,9 @@ def by_test_set(results: Iterable[Result], metric: str) -> dict[str, list[Result
         return {members[0].task: members for members in sets.values()}
     common = set.intersection(*(set(source) for _, source in sets))
     named = {}
-    for (examples, source), members in sets.items():
+    for (examples, data), members in sets.items():
         others = "".join(
-            f", {key.partition('.')[2]}={_value(value)}" for key, value in source if (key, value) not in common
+            f", {key.partition('.')[2]}={_value(value)}" for key, value in data if (key, value) not in common
         )
         count = "unknown examples" if examples is None else f"{examples:.0f} examples"
         named[f"{members[0].task}, {count}{others}"] = members

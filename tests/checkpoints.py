@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.models.load import load
+from lowrank_cli.models.load import Head, load
 from lowrank_cli.schema import HardwareConfig, ModelConfig
 
 
@@ -18,7 +18,7 @@ def hardware(precision="fp32") -> HardwareConfig:
     return HardwareConfig(name="cpu", device="cpu", precision=precision, processes=1, threads=1)
 
 
-def refused(message: str, found: ModelConfig, labels: int | None = None) -> None:
+def refused(message: str, found: ModelConfig, head: Head | None = None) -> None:
     with pytest.raises(UserError, match=message) as error:
-        load(found, hardware(), labels)
+        load(found, hardware(), head)
     assert "\n" not in str(error.value)

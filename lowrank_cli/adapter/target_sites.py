@@ -261,6 +261,13 @@ def require_rank(sites: Iterable[Site], rank: int, key: str) -> None:
             )
 
 
+def peft_task_type(model: PreTrainedModel) -> str:
+    """What PEFT calls the kind of answers that ``model`` gives."""
+    if type(model).__name__.endswith("ForTokenClassification"):
+        return "TOKEN_CLS"
+    return "SEQ_CLS" if head_names(model) else "CAUSAL_LM"
+
+
 def head_names(model: PreTrainedModel) -> list[str]:
     """Names of the modules that train in full: a classification head, and modules without pretrained weights.
 

@@ -16,7 +16,7 @@ from lowrank_cli.runs import Run
 from lowrank_cli.schema import TaskConfig
 from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
-from lowrank_cli.tasks.task import Example
+from lowrank_cli.tasks.task import Example, answer_text
 
 Record = dict[str, Any]  #: a line of ``predictions.jsonl``
 
@@ -135,12 +135,27 @@ def _in_batches(
 
 
 def _classify(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:
-    encoded = session.batch(session.encode(batch))
-    del encoded["labels"]
-    logits = session.model(**encoded).logits  # (B, labels)
-    for example, row in zip(batch, logits, strict=True):
-        choice = int(row[example.first : example.first + len(example.choices)].argmax())
-        yield {"prediction": example.choices[choice].strip(), "label": example.label, "choice": choice}
+    encoded = session.encode(batch)
+    inputs = session.batch(encoded)
+    del inputs["labels"]
+    logits = session.model(**inputs).logits.float()  # (B, labels), or (B, T, labels) of tags
+    task = session.config.task
+    for example, tokens, row in zip(batch, encoded, logits, strict=True):
+        if example.choices:
+            choice = int(row[example.first : example.first + len(example.choices)].argmax())
+            yield {"prediction": example.choices[choice].strip(), "label": example.label, "choice": choice}
+        elif task.answer == "number":
+            yield {"prediction": answer_text(task, row.item())}
+        elif task.answer == "multi_label":
+            yield {"prediction": answer_text(task, tuple(row.gt(0).nonzero()[:, 0].tolist()))}
+        else:
+            tags, cut = row.argmax(dim=-1).tolist(), _outside(task)
+            yield {"prediction": answer_text(task, tuple(cut if at is None else tags[at] for at in tokens.words))}
+
+
+def _outside(task: TaskConfig) -> int:
+    """The tag of words that ``task.max_length`` leaves out: ``O`` if there is one, else the first."""
+    return task.label_words.index("O") if "O" in task.label_words else 0
 
 
 def _generate(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:

@@ -44,6 +44,32 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The head that an encoder gets."""
+
+    labels: tuple[str, ...]  #: of each output; empty for one number
+    answer: str = "labels"  #: ``labels``, ``number``, ``multi_label`` or ``tags`` (of each word, on its first token)
+
+    @classmethod
+    def of(cls, task: TaskConfig) -> Head:
+        """The head for a task, or for the labels of all tasks of a mix."""
+        if not task.parts:
+            return cls(tuple(task.label_words), task.answer)
+        return cls(tuple(word for single in task.parts.values() for word in single.label_words))
+
+    def settings(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes. Labels of different tasks may have one name, so a mix names none."""
+        problems = {"number": "regression", "multi_label": "multi_label_classification"}
+        settings: dict[str, Any] = {"num_labels": len(self.labels) or 1}
+        if self.answer in problems:
+            settings["problem_type"] = problems[self.answer]
+        if len(set(self.labels)) == len(self.labels) > 0:
+            settings["id2label"] = dict(enumerate(self.labels))
+            settings["label2id"] = {label: index for index, label in enumerate(self.labels)}
+        return settings
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model ready to be adapted."""
 
@@ -58,10 +84,21 @@ class Loaded:
 def check_task(model: ModelConfig, task: TaskConfig) -> None:
     """Raise UserError unless a model of this kind can answer the task."""
     for single in task.parts.values() or [task]:
-        if model.kind == "encoder" and single.answer != "labels":
+        of_encoders = ("number", "multi_label", "tags")
+        if model.kind == "encoder" and single.answer not in ("labels", *of_encoders):
             raise UserError(
                 f"model.kind: {model.name} is an encoder and predicts labels, but task={single.name} has "
                 f"task.answer={single.answer}; choose a causal model (model=llama) or a task with labels"
+            )
+        if model.kind == "causal" and single.answer in of_encoders:
+            raise UserError(
+                f"model.kind: {model.name} is causal, but task={single.name} has task.answer={single.answer}, which an "
+                f"encoder's head gives; choose an encoder (model=roberta_base, model=minilm)"
+            )
+        if task.parts and single.answer in of_encoders:
+            raise UserError(
+                f"task.parts.{single.name}.answer: {single.answer} has a head of its own; train {single.name} alone "
+                f"(allowed in a mix: labels, choices, free, chat)"
             )
 
 
@@ -104,7 +141,7 @@ def locate(model: ModelConfig) -> Location:
 def load(
     model: ModelConfig,
     hardware: HardwareConfig,
-    num_labels: int | None,
+    head: Head | None,
     fits: Callable[[Any], object] | None = None,
     *,
     generates: bool = False,
@@ -112,15 +149,15 @@ def load(
     """Load the model and its tokenizer.
 
     Args:
-        num_labels: number of labels of an encoder, whose new head is drawn from torch's global generator (seed it
-            first); None for a causal model.
+        head: the head of an encoder, which is drawn from torch's global generator (seed it first); None for a causal
+            model.
         fits: called with the model on torch's meta device before weights are read; it raises if they do not fit.
         generates: whether the model will generate, so that packing its weights may pay off.
 
     Raises:
         UserError: see :func:`locate`; or the checkpoint is damaged, incomplete or of the other kind.
     """
-    assert (num_labels is None) == (model.kind == "causal")
+    assert (head is None) == (model.kind == "causal")
     where = locate(model)
     origin = ""
     if where.gguf:
@@ -135,8 +172,8 @@ def load(
     arguments: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if where.revision:
         arguments["revision"] = where.revision
-    factory = factory_of(model)
-    extra: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    factory = factory_of(model, head)
+    extra: dict[str, Any] = {} if head is None else head.settings()
     if hardware.quantization:
         extra |= quantizing(hardware)
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
@@ -164,11 +201,15 @@ def load(
     return Loaded(network, tokenizer, model.name, _header(model, origin, network), packing, _max_positions(network))
 
 
-def factory_of(model: ModelConfig) -> Any:
-    """The auto class of transformers for a model of this kind."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def factory_of(model: ModelConfig, head: Head | None = None) -> Any:
+    """The auto class of transformers for a model of this kind, by default with one answer for each text."""
+    import transformers
 
-    return AutoModelForSequenceClassification if model.kind == "encoder" else AutoModelForCausalLM
+    if model.kind == "causal":
+        return transformers.AutoModelForCausalLM
+    if head is not None and head.answer == "tags":
+        return transformers.AutoModelForTokenClassification
+    return transformers.AutoModelForSequenceClassification
 
 
 def _checked_folder(folder: Path, shown: str) -> Path:

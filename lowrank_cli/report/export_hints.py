@@ -16,6 +16,7 @@ IN_4_BITS = (
     "bnb_4bit_quant_type={!r}, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='bfloat16', "
     "llm_int8_skip_modules=['lm_head', 'classifier', '.*pooler'])"
 )
+CLASSIFIERS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}  #: by PEFT's task type
 
 
 def ways(run: Run) -> list[str]:
@@ -40,10 +41,10 @@ def ways(run: Run) -> list[str]:
 def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[str]:
     base, kind = adapter["base_model_name_or_path"], config["hardware"].get("quantization")
     options = IN_4_BITS.format(kind) if kind else ""
-    if adapter["task_type"] == "SEQ_CLS":
+    if adapter["task_type"] in CLASSIFIERS:
         task = config["task"]
-        labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task])
-        called = "peft.AutoPeftModelForSequenceClassification.from_pretrained"
+        labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task]) or 1  # a number has none
+        called = f"peft.AutoPeftModelFor{CLASSIFIERS[adapter['task_type']]}.from_pretrained"
         return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
     load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
     serve = vllm_serve(str(base), adapter["r"], {"tuned": folder})

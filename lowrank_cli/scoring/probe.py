@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.head_loss import head_divergences, head_losses
 from lowrank_cli.adapter.lm_head import IGNORED, Answers, answers_at
 from lowrank_cli.adapter.target_sites import structure_of
 from lowrank_cli.scoring.answer_positions import answers_only
@@ -23,7 +23,8 @@ PADDING = 0.2  #: largest share of padding in a group
 class Probe:
     """A fixed batch of dev examples, and how to run it. Each process holds its share."""
 
-    batch: Batch  #: right-padded, with ``labels`` (B, T) of a causal model or (B,) of an encoder
+    #: right-padded, with ``labels`` (B, T) of a causal model or as :mod:`~lowrank_cli.adapter.head_loss` has them
+    batch: Batch
     tokens: int  #: most tokens of one forward pass (at least one row), to bound memory
     autocast: Callable[[], AbstractContextManager] = nullcontext
     add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)  #: sums over processes
@@ -36,7 +37,7 @@ class Probe:
     def weight(self) -> float:
         """The divisor of the summed loss: response tokens, or examples, of all processes."""
         labels = self.batch["labels"]
-        count = labels.numel() if labels.dim() == 1 else int((labels[:, 1:] != IGNORED).sum())
+        count = len(labels) if one_a_row(labels) else int((labels[:, 1:] != IGNORED).sum())  # no word is at token 0
         return self.add_up(torch.tensor(float(count), dtype=torch.float64, device=labels.device)).item()
 
     def groups(self) -> list[Batch]:
@@ -61,7 +62,15 @@ class Probe:
     def _take(self, rows: list[int], longest: int) -> Batch:
         index = torch.tensor(rows, device=self.batch["labels"].device)
         taken = {key: value[index] for key, value in self.batch.items()}
-        return {key: value[:, :longest] if value.dim() == 2 else value for key, value in taken.items()}
+        return {
+            key: value[:, :longest] if value.dim() == 2 and not value.is_floating_point() else value
+            for key, value in taken.items()
+        }
+
+
+def one_a_row(labels: Tensor) -> bool:
+    """Whether each row has one answer: a label, a number or a set of labels, and not tags or a text."""
+    return labels.dim() == 1 or labels.is_floating_point()
 
 
 def repeated(batch: Batch, times: int) -> Batch:
@@ -77,39 +86,44 @@ def tile(tensor: Tensor, times: int) -> Tensor:
 def answered_rows(batch: Batch) -> Tensor | None:
     """The batch row of each answer position (N,); None with one answer for each row."""
     labels = batch["labels"]
-    return None if labels.dim() == 1 else (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    return None if one_a_row(labels) else (labels[:, 1:] != IGNORED).nonzero()[:, 0]
 
 
 def row_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Cross-entropy of each row (B,), fp32, summed over its response tokens."""
-    labels = batch["labels"] if batch["labels"].dim() == 1 else batch["labels"][:, 1:]  # (B,) or (B, T - 1)
-    return _by_row(answers_of(model, batch).losses(labels[labels != IGNORED]), batch)
+    """The loss of each row (B,), fp32, summed over its response tokens or tags."""
+    labels, answers = batch["labels"], answers_of(model, batch)
+    if one_a_row(labels):
+        return head_losses(answers.states, labels)
+    return _by_row(answers.losses(labels[:, 1:][labels[:, 1:] != IGNORED]), batch)
 
 
 def row_divergences(model: PreTrainedModel, batch: Batch, reference: Answers) -> Tensor:
-    """KL(p ‖ q) of each row (B,), fp32, summed over its response tokens; p is ``reference``, q the model's.
+    """KL(p ‖ q) of each row (B,), fp32, summed over its answers; p is ``reference``, q the model's.
 
     ``batch`` may hold several copies of the rows of ``reference``, one after the other.
     """
     answers, divergences = answers_of(model, batch), []
     for span, logits in answers.chunks():
         same = torch.arange(span.start, span.start + len(logits), device=logits.device) % len(reference.states)
-        p, q = reference.logits(same).log_softmax(dim=-1), logits.log_softmax(dim=-1)  # (n, V)
-        divergences.append(F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1))  # (n,)
+        divergences.append(head_divergences(logits, reference.logits(same), batch["labels"]))  # (n, V) -> (n,)
     return _by_row(torch.cat(divergences), batch)
 
 
 def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
-    """One pass over ``batch``, completed only at response tokens; an encoder has one answer for each row."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    if batch["labels"].dim() == 1:
+    """One pass over ``batch``, completed only at response tokens or tags; other answers are one for each row."""
+    inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if one_a_row(labels):
         structure, first = structure_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
         first[:, 0] = True
         with answers_only(model, first) if structure and structure.first_answers else nullcontext():
             logits = model(**inputs).logits  # (B, labels)
         return Answers(logits, torch.arange(len(logits), device=logits.device), None)
+    if not model.can_generate():  # tags
+        tagged = labels != IGNORED  # (B, T)
+        with answers_only(model, tagged):
+            return Answers(model(**inputs).logits[tagged], tagged.nonzero()[:, 0], None)
     inputs = {key: value[:, :-1] for key, value in inputs.items()}  # the last token predicts nothing
-    answered = batch["labels"][:, 1:] != IGNORED  # (B, T - 1)
+    answered = labels[:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):
         return answers_at(model, inputs, answered)
 

@@ -191,7 +191,7 @@ def length_of(config: TrainRun) -> Length | None:
         single = task.parts.get(example.task, task)
         most = min(task.max_length, single.max_length)
         if config.model.kind == "encoder":
-            row = Length(len(encode.encode_text(tokenizer, example, most).input_ids), 1, "")
+            row = Length(len(encode.encode_text(tokenizer, example, most, len(task.label_words)).input_ids), 1, "")
         else:
             if chats:
                 encoded = chats[example.task].encode(example, most, single.lenient)

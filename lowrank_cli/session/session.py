@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import save_load
+from lowrank_cli.adapter.head_loss import head_losses
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Calibrates, ChoosesSites, Method
-from lowrank_cli.models.load import check_task, load
+from lowrank_cli.models.load import Head, check_task, load
 from lowrank_cli.runs import Run
 from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig
 from lowrank_cli.scoring.probe import Probe
@@ -118,7 +118,8 @@ class Session:
     def encode(self, examples: Sequence[Example]) -> list[Any]:
         """Tokenised examples: ``Encoded`` for a causal model, ``EncodedText`` for an encoder."""
         if self.encoder:
-            return [encode.encode_text(self.tokenizer, e, self.max_length(task=e.task)) for e in examples]
+            labels: int = self.model.config.num_labels  # type: ignore[assignment]
+            return [encode.encode_text(self.tokenizer, e, self.max_length(task=e.task), labels) for e in examples]
         encoded: list[Any] = [None] * len(examples)
         for task in dict.fromkeys(example.task for example in examples):
             indices = [index for index, example in enumerate(examples) if example.task == task]
@@ -134,8 +135,9 @@ class Session:
         return encoded
 
     def weight(self, encoded: Any) -> int:
-        """Weight of an example in a mean loss: the number of its response tokens, or 1 for an encoder."""
-        return 1 if self.encoder else encoded.answered
+        """Weight of an example in a mean loss: the number of its response tokens, or of an encoder's answers."""
+        answered: int = encoded.answered
+        return answered
 
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
         """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
@@ -165,13 +167,13 @@ class Session:
         )
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy summed over response tokens (causal, labels shifted) or examples (encoder), in fp32.
+        """Cross-entropy summed over response tokens (labels shifted), or an encoder's :func:`head_losses`; in fp32.
 
         ``model`` is the session's model, or its wrapper for data parallelism.
         """
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if self.encoder:
-            return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="sum")
+            return head_losses(model(**inputs).logits, batch["labels"]).sum()
         return answer_losses(model, inputs, batch["labels"], self.model).sum()
 
 
@@ -197,9 +199,9 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
             f"evaluate.shots: {shots} are asked for, there are {len(task.train)} demonstrations to draw from"
         )
     torch.manual_seed(config.seed)
-    labels = len(task.label_words) if config.model.kind == "encoder" else None
+    head = Head.of(config.task) if config.model.kind == "encoder" else None
     fits = adapts.sites if isinstance(adapts, ChoosesSites) else None  # fails on a wrong setting before a download
-    loaded = load(config.model, config.hardware, labels, fits)
+    loaded = load(config.model, config.hardware, head, fits)
     model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares its trainable tensors
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
     session = Session(

@@ -7,8 +7,11 @@ is tokenised alone. Legend: ``B`` batch, ``T`` tokens of the longest row.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +43,16 @@ class EncodedText:
 
     input_ids: list[int]
     token_type_ids: list[int] | None  #: which text of a pair, if the model distinguishes them
-    label: int
+    #: the label, the number, 1.0 for each label that applies and 0.0 for the others, or the tag of each token
+    label: int | float | list[float] | list[int]
+    #: of tags: the position of the first token of each word; a word that the text was cut before, or without a token,
+    #: has None
+    words: tuple[int | None, ...] = ()
+
+    @property
+    def answered(self) -> int:
+        """Number of answers with loss: one, or one for each word with a token."""
+        return sum(position is not None for position in self.words) if self.words else 1
 
 
 def encode(tokenizer: Tokenizer, example: Example, max_length: int) -> Encoded:
@@ -114,11 +126,48 @@ def candidates(tokenizer: Tokenizer, prompt: str, choices: Sequence[str]) -> lis
     return _answers(tokenizer, tokens, [(prompt, choice) for choice in choices])
 
 
-def encode_text(tokenizer: Tokenizer, example: Example, max_length: int) -> EncodedText:
-    """The text or the pair with the encoder's special tokens; the longer text of a pair is cut first."""
+def encode_text(tokenizer: Tokenizer, example: Example, max_length: int, labels: int) -> EncodedText:
+    """The text or the pair with the encoder's special tokens; the longer text of a pair is cut first.
+
+    Args:
+        labels: number of the head's outputs.
+
+    Raises:
+        UserError: there are tags, and the tokenizer cannot say which characters a token stands for.
+    """
+    if example.words:
+        return _encode_words(tokenizer, example, max_length)
     row = tokenizer(*example.text, truncation="longest_first", max_length=max_length)
-    assert example.label is not None, "an encoder predicts labels"
-    return EncodedText(row["input_ids"], row.get("token_type_ids"), example.first + example.label)
+    label: int | float | list[float]
+    if isinstance(example.target, tuple):
+        label = [float(index in example.target) for index in range(labels)]
+    elif example.target is not None:
+        label = example.target
+    else:
+        assert example.label is not None, "an encoder predicts labels"
+        label = example.first + example.label
+    return EncodedText(row["input_ids"], row.get("token_type_ids"), label)
+
+
+def _encode_words(tokenizer: Tokenizer, example: Example, max_length: int) -> EncodedText:
+    """The words as a text. The tag of a word is that of its first token; other tokens have none."""
+    assert isinstance(example.target, tuple)
+    if not tokenizer.is_fast:
+        raise UserError("task.answer: tags, but the model's tokenizer does not map tokens to text (it is not fast)")
+    ends = list(accumulate(len(word) + 1 for word in example.words))  # of each word, with the space after it
+    row = tokenizer(
+        " ".join(example.words), truncation=True, max_length=max_length, return_offsets_mapping=True, verbose=False
+    )
+    positions: list[int | None] = [None] * len(ends)
+    for position, (start, end) in enumerate(row["offset_mapping"]):
+        word = bisect_right(ends, end - 1)  # a token may begin with the space before its word
+        if end > start and positions[word] is None:
+            positions[word] = position
+    label = [IGNORED] * len(row["input_ids"])
+    for tag, first in zip(example.target, positions, strict=True):
+        if first is not None:
+            label[first] = tag
+    return EncodedText(row["input_ids"], row.get("token_type_ids"), label, tuple(positions))
 
 
 def collate_causal(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
@@ -148,11 +197,15 @@ def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, 
 
 
 def collate_encoder(encoded: Sequence[EncodedText], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and, if any, ``token_type_ids`` (B, T); ``labels`` (B,)."""
+    """Right-padded ``input_ids``, ``attention_mask`` and, if any, ``token_type_ids`` (B, T), with ``labels``.
+
+    These are (B,) labels or numbers, (B, labels) numbers 0 and 1, or (B, T) tags with ``IGNORED`` elsewhere.
+    """
+    labels: list[Any] = [row.label for row in encoded]
     batch = {
         "input_ids": _padded((row.input_ids for row in encoded), pad_id),
         "attention_mask": _padded(([1] * len(row.input_ids) for row in encoded), 0),
-        "labels": torch.tensor([row.label for row in encoded]),  # (B,)
+        "labels": _padded(labels, IGNORED) if encoded[0].words else torch.tensor(labels),
     }
     token_types = [row.token_type_ids for row in encoded if row.token_type_ids is not None]
     if token_types:

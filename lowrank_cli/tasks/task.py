@@ -42,7 +42,7 @@ class Example:
     answer: str  #: the text that a causal model is trained to generate
     choices: tuple[str, ...]  #: candidate answers: label words or letters; empty for free answers
     label: int | None  #: index of the answer in ``choices``
-    text: tuple[str, ...]  #: an encoder's input: a text, or a pair; of ``tags``, the words
+    text: tuple[str, ...]  #: an encoder's input: a text, or a pair
     references: tuple[str, ...]  #: all right answers
     task: str = ""  #: in a mix: the task that it comes from
     first: int = 0  #: index of the first of ``choices`` among the task's ``label_words``
@@ -50,6 +50,7 @@ class Example:
     turns: tuple[Turn, ...] = ()  #: the conversation that ends with the answer; empty for other tasks
     #: what an encoder's head learns besides ``label``: the number, the labels, or the tag of each word
     target: float | tuple[int, ...] | None = None
+    words: tuple[str, ...] = ()  #: of ``tags``: what is tagged
     where: str = dataclass_field(default="", compare=False)  #: file and line, for messages
 
 
@@ -401,23 +402,21 @@ def _for_encoder(config: TaskConfig, row: Row, where: str) -> Example:
     read = list(config.text) or names[:2]
     target = TARGETS[config.answer](config, row, where)
     shown = _joined if config.answer == "tags" else _text
-    if isinstance(target, tuple) and config.answer == "tags":
-        text = _words(row, read[0], where)
-        if not len(text) == len(target) > 0:
-            raise UserError(
-                f"{where}: {len(text)} words in column '{read[0]}', but {len(target)} tags in '{config.target}'"
-            )
-    else:
-        text = tuple(_text(row, column, where) for column in read)
+    words = _words(row, read[0], where) if config.answer == "tags" else ()
+    if isinstance(target, tuple) and config.answer == "tags" and not len(words) == len(target) > 0:
+        raise UserError(
+            f"{where}: {len(words)} words in column '{read[0]}', but {len(target)} tags in '{config.target}'"
+        )
     return Example(
         prompt=_prompt(config.template, row, "", where, shown),
         answer="",
         choices=(),
         label=None,
-        text=text,
+        text=tuple(shown(row, column, where) for column in read),
         references=(answer_text(config, target),),
         columns=tuple(shown(row, column, where) for column in names),
         target=target,
+        words=words,
         where=where,
     )
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import load as module
-from lowrank_cli.models.load import check_task, load, locate
+from lowrank_cli.models.load import Head, check_task, load, locate
 from lowrank_cli.schema import ModelConfig, TaskConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
@@ -84,7 +84,7 @@ def test_encoders_get_a_head_that_follows_torchs_seed(checkpoints, name):
     heads = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        loaded = load(config(kind="encoder", path=str(checkpoints / name)), hardware(), 3)
+        loaded = load(config(kind="encoder", path=str(checkpoints / name)), hardware(), Head(("a", "b", "c")))
         head = dict(loaded.model.classifier.named_parameters())
         heads.append(torch.cat([value.flatten() for value in head.values()]))
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
@@ -103,7 +103,7 @@ def test_precision(checkpoints, precision, dtype):
 
 def test_loading_is_quiet_and_leaves_the_log_as_it_was(checkpoints, capfd):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load(config(kind="encoder", path=str(checkpoints / "bert")), hardware(), 2)
+    load(config(kind="encoder", path=str(checkpoints / "bert")), hardware(), Head(("a", "b")))
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
@@ -195,7 +195,7 @@ def test_head_for_other_labels_is_replaced(tmp_path):
     made = transformers.AutoModelForSequenceClassification.from_config(settings)
     made.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    model = load(config(kind="encoder", path=str(tmp_path)), hardware(), 2).model
+    model = load(config(kind="encoder", path=str(tmp_path)), hardware(), Head(("a", "b"))).model
     assert model.classifier.weight.shape == (2, 8)
     assert torch.equal(model.bert.pooler.dense.weight, made.bert.pooler.dense.weight)
 
@@ -224,7 +224,7 @@ def test_kinds_must_agree(checkpoints):
         config(path=str(checkpoints / "bert")),
     )
     encoder = config(kind="encoder", path=str(checkpoints / "llama"))
-    refused(r"^model\.kind: encoder does not fit .* \(llama\); set model.kind=causal$", encoder, 2)
+    refused(r"^model\.kind: encoder does not fit .* \(llama\); set model.kind=causal$", encoder, Head(("a", "b")))
     refused(r"is an encoder-decoder \(t5\)", config(path=str(checkpoints / "t5")))
 
 

@@ -142,10 +142,10 @@ def test_prompt_batch_is_padded_on_the_left():
 
 def test_encoder_texts_and_pairs():
     tokenizer = make(bos=True, eos=True)
-    single = encode.encode_text(tokenizer, example(), 50)
+    single = encode.encode_text(tokenizer, example(), 50, 2)
     assert single.input_ids == tokenizer("a fine film")["input_ids"] and single.label == 1
     pair = Example("", " yes", (" no", " yes"), 1, ("dull " * 40, "fine film"), ("yes",))
-    cut = encode.encode_text(tokenizer, pair, 20)
+    cut = encode.encode_text(tokenizer, pair, 20, 2)
     assert len(cut.input_ids) == 20 and tokenizer.decode(cut.input_ids).count("fine film") == 1
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files.save_load import CONFIG, PREFIX, WEIGHTS, canary, prove
 from lowrank_cli.adapter.spans import index
-from lowrank_cli.adapter.target_sites import head_names
+from lowrank_cli.adapter.target_sites import head_names, peft_task_type
 from lowrank_cli.errors import UserError
 
 #: Singular values below this share of the largest are fp32 rounding.
@@ -95,7 +95,7 @@ def save_lora(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]], folder:
     smaller = {re.escape(path): rank for path, rank in ranks.items() if rank < most}
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "task_type": peft_task_type(adapter.model),
         "base_model_name_or_path": adapter.model.config.name_or_path or None,
         "r": most,
         "lora_alpha": most,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.ranks import rebuild
-from lowrank_cli.adapter.target_sites import head_names
+from lowrank_cli.adapter.target_sites import head_names, peft_task_type
 from lowrank_cli.errors import UserError
 from lowrank_cli.reader import Count, PlainName, Sha256, Where, check, read_json
 
@@ -259,7 +259,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any] | None:
     smaller = {re.escape(key): rank for key, rank in adapter.ranks().items() if rank != most}  # keys are patterns
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "task_type": peft_task_type(adapter.model),
         "base_model_name_or_path": adapter.model.config.name_or_path or None,
         "r": most,
         "lora_alpha": scale * most,

@@ -1,0 +1,82 @@
+"""What encoders answer besides one label: a number, any of several labels, a tag for each word."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from lowrank_cli.errors import UserError
+from lowrank_cli.launch import single_run
+from lowrank_cli.models.load import BUNDLED
+from lowrank_cli.runs import Run
+
+KINDS = {"good": 5, "fine": 4, "dull": 1, "bad": 0}  #: words and their numbers
+TASKS = {
+    "number": {"metric": "pearson", "more_metrics": ["spearman"]},
+    "multi_label": {"metric": "micro_f1", "label_words": list(KINDS)},
+    "tags": {"metric": "entity_f1", "label_words": ["O", "B-GOOD", "B-BAD"]},
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    torch.manual_seed(0)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=size, max_position_embeddings=64, **settings)).save_pretrained(folder)
+    return folder
+
+
+def rows(answer: str, count: int, seed: int) -> list[dict]:
+    found, rng = [], random.Random(seed)
+    for _ in range(count):
+        words = rng.choices(list(KINDS), k=2)
+        values = {
+            "number": sum(KINDS[word] for word in words),
+            "multi_label": sorted(set(words)),
+            "tags": ["B-GOOD" if KINDS[word] > 2 else "B-BAD" for word in words],
+        }
+        found.append({"text": words if answer == "tags" else " ".join(words), "y": values[answer]})
+    return found
+
+
+def written(folder: Path, answer: str) -> list[str]:
+    """Overrides of a task with data of this kind in ``folder``."""
+    data, group = folder / "data", folder / "conf" / "task"
+    data.mkdir()
+    group.mkdir(parents=True)
+    for seed, (split, count) in enumerate({"train": 128, "dev": 16, "test": 32}.items()):
+        lines = (json.dumps(row) + "\n" for row in rows(answer, count, seed))
+        (data / f"{split}.jsonl").write_text("".join(lines))
+    values = {"name": "made", "answer": answer, "template": "{text}", "text": ["text"], "target": "y", **TASKS[answer]}
+    values |= {"splits": "given", "dev_split": "dev"}
+    (group / "made.yaml").write_text("defaults:\n  - _base\n\n" + yaml.safe_dump(values))
+    return ["task=made", f"task.path={data}"]
+
+
+@pytest.mark.parametrize("answer", TASKS)
+def test_an_encoder_learns_and_evaluates(answer, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = written(tmp_path, answer)
+    conf = tmp_path / "conf"
+    model = ["model=minilm", f"model.path={encoder}", "method=lora", "train.learning_rate=5e-3", "train.max_steps=300"]
+    single_run.start("train", [*task, *model, "train.epochs=99", "train.patience=50"], conf, "lrk train")
+    run = Run.open(Path("outputs/latest").resolve())
+    metric = f"test/{TASKS[answer]['metric']}"
+    assert run.metrics[metric] > 0.8
+    single_run.start("evaluate", [f"run={run.path}"], conf, "lrk evaluate")
+    assert Run.open("outputs/latest").metrics[metric] == run.metrics[metric]
+
+
+def test_a_causal_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is causal, but task=made has"):
+        single_run.start("train", [*written(tmp_path, "tags"), "method=lora"], tmp_path / "conf", "lrk train")

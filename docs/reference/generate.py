@@ -17,7 +17,7 @@ import typer
 from hydra.types import RunMode
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, SCMode
 
 import lowrank_cli
 from lowrank_cli import cli
@@ -80,7 +80,11 @@ def keys() -> Iterator[str]:
         if name in ("bench", "study"):
             yield from bench_tables() if name == "bench" else study_table()
             continue
-        section = OmegaConf.to_object(loaded(verb)[name])
+        given = loaded(verb)[name]
+        if given is None:  # a group that is not chosen
+            (only,) = files(name)
+            given = loaded(verb, f"{name}={only}")[name]
+        section = OmegaConf.get_type(given)(**OmegaConf.to_container(given, structured_config_mode=SCMode.DICT))
         yield f"## {name}\n\n{paragraph(inspect.getdoc(type(section)) or '')}\n\nOf {in_verbs(having, verbs)}.\n"
         yield from key_table(name, section)
 

@@ -31,7 +31,7 @@ FILLED = {
 
 @pytest.mark.parametrize("kind", FILLED)
 def test_a_new_file_says_what_is_missing_and_is_accepted_once_filled_in(lrk, kind):  # noqa: F811
-    Path("rows.jsonl").write_text(json.dumps({"review": "fine", "stars": 1}) + "\n")
+    Path("rows.jsonl").write_text("".join(json.dumps({"review": f"fine {n}", "stars": 1}) + "\n" for n in range(20)))
     said, filled = FILLED[kind]
     ended = lrk("new", kind, "own")
     assert (ended.code, ended.err) == (0, "")

@@ -261,9 +261,13 @@ def test_every_recipe_of_the_bundled_model_runs(name):
 def test_every_config_file_composes_and_says_what_it_is(path):
     assert path.read_text().startswith("# ") and len(description(path)) > 5, "the first line is what lrk list shows"
     group = path.parent.name
-    verb = "bench" if group == "bench" else "evaluate" if (group, path.stem) == ("method", "none") else "train"
-    open_to_all = ["model.id=someone/something", "model.name=hub"] if (group, path.stem) == ("model", "hub") else []
-    composed = compose(verb, [f"{group}={path.stem}", *open_to_all])
+    evaluated = group == "eval" or (group, path.stem) == ("method", "none")
+    verb = "bench" if group == "bench" else "evaluate" if evaluated else "train"
+    filled_in = {
+        "model/hub": ["model.id=someone/something", "model.name=hub"],
+        "eval/lm_eval": ["method=none", "eval.tasks=[hellaswag]"],
+    }
+    composed = compose(verb, [f"{group}={path.stem}", *filled_in.get(f"{group}/{path.stem}", [])])
     assert composed.choices[group] == path.stem
-    if group != "bench":
+    if group not in ("bench", "eval"):
         assert getattr(composed.config, group).name == path.stem

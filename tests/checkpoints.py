@@ -1,11 +1,16 @@
-"""Model configurations for tests, and models that are refused."""
+"""Model configurations and folders for tests, and models that are refused."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.models.load import Head, load
+from lowrank_cli.models.load import BUNDLED, Head, load
 from lowrank_cli.schema import HardwareConfig, ModelConfig
 
 
@@ -16,6 +21,23 @@ def config(name="made", kind="causal", **values) -> ModelConfig:
 
 def hardware(precision="fp32") -> HardwareConfig:
     return HardwareConfig(name="cpu", device="cpu", precision=precision, processes=1, threads=1)
+
+
+def random_bert(folder: Path) -> Path:
+    """A masked-LM checkpoint of two layers in ``folder``: it has no pooler, so a classifier needs a new one."""
+    for file in BUNDLED.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    torch.manual_seed(0)
+    settings = BertConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(settings).save_pretrained(folder)
+    return folder
 
 
 def refused(message: str, found: ModelConfig, head: Head | None = None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  #: label of positions without loss (torch's ``cross_entropy`` default)
+from lowrank_cli.adapter.lm_head import IGNORED
 
 
 def head_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from lowrank_cli.adapter.files.export import as_lora, save_lora
 from lowrank_cli.bench.base_model import BaseModel, load_base
 from lowrank_cli.bench.bench_models import adapted_copy, perturb
 from lowrank_cli.bench.entries import available_methods, is_vllm
-from lowrank_cli.bench.http_load import Trace, arrivals, send
+from lowrank_cli.bench.http_load import HOST, Trace, arrivals, send
 from lowrank_cli.bench.rounds import interleaved, ratio
 from lowrank_cli.bench.server_process import ServerProcess
 from lowrank_cli.bench.vllm import ENVIRONMENT
@@ -270,7 +270,7 @@ def _vllm(config: BenchRun, model: Path, adapters: Mapping[str, Path], log: Path
     assert isinstance(bench, ServeBench)
     length = bench.prompt_length + bench.new_tokens
     command = [str(bench.vllm), "-I", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", "{port}", "--served-model-name", BASE, "--seed", str(config.seed)]
+    command += ["--host", HOST, "--port", "{port}", "--served-model-name", BASE, "--seed", str(config.seed)]
     command += ["--enforce-eager", "--no-enable-prefix-caching", "--disable-log-stats"]
     command += ["--dtype", "bfloat16" if config.hardware.precision == "bf16" else "float32"]
     command += ["--max-model-len", str(length), "--max-num-seqs", str(bench.max_rows)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def _of_gguf(file: Path) -> int | None:
     return None
 
 
+@cache  # a run composes several times, and a sweep once for each job
 def _from_hub(repository: str, revision: str | None) -> Any:
     """config.json of a repository, from the Hub's cache or the Hub itself; None if neither answers."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache

@@ -5,7 +5,7 @@ What a continuation follows is its prompt: the only text that prompt-aware routi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from lowrank_cli.tasks import encode
 
 Tokens = tuple[int, ...]
 Pair = tuple[Tokens, Tokens]  #: the tokens of a prompt and of what follows it
-Tick = Callable[[int], None]
 LONGEST = 2048  #: tokens, for a model that does not say
 
 
@@ -74,9 +73,7 @@ def log_probability_and_gap(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def log_likelihoods(
-    session: Session, pairs: Sequence[Pair], tick: Tick = lambda count: None
-) -> list[tuple[float, bool]]:
+def log_likelihoods(session: Session, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
     """For each pair the log probability of its continuation, and whether greedy decoding would choose it.
 
     Each prompt runs once for all its continuations. Batches hold prompts of similar lengths.
@@ -96,7 +93,6 @@ def log_likelihoods(
             for prompt, (sums, gaps) in zip(prompts, rows, strict=True):
                 for continuation, total, gap in zip(by_prompt[prompt], sums, gaps, strict=True):
                     scores[prompt, continuation] = total, gap == 0
-            tick(len(prompts))
     return [scores[one] for one in pairs]
 
 

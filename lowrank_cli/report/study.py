@@ -83,12 +83,18 @@ def best_score(entry: Tuned) -> float | None:
     return next((t["mean"] for t in every if t["values"] == entry["best"] and t.get("part", 1) == 1), None)
 
 
+def ends(entry: Tuned) -> dict[str, str]:
+    """The end of the search at which the best value of a key lies, for each key that has it at one."""
+    found = entry["at_edge"]
+    return found if isinstance(found, dict) else dict.fromkeys(found, "outer")
+
+
 def tuned_table(tuning: Iterable[Tuned]) -> RenderableType:
     """Each arm's best values, and at which end of what was searched they lie."""
     table = Fitted("tuned", ["arm", "task", "trials", "best", "score", "note"], leave_out=["trials", "score"])
     for entry in tuning:
         best = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in (entry["best"] or {}).items())
-        edges = [f"{key.rpartition('.')[2]} at its {end} end" for key, end in entry["at_edge"].items()]
+        edges = [f"{key.rpartition('.')[2]} at its {end} end" for key, end in ends(entry).items()]
         lost = sum(trial["mean"] is None for trial in entry["trials"]) if entry["best"] else 0
         note = Text(", ".join([*([f"{lost} failed"] if lost else []), *edges]), style="yellow")
         score, trials = best_score(entry), str(len(entry["trials"]))

@@ -84,15 +84,16 @@ def study_sections(study: StudyResults, metric: str | None) -> list[Section]:
         measured = [result for result in results if name in result.metrics]
         sets = by_test_set(measured, name)
         for number, (test_set, members) in enumerate(sets.items()):
-            rows = {}
-            for arm, by_seed in arms.items():
-                here = {seed: result for seed, result in by_seed.items() if result in members}
-                if here:
-                    rows[arm] = row_of(arm, "", name, here)
+            own = set(map(id, members))
+            here = {
+                arm: {seed: result for seed, result in by_seed.items() if id(result) in own}
+                for arm, by_seed in arms.items()
+            }
+            rows = {arm: row_of(arm, "", name, by_seed) for arm, by_seed in here.items() if by_seed}
             pools = study.record.get("pools", {}).items()
             pooled = [row for pool, arms_ in pools if (row := _pool(pool, [rows[arm] for arm in arms_ if arm in rows]))]
             views = [item for item in study.record.get("views", {}).items() if item[1]["arm"] in rows]
-            viewed = [row for view, record in views if (row := _view(view, record, name, arms[record["arm"]]))]
+            viewed = [row for view, record in views if (row := _view(view, record, name, here[record["arm"]]))]
             # without groups, sections are named after the model
             model = results[0].model if list(study.record["groups"]) == [UNGROUPED] else group
             title = task + test_set.removeprefix(members[0].task)

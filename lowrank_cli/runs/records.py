@@ -188,8 +188,9 @@ class Tuned(TypedDict):
     keys: list[str]
     trials: list[Trial]
     best: dict[str, Any] | None  #: null where every trial failed
-    #: ``lower`` or ``upper`` for each key whose best value lies at that end of what was searched
-    at_edge: dict[str, Annotated[str, Where(("lower", "upper").__contains__, "lower or upper")]]
+    #: ``lower`` or ``upper`` for each key whose best value lies at that end of what was searched; earlier
+    #: versions wrote the keys alone
+    at_edge: dict[str, Annotated[str, Where(("lower", "upper").__contains__, "lower or upper")]] | list[str]
 
 
 #: Kind of each file that :meth:`lowrank_cli.runs.Run.read_json` knows by its name.

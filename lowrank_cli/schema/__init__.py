@@ -29,7 +29,7 @@ from lowrank_cli.schema.generate import GenerateConfig, GenerateRun
 from lowrank_cli.schema.hardware import HardwareConfig
 from lowrank_cli.schema.import_run import ImportRun
 from lowrank_cli.schema.method import MethodConfig
-from lowrank_cli.schema.metric import METRICS, metrics_of
+from lowrank_cli.schema.metric import METRICS, OF_ENCODERS, metrics_of
 from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
 from lowrank_cli.schema.override import Override, parse_overrides, quoted
 from lowrank_cli.schema.prune import PruneConfig, PruneRun
@@ -51,6 +51,7 @@ __all__ = [
     "LOOPBACK",
     "METRICS",
     "MODULE_KINDS",
+    "OF_ENCODERS",
     "PEFTS",
     "SCORE_KINDS",
     "SHAPES",

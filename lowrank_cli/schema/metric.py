@@ -10,6 +10,7 @@ from dataclasses import dataclass
 ANSWERS = ("labels", "choices", "free", "chat", "number", "multi_label", "tags", "mix")  #: values of ``task.answer``
 TEXT = ("labels", "choices", "free", "chat")
 GENERATED = ("free", "chat")
+OF_ENCODERS = ("number", "multi_label", "tags")  #: answers that only an encoder's head gives
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, mode
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -101,10 +102,15 @@ def _length(examples: Sequence[Example], config: TrainRun, folder: Path | None) 
         texts = [" ".join(turn.content for turn in item.turns) or item.prompt + item.answer for item in sample]
     lengths = [len(text) / CHARACTERS for text in texts]
     if folder and (file := folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        lengths = [len(row.ids) for row in Tokenizer.from_file(str(file)).encode_batch(texts)]
+        lengths = [len(row.ids) for row in _tokenizer(file).encode_batch(texts)]
     return fmean(min(length + 1, config.task.max_length) for length in lengths)
+
+
+@cache  # one for all splits
+def _tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
 
 
 def _matrices(folder: Path) -> list[tuple[int, int]]:

@@ -122,7 +122,7 @@ class Trainer:
 
     def remarks(self) -> list[str]:
         """A line about the learning rate, if it was chosen by the table, or is far from it."""
-        width = self.session.model.config.get_text_config().hidden_size
+        width = getattr(self.session.model.config.get_text_config(), "hidden_size", None)
         usual = usual_rate(self.config.model, width, self.session.method.rate_scale())
         noted = usual.is_usual(self.peak) or usual.is_far(self.peak)
         return [f"learning rate: {usual.described(self.peak)}"] if noted else []

@@ -326,6 +326,13 @@ def test_failed_trials_are_counted(tmp_path):
     assert "lora on tiny_yesno: every trial failed." in written([folder]).text
 
 
+def test_a_study_of_an_earlier_version_named_no_ends(tmp_path):
+    folder = make_study(tmp_path / "study", arms=("lora",), tasks=("tiny_yesno",), seeds=(0,), examples=2)
+    (entry,) = json.loads((folder / "tuning.json").read_text())
+    (folder / "tuning.json").write_text(json.dumps([entry | {"at_edge": ["train.learning_rate"]}]))
+    assert "is at the outer end of the search" in " ".join(written([folder]).text.split())
+
+
 def test_several_folders_make_one_page_here(lrk, tmp_path, monkeypatch):
     for seed in (0, 1):
         make_run(tmp_path / "runs" / str(seed), "lora", "tiny_yesno", seed, [0.2, 0.9])

@@ -2,17 +2,14 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from checkpoints import random_bert
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
-from lowrank_cli.models.load import BUNDLED
 from lowrank_cli.runs import Run
 
 KINDS = {"good": 5, "fine": 4, "dull": 1, "bad": 0}  #: words and their numbers
@@ -25,14 +22,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    for file in BUNDLED.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    torch.manual_seed(0)
-    size = len(AutoTokenizer.from_pretrained(folder))
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertForMaskedLM(BertConfig(vocab_size=size, max_position_embeddings=64, **settings)).save_pretrained(folder)
-    return folder
+    return random_bert(tmp_path_factory.mktemp("encoder"))
 
 
 def rows(answer: str, count: int, seed: int) -> list[dict]:

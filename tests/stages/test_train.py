@@ -13,9 +13,10 @@ from statistics import fmean
 
 import pytest
 import torch
+from checkpoints import random_bert
 from command import FEW_STEPS
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import AutoConfig
 
 from lowrank_cli.errors import Interrupted, UserError, WorkFailed
 from lowrank_cli.launch import single_run
@@ -294,22 +295,7 @@ def test_an_adapter_trained_in_bf16_is_evaluated_in_fp32():
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random BERT as a masked-LM checkpoint: it has no pooler, so a classifier needs a new one."""
-    folder = tmp_path_factory.mktemp("encoder")
-    for file in BUNDLED.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    torch.manual_seed(0)
-    size = len(AutoTokenizer.from_pretrained(folder))
-    config = BertConfig(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
+    return random_bert(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.mark.parametrize("method", ["lora", "milora", "full"])

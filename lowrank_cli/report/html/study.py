@@ -12,7 +12,7 @@ from lowrank_cli.report.html.charts import comparisons
 from lowrank_cli.report.html.charts.svg import NOT_DRAWABLE, Chart
 from lowrank_cli.report.html.compared import SectionView
 from lowrank_cli.report.number_format import number
-from lowrank_cli.report.study import best_score
+from lowrank_cli.report.study import best_score, ends
 from lowrank_cli.runs.records import FAILURES, STUDY, TRIALS, StudyRecord, Tuned
 
 
@@ -73,7 +73,7 @@ def tuning(folder: Path, study: StudyRecord) -> tuple[list[SectionView], list[st
         where = f"{entry['arm']} on {name_of(study, entry['group'], entry['task'])}"
         if entry["best"] is None:
             section.warnings.append(f"{where}: every trial failed.")
-        for key, end in entry["at_edge"].items():
+        for key, end in ends(entry).items():
             value = _shown((entry["best"] or {}).get(key))
             section.warnings.append(
                 f"{where}: the best {key}, {value}, is at the {end} end of the search; a better one may be beyond it."

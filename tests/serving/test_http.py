@@ -42,10 +42,12 @@ class Running:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
+        self.clients = []
 
     def client(self, token="none", **settings):
         settings = {"max_retries": 0, "timeout": 60} | settings
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=token, **settings)
+        self.clients.append(openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=token, **settings))
+        return self.clients[-1]
 
     def raw(self, method, path, body=None, **headers):
         """Status, headers and parsed or plain body of one request."""
@@ -61,6 +63,8 @@ class Running:
         return response.status, response.headers, json.loads(text) if is_json else text
 
     def close(self):
+        for client in self.clients:
+            client.close()
         self.server.should_exit = True
         self.thread.join()
         self.engine.close()

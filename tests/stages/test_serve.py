@@ -65,19 +65,19 @@ def test_a_server_serves_until_it_is_stopped(trained, lrk):  # noqa: F811
                 break
         else:
             raise AssertionError(lines)
-        client = openai.OpenAI(base_url=at[1], api_key="none", max_retries=0)
-        prompt = "Review: a charming film\nSentiment:"
-        answers = client.completions.create(model="ida", prompt=[prompt, PROMPTS[0]]).choices
-        assert {answer.text.strip() for answer in answers} <= {"positive", "negative"}
-        with pytest.raises(openai.BadRequestError, match="their tokens have no log probabilities"):
-            client.completions.create(model="ida", prompt=prompt, logprobs=1)
-        settings = {"model": "mi", "prompt": prompt, "max_tokens": 300, "temperature": 0, "stream": True}
-        stream = iter(client.completions.create(**settings))
-        text = next(stream).choices[0].text
-        server.send_signal(signal.SIGTERM)
-        rest = list(stream)
-        text += "".join(chunk.choices[0].text for chunk in rest)
-        assert rest[-1].choices[0].finish_reason in ("length", "stop")
+        with openai.OpenAI(base_url=at[1], api_key="none", max_retries=0) as client:
+            prompt = "Review: a charming film\nSentiment:"
+            answers = client.completions.create(model="ida", prompt=[prompt, PROMPTS[0]]).choices
+            assert {answer.text.strip() for answer in answers} <= {"positive", "negative"}
+            with pytest.raises(openai.BadRequestError, match="their tokens have no log probabilities"):
+                client.completions.create(model="ida", prompt=prompt, logprobs=1)
+            settings = {"model": "mi", "prompt": prompt, "max_tokens": 300, "temperature": 0, "stream": True}
+            stream = iter(client.completions.create(**settings))
+            text = next(stream).choices[0].text
+            server.send_signal(signal.SIGTERM)
+            rest = list(stream)
+            text += "".join(chunk.choices[0].text for chunk in rest)
+            assert rest[-1].choices[0].finish_reason in ("length", "stop")
         assert server.wait(60) == 0, server.stderr.read()
     finally:
         killer.cancel()

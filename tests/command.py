@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from lowrank_cli import cli, stages
+from lowrank_cli.launch import workers
 from lowrank_cli.report import plots
 from lowrank_cli.runs import Run, atomic_write, config_hash
 
@@ -67,6 +68,7 @@ def fake_stages(monkeypatch):
     monkeypatch.syspath_prepend(str(FAKES))
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
+    monkeypatch.setattr(workers, "PRELOADED", ("fake_stage", "lowrank_cli.report.plots"))  # no torch: that takes 5 s
     monkeypatch.setattr(plots, "write", lambda figure, file: atomic_write(file, b""))  # rendering is most of such a run
     forkserver._forkserver._stop()  # one that an earlier test left starts children with that test's stages
     yield

@@ -23,7 +23,8 @@ from lowrank_cli.runs import Run, stopping
 from lowrank_cli.runs.threads import available_cores
 
 POLL = 0.1  # s between looks at the children
-PRELOADED = ("torch", "transformers", "accelerate", "datasets", "lowrank_cli.report.plots")
+#: What the server imports.
+PRELOADED = (*stages.STAGES.values(), "torch", "transformers", "accelerate", "datasets", "lowrank_cli.report.plots")
 
 
 class Workers:
@@ -37,7 +38,7 @@ class Workers:
     def __init__(self, count: int, locks: Path):
         self.count, self.locks = count, locks
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*stages.STAGES.values(), *PRELOADED])
+        self._context.set_forkserver_preload([*PRELOADED])
 
     def run(self, folders: Sequence[Path], started: Callable[[Path], object], ended: Callable[[Path], object]) -> None:
         """See :class:`lowrank_cli.launch.pool.Pool`."""

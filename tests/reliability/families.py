@@ -25,9 +25,9 @@ class Family:
 
 FAMILIES = {
     "kills": Family("a training killed at random moments, then resumed", kills.trial, 6, 100),
-    "mutations": Family("one file of a run, adapter, checkpoint, sweep or recipe changed", mutations.trial, 80, 1000),
-    "configurations": Family("words typed by a user", configurations.trial, 200, 10_000),
-    "data": Family("rows of a task, and prompts for many tenants", data.trial, 40, 500),
+    "mutations": Family("one file of a run, adapter, checkpoint, sweep or recipe changed", mutations.trial, 40, 1000),
+    "configurations": Family("words typed by a user", configurations.trial, 100, 10_000),
+    "data": Family("rows of a task, and prompts for many tenants", data.trial, 20, 500),
     "faults": Family("disks, permissions, streams and directories that fail", faults.trial, 9, 180),
     "stops": Family("SIGTERM, SIGINT and SIGUSR1 at random moments", stops.trial, 10, 160),
     "given": Family("folders made by others to act", given.trial, 20, 400),

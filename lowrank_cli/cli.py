@@ -62,6 +62,7 @@ EXAMPLES = {
     ],
     "export": [
         "lrk export",
+        "lrk export run=outputs/latest export.target=vllm",
         "lrk export run=outputs/latest export.format=merged",
         "lrk export run=outputs/latest export.rank=16 export.max_error=0.05",
     ],

@@ -189,7 +189,7 @@ def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
             f"method.statistics: shown, but {composed.verb} shows no demonstrations"
             f"{'; set evaluate.shots, or' if shots == 0 else ';'} fit with method.statistics=train"
         )
-    for key in ("export.format", "export.rank"):
+    for key in ("export.format", "export.target", "export.rank"):
         if key in composed.keys:
             name = composed.choices["method"]
             raise UserError(f"{key}: '{name}' exports its statistics, which have one form; leave {key} out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from lowrank_cli.runs.vllm_command import vllm_serve
+from lowrank_cli.runs.vllm_command import sglang_serve, vllm_refusal, vllm_serve
 
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
@@ -26,7 +26,8 @@ def ways(run: Run) -> list[str]:
         return []
     if (folder / "adapter_config.json").is_file():
         config = run.config("hardware", "task.parts", "task.label_words")
-        return _lora(str(folder), run.read_json("export/adapter_config.json"), config)
+        model_type = run.read_json("export/lrk.json")["model_type"]
+        return _lora(str(folder), run.read_json("export/adapter_config.json"), config, model_type)
     if (folder / "config.json").is_file():
         (kind,) = run.read_json("export/config.json")["architectures"]
         serve = [f"serve: vllm serve {shlex.quote(str(folder))}"] if kind.endswith("CausalLM") else []
@@ -38,7 +39,7 @@ def ways(run: Run) -> list[str]:
     ]
 
 
-def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any], model_type: str) -> list[str]:
     base, kind = adapter["base_model_name_or_path"], config["hardware"].get("quantization")
     options = IN_4_BITS.format(kind) if kind else ""
     if adapter["task_type"] in CLASSIFIERS:
@@ -47,7 +48,10 @@ def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any]) -> list[
         called = f"peft.AutoPeftModelFor{CLASSIFIERS[adapter['task_type']]}.from_pretrained"
         return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
     load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
-    serve = vllm_serve(str(base), adapter["r"], {"tuned": folder})
-    if serve is None or kind:  # for a server as it stands would take the base in full precision
+    if kind:  # a server as it stands would take the base in full precision
         return [load]
-    return [load, f"serve: {serve}"]
+    if config["export"].get("target") == "sglang":
+        return [load, f"serve: {sglang_serve(str(base), {'tuned': folder})}"]
+    rank = adapter["r"]
+    serves = not vllm_refusal(model_type, rank)
+    return [load, *([f"serve: {vllm_serve(str(base), rank, {'tuned': folder})}"] if serves else [])]

@@ -16,12 +16,20 @@ class ExportConfig:
     """What is written for other programs."""
 
     format: str = MISSING  #: ``lora`` (a PEFT adapter) or ``merged`` (the whole model with the updates in its weights)
+    #: what will load a LoRA: ``peft``, ``vllm`` or ``sglang``; what that engine cannot take is refused
+    target: str = MISSING
     rank: Optional[int] = MISSING  #: of a LoRA's modules at most: the rest is cut off; null keeps all of the change
     #: largest difference of logits, relative to the largest logit, that is not refused; null is 0.001, of bf16 0.05
     max_error: Optional[float] = MISSING
 
     def validate(self) -> None:
         require_choice("export.format", self.format, ("lora", "merged"))
+        require_choice("export.target", self.target, ("peft", "vllm", "sglang"))
+        if self.target != "peft" and self.format != "lora":
+            raise UserError(
+                f"export.target: {self.target} is for LoRAs, and export.format={self.format} is a whole model, which "
+                f"every engine loads; leave it out, or export.format=lora"
+            )
         if self.rank is not None:
             require_range("export.rank", self.rank, 1)
             if self.format == "merged":

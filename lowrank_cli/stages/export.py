@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.files import engines
 from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged
 from lowrank_cli.adapter.files.save_load import TOLERANCE, peft_config
 from lowrank_cli.errors import UserError
@@ -13,6 +15,7 @@ from lowrank_cli.icl import calibrate
 from lowrank_cli.methods.protocol import Calibrates
 from lowrank_cli.models.load import quiet
 from lowrank_cli.runs import Run, atomic_folder, progress
+from lowrank_cli.runs.vllm_command import vllm_refusal
 from lowrank_cli.schema import ExportRun
 from lowrank_cli.session.session import load_adapter, start
 
@@ -43,6 +46,7 @@ def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool =
     with atomic_folder(run.file("export")) as folder:
         if settings.format == "lora":
             loras, lost = as_lora(adapter, settings.rank)
+            loras = _for_engine(adapter, loras, settings.target)
             error = lora_error(adapter, loras)
             rank = max(len(a) for _, a in loras.values())
             metrics |= {"export/rank": rank, "export/weight_error": lost}
@@ -62,6 +66,17 @@ def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool =
                 f"{allowed:g}); set {_alternatives(config)}a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
+
+
+def _for_engine(adapter: Adapter, loras: engines.Loras, target: str) -> engines.Loras:
+    """``loras`` as the engine ``target`` takes them. Raises UserError if it cannot."""
+    if target == "sglang":
+        return engines.for_sglang(adapter, loras)
+    if target == "vllm":
+        engines.require_no_head(adapter, target)
+        if refusal := vllm_refusal(adapter.model.config.model_type, max(len(a) for _, a in loras.values())):
+            raise UserError(f"export.target: {refusal}")
+    return loras
 
 
 def _alternatives(config: ExportRun) -> str:

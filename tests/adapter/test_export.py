@@ -1,5 +1,6 @@
 """Adapters for other programs: the same function, or a refusal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import transformers
 from lelora_training import moved
 
 from lowrank_cli import methods
+from lowrank_cli.adapter.files.engines import for_sglang
 from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged, truncate
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
+from lowrank_cli.runs.vllm_command import vllm_refusal, vllm_serve
 
 MOVED = "lelora, moved"  #: with updates in the stored weights
 MERGEABLE = [*(name for name in small.TRAINABLE if not methods.refusal(name, "export")), MOVED]
@@ -119,6 +122,12 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     assert refused.code == 2
     assert "error: export.max_error: the exported logits differ by" in refused.err
     assert lrk("export", f"run={trained}", "export.format=merged", "export.rank=2").code == 2
+    refused = lrk("export", f"run={trained}", "export.format=merged", "export.target=vllm")
+    assert refused.code == 2 and "export.target: vllm is for LoRAs, and export.format=merged is a whole" in refused.err
+    commands = {"vllm": "vllm serve ", "sglang": "python -m sglang.launch_server --model-path "}
+    for target, command in commands.items() if name == "lelora" else ():
+        ended = lrk("export", f"run={trained}", f"export.target={target}")
+        assert ended.code == 0 and f"  serve: {command}" in ended.out
     logits = []
     for form, file in (("lora", "adapter_model.safetensors"), ("merged", "model.safetensors")):
         ended = lrk("export", f"run={trained}", f"export.format={form}")
@@ -132,3 +141,48 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
         assert run.metrics["export/logit_error"] < 1e-3
         assert (run.path / "export" / file).is_file() and (run.path / "export" / "tokenizer.json").is_file()
     torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
+
+
+def mixed(family="llama"):
+    """A LoRA whose ranks differ, and that leaves out K and G of the second layer."""
+    adapter = adapted("lora", family)
+    left_out = [site for site in adapter.sites.values() if site.layer == 1 and site.role in "KG"]
+    for site in left_out:
+        adapter.detach(site)
+    loras, _ = as_lora(adapter, None)
+    first = next(iter(loras))
+    loras[first] = tuple(factor.contiguous() for factor in (loras[first][0][:, :3], loras[first][1][:3]))
+    return adapter, loras
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sglang_gets_one_rank_and_whole_groups_with_equal_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter, loras = mixed()
+    fitted = for_sglang(adapter, loras)
+    rank = max(len(a) for _, a in loras.values())
+    assert {a.shape[0] for _, a in fitted.values()} == {b.shape[1] for b, _ in fitted.values()} == {rank}
+    added = {"model.layers.1.self_attn.k_proj", "model.layers.1.mlp.gate_proj"}
+    assert fitted.keys() - loras.keys() == added
+    logits = []
+    for name, form in (("mixed", loras), ("fitted", fitted)):
+        (tmp_path / name).mkdir()
+        save_lora(adapter, form, tmp_path / name)
+        model = peft.PeftModel.from_pretrained(small.model("llama"), tmp_path / name).eval()
+        logits.append(model(input_ids=small.ids()).logits)
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-5)
+    config = json.loads((tmp_path / "fitted" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["r"] == config["lora_alpha"] == rank
+    assert json.loads((tmp_path / "mixed" / "adapter_config.json").read_text())["rank_pattern"]
+
+
+def test_what_an_engine_cannot_serve_is_refused():
+    for family, reason in (("gpt2", "one for 'transformer.h.0.attn.c_attn'"), ("bert", "'classifier' of this class")):
+        adapter = adapted("lora", family)
+        with pytest.raises(UserError, match=rf"export\.target: sglang .*{reason}.*\(allowed: peft; or export"):
+            for_sglang(adapter, as_lora(adapter, None)[0])
+    assert "no LoRAs for models of type gpt2" in vllm_refusal("gpt2", 8)
+    assert "at most, and this one has 513; set export.rank=512" in vllm_refusal("llama", 513)
+    assert not vllm_refusal("llama", 512)
+    line = vllm_serve("base", 9, {"tuned": "folder"})
+    assert line == "vllm serve base --enable-lora --max-lora-rank 16 --lora-modules tuned=folder"

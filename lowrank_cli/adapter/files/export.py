@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files.save_load import CONFIG, PREFIX, WEIGHTS, canary, prove
+from lowrank_cli.adapter.linear import unwrapped
 from lowrank_cli.adapter.spans import index
 from lowrank_cli.adapter.target_sites import head_names, peft_task_type
 from lowrank_cli.errors import UserError
@@ -121,7 +122,8 @@ def _lora_canary(adapter: Adapter, loras: dict[str, tuple[Tensor, Tensor]]) -> t
     """The canary (1, 16) and its logits (V,), with ``loras`` in place of the adapter."""
     with ExitStack() as undo, adapter.disabled():
         for path, (b, a) in loras.items():
-            undo.callback(adapter.linears[path].base.register_forward_hook(_update_hook(b, a)).remove)
+            linear = unwrapped(adapter.model.get_submodule(path))
+            undo.callback(linear.register_forward_hook(_update_hook(b, a)).remove)
         return canary(adapter)
 
 

@@ -28,7 +28,7 @@ from lowrank_cli.runs.threads import let_waiting_threads_sleep
 
 #: They take overrides.
 STAGES = ("train", "import", "score", "prune", "evaluate", "export", "generate", "serve", "bench", "run", "study")
-VERBS = (*STAGES, "compare", "report", "list", "check", "new")
+VERBS = (*STAGES, "push", "compare", "report", "list", "check", "new")
 KEYS = "keys"  #: long, so ``lrk list`` alone leaves it out
 LISTS = ("methods", "models", "tasks", "hardware", "recipes", "studies", "runs")
 EXAMPLES = {
@@ -94,6 +94,10 @@ EXAMPLES = {
         "lrk study study=lora_variants workers=2",
         "lrk study study=lora_variants train.max_steps=20 study.seeds=[0,1] study.tune=null",
         "lrk study --resume outputs/latest",
+    ],
+    "push": [
+        "lrk push run=outputs/latest repo=ORG/NAME --dry-run",
+        "lrk push run=outputs/latest repo=ORG/NAME private=false",
     ],
     "compare": [
         "lrk compare",
@@ -433,6 +437,27 @@ def _preview(verb: str, overrides: list[str], config_dir: str | None, multirun: 
     from lowrank_cli.launch import single_run, sweep
 
     return (sweep if multirun else single_run).preview(verb, overrides, config_dir)
+
+
+@app.command(cls=Verb)
+def push(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="repo=ORG/NAME; run=FOLDER (default: the newest); private=false; outputs=FOLDER (of the runs)",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be uploaded and stop; offline")] = False,
+) -> None:
+    """Upload a run's export, or else its adapter, to the Hub with its model card; private unless you say otherwise."""
+    from lowrank_cli.launch.push import prepare, push
+    from lowrank_cli.terminal import Terminal
+
+    upload = prepare(words or [])
+    Terminal().print("\n".join(upload.lines()), soft_wrap=True)
+    if not dry_run:
+        Terminal().print(f"pushed: {push(upload)}", soft_wrap=True)
 
 
 @app.command(cls=Verb)

@@ -506,7 +506,9 @@ def _expand_models(load: ConfigLoaderImpl, given: Sequence[Override]) -> list[Ov
 
 
 def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
-    """Name a model after its weights if its file gives no name, or gives it to other weights; so with its width.
+    """Name a model after its weights if its file gives no name, or gives it to other weights.
+
+    The width and the licence in the file are not those of other weights either.
 
     Args:
         given: the keys that the user set.
@@ -516,7 +518,9 @@ def _name_model(cfg: DictConfig, given: Collection[str]) -> None:
         OmegaConf.is_missing(model, "name") or "model.id" in given or (model.bundled and (model.path or model.gguf))
     )
     if "model.id" in given and "model.width" not in given:
-        model.width = None  # the file's is that of other weights
+        model.width = None
+    if unnamed and "model.license" not in given:
+        model.license = None
     if "model.name" in given or not unnamed:
         return
     model.name = _weights_name(model.gguf, model.path, model.id)

@@ -233,10 +233,11 @@ def work(run: Run, composed: Composed) -> None:
             spawn(run, processes, resume)
         else:
             perform(run, composed, resume)
-        from lowrank_cli.report import plots
+        from lowrank_cli.report import model_card, plots
 
         with library_warnings(run):
             plots.draw(run)
+            model_card.write(run)
         run.finish(run.metrics)
 
 

@@ -19,22 +19,27 @@ IN_4_BITS = (
 CLASSIFIERS = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}  #: by PEFT's task type
 
 
-def ways(run: Run) -> list[str]:
-    """``load: PYTHON`` and, for a causal model, ``serve: COMMAND``; none where the run exported nothing."""
+def ways(run: Run, where: str | None = None) -> list[str]:
+    """``load: PYTHON`` and, for a causal model, ``serve: COMMAND``; none where the run exported nothing.
+
+    Args:
+        where: the folder or repository that they name; None is the run's folder.
+    """
     folder = run.path.absolute() / "export"
+    shown = where or str(folder)
     if not run.done or not folder.is_dir():
         return []
     if (folder / "adapter_config.json").is_file():
         config = run.config("hardware", "task.parts", "task.label_words")
         model_type = run.read_json("export/lrk.json")["model_type"]
-        return _lora(str(folder), run.read_json("export/adapter_config.json"), config, model_type)
+        return _lora(shown, run.read_json("export/adapter_config.json"), config, model_type)
     if (folder / "config.json").is_file():
         (kind,) = run.read_json("export/config.json")["architectures"]
-        serve = [f"serve: vllm serve {shlex.quote(str(folder))}"] if kind.endswith("CausalLM") else []
-        return [f"load: transformers.{kind}.from_pretrained({str(folder)!r})", *serve]
+        serve = [f"serve: vllm serve {shlex.quote(shown)}"] if kind.endswith("CausalLM") else []
+        return [f"load: transformers.{kind}.from_pretrained({shown!r})", *serve]
     processor = "lowrank_cli.calibration.logits_processor.AnswerProcessor"
     return [
-        f"load: processor = {processor}.from_folder({str(folder)!r}, model, tokenizer.eos_token_id)",
+        f"load: processor = {processor}.from_folder({shown!r}, model, tokenizer.eos_token_id)",
         "use: model.generate(**prompts, logits_processor=[processor], num_beams=processor.beams, length_penalty=0.0)",
     ]
 

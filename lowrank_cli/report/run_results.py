@@ -158,7 +158,7 @@ def result_of(run: Run) -> Result:
     )
 
 
-def _present(run: Run) -> Iterator[Run]:
+def present_lineage(run: Run) -> Iterator[Run]:
     """The run, the one whose adapter it reads, and so on, as far as they are still there."""
     for one in run.lineage():
         yield one
@@ -172,7 +172,7 @@ def _lineage(run: Run) -> tuple[dict[str, Any], list[str]]:
 
     The seed is that of the first training.
     """
-    runs = list(_present(run))
+    runs = list(present_lineage(run))
     config: dict[str, Any] = {}
     stages: list[str] = []
     scored = False
@@ -207,7 +207,9 @@ def _drop_unused(config: dict[str, Any]) -> None:
 
 def _trained_otherwise(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """What the adapter that a run measured was trained with, where ``config`` says otherwise; statistics are fitted."""
-    training = (own for own in _present(run) if own.info["stage"] == "train" and not (own.path / "statistics").is_dir())
+    training = (
+        own for own in present_lineage(run) if own.info["stage"] == "train" and not (own.path / "statistics").is_dir()
+    )
     first = next(training, None)
     if first is None:  # it may be gone
         return {}

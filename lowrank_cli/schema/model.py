@@ -36,6 +36,7 @@ class ModelConfig:
     gguf: Optional[str] = None
     #: an installed Python package that holds the model as GGUF, used where the Hub cannot be reached
     package: Optional[str] = None
+    license: Optional[str] = None  #: of the weights, as the Hub spells it (``apache-2.0``), for model cards
     #: hidden size, from which the usual learning rate follows; read from a folder or file where one is given
     width: Optional[int] = None
     #: random weights instead: a name of :data:`SHAPES`, or LAYERSxWIDTHxFEEDFORWARDxHEADS (``lrk bench`` only)

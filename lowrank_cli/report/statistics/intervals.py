@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 4000  #: of the bootstrap
+NORMAL_95 = 1.959964  #: quantile of the normal distribution for a two-sided 95 %
 CHUNK = 500  #: resamples computed at once; bounds the memory to a few arrays of CHUNK × examples
 
 
@@ -29,6 +30,14 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
         below += math.comb(n, k)
     k = max(k, 1)
     return ordered[k - 1], ordered[n - k]
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a probability, of which ``share`` was seen in ``n`` trials (Wilson 1927)."""
+    assert n > 0, "an interval needs a trial"
+    z = NORMAL_95**2 / n
+    middle, half = share + z / 2, math.sqrt(z * share * (1 - share) + z * z / 4)
+    return (middle - half) / (1 + z), (middle + half) / (1 + z)
 
 
 def paired_bootstrap(table: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:

@@ -64,6 +64,7 @@ EXAMPLES = {
         "lrk export",
         "lrk export run=outputs/latest export.target=vllm",
         "lrk export run=outputs/latest export.format=merged",
+        "lrk export run=outputs/latest export.format=gguf",
         "lrk export run=outputs/latest export.rank=16 export.max_error=0.05",
     ],
     "generate": [

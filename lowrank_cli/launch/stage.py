@@ -158,10 +158,10 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
                 f"hardware.quantization: {kind} keeps the model's weights in 4 bits, and method={method.name} "
                 f"{writes}; set hardware=gpu, or take another method"
             )
-    if verb == "export" and config.export.format == "merged":
+    if verb == "export" and config.export.whole:
         raise UserError(
-            f"export.format: merged writes updates into the weights, and hardware.quantization={kind} keeps them in 4 "
-            f"bits (allowed: lora)"
+            f"export.format: {config.export.format} writes updates into the weights, and "
+            f"hardware.quantization={kind} keeps them in 4 bits (allowed: lora, gguf)"
         )
 
 

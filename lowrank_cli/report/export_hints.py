@@ -37,6 +37,10 @@ def ways(run: Run, where: str | None = None) -> list[str]:
         (kind,) = run.read_json("export/config.json")["architectures"]
         serve = [f"serve: vllm serve {shlex.quote(shown)}"] if kind.endswith("CausalLM") else []
         return [f"load: transformers.{kind}.from_pretrained({shown!r})", *serve]
+    if (folder / "adapter.gguf").is_file():
+        return [f"serve: llama-server -m BASE.gguf --lora {shlex.quote(f'{shown}/adapter.gguf')}"]
+    if (folder / "model.gguf").is_file():
+        return [f"serve: llama-server -m {shlex.quote(f'{shown}/model.gguf')}"]
     processor = "lowrank_cli.calibration.logits_processor.AnswerProcessor"
     return [
         f"load: processor = {processor}.from_folder({shown!r}, model, tokenizer.eos_token_id)",

@@ -58,7 +58,7 @@ def card(run: Run, folder: Path) -> str:
     kind = kind or "text-generation"
     title = f"{model['name']}-{method}-{task['name']}"
     base, data = model.get("id"), _data_sets(task)
-    adapter = not (folder / "config.json").is_file()
+    adapter = not any((folder / name).is_file() for name in ("config.json", "model.gguf"))
     meta = ModelCardData(
         model_name=title,
         base_model=base,
@@ -87,6 +87,8 @@ def card(run: Run, folder: Path) -> str:
 def _library(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return "peft"
+    if any(folder.glob("*.gguf")):
+        return "gguf"
     return "transformers" if (folder / "config.json").is_file() else "lowrank-cli"
 
 
@@ -122,6 +124,10 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
     loader = _loader(encoder, task["answer"])
     labels = f", num_labels={len(task['label_words']) or 1}" if encoder else ""
     loaded = f'model = {loader}.from_pretrained("{base}"{labels})'
+    if any(folder.glob("*.gguf")):
+        file = "adapter.gguf" if (folder / "adapter.gguf").is_file() else "model.gguf"
+        server = "llama-server -m BASE.gguf --lora" if file == "adapter.gguf" else "llama-server -m"
+        return _fences([], [f"hf download {REPOSITORY} {file} --local-dir .", f"{server} {file}"])
     if (folder / "config.json").is_file():
         python = [
             f"from transformers import {loader}, AutoTokenizer",
@@ -177,11 +183,12 @@ def _results(run: Run) -> Iterator[Result]:
     Shares of correct answers have Wilson's interval, others one of their standard error.
     """
     metrics = run.metrics
+    predicted = "test/" if any(name.startswith("test/") for name in metrics) else "dev/"
     for name in quality(metrics):
         value = metrics[name]
         if value is None:
             continue
-        known = answers(run.path.resolve(), name, value) if name.startswith("test/") else None
+        known = answers(run.path.resolve(), name, value) if name.startswith(predicted) else None
         if known is not None:
             yield name, value, wilson_interval(value, len(known.correct))
         elif (error := metrics.get(f"{name}{STANDARD_ERROR}")) is not None:

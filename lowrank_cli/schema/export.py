@@ -15,7 +15,9 @@ from lowrank_cli.schema.run import RunConfig
 class ExportConfig:
     """What is written for other programs."""
 
-    format: str = MISSING  #: ``lora`` (a PEFT adapter) or ``merged`` (the whole model with the updates in its weights)
+    #: ``lora`` (a PEFT adapter), ``merged`` (the whole model with the updates in its weights), or for llama.cpp
+    #: ``gguf`` (a LoRA) or ``gguf_merged`` (the whole model)
+    format: str = MISSING
     #: what will load a LoRA: ``peft``, ``vllm`` or ``sglang``; what that engine cannot take is refused
     target: str = MISSING
     rank: Optional[int] = MISSING  #: of a LoRA's modules at most: the rest is cut off; null keeps all of the change
@@ -23,21 +25,26 @@ class ExportConfig:
     max_error: Optional[float] = MISSING
 
     def validate(self) -> None:
-        require_choice("export.format", self.format, ("lora", "merged"))
+        require_choice("export.format", self.format, ("lora", "merged", "gguf", "gguf_merged"))
         require_choice("export.target", self.target, ("peft", "vllm", "sglang"))
         if self.target != "peft" and self.format != "lora":
             raise UserError(
-                f"export.target: {self.target} is for LoRAs, and export.format={self.format} is a whole model, which "
-                f"every engine loads; leave it out, or export.format=lora"
+                f"export.target: {self.target} loads a LoRA of PEFT, and export.format={self.format} is none; leave it "
+                f"out, or export.format=lora"
             )
         if self.rank is not None:
             require_range("export.rank", self.rank, 1)
-            if self.format == "merged":
+            if self.whole:
                 raise UserError(
                     "export.rank: merged weights hold the whole change; leave it out, or export.format=lora"
                 )
         if self.max_error is not None:
             require_range("export.max_error", self.max_error, 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole model is written, with the updates in its weights."""
+        return self.format in ("merged", "gguf_merged")
 
 
 @dataclass

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
+from transformers import AutoModelForCausalLM
 
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.files import engines
-from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged
-from lowrank_cli.adapter.files.save_load import TOLERANCE, peft_config
+from lowrank_cli.adapter.files.export import as_lora, loaded_error, lora_error, save_lora, save_merged
+from lowrank_cli.adapter.files.gguf_export import LORA_FILE, MODEL_FILE, save_lora_gguf, save_merged_gguf
+from lowrank_cli.adapter.files.save_load import TOLERANCE, canary, peft_config
 from lowrank_cli.errors import UserError
 from lowrank_cli.icl import calibrate
 from lowrank_cli.methods.protocol import Calibrates
@@ -17,7 +19,7 @@ from lowrank_cli.models.load import quiet
 from lowrank_cli.runs import Run, atomic_folder, progress
 from lowrank_cli.runs.vllm_command import vllm_refusal
 from lowrank_cli.schema import ExportRun
-from lowrank_cli.session.session import load_adapter, start
+from lowrank_cli.session.session import Session, load_adapter, start
 
 
 def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool = False) -> dict[str, float]:
@@ -36,36 +38,54 @@ def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool =
     if isinstance(session.method, Calibrates):
         return calibrate.export(session, run, allowed)
     assert session.adapter is not None
-    adapter = session.adapter
     metrics: dict[str, float] = {}
-
-    def loaded(folder: Path) -> torch.nn.Module:
-        model: torch.nn.Module = type(session.model).from_pretrained(folder, dtype=session.model.dtype)
-        return model.to(session.device).eval()
-
     with atomic_folder(run.file("export")) as folder:
-        if settings.format == "lora":
-            loras, lost = as_lora(adapter, settings.rank)
-            loras = _for_engine(adapter, loras, settings.target)
-            error = lora_error(adapter, loras)
-            rank = max(len(a) for _, a in loras.values())
-            metrics |= {"export/rank": rank, "export/weight_error": lost}
-            adapter_rank = max(sum(module.rank for module, _ in linear.updates) for linear in adapter.linears.values())
-            if rank > adapter_rank:
-                progress.console().print(_explain_rank(config, rank, adapter_rank, peft_config(adapter) is not None))
-            save_lora(adapter, loras, folder)
-        else:
-            with quiet(True):
-                error = save_merged(adapter, folder, loaded)
         for chat in session.chats.values():  # whoever serves the model asks as it was trained
             session.tokenizer.chat_template = chat.template
         session.tokenizer.save_pretrained(folder)
+        if settings.whole:
+            error = _save_whole(session, settings.format, folder)
+        else:
+            error, metrics = _save_lora(config, session.adapter, folder)
         if not error <= allowed:
             raise UserError(
                 f"export.max_error: the exported logits differ by {error:.2g} of the largest (allowed: "
                 f"{allowed:g}); set {_alternatives(config)}a larger export.max_error"
             )
     return {**metrics, "export/logit_error": error}
+
+
+def _save_lora(config: ExportRun, adapter: Adapter, folder: Path) -> tuple[float, dict[str, float]]:
+    """Write a LoRA; returns the relative error of the canary's logits, and what more there is to report."""
+    settings = config.export
+    loras, lost = as_lora(adapter, settings.rank)
+    loras = _for_engine(adapter, loras, settings.target)
+    rank = max(len(a) for _, a in loras.values())
+    adapter_rank = max(sum(module.rank for module, _ in linear.updates) for linear in adapter.linears.values())
+    if rank > adapter_rank:
+        progress.console().print(_explain_rank(config, rank, adapter_rank, peft_config(adapter) is not None))
+    if settings.format == "gguf":
+        save_lora_gguf(adapter, loras, folder / LORA_FILE)
+    else:
+        save_lora(adapter, loras, folder)
+    return lora_error(adapter, loras), {"export/rank": rank, "export/weight_error": lost}
+
+
+def _save_whole(session: Session, form: str, folder: Path) -> float:
+    """Write the whole model, load it again, and return the relative error of the canary's logits."""
+    adapter, dtype = session.adapter, session.model.dtype
+    assert adapter is not None
+    ids, expected = canary(adapter)
+    loaded: Any
+    with quiet(True):
+        if form == "gguf_merged":
+            save_merged_gguf(adapter, folder)
+            known = {"config": session.model.config, "dtype": dtype}
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=MODEL_FILE, **known)
+        else:
+            save_merged(adapter, folder)
+            loaded = type(session.model).from_pretrained(folder, dtype=dtype)
+    return loaded_error(loaded.to(session.device).eval(), ids, expected)
 
 
 def _for_engine(adapter: Adapter, loras: engines.Loras, target: str) -> engines.Loras:
@@ -83,7 +103,8 @@ def _alternatives(config: ExportRun) -> str:
     """Settings with which an export may differ less, each followed by "or"."""
     settings = ["a larger export.rank (null keeps everything)"] if config.export.rank else []
     if config.hardware.quantization is None:
-        settings.append(f"export.format={'merged' if config.export.format == 'lora' else 'lora'}")
+        other = {"lora": "merged", "merged": "lora", "gguf": "gguf_merged", "gguf_merged": "gguf"}
+        settings.append(f"export.format={other[config.export.format]}")
         if config.hardware.precision == "bf16":
             settings.append("hardware.precision=fp32")
     return "".join(f"{setting}, or " for setting in settings)

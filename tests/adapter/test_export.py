@@ -11,7 +11,8 @@ from lelora_training import moved
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files.engines import for_sglang
-from lowrank_cli.adapter.files.export import as_lora, lora_error, save_lora, save_merged, truncate
+from lowrank_cli.adapter.files.export import as_lora, loaded_error, lora_error, save_lora, save_merged, truncate
+from lowrank_cli.adapter.files.save_load import canary
 from lowrank_cli.errors import UserError
 from lowrank_cli.runs import Run
 from lowrank_cli.runs.vllm_command import vllm_refusal, vllm_serve
@@ -81,8 +82,9 @@ def test_merged_weights_load_without_us(name, family, tmp_path):
     adapter = adapted(name, family)
     expected = adapter.model(input_ids=small.ids()).logits
     kind = type(adapter.model)
-    error = save_merged(adapter, tmp_path, lambda folder: kind.from_pretrained(folder).eval())
-    assert error < 1e-5
+    ids, logits = canary(adapter)
+    save_merged(adapter, tmp_path)
+    assert loaded_error(kind.from_pretrained(tmp_path).eval(), ids, logits) < 1e-5
     found = kind.from_pretrained(tmp_path).eval()(input_ids=small.ids()).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
@@ -123,11 +125,20 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     assert "error: export.max_error: the exported logits differ by" in refused.err
     assert lrk("export", f"run={trained}", "export.format=merged", "export.rank=2").code == 2
     refused = lrk("export", f"run={trained}", "export.format=merged", "export.target=vllm")
-    assert refused.code == 2 and "export.target: vllm is for LoRAs, and export.format=merged is a whole" in refused.err
+    assert (
+        refused.code == 2
+        and "export.target: vllm loads a LoRA of PEFT, and export.format=merged is none" in refused.err
+    )
     commands = {"vllm": "vllm serve ", "sglang": "python -m sglang.launch_server --model-path "}
     for target, command in commands.items() if name == "lelora" else ():
         ended = lrk("export", f"run={trained}", f"export.target={target}")
         assert ended.code == 0 and f"  serve: {command}" in ended.out
+    if name == "dora":
+        pytest.importorskip("gguf")
+        ended = lrk("export", f"run={trained}", "export.format=gguf")
+        assert ended.code == 0 and "  serve: llama-server -m BASE.gguf --lora " in ended.out
+        refused = lrk("export", f"run={trained}", "export.format=gguf_merged")
+        assert refused.code == 2 and "this model has another one; set export.format=merged" in refused.err
     logits = []
     for form, file in (("lora", "adapter_model.safetensors"), ("merged", "model.safetensors")):
         ended = lrk("export", f"run={trained}", f"export.format={form}")

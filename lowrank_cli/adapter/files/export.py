@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter, replace_module
 from lowrank_cli.adapter.files.save_load import CONFIG, PREFIX, WEIGHTS, canary, prove
 from lowrank_cli.adapter.linear import unwrapped
 from lowrank_cli.adapter.spans import index
@@ -132,21 +132,25 @@ def _update_hook(b: Tensor, a: Tensor) -> Callable[..., Tensor]:
     return lambda linear, args, y: y + F.linear(F.linear(args[0], a.to(args[0].dtype)), b.to(y.dtype))  # (…, O)
 
 
-def save_merged(adapter: Adapter, folder: Path, load: Callable[[Path], nn.Module]) -> float:
-    """Write the model with merged weights, ``load`` it again, and return the relative error of the canary's logits.
+def save_merged(adapter: Adapter, folder: Path) -> None:
+    """Write the model with merged weights. The adapter is unusable afterwards."""
+    merge_into_model(adapter)
+    adapter.model.save_pretrained(folder)
 
-    The adapter is unusable afterwards.
-    """
+
+def merge_into_model(adapter: Adapter) -> None:
+    """Merge all updates and take the adapter out of the model, which has its original modules again."""
     _require_mergeable(adapter)
-    model = adapter.model
-    ids, expected = canary(adapter)
     adapter.merge()
     for path, linear in adapter.linears.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, linear.base)
-    model.save_pretrained(folder)
-    with torch.no_grad():
-        logits = load(folder)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        replace_module(adapter.model, path, linear.base)
+
+
+@torch.no_grad()
+def loaded_error(model: nn.Module, ids: Tensor, expected: Tensor) -> float:
+    """Relative error of a loaded model's logits for the canary ``ids`` (1, 16); ``expected`` are (V,)."""
+    ids = ids.to(next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return relative_error(logits.reshape(-1, logits.shape[-1])[-1].float().cpu(), expected)
 
 

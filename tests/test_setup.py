@@ -346,7 +346,7 @@ LOCK = [
 
 
 #: Extras that constraints.txt leaves out; pyproject.toml says so.
-UNLOCKED = ("eval", "ray", "smollm2", "tensorboard", "wandb", "mlflow", "trackio", "zst")
+UNLOCKED = ("eval", "ray", "smollm2", "tensorboard", "wandb", "mlflow", "trackio", "schedule_free", "zst")
 
 
 def test_lock_holds_exact_versions_only():

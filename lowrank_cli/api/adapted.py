@@ -133,13 +133,13 @@ class Adapter:
         """:meth:`parameters` in groups by learning rate.
 
         Args:
-            learning_rate: of all parameters without a rate set by the method (such as MiLoRA's
+            learning_rate: of all parameters without a rate set by the method (such as LoRA+'s, MiLoRA's
                 ``router_learning_rate``).
 
         Example:
             >>> optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-3), weight_decay=0.0)
         """
-        own = self._method.learning_rates(self._adapter) if isinstance(self._method, OwnRates) else {}
+        own = self._method.learning_rates(self._adapter, learning_rate) if isinstance(self._method, OwnRates) else {}
         groups: dict[float, list[nn.Parameter]] = {learning_rate: []}
         for name, parameter in self._training.stepped().items():
             groups.setdefault(own.get(name, learning_rate), []).append(parameter)
@@ -166,8 +166,8 @@ class Adapter:
         an additional argument of the model.
 
         Args:
-            optimizer: of :meth:`parameter_groups`. Must be ``torch.optim.Adam`` or ``AdamW`` if the method acts after
-                steps, since moments move with ranks.
+            optimizer: of :meth:`parameter_groups`. Must be ``torch.optim.Adam`` or ``AdamW`` if the method changes
+                ranks (AdaLoRA, ALoRA, LeLoRA, SoRA), since moments move with them.
             steps: total number of steps, for the method's schedules.
             train: training batches (dicts of tensors with ``labels``), of which MiLoRA reads a few in advance.
             dev: right-padded dev batches, for methods that use held-out examples (ALoRA, LeLoRA, MiLoRA).

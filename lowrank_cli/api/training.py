@@ -111,16 +111,25 @@ class Training:
             raise UserError(f"optimizer: it lacks {len(missing)} of the trained tensors ('{min(missing)}'); {hint}")
         if surplus := group_of.keys() & self.adapter.deferred:
             raise UserError(f"optimizer: it holds '{min(surplus)}', which {name} steps itself; {hint}")
-        rates = method.learning_rates(self.adapter) if isinstance(method, OwnRates) else {}
-        for tensor, rate in rates.items():
-            if (actual := group_of[tensor].get("initial_lr", group_of[tensor]["lr"])) != rate:
-                raise UserError(f"optimizer: '{tensor}' has the learning rate {actual}, {name} says {rate}; {hint}")
-        if isinstance(method, AfterStep) and not isinstance(optimizer, torch.optim.Adam):
+        self._check_rates(group_of, hint)
+        if method.needs_adam() and not isinstance(optimizer, torch.optim.Adam):
             raise UserError(f"optimizer: {type(optimizer).__name__} does not go with {name}; use torch.optim.AdamW")
         if (use := method.dev_use()) and not dev:
             raise UserError(f"dev: missing; {name} {use}, so give adapter.training(…, dev=BATCHES)")
         for batch in dev:
             require_labels(batch, "dev")
+
+    def _check_rates(self, group_of: dict[str, dict[str, Any]], hint: str) -> None:
+        """Raise UserError if a tensor lacks the learning rate that the method gives it; ``group_of``: its group."""
+        if not isinstance(self.method, OwnRates):
+            return
+        rate_of = {tensor: group.get("initial_lr", group["lr"]) for tensor, group in group_of.items()}
+        own = self.method.learning_rates(self.adapter, 1.0)
+        peak = next((rate for tensor, rate in rate_of.items() if tensor not in own), 0.0)
+        for tensor, rate in self.method.learning_rates(self.adapter, peak).items() if peak else ():
+            if (actual := rate_of[tensor]) != rate:
+                name = self.method.config.name
+                raise UserError(f"optimizer: '{tensor}' has the learning rate {actual}, {name} says {rate}; {hint}")
 
     def _acts_in_training(self) -> bool:
         """Whether a loop needs :meth:`running`."""

@@ -270,6 +270,8 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
     _validate(config)
     if isinstance(config, TrainRun) and config.train.learning_rate is None:
         config.train.learning_rate = resolved["train"]["learning_rate"] = usual_rate_of(config).value
+    if isinstance(config, TrainRun) and config.train.schedule is None:
+        config.train.schedule = resolved["train"]["schedule"] = config.train.usual_schedule
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
 
 

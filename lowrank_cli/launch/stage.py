@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun
+from lowrank_cli.schema.train import OPTIMIZER_LIBRARIES
 from lowrank_cli.training.tracking import require as require_tracker
 
 
@@ -58,6 +59,7 @@ def check(
         _refuse_outside_harness(config)
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
+        _refuse_optimizer(config)
         accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
         if processes > 1 and (reason := methods.create(config.method).alone()):
             raise UserError(
@@ -83,6 +85,16 @@ def _refuse_outside_harness(config: EvaluateRun) -> None:
         raise UserError(
             "evaluate.shots, evaluate.num_beams: eval=lm_eval has eval.num_fewshot and greedy decoding instead"
         )
+
+
+def _refuse_optimizer(config: TrainRun) -> None:
+    """Refuse an optimizer whose library is missing, or that the method cannot be trained with."""
+    name = config.train.optimizer
+    library, extra = OPTIMIZER_LIBRARIES.get(name, ("", ""))
+    if library and importlib.util.find_spec(library) is None:
+        raise UserError(f"train.optimizer: {name} needs a library: pip install 'lowrank-cli[{extra}]'")
+    if name != "adamw" and (use := methods.create(config.method).needs_adam()):
+        raise UserError(f"train.optimizer: {name}, but method={config.method.name} {use}; set train.optimizer=adamw")
 
 
 def _refuse_unsupported_stage(composed: Composed) -> None:

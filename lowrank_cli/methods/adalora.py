@@ -108,6 +108,10 @@ class AdaLoRA(LoRA):
         self.importance: Importance | None = None  # from the first step until the final budget holds
         self._settled = False
 
+    def needs_adam(self) -> str:
+        """Pruned ranks lose theirs."""
+        return "prunes ranks with their moments"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """P and Q Gaussian, with the deviation of the authors' code; Λ = 0, so the function does not change."""
         from torch import nn

@@ -93,6 +93,10 @@ class ALoRA(LoRA):
         """Each round scores ranks."""
         return "scores ranks on dev batches"
 
+    def needs_adam(self) -> str:
+        """Ranks take theirs along."""
+        return "moves ranks with their moments"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA with equal ranks. Raises UserError if a round would move all of them."""
         adapter = super().adapt(model)

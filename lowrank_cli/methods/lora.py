@@ -2,12 +2,17 @@
 
 y = W x + s · B A drop(x),   s = alpha / rank,   A: (R, I) Kaiming-uniform, B: (O, R) zero
 
+Two variants are settings. Rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732) has s = alpha / √rank, so that
+updates do not shrink as the rank grows. LoRA+ (Hayou et al., ICML 2024, arXiv 2402.12354) trains B with a higher
+learning rate than A.
+
 With a rank pattern each module has its own R, and s stays alpha / ``rank`` for all. This trains an allocation of ALoRA
 or ``lrk prune`` from the start.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +53,17 @@ class LowRankConfig(MethodConfig):
 class LoRAConfig(LowRankConfig):
     """One low-rank module on each target linear."""
 
-    made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha", "target_modules")
+    made_with: ClassVar[tuple[str, ...]] = ("rank", "alpha", "target_modules", "rslora")
     start_rank_key: ClassVar[str] = "rank"  #: what sets ``start_rank``
     #: ``all``, roles (Q K V O attention; G U D gate, up, down), or names of linears (``q_proj`` or a full path)
     target_modules: list[str] = MISSING
+    rslora: bool = False  #: scale by alpha / √rank instead of alpha / rank
+    b_learning_rate_ratio: float = 1.0  #: learning rate of B over that of A (LoRA+); LoRA+'s paper advises 16
 
     def validate(self) -> None:
         super().validate()
+        if not 0 < self.b_learning_rate_ratio < math.inf:
+            raise UserError(f"method.b_learning_rate_ratio: {self.b_learning_rate_ratio} must be above 0 and finite")
         if not self.target_modules:
             raise UserError("method.target_modules: the list is empty; name roles (Q K V O G U D), linears, or all")
 
@@ -62,6 +71,11 @@ class LoRAConfig(LowRankConfig):
     def start_rank(self) -> int:
         """The rank of a fresh module."""
         return self.rank
+
+    @property
+    def scaled_alpha(self) -> float:
+        """s times the rank of a fresh module."""
+        return self.alpha * math.sqrt(self.start_rank) if self.rslora else self.alpha
 
     def module_ranks(self) -> dict[str, int]:
         """The rank of each module by its key; empty if all have ``start_rank``."""
@@ -130,7 +144,8 @@ class LoRA(Method):
         from lowrank_cli.adapter.ranks import rebuild
 
         config, sites, kind = self.config, self.sites(model), self.kind()
-        adapter = inject(model, sites, rank=config.start_rank, alpha=config.alpha, dropout=config.dropout, kind=kind)
+        rank, alpha = config.start_rank, config.scaled_alpha
+        adapter = inject(model, sites, rank=rank, alpha=alpha, dropout=config.dropout, kind=kind)
         if ranks := config.module_ranks():
             rebuild(adapter, ranks, "method.rank_pattern")
             adapter.initial_ranks = adapter.ranks()
@@ -141,3 +156,8 @@ class LoRA(Method):
         from lowrank_cli.adapter.low_rank import LowRank
 
         return LowRank
+
+    def learning_rates(self, adapter: Adapter, peak: float) -> dict[str, float]:
+        """That of every B, if LoRA+'s ratio sets it apart."""
+        ratio = self.config.b_learning_rate_ratio
+        return {name: ratio * peak for name in adapter.trained if name.endswith(".lora_B.weight") and ratio != 1}

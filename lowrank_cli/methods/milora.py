@@ -207,12 +207,14 @@ class MiLoRA(LoRA):
         if diagnosis := self.diagnosis(_metrics(choices)):
             start.say(f"before the first step, {choices.prompts} training prompts: {diagnosis}")
 
-    def learning_rates(self, adapter: Adapter) -> dict[str, float]:
-        """The routers' learning rate, if set."""
-        rate = self.config.router_learning_rate
+    def learning_rates(self, adapter: Adapter, peak: float) -> dict[str, float]:
+        """The routers' learning rate, if set, besides those of LoRA."""
+        rates, rate = super().learning_rates(adapter, peak), self.config.router_learning_rate
         if rate is None:
-            return {}
-        return {name: rate for name in adapter.trained if ".prompt_router." in name and name not in adapter.deferred}
+            return rates
+        return rates | {
+            name: rate for name in adapter.trained if ".prompt_router." in name and name not in adapter.deferred
+        }
 
     def extra_loss(self, adapter: Adapter) -> torch.Tensor:
         """λ_lb · Σ_l L_lb of the last forward pass."""

@@ -4,6 +4,9 @@ The tuner is PEFT's own code, put into the model in place; training, seeds, sele
 those of every method. What it trains is saved under the names of its parameters; what it draws at random and keeps is
 drawn again from its seed, and the saved adapter's canary proves that it came out the same. It is neither merged nor
 scored by rank here.
+
+LoRA's initial values from the weights alone (``init_lora_weights`` olora, loftq, pissa, …) are PEFT's. Those of EVA
+(Paischer et al. 2024, arXiv 2410.07170) need a pass over data, see :meth:`Peft.prepare`.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, unknown
-from lowrank_cli.methods.protocol import Method
+from lowrank_cli.methods.protocol import Method, Start
 from lowrank_cli.schema import MethodConfig
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from lowrank_cli.adapter.adapted_model import Adapter
@@ -31,6 +35,9 @@ DERIVED = ("target_modules", "feedforward_modules", "peft_type", "task_type", "i
 #: (Liu et al. 2022, arXiv 2205.05638) and 4e-3 (Kopiczko et al. 2024, arXiv 2310.11454) for models of billions.
 SCALES = {"ia3": 10.0, "vera": 10.0}
 #: Warnings of what the tuners mend themselves: GPT-2's transposed weights, and BOFT without its CUDA extension.
+EVA_PROMPTS = 256  #: training prompts that EVA reads; its paper stops after about as many, when components settle
+#: Initial values that need gradients or a second model, which PEFT computes before it wraps a model.
+UNSUPPORTED_INITS = ("corda", "lora_ga")
 EXPECTED = "fan_in_fan_out is set to False but|Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
 
 
@@ -68,20 +75,66 @@ class Peft(Method):
                 raise unknown(f"method.options of method.type={config.type}", name, known)
         return find_sites(model, list(config.target_modules))
 
+    @property
+    def _eva(self) -> bool:
+        return self.config.options.get("init_lora_weights") == "eva"
+
+    def prepare(self, start: Start) -> None:
+        """EVA: set each A to the principal components of its input on training prompts, padding left out.
+
+        All modules keep their rank, as with EVA's ρ = 1.
+        """
+        if not self._eva:
+            return
+        from peft.tuners.lora import LoraLayer
+
+        model = start.adapter.model
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+        inputs = [_PrincipalInputs(layer.r["default"]) for layer in layers]
+
+        def set_mask(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+            for components in inputs:
+                components.mask = kwargs["attention_mask"].bool()
+
+        hooks = [model.register_forward_pre_hook(set_mask, with_kwargs=True)]
+        hooks += [layer.register_forward_pre_hook(components) for layer, components in zip(layers, inputs)]
+        try:
+            start.read(EVA_PROMPTS)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer, components in zip(layers, inputs):
+            matrix: Any = layer.lora_A["default"].weight
+            matrix.data.copy_(components.result(matrix.shape))
+        start.say(f"EVA: initial values from the inputs of {len(layers)} linears on training prompts")
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """Put the tuner into ``model``; a classification head, if any, trains in full."""
+        import torch
+        from peft import EvaConfig, LoftQConfig
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         from lowrank_cli.adapter.adapted_model import Adapter, train_heads
 
         sites, kind = self.sites(model), self._kind()
         options = dict(self.config.options)
+        if (init := options.get("init_lora_weights")) in UNSUPPORTED_INITS:
+            raise UserError(f"method.options.init_lora_weights: '{init}' needs a preparation that method=peft has not")
+        if "eva_config" in options:
+            raise UserError("method.options.eva_config: EVA has no settings here (its rho is 1)")
+        if self._eva:
+            options["eva_config"] = EvaConfig(rho=1.0)
+        if init == "loftq" and not torch.cuda.is_available():
+            raise UserError("method.options.init_lora_weights: PEFT computes 'loftq' on a GPU only")
+        loftq = options.get("loftq_config")
         if "feedforward_modules" in (item.name for item in dataclasses.fields(kind)):
             options["feedforward_modules"] = sorted({site.path for site in sites if site.role == "D"})
         adapter = Adapter(model, {site.key: site for site in sites})
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=EXPECTED)
+                if loftq:
+                    options["loftq_config"] = LoftQConfig(**loftq)  # with its defaults
                 config = kind(target_modules=sorted({site.path for site in sites}), **options)
                 tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, "default")
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
@@ -104,3 +157,26 @@ class Peft(Method):
         if self.config.type not in known:
             raise unknown("method.type", self.config.type, sorted(known))
         return known[self.config.type]
+
+
+class _PrincipalInputs:
+    """A forward pre-hook of a linear that keeps the ``count`` principal components of its inputs."""
+
+    def __init__(self, count: int):
+        from peft.utils.incremental_pca import IncrementalPCA
+
+        self.count = count
+        self.mask: torch.Tensor  # (B, T), of the current pass
+        self._pca = IncrementalPCA(count, lowrank=True, lowrank_seed=0)
+
+    def __call__(self, linear: Any, args: tuple[torch.Tensor, ...]) -> None:
+        rows = args[0].detach().reshape(-1, args[0].shape[-1])[self.mask.flatten()].float()  # (B, T, I) -> (tokens, I)
+        if len(rows) >= self.count:
+            self._pca.partial_fit(rows)  # type: ignore[no-untyped-call]
+
+    def result(self, shape: torch.Size) -> torch.Tensor:
+        """The components (R, I). Raises UserError if no pass had enough tokens."""
+        components = getattr(self._pca, "components_", None)
+        if components is None or components.shape != shape:
+            raise UserError("method.options.init_lora_weights: 'eva' needs more training prompts than there are")
+        return components

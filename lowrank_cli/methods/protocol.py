@@ -46,6 +46,10 @@ class Method:
         """How this method uses dev batches in training; empty if it does not."""
         return ""
 
+    def needs_adam(self) -> str:
+        """How this method uses Adam's moments; empty if any optimizer can train it."""
+        return ""
+
     def kept_bytes(self, adapter: Adapter) -> int:
         """Memory that training keeps on the device besides the adapter and its optimizer."""
         return 0
@@ -133,8 +137,8 @@ class Prepares(Protocol):
 class OwnRates(Protocol):
     """Trains some tensors with another learning rate than ``train.learning_rate``."""
 
-    def learning_rates(self, adapter: Adapter) -> dict[str, float]:
-        """Peak learning rates by name in ``adapter.trained``; others use the run's."""
+    def learning_rates(self, adapter: Adapter, peak: float) -> dict[str, float]:
+        """Peak learning rates by name in ``adapter.trained``; others use the run's, which is ``peak``."""
         ...
 
 

@@ -55,6 +55,10 @@ class SoRA(LoRA):
         super().__init__(config)
         self._settled = False
 
+    def needs_adam(self) -> str:
+        """The proximal step is made for its step sizes; pruned ranks lose theirs."""
+        return "prunes ranks with their moments"
+
     def adapt(self, model: PreTrainedModel) -> Adapter:
         """LoRA's modules with Gaussian gates; B = 0, so the function does not change."""
         from torch import nn

@@ -12,15 +12,26 @@ from lowrank_cli.schema.evaluate import PredictConfig
 from lowrank_cli.schema.run import RunConfig
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "trackio")
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "muon", "schedule_free")
+SCHEDULES = ("linear", "cosine", "constant", "wsd")
+#: What to install for an optimizer that the package alone does not bring: a library, and the extra that holds it.
+OPTIMIZER_LIBRARIES = {"adamw_8bit": ("bitsandbytes", "4bit"), "schedule_free": ("schedulefree", "schedule_free")}
 
 
 @dataclass
 class TrainConfig:
-    """AdamW with linear warm-up and decay, dev evaluation and early stop. A step is one optimizer update."""
+    """An optimizer and its schedule, dev evaluation and early stop. A step is one optimizer update."""
 
     #: peak, reached after the warm-up; null: the usual one, see :mod:`lowrank_cli.schema.learning_rate`
     learning_rate: Optional[float] = MISSING
-    weight_decay: float = MISSING  #: AdamW's
+    #: ``adamw``; ``adamw_8bit``, moments in 8 bits; ``adafactor``, second moments by row and column; ``muon`` for
+    #: matrices inside the layers, AdamW for the rest; ``schedule_free``, AdamW that averages its iterates
+    optimizer: str = "adamw"
+    #: after the warm-up: ``linear`` or ``cosine`` decay to 0, ``constant``, or ``wsd`` (constant, then linear decay);
+    #: null: linear, for schedule_free constant
+    schedule: Optional[str] = None
+    decay: float = 0.2  #: share of all steps in which ``schedule=wsd`` decays
+    weight_decay: float = MISSING  #: decoupled: shrinks the trained weights by this times the learning rate
     warmup: float = MISSING  #: share of all steps
     epochs: float = MISSING  #: passes over the training set
     max_steps: Optional[int] = MISSING  #: bound on steps; replaces ``epochs`` in the schedule where smaller
@@ -32,7 +43,21 @@ class TrainConfig:
     log_every: int = MISSING  #: steps between lines of history.jsonl
     checkpoint_every: int = MISSING  #: steps between checkpoints to resume from; 0 keeps only that of an interrupt
 
+    @property
+    def usual_schedule(self) -> str:
+        """What ``schedule=null`` stands for."""
+        return "constant" if self.optimizer == "schedule_free" else "linear"
+
     def validate(self) -> None:
+        require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
+        if self.schedule is not None:
+            require_choice("train.schedule", self.schedule, SCHEDULES)
+            if self.optimizer == "schedule_free" and self.schedule != "constant":
+                raise UserError(
+                    f"train.schedule: '{self.schedule}' decays the learning rate, and train.optimizer=schedule_free "
+                    f"averages instead (allowed: constant)"
+                )
+        require_range("train.decay", self.decay, 0, 1)
         if self.learning_rate is not None:
             require_range("train.learning_rate", self.learning_rate, 0)
         require_range("train.weight_decay", self.weight_decay, 0)

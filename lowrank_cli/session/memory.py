@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lowrank_cli import methods, tasks
+from lowrank_cli.adapter.files import optimizer_state
 from lowrank_cli.adapter.lm_head import answers_at
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
@@ -22,6 +23,7 @@ from lowrank_cli.methods.protocol import Adapts, AddsLoss
 from lowrank_cli.models.outline import outline, outline_tokenizer
 from lowrank_cli.models.prepack import free_memory
 from lowrank_cli.schema import TrainRun
+from lowrank_cli.session import optimizers
 from lowrank_cli.session.ledger import Ledger, counting
 from lowrank_cli.session.session import chats_of
 from lowrank_cli.tasks import encode
@@ -80,10 +82,10 @@ class TrainingStep:
         self.method = methods.create(config.method)
         assert isinstance(self.method, Adapts)
         self.adapter = self.method.adapt(self.model)
-        trained = [parameter for name, parameter in self.adapter.trained.items() if name not in self.adapter.deferred]
-        self.optimizer = torch.optim.AdamW(trained, fused=True)
+        self.optimizer = optimizers.create(config.train, self.adapter, {})
         recompute(self.model, config.hardware.gradient_checkpointing, config.hardware.compile)
         self.model.train()
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         for parameter in trained:  # the first step makes the moments
             parameter.grad = torch.zeros_like(parameter)
         self._update()
@@ -92,7 +94,7 @@ class TrainingStep:
         """The memory of a step of micro-batches of ``rows`` examples."""
         trained = _bytes(self.adapter.trained.values())
         method = self.method.kept_bytes(self.adapter)
-        moments = _bytes(value for state in self.optimizer.state.values() for value in state.values())
+        moments = _bytes(optimizer_state.moments(self.optimizer).values())
         copies = 2 if self.config.hardware.processes > 1 else 1  # DDP's buckets
         activations = logits = peak = 0
         for _ in range(min(2, self.config.train.gradient_accumulation)):  # from the second on gradients are there
@@ -158,6 +160,8 @@ def estimate(config: TrainRun, available: float | None = None) -> Estimate | Non
     """
     if kind := config.hardware.quantization:
         raise UserError(f"--memory: weights in 4 bits are not estimated (hardware.quantization={kind})")
+    if config.train.optimizer == "adamw_8bit":
+        raise UserError("--memory: moments in 8 bits are not estimated (train.optimizer=adamw_8bit)")
     length = length_of(config)
     if length is None:
         return None

@@ -1,4 +1,4 @@
-"""``lrk train``: AdamW with dev evaluation and early stopping; the adapter with the best dev loss is kept and tested.
+"""``lrk train``: steps with dev evaluation and early stopping; the adapter with the best dev loss is kept and tested.
 
 A step is one optimizer update over ``train.batch_size`` examples, split among processes and accumulated batches. Its
 loss is the mean over all its response tokens, so the number of processes changes only rounding. (A method's extra loss
@@ -40,6 +40,7 @@ from lowrank_cli.methods.protocol import (
 from lowrank_cli.runs import Run, atomic_folder, progress, stopping
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.schema.learning_rate import usual_rate
+from lowrank_cli.session import optimizers
 from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.stages.evaluate import evaluate_end
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
@@ -102,7 +103,9 @@ class Trainer:
             self.total = min(self.total, self.settings.max_steps)
         self.tokens = self.total * self.settings.batch_size * sum(lengths) / len(lengths)  # fewer if stopped early
         self.adapter.require_declared()
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=0.0, weight_decay=self.settings.weight_decay, fused=True)
+        method = session.method
+        rates = method.learning_rates(self.adapter, self.peak) if isinstance(method, OwnRates) else {}
+        self.optimizer = optimizers.create(self.settings, self.adapter, rates)
         hardware = self.config.hardware
         if hardware.compile:
             compile_layers(session.model)
@@ -126,16 +129,6 @@ class Trainer:
         usual = usual_rate(self.config.model, width, self.session.method.rate_scale())
         noted = usual.is_usual(self.peak) or usual.is_far(self.peak)
         return [f"learning rate: {usual.described(self.peak)}"] if noted else []
-
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer, one for each ``peak`` learning rate."""
-        method = self.session.method
-        rates = method.learning_rates(self.adapter) if isinstance(method, OwnRates) else {}
-        groups: dict[float, list[Tensor]] = {}
-        for name, parameter in self.adapter.trained.items():
-            if name not in self.adapter.deferred:
-                groups.setdefault(rates.get(name, self.peak), []).append(parameter)
-        return [{"params": parameters, "peak": peak} for peak, parameters in groups.items()]
 
     def fit(self) -> dict[str, float]:
         """Train until the last step or an early stop, then evaluate the best adapter."""
@@ -260,10 +253,10 @@ class Trainer:
             group["lr"] = self.learning_rate(step, group["peak"])
         if isinstance(method, BeforeStep):
             method.before_step(now)
-        # the fused AdamW pairs weights, gradients and moments by their order in memory
+        # fused AdamW pairs weights, gradients and moments by their order in memory
         assert all(weight.is_contiguous() for weight in self.adapter.trained.values())
         self.optimizer.step()
-        torch.autograd.graph.increment_version(self.adapter.trained.values())  # a fused step does not
+        torch.autograd.graph.increment_version(self.adapter.trained.values())  # fused and 8-bit steps do not
         self.session.model.zero_grad()
         if isinstance(method, AfterStep):
             before = self.adapter.ranks()
@@ -279,15 +272,8 @@ class Trainer:
             self.model = self.accelerator.prepare_model(self.session.model)
 
     def learning_rate(self, step: int, peak: float | None = None) -> float:
-        """Linear warm-up to ``peak``, then linear decay to 0.
-
-        ``peak`` defaults to ``train.learning_rate``; ``train.warmup`` is the share of the steps that warm up.
-        """
-        peak = self.peak if peak is None else peak
-        warmup = math.ceil(self.settings.warmup * self.total)
-        if step <= warmup:
-            return peak * step / warmup
-        return peak * (self.total + 1 - step) / (self.total + 1 - warmup)
+        """That of ``step``; ``peak`` defaults to ``train.learning_rate``."""
+        return (self.peak if peak is None else peak) * optimizers.share_of_peak(self.settings, step, self.total)
 
     def dev_batch_loss(self, step: int) -> Tensor:
         """This process's share of the mean loss of ``step``'s dev batch: the mean over processes is that loss."""
@@ -324,6 +310,10 @@ class Trainer:
 
     def _evaluate(self, step: int) -> bool:
         """Compute the dev loss and save the adapter if it is the best. Returns False if asked to stop meanwhile."""
+        with optimizers.evaluated_weights(self.optimizer):
+            return self._evaluate_weights(step)
+
+    def _evaluate_weights(self, step: int) -> bool:
         loss = self.dev_loss()
         if loss is None:
             return False

@@ -594,11 +594,11 @@ def test_the_soft_start_trains_every_module_and_evaluates_with_k():
 
 
 def test_the_routers_own_learning_rate_is_theirs_alone():
-    assert not small.method("milora").learning_rates(small.adapted("milora"))
+    assert not small.method("milora").learning_rates(small.adapted("milora"), 1.0)
     method = small.method("milora", router_learning_rate=0.5)
     adapter = method.adapt(small.model())
-    assert set(method.learning_rates(adapter).values()) == {0.5}
-    assert {name.rpartition("prompt_router.")[2] for name in method.learning_rates(adapter)} == {
+    assert set(method.learning_rates(adapter, 1.0).values()) == {0.5}
+    assert {name.rpartition("prompt_router.")[2] for name in method.learning_rates(adapter, 1.0)} == {
         "pooler.weight",
         "projection.weight",
     }

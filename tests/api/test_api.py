@@ -338,7 +338,6 @@ def test_training_that_a_method_would_miss_is_refused():
         (torch.optim.AdamW(trained), {}, "which milora steps itself; make it of adapter.parameter_groups"),
         (torch.optim.AdamW(groups[:1]), {}, "it lacks "),
         (torch.optim.AdamW(adapter.parameters()), {}, "has the learning rate 0.001, milora says 0.0001"),
-        (torch.optim.SGD(groups), {}, "SGD does not go with milora"),
         (torch.optim.AdamW(groups), {"dev": []}, "dev: missing; milora steps its activations"),
         (torch.optim.AdamW(groups), {"train": []}, "train: missing; milora reads training prompts"),
         (
@@ -353,6 +352,13 @@ def test_training_that_a_method_would_miss_is_refused():
         arguments = {"steps": 3, "train": [rows], "dev": [rows]} | given
         with pytest.raises(api.UserError, match=re.escape(message)), adapter.training(optimizer, **arguments):
             pass
+    adapter = adapter_of("alora")
+    optimizer = torch.optim.SGD(adapter.parameter_groups(1e-3))
+    with (
+        pytest.raises(api.UserError, match="SGD does not go with alora"),
+        adapter.training(optimizer, steps=3, train=[rows], dev=[rows]),
+    ):
+        pass
 
 
 def test_a_method_that_did_not_finish_says_so():

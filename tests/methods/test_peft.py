@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import small
 import torch
+from command import FEW_STEPS
 
 from lowrank_cli import methods
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.errors import UserError
+from lowrank_cli.methods.protocol import Start
+from lowrank_cli.runs import Run
 
 pytest.importorskip("peft")
 #: Tuners with options that fit a model of width 32.
@@ -75,6 +80,8 @@ def test_roles_choose_the_linears():
         ("vra", {}, "method.type: unknown value 'vra'; did you mean 'vera'?"),
         ("vera", {"rr": 3}, "method.options of method.type=vera: unknown value 'rr'; did you mean 'r'?"),
         ("lora", {"target_modules": ["x"]}, "unknown value 'target_modules'"),
+        ("lora", {"init_lora_weights": "lora_ga"}, "init_lora_weights: 'lora_ga' needs a preparation"),
+        ("lora", {"init_lora_weights": "eva", "eva_config": {"rho": 2}}, "EVA has no settings here"),
         ("miss", {"r": 64}, "method.type: 'miss' cannot adapt this model so: `r` (64) must be less"),
     ],
 )
@@ -89,3 +96,39 @@ def test_options_are_set_one_by_one_and_only_where_there_are_any(lrk):
     assert ended.code == 0 and "    r: 16\n" in ended.out
     ended = lrk("train", "method=lora", "method.options.r=16", "--dry-run")
     assert ended.code == 2 and "method.options.r: unknown key" in ended.err
+
+
+@pytest.mark.parametrize("init", ["olora", "eva"])
+def test_initial_values_of_lora_train_and_come_back(init, lrk):
+    """OLoRA also rewrites the frozen weights, which loading does again."""
+    options = f"method.options={{r:4,init_lora_weights:{init}}}"
+    assert lrk("train", "method=peft", "method.type=lora", options, *FEW_STEPS, "test=false").code == 0
+    trained = Run.open("outputs/latest")
+    ended = lrk("evaluate", "run=outputs/latest", "evaluate.split=dev")
+    assert ended.code == 0, ended.err
+    answers = [
+        [json.loads(row) for row in (run.path / "predictions.jsonl").read_text().splitlines()]
+        for run in (trained, Run.open("outputs/latest"))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_eva_starts_from_the_principal_components_of_the_inputs():
+    values = {"name": "peft", "type": "lora", "target_modules": ["Q"], "options": {"r": 4, "init_lora_weights": "eva"}}
+    method = methods.configured(values, "test")
+    adapter = method.adapt(small.model())
+    mask = torch.ones_like(small.ids(8))
+    mask[:, -2:] = 0
+    kept: list[torch.Tensor] = []
+    layer = adapter.model.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda module, args: kept.append(args[0][mask.bool()]))
+
+    def read(count: int) -> None:
+        adapter.model(input_ids=small.ids(8), attention_mask=mask)
+
+    method.prepare(Start(adapter, read, lambda tensor: tensor, lambda row: None, lambda line: None))
+    a = layer.lora_A["default"].weight
+    torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-4, rtol=0)
+    centred = kept[0] - kept[0].mean(dim=0)
+    best = torch.linalg.svd(centred, full_matrices=False).S[:4].square().sum()
+    assert (centred @ a.T).square().sum() > 0.99 * best

@@ -87,6 +87,10 @@ class LeLoRA(LoRA):
         """Rewards, if windows move."""
         return "" if self.config.policy == "fixed" else "rewards its choices by the loss of dev batches"
 
+    def needs_adam(self) -> str:
+        """Ranks that stay in a moved window keep theirs."""
+        return "" if self.config.policy == "fixed" else "moves windows with their moments"
+
     def kept_bytes(self, adapter: Adapter) -> int:
         """The spectra between two choices."""
         if self.strategies is None:

@@ -93,6 +93,27 @@ def test_a_wrong_line_has_no_completions(bash):
     assert bash("train", "(", "tr") == []
 
 
+def test_values_of_a_group_and_of_those_it_inherits(bash):
+    assert bash("train", "model=llama2_7b", "model.path") == ["model.path="]
+    assert bash("train", "hardware", "=", "gpu_4bit", "hardware.quantiz") == [
+        "hardware.quantization=",
+        "hardware.quantization=nf4",
+    ]
+    assert bash("train", "hardware", "=", "gpu_4bit", "hardware.device", "=") == ["cuda"]
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys; from lowrank_cli import cli\n"
+        "try: cli.call([])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'hydra', 'transformers'} & sys.modules.keys()))"
+    )
+    words = {"_LRK_COMPLETE": "complete_bash", "COMP_WORDS": "lrk\ntrain\nmethod.r", "COMP_CWORD": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **words})
+    assert done.stdout.split("\n")[0].startswith("method.") and done.stdout.endswith("[]\n"), done
+
+
 def test_zsh_gets_its_form(lrk, monkeypatch):
     monkeypatch.setenv("_LRK_COMPLETE", "complete_zsh")
     monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "lrk train method=mi")

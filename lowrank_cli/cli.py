@@ -312,6 +312,9 @@ def generate(
             metavar="FILE", help='JSON lines {"tenant": RUN, "prompt": TEXT} to answer, many adapters in a batch'
         ),
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="keep a run folder of one prompt's answer, as for a file of prompts")
+    ] = False,
     multirun: Multirun = False,
     resume: Resume = None,
     dry_run: DryRun = False,
@@ -319,7 +322,8 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained adapter (run=FOLDER, or the newest), or a file of prompts with many adapters."""
     arguments = _with_tenants("generate", overrides, tenants)
-    _stage("generate", _expand_shorthand("generate", arguments, config_dir), multirun, resume, dry_run, config_dir)
+    arguments = _expand_shorthand("generate", arguments, config_dir)
+    _stage("generate", arguments, multirun, resume, dry_run, config_dir, save=save)
 
 
 @app.command(cls=Verb)
@@ -393,7 +397,13 @@ def _with_tenants(verb: str, overrides: list[str] | None, tenants: str | None) -
 
 
 def _stage(
-    verb: str, overrides: list[str], multirun: bool, resume: str | None, dry_run: bool, config_dir: str | None
+    verb: str,
+    overrides: list[str],
+    multirun: bool,
+    resume: str | None,
+    dry_run: bool,
+    config_dir: str | None,
+    save: bool = True,
 ) -> None:
     from lowrank_cli.launch import single_run, sweep
 
@@ -410,7 +420,10 @@ def _stage(
     else:
         command = shlex.join(["lrk", *sys.argv[1:]])
         _warn_untested_versions()
-        (sweep if multirun else single_run).start(verb, overrides, config_dir, command)
+        if multirun:
+            sweep.start(verb, overrides, config_dir, command)
+        else:
+            single_run.start(verb, overrides, config_dir, command, save=save)
 
 
 def _warn_untested_versions() -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from lowrank_cli.config.folders import conf_folders, files, groups_of
 from lowrank_cli.errors import UserError
-from lowrank_cli.reader import read_text
+from lowrank_cli.reader import read_yaml
 
 Values = dict[str, Any]
 
@@ -29,7 +29,7 @@ def completions(verb: str, words: list[str], incomplete: str, config_dir: str | 
         if equals and key in groups:
             return [f"{key}={name}" for name in files(key, config_dir) if name.startswith(start)]
         values = _composed(verb, chosen, conf_folders(config_dir))
-    except (UserError, yaml.YAMLError, OSError):  # a mistake elsewhere on the line
+    except UserError:  # a mistake elsewhere on the line
         return []
     if equals:
         return _value(values, key, start)
@@ -95,6 +95,6 @@ def _read(name: str, folders: list[Path]) -> Values:
     """A file of the first folder that has it. Raises UserError if none has."""
     for folder in folders:
         if (file := folder / f"{name}.yaml").is_file():
-            read = yaml.load(read_text(file, "YAML"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            return read if isinstance(read, dict) else {}
+            values: Values = read_yaml(file)
+            return values
     raise UserError(f"there is no file {name}.yaml")

@@ -31,7 +31,7 @@ from lowrank_cli.config.model_width import model_width
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.reader import check, read_text
-from lowrank_cli.schema import TRUST, VERBS, Override, TrainRun, parse_overrides, quoted
+from lowrank_cli.schema import TRUST, VERBS, EvaluateRun, Override, TrainRun, parse_overrides, quoted
 from lowrank_cli.schema.harness import HarnessConfig
 from lowrank_cli.schema.learning_rate import UsualRate, usual_rate
 
@@ -272,6 +272,8 @@ def _finish(verb: str, cfg: DictConfig, choices: dict[str, str], overrides: list
         config.train.learning_rate = resolved["train"]["learning_rate"] = usual_rate_of(config).value
     if isinstance(config, TrainRun) and config.train.schedule is None:
         config.train.schedule = resolved["train"]["schedule"] = config.train.usual_schedule
+    if isinstance(config, EvaluateRun) and config.eval is not None:
+        choices = {**choices, "task": config.eval.label}  # its own task is not measured
     return Composed(verb, config, resolved, choices, overrides)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from lowrank_cli.adapter.kv_cache import growing_cache
-from lowrank_cli.inference.choice_scores import candidate_scores
+from lowrank_cli.inference.choice_scores import Tick, candidate_scores
 from lowrank_cli.session.session import Session
 from lowrank_cli.tasks import encode
 
@@ -73,10 +73,15 @@ def log_probability_and_gap(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def log_likelihoods(session: Session, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+def log_likelihoods(
+    session: Session, pairs: Sequence[Pair], tick: Tick = lambda count: None
+) -> list[tuple[float, bool]]:
     """For each pair the log probability of its continuation, and whether greedy decoding would choose it.
 
     Each prompt runs once for all its continuations. Batches hold prompts of similar lengths.
+
+    Args:
+        tick: called with the number of different pairs done since the last call.
     """
     session.model.eval()
     by_prompt: dict[Tokens, list[Tokens]] = {}
@@ -93,6 +98,7 @@ def log_likelihoods(session: Session, pairs: Sequence[Pair]) -> list[tuple[float
             for prompt, (sums, gaps) in zip(prompts, rows, strict=True):
                 for continuation, total, gap in zip(by_prompt[prompt], sums, gaps, strict=True):
                     scores[prompt, continuation] = total, gap == 0
+            tick(sum(map(len, options)))
     return [scores[one] for one in pairs]
 
 
@@ -110,12 +116,19 @@ class _Stops(StoppingCriteria):
 
 @torch.no_grad()
 def generate_until(
-    session: Session, prompts: Sequence[str], until: Sequence[str], new_tokens: int, limit: int, **settings: Any
+    session: Session,
+    prompts: Sequence[str],
+    until: Sequence[str],
+    new_tokens: int,
+    limit: int,
+    tick: Tick = lambda count: None,
+    **settings: Any,
 ) -> list[str]:
     """Texts that continue ``prompts``, each up to the first of ``until`` in it, or EOS, or ``new_tokens``.
 
     Args:
         limit: longest prompt with its answer, in tokens; a longer prompt loses its beginning.
+        tick: called with the number of prompts done since the last call.
         settings: of transformers' ``generate``, such as ``do_sample``.
     """
     session.model.eval()
@@ -140,6 +153,7 @@ def generate_until(
             )
             for index, text in zip(batch, tokenizer.batch_decode(out[:, past:], skip_special_tokens=True), strict=True):
                 texts[index] = min((text.partition(stop)[0] for stop in until), key=len, default=text)
+            tick(len(batch))
     return texts
 
 

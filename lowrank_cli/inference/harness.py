@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_cli.errors import UserError, nearest
 from lowrank_cli.inference import continuations
+from lowrank_cli.runs import progress
 from lowrank_cli.schema.harness import HarnessConfig
 from lowrank_cli.session.session import Session
 
@@ -60,9 +61,9 @@ def evaluate(session: Session, config: HarnessConfig, loaded: dict[str, Any]) ->
         if own != 0:  # a task that rules demonstrations out keeps doing so
             task.set_config(key="num_fewshot", value=(own or 0) if config.num_fewshot is None else config.num_fewshot)
         task.set_fewshot_seed(seed=session.config.seed)
-    with _quiet():
+    with progress.bar("evaluating", 0, shown=True) as bar, _quiet():
         report = lm_eval.evaluate(
-            lm=_language_model()(session, config),
+            lm=_language_model()(session, config, bar),
             task_dict=loaded,
             limit=config.limit,
             bootstrap_iters=BOOTSTRAPS,
@@ -100,26 +101,31 @@ def _language_model() -> type:
     class SessionLM(LM):
         """Scores and generates with a session's model."""
 
-        def __init__(self, session: Session, config: HarnessConfig):
+        def __init__(self, session: Session, config: HarnessConfig, bar: progress.Bar):
             super().__init__()
-            self.session = session
+            self.session, self.bar = session, bar
             self.limit = config.max_length or continuations.longest(session)
 
         def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
             texts = [request.args for request in requests]
             pairs = [continuations.pair(self.session, text[0], text[1], self.limit) for text in texts]
-            return continuations.log_likelihoods(self.session, pairs)
+            return self._scored(pairs)
+
+        def _scored(self, pairs: Sequence[continuations.Pair]) -> list[tuple[float, bool]]:
+            self.bar.expect(len(set(pairs)))
+            return continuations.log_likelihoods(self.session, pairs, self.bar.advance)
 
         def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
             tokenizer, start = self.session.prompt_tokenizer, continuations.start_token(self.session)
             texts = [tokenizer(request.args[0], add_special_tokens=False)["input_ids"] for request in requests]
             pieces = [list(continuations.windows(text, start, self.limit)) for text in texts]
-            scores = iter(continuations.log_likelihoods(self.session, [one for text in pieces for one in text]))
+            scores = iter(self._scored([one for text in pieces for one in text]))
             return [sum(next(scores)[0] for _ in text) for text in pieces]
 
         def generate_until(self, requests: Sequence[Instance]) -> list[str]:
             answers: dict[int, str] = {}
             groups: dict[str, list[int]] = {}
+            self.bar.expect(len(requests))
             for index, request in enumerate(requests):
                 groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
             for indices in groups.values():
@@ -131,6 +137,7 @@ def _language_model() -> type:
                     [until] if isinstance(until, str) else until,
                     new_tokens,
                     self.limit,
+                    self.bar.advance,
                     **_of_transformers(settings.items()),
                 )
                 answers |= dict(zip(indices, texts, strict=True))

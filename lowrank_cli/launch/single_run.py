@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from lowrank_cli import stages
@@ -29,10 +30,18 @@ def preview(verb: str, overrides: list[str], config_dir: str | None) -> list[tup
     return handler(verb).plan(verb, overrides, config_dir)[1]
 
 
-def start(verb: str, overrides: list[str], config_dir: str | None, command: str) -> None:
-    """Check, make the run folder, do the work, print the summary."""
+def start(verb: str, overrides: list[str], config_dir: str | None, command: str, *, save: bool = True) -> None:
+    """Check, make the run folder, do the work, print the summary.
+
+    Args:
+        save: false to keep no run folder of the answer to one prompt, unless ``name`` or ``outputs`` are given.
+    """
     module = handler(verb)
     composed, _ = module.plan(verb, overrides, config_dir)
+    if not save and composed.config.generate.tenants is None and not composed.keys & {"name", "outputs"}:
+        with TemporaryDirectory() as folder:
+            module.work(module.create(composed, config_dir, command, Path(folder) / "run"), composed)
+        return
     run = module.create(composed, config_dir, command)
     try:
         module.work(run, composed)

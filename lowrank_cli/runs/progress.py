@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,13 +14,15 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from lowrank_cli.runs import stopping
 from lowrank_cli.terminal import Terminal
+
+WIDE = 80  #: columns of a terminal from which on the bar itself and a note fit next to the numbers
 
 
 class _Rate(ProgressColumn):
@@ -44,17 +47,19 @@ def console() -> Terminal:
 @contextmanager
 def bar(description: str, total: int, *, shown: bool, start: int = 0) -> Iterator[Bar]:
     """A bar over ``total`` units, ``start`` of them already done; with ``shown=False`` it prints nothing."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
     where = console()
+    where.file = sys.stderr  # stays, if a library's own output is redirected meanwhile
+    whole = Column(no_wrap=True)  # only the bar itself gives way on a narrow terminal
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        _Rate(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("left", table_column=whole),
+    ]
+    if where.width >= WIDE:
+        columns.insert(1, BarColumn(bar_width=None, table_column=Column(no_wrap=False)))
+        columns.append(TextColumn("{task.fields[note]}", markup=False, table_column=whole))
     disabled = not (shown and where.is_terminal)
     with Progress(*columns, console=where, disable=disabled, transient=True) as progress:
         yield Bar(progress, progress.add_task(description, total=total, completed=start, note=""), shown)
@@ -70,6 +75,10 @@ class Bar:
         """Count finished units. Raises KeyboardInterrupt if a signal asked the run to stop."""
         stopping.check()
         self._progress.advance(self._task, count)
+
+    def expect(self, count: int) -> None:
+        """Add ``count`` units to the total."""
+        self._progress.update(self._task, total=(self._progress.tasks[self._task].total or 0) + count)
 
     def note(self, text: str) -> None:
         """Show ``text`` after the numbers."""

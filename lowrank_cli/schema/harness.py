@@ -21,6 +21,12 @@ class HarnessConfig:
     include_path: Optional[str] = MISSING
     max_length: Optional[int] = MISSING  #: tokens of prompt and answer together; null: as many as the model has
 
+    @property
+    def label(self) -> str:
+        """The tasks in a name: at most three, else the first and how many more."""
+        first, *more = self.tasks
+        return "+".join(self.tasks) if len(more) < 3 else f"{first}+{len(more)}"
+
     def validate(self) -> None:
         if not self.tasks:
             raise UserError("eval.tasks: the list is empty; name a task, such as eval.tasks=[hellaswag]")

@@ -39,6 +39,7 @@ class TrainConfig:
     gradient_accumulation: int = MISSING  #: batches summed into one step; times processes it divides ``batch_size``
     max_grad_norm: float = MISSING  #: gradients are clipped to this norm; 0 turns clipping off
     eval_every: int = MISSING  #: steps between dev evaluations
+    eval_first: bool = False  #: whether to evaluate dev before the first step too; that adapter can be the best
     patience: int = MISSING  #: evaluations without a better dev loss before training stops; 0 never stops
     log_every: int = MISSING  #: steps between lines of history.jsonl
     checkpoint_every: int = MISSING  #: steps between checkpoints to resume from; 0 keeps only that of an interrupt

@@ -145,6 +145,8 @@ class Trainer:
                 self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
+            if self.settings.eval_first and start == 0 and not self._evaluate(0):
+                stopping.interrupt()
             self._loop(began)
             if self._stale():
                 bar.say(f"no better dev loss in {self.settings.patience} evaluations: stopped early")

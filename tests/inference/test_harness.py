@@ -165,6 +165,7 @@ def test_a_local_task_is_measured_by_the_harness(lrk):
     assert ended.code == 0 and "test colours acc" in ended.out
     run = Run.open("outputs/latest")
     assert run.metrics["test/examples"] == 5 and 0 <= run.metrics["test/colours/acc"] <= 1
+    assert run.path.name.endswith("-none-llama-colours") and "colours" in lrk("compare", str(run.path)).out
     assert run.read_json("lm_eval.json")["results"]["colours"]["acc,none"] == run.metrics["test/colours/acc"]
     unknown = lrk("evaluate", "method=none", *asked, "eval.tasks=[colour]")
     assert unknown.code == 2 and unknown.err == "error: eval.tasks: unknown task 'colour'; did you mean 'colours'?\n"

@@ -23,7 +23,7 @@ VERBS = {
     "train -m": ("train", "-m", "method=lora", "seed=0,1", *LONG),
     "score": ("score", "run={run}", "task.limit=256", "score.batch=256", "score.tokens=256"),
     "evaluate": ("evaluate", "run={run}", "task.limit=512", "evaluate.batch_size=1", "evaluate.shots=4"),
-    "generate": ("generate", "run={run}", "zorp is red.", "generate.max_new_tokens=900", "hardware.threads=1"),
+    "generate": ("generate", "--save", "run={run}", "zorp is red.", "generate.max_new_tokens=900"),
     "tenants": ("generate", "run={run}", "--tenants", "prompts.jsonl", "generate.max_new_tokens=200"),
     "bench": ("bench", "decode", "model.shape=4x256x512x4", "bench.rounds=500", "bench.methods=[base,lora]"),
     "run": ("run", "recipe=milora", *LONG[1:]),

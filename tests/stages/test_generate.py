@@ -44,7 +44,7 @@ def adapted(name: str, seed: int, *, task: str = "tiny_instruct") -> Path:
 
 def answer(lrk, *words):  # noqa: F811
     """What one prompt gets."""
-    ended = lrk("generate", *QUICK, *words)
+    ended = lrk("generate", "--save", *QUICK, *words)
     assert ended.code == 0, ended
     return records()[0]["answer"]
 
@@ -63,12 +63,14 @@ def asked(*lines):
 def test_one_prompt_is_printed_while_it_is_written(lrk, monkeypatch):  # noqa: F811
     run, puts, put = adapted("lora", 1), [], TextStreamer.put
     monkeypatch.setattr(TextStreamer, "put", lambda self, value: puts.append(value) or put(self, value))
-    ended = lrk("generate", f"run={run}", PROMPTS[0], *QUICK)
+    ended = lrk("generate", "--save", f"run={run}", PROMPTS[0], *QUICK)
     assert ended.code == 0 and len(puts) == 7, "the prompt, and each token"
     assert ended.out == records()[0]["answer"] + "\n"
     assert "bundled" in ended.err and "generate" in ended.err, "what else there is to say goes to stderr"
     assert Run.open("outputs/latest").metrics["generate/tokens"] == 6
+    runs = sorted(Path("outputs").glob("*/*"))
     newest = lrk("generate", PROMPTS[0], *QUICK, "generate.num_beams=3")
+    assert newest.code == 0 and sorted(Path("outputs").glob("*/*")) == runs, "without --save it leaves no folder"
     assert f"\nrun: {run}\n" in newest.err and "run: " not in ended.err, "a run that was not named is printed"
     assert lrk("generate", "--dry-run", PROMPTS[0]).out.count(str(run.resolve())) == 1
     assert answer(lrk, PROMPTS[0], "method=none") != answer(lrk, PROMPTS[0])

@@ -230,9 +230,13 @@ def test_a_batch_of_a_mix_holds_several_of_its_tasks(monkeypatch):
 
 
 def test_training_stops_early_when_the_dev_loss_no_longer_falls():
-    run = train("method=lora", "train.learning_rate=0", "train.patience=2", "train.max_steps=50")
+    settings = ("train.learning_rate=0", "train.patience=2", "train.max_steps=50")
+    run = train("method=lora", *settings)
     assert run.metrics["train/steps"] == 6  # the first evaluation is the best, two more are not
     assert run.metrics["best_step"] == 2
+    first = train("method=lora", *settings, "train.eval_first=true")  # one more, before the first step
+    assert first.metrics["train/steps"] == 4 and first.metrics["best_step"] == 0
+    assert [row["step"] for row in first.history() if "dev/loss" in row] == [0, 2, 4]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_batch():

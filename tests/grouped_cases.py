@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowrank_cli.adapter.spans import Span
-from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group, stacked
+from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group
+from lowrank_cli.adapter.tenants.operands import Factors, Operands
 from lowrank_cli.adapter.tenants.update_class import update_class
 
 INPUTS, OUTPUTS = 150, 140  # no multiples of a tile
@@ -26,8 +27,15 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         grouping = group(tuple(owners))
         sizes = [ranks[owner % 2] for owner in grouping.owners]
         # A of variance 1 / I, as initialised: values of order 1 throughout
-        a = stacked([torch.randn(rank, INPUTS, device=device).to(dtype) / INPUTS**0.5 for rank in sizes], device)
-        b = stacked([torch.randn(rank, OUTPUTS, device=device).to(dtype) / rank**0.5 for rank in sizes], device)
+        a, b, _ = Operands().of(
+            [
+                Factors(
+                    torch.randn(rank, INPUTS, device=device).to(dtype) / INPUTS**0.5,
+                    torch.randn(rank, OUTPUTS, device=device).to(dtype) / rank**0.5,
+                )
+                for rank in sizes
+            ]
+        )
         gates = torch.rand(len(owners), device=device) if gated else None
         x = torch.randn(INPUTS, len(owners) * tokens, device=device).to(dtype).t()  # not laid out row by row
         x = x.unflatten(0, (len(owners), tokens))  # (B * T, I) -> (B, T, I)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli.adapter.kv_cache import pass_cache, returned_cache
 from lowrank_cli.adapter.tenants.bank import Bank
-from lowrank_cli.adapter.tenants.batch import PromptGates
+from lowrank_cli.adapter.tenants.batch import PromptGates, Workspace
 from lowrank_cli.calibration.logits_processor import AnswerProcessor
 from lowrank_cli.serving.kv_rows import KVRows
 from lowrank_cli.serving.requests import STOP, Answer, Failed, Piece, Request
@@ -139,6 +139,9 @@ class BankLane(Lane):
         super().__init__(bank.model, tokenizer, autocast)
         self.bank = bank
         self._batch: ExitStack | None = None
+        # What batches leave for the next one; nothing where memory is bounded.
+        self._running = Workspace() if bank.max_bytes is None else None
+        self._joining = Workspace() if bank.max_bytes is None else None
 
     def fits(self, requests: Sequence[Request]) -> bool:
         joining = [request.model.adapter for request in requests for _ in range(request.count)]
@@ -152,15 +155,17 @@ class BankLane(Lane):
     @contextmanager
     def _prompts(self, requests: Sequence[Request]) -> Iterator[Callable[[], list[PromptGates]]]:
         self.suspend()
-        with self.bank.batch([request.model.adapter for request in requests]) as batch:
+        workspace = self._joining if self.answers else self._running
+        with self.bank.batch([request.model.adapter for request in requests], workspace=workspace) as batch:
             yield batch.gates
 
     @contextmanager
     def _continued(self) -> Iterator[None]:
         if self._batch is None:
             adapters = [answer.request.model.adapter for answer in self.answers]
+            gates = [answer.gates for answer in self.answers]
             with ExitStack() as stack:
-                stack.enter_context(self.bank.batch(adapters, [answer.gates for answer in self.answers]))
+                stack.enter_context(self.bank.batch(adapters, gates, self._running))
                 self._batch = stack.pop_all()
         yield
 

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
-from lowrank_cli.adapter.tenants.batch import Batch, PromptGates
+from lowrank_cli.adapter.tenants.batch import Batch, PromptGates, Workspace
 from lowrank_cli.adapter.tenants.tenant import Canary, Tenant, from_adapter, read
 from lowrank_cli.adapter.tenants.update_class import update_class
 from lowrank_cli.errors import UserError, unknown
@@ -92,13 +93,19 @@ class Bank:
         self._resident.pop(name, None)
 
     @contextmanager
-    def batch(self, tenants: Sequence[str | None], gates: Sequence[PromptGates] | None = None) -> Iterator[Batch]:
+    def batch(
+        self,
+        tenants: Sequence[str | None],
+        gates: Sequence[PromptGates] | None = None,
+        workspace: Workspace | None = None,
+    ) -> Iterator[Batch]:
         """Inside, forward passes use the adapters ``tenants``, one for each prompt.
 
         The B rows of a pass are B / len(tenants) copies of each prompt in turn.
 
         Args:
             gates: of prompts that earlier batches have routed; see :class:`Batch`.
+            workspace: of an earlier batch; its memory is beyond ``max_bytes``.
 
         Raises:
             UserError: an unknown name, no prompts, adapters that do not fit ``max_bytes``, or another batch running.
@@ -106,7 +113,7 @@ class Bank:
         self._require_idle()
         if not tenants:
             raise UserError("bank: a batch has no prompts; it needs one at least")
-        batch = self._batch(tenants, gates)
+        batch = self._batch(tenants, gates, workspace)
         self._make_room({name: self._tenants[name] for name in self._tenants if name in tenants}, batch)
         self._running = batch
         try:
@@ -122,9 +129,9 @@ class Bank:
         batch = self._batch(tenants)
         return batch.bytes + sum(tenant.bytes for tenant in batch.tenants.values()) <= self.max_bytes
 
-    def _batch(self, tenants: Sequence[str | None], gates: Sequence[PromptGates] | None = None) -> Batch:
+    def _batch(self, tenants: Sequence[str | None], *settings: Any) -> Batch:
         found = [None if name is None else self.tenant(name) for name in tenants]
-        return Batch(self.model, found, self._update, gates)
+        return Batch(self.model, found, self._update, *settings)
 
     def proven(self, name: str) -> bool:
         """Whether the adapter has a canary for :meth:`check`."""

@@ -1,7 +1,8 @@
 """Low-rank updates that differ from row to row of a batch: one batched matrix product for each linear.
 
-Rows of one owner form groups of n, so an owner's A and B are read once for n rows. Operands are gathered once, when a
-batch starts: gathering at every call would cost more than the products.
+While decoding, rows of one owner form groups of n, so an owner's A and B are read once for n rows. Their operands stand
+in a :class:`~lowrank_cli.adapter.tenants.operands.Operands`: gathering them at every call would cost more than the
+products.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ class Grouping:
     def in_order(self) -> bool:
         """Whether the groups list the rows of the batch in order."""
         return self.rows == tuple(range(len(self.rows)))
+
+    def reordered(self, order: Sequence[int]) -> Grouping:
+        """The groups ``order``."""
+        if list(order) == sorted(order):
+            return self
+        size = len(self.rows) // len(self.owners)
+        rows = (row for group in order for row in self.rows[group * size : (group + 1) * size])
+        return Grouping(tuple(self.owners[group] for group in order), tuple(rows))
 
 
 @lru_cache(maxsize=256)
@@ -60,18 +69,6 @@ def group(owners: tuple[int | None, ...], most: int | None = None) -> Grouping:
     return Grouping(tuple(group_owners), tuple(order))
 
 
-def stacked(matrices: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Matrices (R, X) of different ranks as (G, max R, X) on ``device``, zero-padded; a single one gives a view."""
-    if len(matrices) == 1:
-        return matrices[0].to(device).unsqueeze(0)  # (R, X) -> (1, R, X)
-    rank = max(len(matrix) for matrix in matrices)
-    whole = matrices[0].new_empty(len(matrices), rank, matrices[0].shape[1], device=device)
-    for padded, matrix in zip(whole, matrices):
-        padded[: len(matrix)] = matrix
-        padded[len(matrix) :] = 0
-    return whole
-
-
 class GroupedUpdate:
     """y += w ⊙ B_o (A_o x), with the matrices of each row's owner o.
 
@@ -85,14 +82,14 @@ class GroupedUpdate:
     """
 
     def __init__(self, a: Tensor, b: Tensor, grouping: Grouping, gates: Tensor | None, span: Span | None, batch: int):
-        rows = torch.tensor(grouping.rows, device=a.device)
-        self.rows = None if grouping.in_order and len(rows) == batch else rows.clamp_min(0)  # (G * n,)
+        self.rows: Tensor | None = None  # (G * n,)
+        if not grouping.in_order or len(grouping.rows) < batch:
+            self.rows = torch.tensor(grouping.rows, device=a.device).clamp_min(0)
         self.gate: Tensor | None = None  # (G * n, 1, 1)
         if gates is not None or -1 in grouping.rows:
+            rows = torch.tensor(grouping.rows, device=a.device)
             gate = torch.ones_like(rows, dtype=a.dtype) if gates is None else gates.to(a.dtype)[rows.clamp_min(0)]
             self.gate = gate.masked_fill(rows < 0, 0).reshape(-1, 1, 1)
-            if len(rows) == len(b):  # groups of one row: fold the gate into the operand
-                b, self.gate = b * self.gate, None  # (G, R, O)
         self.a, self.b, self.span, self.batch = a.mT, b, span, batch
         #: whether the groups are the batch, so that two products suffice
         self.direct = self.rows is None and self.gate is None and span is None

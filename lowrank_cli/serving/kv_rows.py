@@ -31,7 +31,7 @@ class RowLayer(DynamicLayer):
         tokens = key_states.shape[-2]
         self._reserve((key_states, value_states), self.count, self.width, tokens)
         for storage, states in zip(self.storages, (key_states, value_states), strict=True):
-            storage[: self.count, :, self.end : self.end + tokens] = states
+            storage.narrow(0, 0, self.count).narrow(2, self.end, tokens).copy_(states)  # cheaper than indexing
         self.end += tokens
         return self._view(self.count, self.width + tokens)
 
@@ -63,7 +63,7 @@ class RowLayer(DynamicLayer):
 
     def _view(self, count: int, width: int) -> tuple[Tensor, Tensor]:
         self.count, self.width = count, width
-        keys, values = (storage[:count, :, self.end - width : self.end] for storage in self.storages)
+        keys, values = (storage.narrow(0, 0, count).narrow(2, self.end - width, width) for storage in self.storages)
         self.keys, self.values = keys, values
         return keys, values
 

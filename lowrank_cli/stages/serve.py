@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import time
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(config: ServeRun, run: Run, adapter_run: Path | None, *, resume: bool = 
             names = ", ".join(model.name for model in engine.models)
             where = f"{server.address(listener)}/v1"
             progress.console().print(f"serving {names} at {where}; stop with Ctrl-C", soft_wrap=True)
+            gc.freeze()  # a collection that walks the model and the libraries would stop all answers for 0.3 s
             began = time.monotonic()
             server.run(app.create(engine, options, metrics), engine, listener, settings.grace)
         finally:

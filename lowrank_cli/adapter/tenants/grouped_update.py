@@ -90,19 +90,33 @@ class GroupedUpdate:
             rows = torch.tensor(grouping.rows, device=a.device)
             gate = torch.ones_like(rows, dtype=a.dtype) if gates is None else gates.to(a.dtype)[rows.clamp_min(0)]
             self.gate = gate.masked_fill(rows < 0, 0).reshape(-1, 1, 1)
-        self.a, self.b, self.span, self.batch = a.mT, b, span, batch
-        #: whether the groups are the batch, so that two products suffice
-        self.direct = self.rows is None and self.gate is None and span is None
+        self.a, self.b, self.span, self.batch = a, b, span, batch
+        self._a_t = a.mT  # (G, I, R)
+        ungated = self.gate is None and span is None
+        #: Decoding steps stream all weights through the caches, which makes each operation and each view expensive:
+        #: these cases get by with the fewest.
+        self._one_group = len(a) == 1 and self.rows is None and span is None
+        self._one_row_each = ungated and len(a) == len(grouping.rows)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Add the update for ``x``, (B, T, I) or (B * T, I), in place to the frozen output ``y``, likewise."""
-        if self.direct and x.dim() == 3 and len(x) == len(self.a):
-            _add_products(y, torch.bmm(x, self.a), self.b)  # (G, T, I) @ (G, I, R) -> (G, T, R)
+        if self._one_row_each and x.dim() == 3 and len(x) == self.batch:
+            if self.rows is None:
+                _add_products(y, torch.bmm(x, self._a_t), self.b)  # (G, T, I) @ (G, I, R) -> (G, T, R)
+            else:
+                h = torch.bmm(x.index_select(0, self.rows), self._a_t)  # (G, T, I) @ (G, I, R) -> (G, T, R)
+                y.index_add_(0, self.rows, torch.bmm(h, self.b))
             return
-        groups, inputs, rank = self.a.shape
+        groups, rank, inputs = self.a.shape
+        if self._one_group:
+            h = x.reshape(-1, inputs) @ self._a_t[0]  # (B * T, I) @ (I, R) -> (B * T, R)
+            if self.gate is not None:
+                h = (h.view(self.batch, -1, rank) * self.gate).view(-1, rank)
+            y.view(-1, y.shape[-1]).addmm_(h.to(y.dtype), self.b[0].to(y.dtype))
+            return
         if self.rows is not None:
             x = x.reshape(self.batch, -1, inputs).index_select(0, self.rows)  # (B, T, I) -> (G * n, T, I)
-        h = torch.bmm(x.reshape(groups, -1, inputs), self.a)  # (G, n * T, I) @ (G, I, R) -> (G, n * T, R)
+        h = torch.bmm(x.reshape(groups, -1, inputs), self._a_t)  # (G, n * T, I) @ (G, I, R) -> (G, n * T, R)
         if self.gate is not None:
             h = (h.view(len(self.gate), -1, rank) * self.gate).view(groups, -1, rank)
         if self.rows is None:

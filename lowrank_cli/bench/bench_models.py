@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,14 +142,24 @@ def perturb(adapter: Adapter) -> None:
         parameter.add_(torch.randn_like(parameter) * NOISE)
 
 
+@torch.no_grad()
+def different(adapter: Adapter, count: int) -> Iterator[int]:
+    """Make ``adapter`` into ``count`` different ones in turn, all with as much noise on what it holds; yields numbers."""
+    held = [(parameter, parameter.clone()) for parameter in adapter.trained.values()]
+    for number in range(count):
+        for parameter, values in held:
+            parameter.copy_(values)
+        perturb(adapter)
+        yield number
+
+
 def _bank(
     base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str
 ) -> tuple[BenchModel, Bank]:
     """A bank of adapters named 0 to ``count`` - 1, and the model with one adapter that made them."""
     bench_model, bank = adapted_copy(base, name, config, seed), Bank(copied(base), grouped=grouped)
     assert bench_model.adapter is not None
-    for number in range(count):
-        perturb(bench_model.adapter)
+    for number in different(bench_model.adapter, count):
         try:
             bank.add(str(number), bench_model.adapter)
         except UserError as error:

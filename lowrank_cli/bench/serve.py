@@ -27,7 +27,7 @@ import lowrank_cli
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.files.export import as_lora, save_lora
 from lowrank_cli.bench.base_model import BaseModel, load_base
-from lowrank_cli.bench.bench_models import adapted_copy, perturb
+from lowrank_cli.bench.bench_models import adapted_copy, different
 from lowrank_cli.bench.entries import available_methods, is_vllm
 from lowrank_cli.bench.http_load import HOST, Trace, arrivals, send
 from lowrank_cli.bench.rounds import interleaved, ratio
@@ -228,8 +228,7 @@ def _saved(base: BaseModel, entry: str, variant: Any, config: BenchRun, folder: 
     adapter = adapted_copy(base.model, entry, variant, config.seed).adapter
     assert adapter is not None
     saved = {}
-    for number in range(max(config.bench.tenants)):
-        perturb(adapter)
+    for number in different(adapter, max(config.bench.tenants)):
         path = folder / str(number)
         path.mkdir(parents=True)
         if is_vllm(entry):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.files.export import as_lora, save_lora
-from lowrank_cli.bench.bench_models import BenchModel, adapted_copy, perturb
+from lowrank_cli.bench.bench_models import BenchModel, adapted_copy, different
 from lowrank_cli.bench.decode_rows import Sample
 from lowrank_cli.errors import UserError, WorkFailed
 from lowrank_cli.models.load import quiet
@@ -111,8 +111,7 @@ def _exported(
     """The folders of ``count`` different exported LoRAs, and the model that made them."""
     bench_model, paths = adapted_copy(base, entry, variant, seed), []
     assert bench_model.adapter is not None
-    for number in range(count):
-        perturb(bench_model.adapter)
+    for number in different(bench_model.adapter, count):
         path = folder / f"{entry.replace(' ', '-')}-{number}"
         path.mkdir()
         save_lora(bench_model.adapter, as_lora(bench_model.adapter, None)[0], path)

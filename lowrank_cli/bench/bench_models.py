@@ -144,7 +144,7 @@ def perturb(adapter: Adapter) -> None:
 
 @torch.no_grad()
 def different(adapter: Adapter, count: int) -> Iterator[int]:
-    """Make ``adapter`` into ``count`` different ones in turn, all with as much noise on what it holds; yields numbers."""
+    """Make ``adapter`` into ``count`` different ones in turn, each what it holds and as much noise; yields numbers."""
     held = [(parameter, parameter.clone()) for parameter in adapter.trained.values()]
     for number in range(count):
         for parameter, values in held:

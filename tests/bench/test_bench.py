@@ -19,7 +19,7 @@ from torch import nn
 from lowrank_cli import methods
 from lowrank_cli.bench import decode, train_step
 from lowrank_cli.bench.base_model import BaseModel
-from lowrank_cli.bench.bench_models import BenchModel, bench_models, tenant_models
+from lowrank_cli.bench.bench_models import BenchModel, bench_models, different, tenant_models
 from lowrank_cli.bench.decode_rows import Sample, speed_ratio
 from lowrank_cli.bench.examples import batch_of
 from lowrank_cli.bench.rounds import in_turns
@@ -191,6 +191,18 @@ def test_a_benchmark_leaves_every_model_as_it_was():
     measure(models, prompts, beams=3)
     after = logits()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_different_adapters_hold_equal_noise():
+    adapter = small.adapted("lora")
+    held = {name: parameter.clone() for name, parameter in adapter.trained.items()}
+    changes = []
+    for number in different(adapter, 3):
+        assert number == len(changes)
+        changes.append({name: parameter - held[name] for name, parameter in adapter.trained.items()})
+    for name in held:
+        sizes = [change[name].norm().item() for change in changes]
+        assert max(sizes) < 2 * min(sizes) and not torch.equal(changes[0][name], changes[1][name])
 
 
 def test_rounds_run_every_method_once_in_changing_order(monkeypatch):

@@ -44,7 +44,7 @@ ARROWS = {
     },
     "bench": {"icl", "inference", "session", "methods", "scoring", "calibration", "adapter", "models", "tasks", "runs"},
     "icl": {"inference", "session", "methods", "calibration", "adapter", "tasks", "runs"},
-    "training": {"methods", "adapter", "runs"},
+    "training": {"session", "methods", "adapter", "runs"},
     "serving": {"inference", "session", "methods", "calibration", "adapter", "tasks", "runs"},
     "inference": {"session", "methods", "calibration", "adapter", "tasks", "runs"},
     "session": {"methods", "scoring", "adapter", "models", "tasks", "runs"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.quantized import quantized
 from lowrank_cli.adapter.routing.prompt_routing import PromptRouting
+from lowrank_cli.adapter.sharded import whole
 from lowrank_cli.adapter.shared_input import InputGroup
 from lowrank_cli.adapter.target_sites import SHARED_INPUTS, Site, head_names
 from lowrank_cli.errors import UserError
@@ -109,6 +111,7 @@ class Adapter:
         linear = self.linears.get(site.path)
         if linear is None:
             linear = self.linears[site.path] = AdaptedLinear(self.model.get_submodule(site.path))
+            linear.whole = partial(whole, self.model, site.path)
             replace_module(self.model, site.path, linear)
             self._input_group(site).add(linear)
         linear.add(site.label, module, site.span)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -43,6 +44,9 @@ class AdaptedLinear(nn.Module):
     output features of one role.
     """
 
+    #: Makes the base's weight whole inside, where processes divide it; see :func:`lowrank_cli.adapter.sharded.whole`.
+    whole: Callable[[], AbstractContextManager] = nullcontext
+
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
@@ -75,7 +79,8 @@ class AdaptedLinear(nn.Module):
         self._updates[name] = (module, span)
         module.frozen, module.frozen_bias = partial(self.frozen, span), partial(self.frozen_bias, span)
         module.skip_changed = self._select_active  # type: ignore[method-assign]
-        module.attach(*module.frozen())
+        with self.whole():
+            module.attach(*module.frozen())
         self._select_active()
 
     def remove(self, name: str) -> None:
@@ -114,9 +119,10 @@ class AdaptedLinear(nn.Module):
         """Let modules that change the stored weight update it."""
         for module, span in self.updates:
             if type(module).sync_weight is not LowRank.sync_weight:
-                rows = self.rows(span)
-                module.sync_weight(rows, self.enabled)
-                self._write(span, rows)
+                with self.whole():
+                    rows = self.rows(span)
+                    module.sync_weight(rows, self.enabled)
+                    self._write(span, rows)
 
     @torch.no_grad()
     def _write(self, span: Span | None, rows: Tensor) -> None:

@@ -162,7 +162,7 @@ def answers_at(
     def collect(hidden: Tensor) -> Tensor:
         states.append(hidden[answered])  # (B, T, D) -> (N, D)
         if not unknown:
-            return hidden[:, :0]  # (B, T, D) -> (B, 0, D)
+            return _no_positions(hidden)
         with _gates_of(linear, rows[:1]):
             return forward(states[0][:1].unsqueeze(0))  # (1, 1, V), for comparison
 
@@ -214,8 +214,13 @@ def output_layer(model: PreTrainedModel) -> nn.Module | None:
 def headless(model: PreTrainedModel) -> Iterator[None]:
     """Skip the head, unless it is adapted, in passes whose logits are not needed."""
     head = output_layer(model)
-    with replaced_forwards({head: lambda hidden: hidden[:, :0]} if isinstance(head, nn.Linear) else {}):
+    with replaced_forwards({head: _no_positions} if isinstance(head, nn.Linear) else {}):
         yield
+
+
+def _no_positions(hidden: Tensor) -> Tensor:
+    """(B, T, D) -> (B, 0, D), and no view: FSDP warns of views that leave a model."""
+    return hidden.new_empty(len(hidden), 0, hidden.shape[-1])
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -54,7 +53,7 @@ def last_hidden(session: Session, texts: Sequence[str], tick: Tick = lambda coun
                 tick(len(indices) * accelerator.num_processes)
     finally:
         hook.remove()
-    return torch.stack([row for _, row in sorted(gather_object(states), key=lambda item: item[0])])
+    return torch.stack([row for _, row in sorted(accelerator.gather_object(states), key=lambda item: item[0])])
 
 
 def _check_linear(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:

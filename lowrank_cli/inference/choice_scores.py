@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -129,7 +128,7 @@ def choice_scores(
                     row = (torch.tensor(row) / torch.tensor([len(answer) for answer in options[index]])).tolist()
                 scored.append((index, row))
             tick(len(batch) * accelerator.num_processes)
-    return [row for _, row in sorted(gather_object(scored))]
+    return [row for _, row in sorted(accelerator.gather_object(scored))]
 
 
 def _batches(rows: dict[int, list[int]], prefix: Prefix | None, size: int) -> Iterator[tuple[list[int], Prefix | None]]:

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.inference.choice_scores import Tick, choice_scores, with_demonstrations
@@ -131,7 +130,7 @@ def _in_batches(
                 answers = answer(session, [examples[row] for row in rows], [prompts[row] for row in rows], shots)
                 predictions += zip(rows, answers, strict=True)
                 tick(len(rows) * accelerator.num_processes)
-    return dict(gather_object(predictions))
+    return dict(accelerator.gather_object(predictions))
 
 
 def _classify(session: Session, batch: Sequence[Example], prompts: list[str], shots: int) -> Iterator[Record]:
@@ -174,6 +173,7 @@ def _generate(session: Session, batch: Sequence[Example], prompts: list[str], sh
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=session.stops(task),
         use_cache=True,
+        synced_gpus=False,  # processes wait for each other where they gather the answers
     )
     texts = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     for text in texts:

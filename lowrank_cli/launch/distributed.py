@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.errors import UserError, WorkFailed, escaped
 from lowrank_cli.runs import FAILED, INTERRUPTED, Run, stopping
 from lowrank_cli.runs.threads import available_cores
+from lowrank_cli.schema import HardwareConfig
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 SHUTDOWN_TIMEOUT = 3600  # seconds for workers to finish their step and save after a signal
 
 
-def spawn(run: Run, processes: int, resume: bool) -> None:
+def spawn(run: Run, hardware: HardwareConfig, resume: bool) -> None:
     """Run the stage of a prepared run folder in worker processes, and update ``run.info``.
 
     Args:
-        processes: number of workers, one for each device.
+        hardware: says how many workers there are.
         resume: whether the run goes on from its checkpoint.
 
     Raises:
@@ -36,11 +37,13 @@ def spawn(run: Run, processes: int, resume: bool) -> None:
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported once, below
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores().count // processes)))  # they share the cores
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, available_cores().count // hardware.processes))
+    )  # they share the cores
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=processes,
+        nproc_per_node=hardware.processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",

@@ -80,7 +80,7 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     source = source or model.gguf or model.path or ("bundled" if model.bundled else model.id)
     common = [
         ("model", f"{model.name} ({model.kind}, {source})"),
-        ("hardware", f"{hardware.processes} × {hardware.device}, {hardware.precision}{_quantized(hardware)}"),
+        ("hardware", f"{_processes(hardware)}{hardware.device}, {hardware.precision}{_weights(hardware)}"),
     ]
     if isinstance(config, BenchRun):
         return [("stage", composed.verb), *common, *_bench(config), ("outputs", config.outputs)]
@@ -101,8 +101,8 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if composed.verb == "train" and methods.can(config.method.name, Adapts):
         train = config.train
         steps = f"{train.epochs:g} epochs" + (f", at most {train.max_steps} steps" if train.max_steps else "")
-        share = train.batch_size // (train.gradient_accumulation * hardware.processes)
-        split = f"{hardware.processes} processes × {train.gradient_accumulation} accumulated × {share} examples"
+        share = train.batch_size // (train.gradient_accumulation * hardware.world)
+        split = f"{hardware.world} processes × {train.gradient_accumulation} accumulated × {share} examples"
         rows += [
             ("training", steps),
             ("learning rate", usual_rate_of(config).described(train.learning_rate)),
@@ -188,13 +188,19 @@ def _memory(config: TrainRun, available: float | None) -> list[tuple[str, str]]:
     ]
     if plan.most_rows is not None and plan.available is not None:
         usable = f"{USABLE[config.hardware.device]:.0%} of {number_format.size(plan.available)}"
-        most = plan.most_rows * config.train.gradient_accumulation * config.hardware.processes
+        most = plan.most_rows * config.train.gradient_accumulation * config.hardware.world
         fits = f"train.batch_size={most} fits {usable}" if most else f"no example fits {usable}"
         rows.append(("at most", f"{fits}; more with train.gradient_accumulation"))
     return rows
 
 
-def _quantized(hardware: HardwareConfig) -> str:
+def _processes(hardware: HardwareConfig) -> str:
+    return f"{hardware.nodes} nodes × " * (hardware.nodes > 1) + f"{hardware.processes} × "
+
+
+def _weights(hardware: HardwareConfig) -> str:
+    if hardware.divided:
+        return f", layers divided among {hardware.sharers}"
     return f", frozen linears {hardware.quantization}" if hardware.quantization else ""
 
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from lowrank_cli import stages
-from lowrank_cli.config.composition import Composed, refuse_code, restore
+from lowrank_cli.config.composition import Composed, rebuild, refuse_code, restore
 from lowrank_cli.config.sweep import is_launcher_override
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
@@ -18,6 +18,8 @@ from lowrank_cli.report import path_format
 from lowrank_cli.runs import Run, discard
 from lowrank_cli.schema import LOOPBACK, TRUST
 from lowrank_cli.terminal import Terminal
+
+COUNTS = ("hardware.processes=", "hardware.nodes=")  #: what a resumed training may change
 
 
 def handler(verb: str) -> ModuleType:
@@ -56,10 +58,12 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
     """Resume the run in ``folder`` with its saved configuration.
 
     Args:
-        typed: overrides of the command line: trust in the code of a model, and for a study another launcher.
+        typed: overrides of the command line: trust in the code of a model, for a study another launcher, and for a
+            training another number of processes.
     """
     launcher = [override for override in typed if verb == "study" and is_launcher_override(override)]
-    trusted = trusts([override for override in typed if override not in launcher])
+    counts = [override for override in typed if verb == "train" and override.startswith(COUNTS)]
+    trusted = trusts([override for override in typed if override not in [*launcher, *counts]])
     run = Run.open(folder, key="--resume")
     used = run.info.get("stage")
     if used != verb:
@@ -72,10 +76,28 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
     refuse_to_act(run, trusted)
     if verb == "study":
         study.set_launcher(run, launcher)
+    if counts:
+        set_processes(run, counts)
     try:
         handler(verb).work(run, restore(run))
     finally:
         show(run)
+
+
+def set_processes(run: Run, counts: Sequence[str]) -> None:
+    """Let a training continue with the numbers of processes in ``counts``, such as ``hardware.processes=4``.
+
+    Raises UserError.
+    """
+    config = run.config("hardware.processes")
+    for override in counts:
+        key, _, value = override.partition("=")
+        if not value.isdecimal():
+            raise UserError(f"{key}: '{value}' is not a whole number (allowed: 1 or more)")
+        config["hardware"][key.partition(".")[2]] = int(value)
+    composed = rebuild("train", config, run.info.get("choices", {}), run.info.get("overrides", []))
+    stage.check_shares(composed.config)
+    run.set_config(config)
 
 
 def trusts(typed: Sequence[str]) -> bool:

@@ -50,6 +50,8 @@ def check(
     if not isinstance(config, RunConfig):
         return composed
     _refuse_unsupported_stage(composed)
+    if verb == "export" and config.hardware.divided:
+        raise UserError(f"hardware.shard: {config.hardware.shard} divides weights that export reads; set it to null")
     _refuse_unused_values(config)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_uncalibratable(composed, method)
@@ -60,17 +62,24 @@ def check(
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
         _refuse_optimizer(config)
-        accumulated, processes = config.train.gradient_accumulation, config.hardware.processes
-        if processes > 1 and (reason := methods.create(config.method).alone()):
-            raise UserError(
-                f"hardware.processes: {processes}, but training with method={config.method.name} {reason}; set it to 1"
-            )
-        if config.train.batch_size % (accumulated * processes):
-            raise UserError(
-                f"train.batch_size: {config.train.batch_size} cannot be shared by hardware.processes={processes} "
-                f"times train.gradient_accumulation={accumulated}"
-            )
+        check_shares(config)
     return composed
+
+
+def check_shares(config: TrainRun) -> None:
+    """Raise UserError unless the processes can divide batches and weights as the configuration says."""
+    accumulated, hardware = config.train.gradient_accumulation, config.hardware
+    if hardware.divided and (reason := methods.create(config.method).undivided()):
+        raise UserError(
+            f"hardware.shard: {hardware.shard} divides the model's weights, and method={config.method.name} {reason}; "
+            f"set hardware.shard=null, or take another method"
+        )
+    if config.train.batch_size % (accumulated * hardware.world):
+        nodes = f"hardware.nodes={hardware.nodes} times " if hardware.nodes > 1 else ""
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} cannot be shared by {nodes}hardware.processes="
+            f"{hardware.processes} times train.gradient_accumulation={accumulated}"
+        )
 
 
 def _refuse_outside_harness(config: EvaluateRun) -> None:
@@ -79,8 +88,8 @@ def _refuse_outside_harness(config: EvaluateRun) -> None:
         raise UserError(f"eval: lm_eval asks causal models, and {config.model.name} is an encoder; leave eval out")
     if methods.can(config.method.name, Calibrates):
         raise UserError(f"eval: lm_eval does not see what method={config.method.name} calibrates; leave eval out")
-    if config.hardware.processes > 1:
-        raise UserError(f"hardware.processes: {config.hardware.processes}, but eval=lm_eval runs in one; set it to 1")
+    if config.hardware.world > 1:
+        raise UserError(f"hardware.processes: {config.hardware.world}, but eval=lm_eval runs in one; set it to 1")
     if config.evaluate.shots or config.evaluate.num_beams > 1:
         raise UserError(
             "evaluate.shots, evaluate.num_beams: eval=lm_eval has eval.num_fewshot and greedy decoding instead"
@@ -237,12 +246,12 @@ def work(run: Run, composed: Composed) -> None:
     """Start or resume the stage of a run folder, and draw its plots. A failure is recorded and raised."""
     resume = run.info["status"] != PENDING
     run.begin()
-    processes = composed.config.hardware.processes
+    hardware = composed.config.hardware
     with recorded(run):
         if run.completed:  # only the plots are missing
             pass
-        elif processes > 1:
-            spawn(run, processes, resume)
+        elif hardware.world > 1:
+            spawn(run, hardware, resume)
         else:
             perform(run, composed, resume)
         from lowrank_cli.report import model_card, plots

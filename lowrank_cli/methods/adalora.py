@@ -27,6 +27,7 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_range
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
+from lowrank_cli.methods.protocol import Average, same
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,7 @@ class AdaLoRA(LoRA):
 
         return RankValues
 
-    def extra_loss(self, adapter: Adapter) -> torch.Tensor:
+    def extra_loss(self, adapter: Adapter, average: Average = same) -> torch.Tensor:
         """γ · Σ_modules (‖Pᵀ P − 1‖² + ‖Q Qᵀ − 1‖²)."""
         import torch
 

@@ -29,6 +29,10 @@ class Full(Method):
         """All of them train."""
         return "trains them"
 
+    def undivided(self) -> str:
+        """Only frozen weights are divided."""
+        return "trains them"
+
     def rate_scale(self) -> float:
         """A tenth at every model size ("LoRA Without Regret", Thinking Machines, 2025)."""
         return 0.1

@@ -28,6 +28,7 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_choice, require_range
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
+from lowrank_cli.methods.protocol import Average, same
 
 if TYPE_CHECKING:
     import torch
@@ -216,15 +217,12 @@ class MiLoRA(LoRA):
             name: rate for name in adapter.trained if ".prompt_router." in name and name not in adapter.deferred
         }
 
-    def extra_loss(self, adapter: Adapter) -> torch.Tensor:
+    def extra_loss(self, adapter: Adapter, average: Average = same) -> torch.Tensor:
         """λ_lb · Σ_l L_lb of the last forward pass."""
-        import torch
-
         from lowrank_cli.adapter.routing.router import load_balance
 
         assert adapter.routing is not None
-        terms = [load_balance(probabilities) for probabilities in adapter.routing.probabilities]
-        return self.config.load_balance * torch.stack(terms).sum()
+        return self.config.load_balance * load_balance(adapter.routing.probabilities, average)
 
     def after_step(self, step: Step) -> None:
         """End the soft start when it is over, and step on dev batches when due."""

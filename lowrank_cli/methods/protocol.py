@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from lowrank_cli.scoring.probe import Probe
 
 
+#: The mean of a tensor over all processes.
+Average = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    """The :data:`Average` of one process."""
+    return tensor
+
+
 class Method:
     """Base of every method: a validated config. Subclasses add capabilities."""
 
@@ -58,8 +67,8 @@ class Method:
         """The usual learning rate of this method, in relation to that of LoRA."""
         return 1.0
 
-    def alone(self) -> str:
-        """Why this method cannot train in several processes; empty if it can."""
+    def undivided(self) -> str:
+        """Why processes cannot divide the model's own weights while this method trains; empty if they can."""
         return ""
 
 
@@ -102,7 +111,7 @@ class Step:
     learning_rate: float  #: of this step
     #: this process's share of the mean loss of this step's dev batch, or of the one with a given number, with its graph
     dev_loss: Callable[..., torch.Tensor]
-    average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
+    average: Average
     epoch: int = 1  #: steps of one pass over the training set
     tokens: float = 0.0  #: approximate number of tokens in all steps of the run
     optimizer: torch.optim.Optimizer | None = None  #: steps the trained tensors, except deferred ones
@@ -112,6 +121,7 @@ class Step:
     say: Callable[[str], None] = lambda line: None  #: prints a line
     #: (title, units) -> a progress bar for slow work; call what it yields with the number of units done
     watch: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = _no_progress
+    agree: Callable[[], None] = lambda: None  #: gives all processes the adapter of the first
 
 
 @dataclass
@@ -121,7 +131,7 @@ class Start:
     adapter: Adapter
     #: one forward pass over a number of training prompts drawn by the seed, the same in all processes
     read: Callable[[int], None]
-    average: Callable[[torch.Tensor], torch.Tensor]  #: mean over all processes
+    average: Average
     log: Callable[[dict[str, Any]], None]  #: writes a line of history.jsonl
     say: Callable[[str], None]  #: prints a line
 
@@ -144,7 +154,7 @@ class OwnRates(Protocol):
 
 @runtime_checkable
 class BeforeStep(Protocol):
-    """Acts before each optimizer step, with gradients averaged over processes and clipped."""
+    """Acts before each optimizer step, with gradients of all processes, clipped."""
 
     def before_step(self, step: Step) -> None: ...
 
@@ -185,9 +195,11 @@ class Settles(Protocol):
 
 @runtime_checkable
 class AddsLoss(Protocol):
-    """Adds a term to the training loss of the last forward pass (one accumulated batch of one process)."""
+    """Adds a term to the training loss of the last forward pass (one accumulated batch)."""
 
-    def extra_loss(self, adapter: Adapter) -> torch.Tensor: ...
+    def extra_loss(self, adapter: Adapter, average: Average = same) -> torch.Tensor:
+        """A value whose mean over processes, which is what ``average`` gives, is the term."""
+        ...
 
 
 @runtime_checkable

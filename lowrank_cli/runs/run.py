@@ -71,7 +71,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, {})
         try:
-            run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=110))
+            run.write_text("config.yaml", _yaml(config))
             run.update(
                 status=status,
                 stage=stage,
@@ -228,6 +228,11 @@ class Run:
         self._note_memory()
         self.update()
 
+    def set_config(self, config: Mapping[str, Any]) -> None:
+        """Write ``config.yaml``, and its hash into ``run.json``."""
+        self.write_text("config.yaml", _yaml(config))
+        self.update(config_hash=config_hash(config))
+
     @property
     def completed(self) -> bool:
         """Whether :meth:`complete` was called, by this process or an earlier one."""
@@ -248,6 +253,11 @@ class Run:
 
     def _note_memory(self) -> None:
         self.info["peak_memory_bytes"] = max(peak_memory_bytes(), self.info.get("peak_memory_bytes", 0))
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 def _now() -> str:

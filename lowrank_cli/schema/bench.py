@@ -224,8 +224,8 @@ class BenchRun:
     def validate(self) -> None:
         if self.model.kind != "causal":
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
-        if self.hardware.processes > 1:
-            raise UserError(f"hardware.processes: {self.hardware.processes}, but a benchmark runs in one process")
+        if self.hardware.world > 1:
+            raise UserError(f"hardware.processes: {self.hardware.world}, but a benchmark runs in one process")
         if self.hardware.quantization and self.model.shape:
             raise UserError(
                 f"hardware.quantization: {self.hardware.quantization} needs a checkpoint, and model.shape draws random "

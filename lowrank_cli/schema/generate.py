@@ -45,5 +45,5 @@ class GenerateRun(RunConfig):
     def validate(self) -> None:
         if self.model.kind != "causal":
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
-        if self.hardware.processes > 1:
-            raise UserError(f"hardware.processes: {self.hardware.processes}, but answers are written by one process")
+        if self.hardware.world > 1:
+            raise UserError(f"hardware.processes: {self.hardware.world}, but answers are written by one process")

@@ -19,7 +19,11 @@ class HardwareConfig:
     precision: str = (
         MISSING  #: ``fp32``; ``bf16`` (frozen weights bf16, trained ones fp32); ``autocast`` (fp32 weights, bf16 math)
     )
-    processes: int = MISSING  #: data-parallel processes, one a device; above 1 they are started by torchrun
+    processes: int = MISSING  #: data-parallel processes of a node, one a device; several are started as by torchrun
+    nodes: int = 1  #: machines that train together, see :mod:`lowrank_cli.launch.nodes`
+    #: which processes hold one copy of the frozen weights together, each a share of every layer (FSDP2): those of a
+    #: ``node``, or ``all``; null: each process holds them whole
+    shard: Optional[str] = None
     threads: Optional[int] = (
         MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
     )
@@ -35,7 +39,23 @@ class HardwareConfig:
     #: how a batch of many adapters is computed: ``torch`` (batched products) or ``triton`` (own kernels, CUDA only)
     grouped: str = "torch"
 
+    @property
+    def world(self) -> int:
+        """The number of processes on all nodes."""
+        return self.nodes * self.processes
+
+    @property
+    def sharers(self) -> int:
+        """The number of processes that hold one copy of the frozen weights."""
+        return {None: 1, "node": self.processes, "all": self.world}[self.shard]
+
+    @property
+    def divided(self) -> bool:
+        """Whether processes divide the frozen weights among them."""
+        return self.sharers > 1
+
     def validate(self) -> None:
+        require_choice("hardware.shard", self.shard or "null", ("null", "node", "all"))
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
         require_choice("hardware.precision", self.precision, ("fp32", "bf16", "autocast"))
         if self.prepack and (self.device, self.precision) != ("cpu", "fp32"):
@@ -65,5 +85,15 @@ class HardwareConfig:
         if self.grouped == "triton" and self.device != "cuda":
             raise UserError(f"hardware.grouped: triton is for hardware.device=cuda, not {self.device}; set torch")
         require_range("hardware.processes", self.processes, 1)
+        require_range("hardware.nodes", self.nodes, 1)
+        if self.divided and self.quantization:
+            raise UserError(
+                f"hardware.shard: {self.shard} divides weights in bf16 or fp32, and hardware.quantization="
+                f"{self.quantization} keeps them in 4 bits; set hardware.quantization=null"
+            )
+        if self.divided and self.prepack:
+            raise UserError(
+                f"hardware.prepack: true copies whole weights, and hardware.shard={self.shard} divides them"
+            )
         if self.threads is not None:
             require_range("hardware.threads", self.threads, 1)

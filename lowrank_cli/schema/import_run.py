@@ -26,5 +26,5 @@ class ImportRun(RunConfig):
             raise UserError(
                 f"model.kind: {self.model.name} is an encoder, whose adapters come with a head; take a causal model"
             )
-        if self.hardware.processes > 1:
-            raise UserError(f"hardware.processes: {self.hardware.processes}, but one process imports")
+        if self.hardware.world > 1:
+            raise UserError(f"hardware.processes: {self.hardware.world}, but one process imports")

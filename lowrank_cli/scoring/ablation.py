@@ -116,7 +116,7 @@ def ablate_units(
         ablated = [units[position] for position in chosen]
         paths = {adapter.sites[key].path for key, _ in ablated}
         known, batch = reuse.known(layer, order, paths, len(chosen)), repeated(reuse.batch, len(chosen))
-        narrow = layer == len(reuse.blocks) - 1 and order > ROLE_ORDER["O"]
+        narrow = layer == reuse.last and order > ROLE_ORDER["O"]
         with _gated(adapter, ablated, rows, alone, answered_rows(batch) if narrow else None), replaced_forwards(known):
             values = measure(adapter.model, batch)  # (V * n,)
         sums[chosen] += values.view(len(chosen), rows).sum(dim=1, dtype=torch.float64)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.lm_head import replaced_forwards
+from lowrank_cli.adapter.sharded import sharded
 from lowrank_cli.adapter.target_sites import layers, structure_of
 from lowrank_cli.scoring.answer_positions import StopForward, attention_of, role_paths
 from lowrank_cli.scoring.probe import Batch, row_losses, tile
@@ -28,7 +29,9 @@ class Reuse:
     def __init__(self, adapter: Adapter, batch: Batch):
         self.model, self.batch = adapter.model, batch
         structure = structure_of(self.model)
-        self.blocks = layers(self.model) if structure and structure.position_wise else []
+        known = layers(self.model) if structure and structure.position_wise else []
+        self.last = len(known) - 1  #: index of the last layer; -1: what it computes at which positions is not known
+        self.blocks = [] if sharded(self.model) else known  # a pass must not end before all layers were gathered
         self.inputs: list[Tensor] = []
         self.extras: list[int | None] = []  # number of values a layer returns besides the states; None: no tuple
         self.layer: int | None = None  # the layer whose outputs are recorded

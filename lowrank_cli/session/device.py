@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.text import Text
 from transformers import PreTrainedModel
@@ -19,9 +18,10 @@ from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.threads import Threads, available_cores, choose
 from lowrank_cli.schema import HardwareConfig
+from lowrank_cli.session.processes import Processes
 
 
-def prepare(hardware: HardwareConfig) -> Accelerator:
+def prepare(hardware: HardwareConfig) -> Processes:
     """Set up the device and the CPU threads of this process.
 
     There are ``hardware.threads`` threads, or one for each core until :func:`greet` knows the width of the model.
@@ -43,10 +43,10 @@ def prepare(hardware: HardwareConfig) -> Accelerator:
     require_grouped(hardware.grouped)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state(reset_partial_state=world == 1)  # it outlives a run; the next may differ
-    accelerator = Accelerator(cpu=hardware.device == "cpu")
+    accelerator = Processes(cpu=hardware.device == "cpu")
     if hardware.device == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    assert accelerator.num_processes == world == hardware.processes, "processes must be started by torchrun"
+    assert accelerator.num_processes == world == hardware.world, "processes must be started by torchrun"
     return accelerator
 
 

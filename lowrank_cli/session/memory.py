@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.files import optimizer_state
 from lowrank_cli.adapter.lm_head import answers_at
+from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, AddsLoss
@@ -95,16 +96,24 @@ class TrainingStep:
         trained = _bytes(self.adapter.trained.values())
         method = self.method.kept_bytes(self.adapter)
         moments = _bytes(optimizer_state.moments(self.optimizer).values())
-        copies = 2 if self.config.hardware.processes > 1 else 1  # DDP's buckets
+        copies = 2 if self.config.hardware.world > 1 else 1  # the bucket in which they are summed
         activations = logits = peak = 0
         for _ in range(min(2, self.config.train.gradient_accumulation)):  # from the second on gradients are there
             before = self.ledger.live
             activations, logits, highest = self._backward(rows, before)
             peak = max(peak, highest)
         self._update()
-        extra = method + (copies - 1) * trained
-        weights = _bytes(self.model.parameters()) + _bytes(self.model.buffers()) - trained
+        extra = method + (copies - 1) * trained - self._elsewhere()
+        weights = _bytes(self.model.parameters()) + _bytes(self.model.buffers()) - trained - self._elsewhere()
         return Memory(weights, trained, copies * trained, moments, method, activations, logits, peak + extra)
+
+    def _elsewhere(self) -> int:
+        """Bytes of frozen weights that other devices hold, without the two layers that are gathered at a time."""
+        hardware = self.config.hardware
+        if not hardware.divided:
+            return 0
+        frozen = [_bytes(p for p in layer.parameters() if not p.requires_grad) for layer in layers(self.model)]
+        return sum(frozen) - sum(frozen) // hardware.sharers - 2 * max(frozen)
 
     def _backward(self, rows: int, before: int) -> tuple[int, int, int]:
         """One micro-batch: the bytes of activations above ``before``, of logits, and the peak."""
@@ -166,7 +175,7 @@ def estimate(config: TrainRun, available: float | None = None) -> Estimate | Non
     if length is None:
         return None
     hardware = config.hardware
-    rows = math.ceil(config.train.batch_size / (config.train.gradient_accumulation * hardware.processes))
+    rows = math.ceil(config.train.batch_size / (config.train.gradient_accumulation * hardware.world))
     available = _visible(hardware.device) if available is None else available
     with counting() as ledger:
         step = TrainingStep(config, length, ledger)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskCon
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
+from lowrank_cli.session.processes import Processes
 from lowrank_cli.tasks import encode
 from lowrank_cli.tasks.chat import Chat, chat_of
 from lowrank_cli.tasks.task import Example, Task
@@ -38,7 +38,7 @@ class Session:
     """A model ready for training or inference, and its data."""
 
     config: RunConfig
-    accelerator: Accelerator
+    accelerator: Processes
     task: Task
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -202,8 +202,12 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     head = Head.of(config.task) if config.model.kind == "encoder" else None
     fits = adapts.sites if isinstance(adapts, ChoosesSites) else None  # fails on a wrong setting before a download
     loaded = load(config.model, config.hardware, head, fits)
-    model = loaded.model.to(accelerator.device).requires_grad_(False)  # an adapter declares its trainable tensors
-    adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None
+    model, divided = loaded.model.requires_grad_(False), config.hardware.divided
+    if not divided:
+        model.to(accelerator.device)
+    adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None  # declares its trainable tensors
+    if divided:
+        accelerator.divide(model, adapter, config.hardware)
     session = Session(
         config,
         accelerator,

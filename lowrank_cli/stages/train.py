@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.training.compiled import compile_layers
@@ -110,7 +111,7 @@ class Trainer:
         if hardware.compile:
             compile_layers(session.model)
         recompute(session.model, hardware.gradient_checkpointing, hardware.compile)
-        self.model = self.accelerator.prepare_model(session.model)
+        self._take_from_first()
         self.progress: dict[str, Any] = {
             "step": 0,
             "best_step": None,
@@ -158,7 +159,6 @@ class Trainer:
             self.progress |= checkpoint.load(
                 folder, self.accelerator, self.adapter, self.optimizer, self.session.method
             )
-            self._prepare_again()
         # without a checkpoint, lines that were logged before the first step are logged again too
         self.run.rewind(self.progress["step"] or -1, evaluated=not self.progress["due"])
 
@@ -202,22 +202,22 @@ class Trainer:
     def take_step(self, step: int) -> float:
         """One optimizer update. Returns the mean loss over all its response tokens, before the update."""
         session, accelerator = self.session, self.accelerator
-        self.model.train()
+        session.model.train()
         indices = self.batches[step - 1]
         weight = sum(session.weight(self.train_data[i]) for i in indices)
         self.progress["tokens"] += sum(len(self.train_data[i].input_ids) for i in indices)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        shares = share(indices, rank, world, self.settings.gradient_accumulation)
+        world, accumulated = accelerator.num_processes, self.settings.gradient_accumulation
+        shares = [share(indices, rank, world, accumulated) for rank in range(world)]
         total = torch.zeros((), device=session.device)
-        for index, micro in enumerate(shares):
-            last = index == len(shares) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model), session.autocast():
+        for micros in zip(*shares, strict=True):  # one for each process
+            micro = micros[accelerator.process_index]
+            with session.autocast():
                 batch = session.batch([self.train_data[i] for i in micro.indices])
-                loss = session.loss_sum(self.model, batch) * micro.counts / weight
-                objective = loss * world
+                objective = loss = session.loss_sum(session.model, batch) * micro.counts / weight
                 if isinstance(session.method, AddsLoss):
-                    prompts_share = micro.counts * len(micro.indices) * world / len(indices)
-                    objective = objective + session.method.extra_loss(self.adapter) * prompts_share
+                    examples = sum(micro.counts * len(micro.indices) for micro in micros)
+                    scale = examples / len(indices) / world
+                    objective = loss + session.method.extra_loss(self.adapter, self._average) * scale
             objective.backward()
             total += loss.detach()
             del loss, objective  # a live graph would keep parameters from being resized
@@ -227,14 +227,18 @@ class Trainer:
                 f"train/loss is {mean} at step {step} (training examples {', '.join(map(str, indices))}); "
                 f"try a smaller train.learning_rate, or look at these examples"
             )
+        accelerator.add_up_gradients(self._stepped())
         self.update(step)
         return mean
+
+    def _stepped(self) -> list[Parameter]:
+        """The parameters that the optimizer steps."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def update(self, step: int) -> None:
         """Clip gradients and step the optimizer, with the method's hooks before and after."""
         if self.settings.max_grad_norm:
-            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(stepped, self.settings.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._stepped(), self.settings.max_grad_norm)
         rate, method = self.learning_rate(step), self.session.method
         now = Step(
             step,
@@ -250,6 +254,7 @@ class Trainer:
             log=partial(self._log_at, step),
             say=self.bar.say,
             watch=self.watch,
+            agree=self._take_from_first,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step, group["peak"])
@@ -264,14 +269,11 @@ class Trainer:
             before = self.adapter.ranks()
             method.after_step(now)
             if self.adapter.ranks() != before:
-                self._prepare_again()
+                self._take_from_first()
 
-    def _prepare_again(self) -> None:
-        """Wrap the model again for data parallelism, which caches shapes; this also broadcasts new ranks."""
-        if self.accelerator.num_processes > 1:
-            self.model = self.session.model
-            self.accelerator.free_memory()
-            self.model = self.accelerator.prepare_model(self.session.model)
+    def _take_from_first(self) -> None:
+        """Give all processes the adapter of the first: fresh tensors are random."""
+        self.accelerator.take_from_first(save_load.named(self.adapter).values())
 
     def learning_rate(self, step: int, peak: float | None = None) -> float:
         """That of ``step``; ``peak`` defaults to ``train.learning_rate``."""

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AfterStep, Method
 from lowrank_cli.reader import Count, Finite, Sha256, Where, read_json
 from lowrank_cli.runs import Run, atomic_folder
+from lowrank_cli.session.processes import Processes
 
 STATE = "state.json"
 GROUPS = ("trained", "optimizer", "method", "rng")  #: one safetensors file each
@@ -49,14 +48,14 @@ class State(TypedDict):
 
 def save(
     run: Run,
-    accelerator: Accelerator,
+    accelerator: Processes,
     adapter: Adapter,
     optimizer: torch.optim.Optimizer,
     method: Method,
     progress: dict[str, Any],
 ) -> None:
     """Write ``checkpoints/step-N`` (N = ``progress["step"]``) and delete older ones. Every process must call this."""
-    rng = gather_object([_rng()])
+    rng = accelerator.gather_object([_rng()])
     if not accelerator.is_main_process:
         return
     final = run.file(f"checkpoints/step-{progress['step']:07d}")
@@ -83,7 +82,7 @@ def newest(run: Run) -> Path | None:
 
 
 def load(
-    folder: Path, accelerator: Accelerator, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
+    folder: Path, accelerator: Processes, adapter: Adapter, optimizer: torch.optim.Optimizer, method: Method
 ) -> dict[str, Any]:
     """Restore everything that :func:`save` wrote and return ``progress``.
 
@@ -121,10 +120,14 @@ def _rng() -> dict[str, Tensor]:
 
 
 def _restore_rng(file: Path, rank: int) -> None:
-    states = save_load.read_tensors(file, f"{rank}.cpu")
+    """Restore the random generators of process ``rank``; one that did not exist draws other numbers than the first."""
+    states = save_load.read_tensors(file, "0.cpu")
+    saved = rank if f"{rank}.cpu" in states else 0
     try:
-        torch.set_rng_state(states[f"{rank}.cpu"])
+        torch.set_rng_state(states[f"{saved}.cpu"])
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"{file}: '{rank}.cpu' is not the state of a random generator ({error})") from error
-    if f"{rank}.cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+        raise UserError(f"{file}: '{saved}.cpu' is not the state of a random generator ({error})") from error
+    if f"{saved}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{saved}.cuda"])
+    if saved != rank:
+        torch.manual_seed(rank + int(torch.randint(2**31, ())))

@@ -221,9 +221,9 @@ def test_straight_through_gates_are_one_or_zero_with_the_gradient_of_the_probabi
 
 def test_load_balance_is_one_when_even_and_larger_when_not():
     even = torch.eye(4) * 0.4 + 0.15
-    assert load_balance(even).item() == pytest.approx(1)
+    assert load_balance([even]).item() == pytest.approx(1)
     skewed = even[:1].expand(4, 4)
-    assert load_balance(skewed).item() == pytest.approx(4 * 0.55)
+    assert load_balance([skewed]).item() == pytest.approx(4 * 0.55)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -765,7 +765,7 @@ def test_the_load_balance_loss_is_weighted_and_summed_over_layers():
     method = small.method("milora", load_balance=0.5)
     adapter = method.adapt(small.model())
     adapter.model(input_ids=small.ids(4))
-    expected = 0.5 * sum(load_balance(p).item() for p in adapter.routing.probabilities)
+    expected = 0.5 * sum(load_balance([p]).item() for p in adapter.routing.probabilities)
     assert len(adapter.routing.probabilities) == LAYERS
     assert method.extra_loss(adapter).item() == pytest.approx(expected)
     assert math.isfinite(expected)

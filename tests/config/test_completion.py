@@ -54,7 +54,7 @@ def test_choices_of_a_group(bash, zsh):
     assert bash("train", "method", "=") == methods.names()
     assert bash("train", "method=mi") == ["method=milora"]  # where bash does not split at =
     assert zsh("lrk train method=mi") == ["method=milora"]
-    assert zsh("lrk train seed=1 hardware=m") == ["hardware=multi_gpu"]
+    assert zsh("lrk train seed=1 hardware=d") == ["hardware=ddp"]
     assert bash("run", "recipe", "=", "milora_") == ["milora_llama2_7b"]
 
 

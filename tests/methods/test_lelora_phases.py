@@ -217,13 +217,6 @@ def test_a_run_too_short_for_the_policy_to_learn_says_so():
     assert len(said) == 1 and "no two phases of method.phase=5 steps in the first 60% (method.explore) of 10" in said[0]
 
 
-def test_processes_cannot_share_it_while_windows_move(lrk):
-    ended = lrk("check", "train", "method=lelora", "hardware.processes=2")
-    assert ended.code == 2 and ended.err.count("\n") == 1
-    assert "hardware.processes: 2, but training with method=lelora changes shapes" in ended.err
-    assert lrk("check", "train", "method=lelora", "hardware.processes=2", "method.policy=fixed").code == 0
-
-
 def test_a_tied_embedding_is_refused():
     with pytest.raises(UserError, match="'lm_head' shares its weight with the input embedding"):
         small.adapted("lelora", "gpt2", target_modules=["lm_head"])

@@ -27,10 +27,9 @@ from lowrank_cli.session.session import Session
 from lowrank_cli.stages.train import Trainer
 
 pytestmark = pytest.mark.slow
-#: Two processes. The load balance is a mean over a process's own prompts, so alone it would differ.
+#: Two processes.
 PARALLEL = [
     "method=milora",
-    "method.load_balance=0",
     "method.activation_learning_rate=1e-3",
     "hardware.processes=2",
 ]

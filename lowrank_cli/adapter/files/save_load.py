@@ -55,11 +55,12 @@ class Proof(TypedDict):
 
 
 def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trained tensor and constant of the adapter, by its saved name, on the CPU."""
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in _named(adapter).items()}
+    """Copies of :func:`named` on the CPU."""
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in named(adapter).items()}
 
 
-def _named(adapter: Adapter) -> dict[str, Tensor]:
+def named(adapter: Adapter) -> dict[str, Tensor]:
+    """Every trained tensor and constant of the adapter, by its saved name."""
     adapter.require_declared()
     others = {
         f"{key}.{name}": tensor
@@ -72,7 +73,7 @@ def _named(adapter: Adapter) -> dict[str, Tensor]:
 @torch.no_grad()
 def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
     """Copy ``saved`` into the adapter. Raises UserError on missing, unexpected or differently shaped tensors."""
-    expected = _named(adapter)
+    expected = named(adapter)
     missing, unexpected = expected.keys() - saved.keys(), saved.keys() - expected.keys()
     if missing or unexpected:
         which = f"lacks '{min(missing)}'" if missing else f"has '{min(unexpected)}', which this method does not make"
@@ -81,7 +82,7 @@ def assign(adapter: Adapter, saved: dict[str, Tensor], source: str) -> None:
         module.match_shapes(
             {name: saved[f"{PREFIX}{key}.{name}"].shape for name in (*module.tensors(), *module.constants())}
         )
-    for name, tensor in _named(adapter).items():
+    for name, tensor in named(adapter).items():
         if tensor.shape != saved[name].shape:
             raise UserError(
                 f"{source}: '{name}' is {tuple(saved[name].shape)}, but this method makes it {tuple(tensor.shape)}"

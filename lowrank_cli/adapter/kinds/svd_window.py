@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.low_rank import LowRank
-from lowrank_cli.adapter.spans import Span
+from lowrank_cli.adapter.spans import take
 
 #: Largest smaller side of a matrix with exact principal components (LAPACK: about 1 s at 768 × 2048 on one core).
 EXACT = 1024
@@ -189,9 +189,9 @@ class Spectrum:
         assert torch.equal(self.index[at], wanted)
         return self.left[:, at], self.values[wanted], self.right[at]
 
-    def project(self, gradient: Tensor) -> Tensor:
-        """uᵢᵀ G vᵢ of the C components for a gradient G (O, I): (C,), fp32."""
-        return ((self.left.t() @ gradient.float()) * self.right).sum(dim=1)
+    def project(self, x: Tensor, g: Tensor) -> Tensor:
+        """uᵢᵀ G vᵢ of the C components, (C,), fp32, for the gradient G = gᵀ x of the weight, g (N, O), x (N, I)."""
+        return ((g.float() @ self.left) * (x.float() @ self.right.t())).sum(dim=0)  # (N, C) -> (C,)
 
 
 @torch.no_grad()
@@ -233,23 +233,29 @@ def reachable(positions: list[float], components: int, width: int) -> Tensor:
 
 
 @contextmanager
-def weight_gradients(adapter: Adapter, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, a backward pass calls ``see`` with the key and gradient (O, I) of each adapted weight, one at a time."""
+def output_gradients(adapter: Adapter, see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, backward passes call ``see`` for each module of the adapter.
 
-    def watch(linear: AdaptedLinear, keys: dict[Span | None, str]) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            gradient, weight.grad = weight.grad, None
-            assert gradient is not None
-            for _, span in linear.updates:
-                see(keys[span], linear.rows(span, gradient))
+    It gets the module's key, the inputs (N, I) of its linear in the forward pass, and the gradients (N, O) of its
+    outputs: the gradient of the weight is their product, (N, O)ᵀ (N, I).
+    """
+    keys = {(site.path, site.span): key for key, site in adapter.sites.items()}
 
-        return hook
+    def watch(path: str) -> Callable[[AdaptedLinear, tuple, Tensor], None]:
+        def after(linear: AdaptedLinear, args: tuple, y: Tensor) -> None:
+            x = args[0].detach()
 
-    with ExitStack() as undo:
-        for path, linear in adapter.linears.items():
-            keys = {site.span: key for key, site in adapter.sites.items() if site.path == path}
-            linear.weight.requires_grad_(True)
-            undo.callback(linear.weight.requires_grad_, False)
-            handle = linear.weight.register_post_accumulate_grad_hook(watch(linear, keys))
-            undo.callback(handle.remove)
+            def hook(gradient: Tensor) -> None:
+                for _, span in linear.updates:
+                    see(keys[path, span], x.flatten(0, -2), take(gradient, span).flatten(0, -2))  # -> (N, …)
+
+            y.register_hook(hook)
+
+        return after
+
+    handles = [linear.register_forward_hook(watch(path)) for path, linear in adapter.linears.items()]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()

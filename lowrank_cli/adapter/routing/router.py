@@ -5,7 +5,7 @@ Source: Zhang et al., Findings of EMNLP 2024, arXiv 2410.18035, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -208,8 +208,18 @@ def _largest(probabilities: Tensor, k: int) -> Tensor:
     return torch.zeros_like(probabilities).scatter(1, probabilities.topk(k).indices, 1.0)
 
 
-def load_balance(probabilities: Tensor) -> Tensor:
-    """N · Σ_i f_i p̂_i of one layer: f is the share of prompts with arg-max i, p̂ the mean probability. 1 if even."""
-    choices = probabilities.shape[1]
-    shares = torch.bincount(probabilities.argmax(dim=-1), minlength=choices) / len(probabilities)  # (N,)
-    return choices * (shares * probabilities.mean(dim=0)).sum()
+def load_balance(layers: Sequence[Tensor], average: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
+    """Σ over layers of N · Σ_i f_i p̂_i, which is 1 for an even layer.
+
+    f is the share of prompts with arg-max i, p̂ the mean probability.
+
+    Args:
+        layers: the probabilities (B, N) of each layer, of the prompts of this process.
+        average: the mean over processes; that of the results is the value for the prompts of all.
+    """
+    choices = layers[0].shape[1]
+    counts = torch.stack([torch.bincount(p.argmax(dim=-1), minlength=choices) for p in layers])  # (L, N)
+    counts = average(counts.float())
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    means = torch.stack([p.sum(dim=0) for p in layers]) / counts.sum(dim=1, keepdim=True)  # (L, N)
+    return choices * (shares * means).sum()

@@ -98,11 +98,6 @@ class LeLoRA(LoRA):
         components = zip(self.strategies.reachable, adapter.sites.values(), strict=True)
         return sum(4 * len(index) * (site.in_features + site.out_features) for index, site in components)
 
-    def alone(self) -> str:
-        """Data parallelism needs constant shapes, and each process has its own dev gradients."""
-        policy = self.config.policy
-        return "" if policy == "fixed" else f"changes shapes with method.policy={policy} (allowed: fixed)"
-
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """As LoRA's, of which none may share its weight with the input embedding if windows move."""
         sites, embedding = super().sites(model), model.get_input_embeddings().weight
@@ -157,7 +152,15 @@ class LeLoRA(LoRA):
             )
         if number == 1 or number % self.config.phase == 0 or number == end:
             losses = [partial(step.dev_loss, batch) for batch in range(1, self.config.probe + 1)]
-            row = self.strategies.switch(number, number / step.total, losses, step.optimizer, last=number == end)
+            row = self.strategies.switch(
+                number,
+                number / step.total,
+                losses,
+                step.optimizer,
+                last=number == end,
+                average=step.average,
+                agree=step.agree,
+            )
             step.log({f"strategy/{name}": value for name, value in row.items() if name != "step"})
 
     def state(self) -> dict[str, torch.Tensor]:

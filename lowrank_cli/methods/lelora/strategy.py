@@ -18,14 +18,15 @@ from lowrank_cli.adapter.kinds.svd_window import (
     MovingWindow,
     Spectrum,
     decompose,
+    output_gradients,
     reachable,
-    weight_gradients,
     window_start,
 )
 from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.ranks import carry
 from lowrank_cli.errors import Diverged
 from lowrank_cli.methods.lelora.policy import Policy, advantages, features, share_out, without_trend
+from lowrank_cli.methods.protocol import Average, same
 
 #: Largest smaller side of matrices that are decomposed again in every phase (LAPACK: about 30 ms on one core).
 SMALL = 256
@@ -92,6 +93,10 @@ class Strategies:
         site = self.sites[m]
         return self.adapter.linears[site.path].rows(site.span)
 
+    def _decompose(self, m: int) -> Spectrum:
+        with self.adapter.linears[self.sites[m].path].whole():
+            return decompose(self._weight(m), self.reachable[m])
+
     @torch.no_grad()
     def credit(self) -> Tensor:
         """−⟨∇L_dev(θ), θ_now − θ⟩ over A and B, (M,), where θ are the factors at the start of the phase.
@@ -117,6 +122,8 @@ class Strategies:
         optimizer: torch.optim.Optimizer | None,
         *,
         last: bool,
+        average: Average = same,
+        agree: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """End a phase and begin the next. Returns a line for the log.
 
@@ -129,10 +136,12 @@ class Strategies:
             losses: give the loss of each dev batch, the same in every phase.
             optimizer: of the factors; its moments follow the ranks that stay.
             last: open the greedy windows, which then stay.
+            average: gives the mean over all processes.
+            agree: gives all processes the adapter of the first, as singular vectors may differ between machines.
         """
         began = time.monotonic()
         if not self.spectra:
-            self.spectra = [decompose(self._weight(m), index) for m, index in enumerate(self.reachable)]
+            self.spectra = [self._decompose(m) for m in range(len(self.keys))]
         row: dict[str, Any] = {"step": step}
         rewards = torch.full((len(self.keys),), torch.nan)
         if rewarded := bool(self.choice):
@@ -143,7 +152,9 @@ class Strategies:
             if self.per_matrix:
                 rewards = credit / credit.abs().sum().clamp_min(1e-30)
             else:
-                fall = math.log(max(self.log["dev_loss"][-1].item(), 1e-30) / max(self._dev_loss(losses), 1e-30))
+                fall = math.log(
+                    max(self.log["dev_loss"][-1].item(), 1e-30) / max(self._dev_loss(losses, average), 1e-30)
+                )
                 rewards = torch.full_like(credit, fall / (step - int(self.log["step"][-1])))
             self.phases = [*self.phases, {**self.choice, "rewards": rewards}][-PHASES:]
             self._learn()
@@ -154,11 +165,12 @@ class Strategies:
         widths = share_out(logits, self.budget, self.limits)
         starts = [window_start(self.places[p], k, w) for p, k, w in zip(places.tolist(), self.sizes, widths)]
         self.open(starts, widths, optimizer)
+        agree()
         likelihood = self.policy.log_likelihood(x, places, logits)[0].detach()
         self.choice = {"x": x, "places": places, "logits": logits, "likelihood": likelihood}
         if last:
             self.spectra = []  # as large as the weights, and no longer needed
-        row["dev_loss"] = self._dev_loss(losses) if last else self._measure_gradients(losses)
+        row["dev_loss"] = self._dev_loss(losses, average) if last else self._measure_gradients(losses, average)
         row |= {"starts": starts, "widths": widths}
         for name, value in {"credit": 0.0, **row, "rewards": rewards.tolist()}.items():
             self.log.setdefault(name, []).append(torch.tensor(value))
@@ -166,32 +178,36 @@ class Strategies:
         return row | ({"rewards": rewards.tolist()} if rewarded else {})
 
     @torch.no_grad()
-    def _dev_loss(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+    def _dev_loss(self, losses: Sequence[Callable[[], Tensor]], average: Average) -> float:
         with self._evaluating():
-            return statistics.mean(loss_of().item() for loss_of in losses)
+            return statistics.mean(average(loss_of()).item() for loss_of in losses)
 
-    def _measure_gradients(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+    def _measure_gradients(self, losses: Sequence[Callable[[], Tensor]], average: Average) -> float:
         """The dev loss. Keeps its gradients in the new windows, for :meth:`credit`.
 
         Also updates the energies, features of the next choice, from the first batch.
         """
 
-        def see(key: str, gradient: Tensor) -> None:
-            m = self.keys.index(key)
-            self._note_energy(m, self.spectra[m].project(gradient).cpu())
+        signals = [spectrum.values.new_zeros(len(spectrum.index)) for spectrum in self.spectra]
 
-        total = 0.0
+        def see(key: str, inputs: Tensor, gradients: Tensor) -> None:
+            m = self.keys.index(key)
+            signals[m] += self.spectra[m].project(inputs, gradients)
+
+        total = torch.zeros((), device=self.adapter.model.device)
         with self._evaluating():
             for number, loss_of in enumerate(losses):
-                with nullcontext() if number else weight_gradients(self.adapter, see):
+                with nullcontext() if number else output_gradients(self.adapter, see):
                     loss = loss_of() / len(losses)
                     torch.autograd.backward(loss)
-                total += loss.item()
+                total += loss.detach()
         for m, module in enumerate(self.modules):
+            self._note_energy(m, average(signals[m]).cpu())
             for name, factor in (("a", module.lora_a), ("b", module.lora_b)):
-                self.slopes[f"{m}.{name}"] = torch.zeros_like(factor) if factor.grad is None else factor.grad
+                slope = torch.zeros_like(factor) if factor.grad is None else factor.grad
+                self.slopes[f"{m}.{name}"] = average(slope)
         self.adapter.model.zero_grad()
-        return total
+        return average(total).item()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -228,10 +244,11 @@ class Strategies:
         """Fold every update into its weight, and decompose matrices that have changed enough."""
         for m, module in enumerate(self.modules):
             self.stale[m] += product_norm(module.scale * module.up(), module.down()) / self.norms[m]
-            module.fold(self._weight(m))
-            if self.sizes[m] <= SMALL or self.stale[m] > self.refresh:
-                self.spectra[m] = decompose(self._weight(m), self.reachable[m])
-                self.stale[m] = 0
+            with self.adapter.linears[self.sites[m].path].whole():
+                module.fold(self._weight(m))
+                if self.sizes[m] <= SMALL or self.stale[m] > self.refresh:
+                    self.spectra[m] = self._decompose(m)
+                    self.stale[m] = 0
 
     def _drift(self) -> Tensor:
         """‖W − W₀‖_F / ‖W₀‖_F of the stored weights, (M,)."""

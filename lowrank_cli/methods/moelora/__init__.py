@@ -23,6 +23,7 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_range
 from lowrank_cli.methods.lora import LoRA, LoRAConfig
+from lowrank_cli.methods.protocol import Average, same
 
 if TYPE_CHECKING:
     import torch
@@ -73,16 +74,14 @@ class MoELoRA(LoRA):
 
         return partial(Experts, experts=self.config.experts, k=self.config.k)
 
-    def extra_loss(self, adapter: Adapter) -> torch.Tensor:
+    def extra_loss(self, adapter: Adapter, average: Average = same) -> torch.Tensor:
         """The weighted load-balance loss of the forward pass that just ran."""
-        import torch
-
         from lowrank_cli.adapter.routing.router import load_balance
         from lowrank_cli.methods.moelora.experts import Experts
 
         modules = [module for module in adapter.modules.values() if isinstance(module, Experts)]
-        terms = [load_balance(module.probabilities) for module in modules if module.probabilities is not None]
-        return self.config.load_balance * torch.stack(terms).sum()
+        layers = [module.probabilities for module in modules if module.probabilities is not None]
+        return self.config.load_balance * load_balance(layers, average)
 
     def observations(
         self, adapter: Adapter, add_up: Callable[[torch.Tensor], torch.Tensor]

@@ -41,7 +41,7 @@ from lowrank_cli.methods.protocol import (
 from lowrank_cli.runs import Run, atomic_folder, progress, stopping
 from lowrank_cli.schema import TrainRun
 from lowrank_cli.schema.learning_rate import usual_rate
-from lowrank_cli.session import optimizers
+from lowrank_cli.session import number_head, optimizers
 from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.stages.evaluate import evaluate_end
 from lowrank_cli.tasks.batches import WINDOW, Batches, share
@@ -106,6 +106,8 @@ class Trainer:
         self.adapter.require_declared()
         method = session.method
         rates = method.learning_rates(self.adapter, self.peak) if isinstance(method, OwnRates) else {}
+        if self.config.task.answer == "number":
+            rates |= number_head.rates(self.adapter, self._numbers(), self.peak)
         self.optimizer = optimizers.create(self.settings, self.adapter, rates)
         hardware = self.config.hardware
         if hardware.compile:
@@ -124,6 +126,10 @@ class Trainer:
         }
         self.bar: progress.Bar  # of the steps, while they run
 
+    def _numbers(self) -> list[float]:
+        """The right answers of the training set, where they are numbers."""
+        return [example.target for example in self.session.task.train if isinstance(example.target, float)]
+
     def remarks(self) -> list[str]:
         """A line about the learning rate, if it was chosen by the table, or is far from it."""
         width = getattr(self.session.model.config.get_text_config(), "hidden_size", None)
@@ -141,6 +147,8 @@ class Trainer:
         ):
             self.bar = bar
             fresh = start == 0 and self.session.adapter_run is None
+            if fresh and self.config.task.answer == "number":
+                number_head.start_from(self.adapter, self._numbers())
             if fresh and isinstance(self.session.method, Prepares):
                 log = partial(self._log_at, 0)
                 self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))

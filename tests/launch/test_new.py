@@ -63,3 +63,32 @@ def test_nothing_is_overwritten(lrk):  # noqa: F811
         (("tsk", "own"), "new: unknown value 'tsk'; did you mean 'task'? (allowed: task, model, method, study)"),
     ]:
         assert one_line(lrk("new", *words)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "metric", "labels", "row"),
+    [
+        ("number", "pearson", "", {"words": "fine", "y": 2.5}),
+        ("multi_label", "micro_f1", "label_words: [bad, good]", {"words": "fine", "y": ["good"]}),
+        ("tags", "entity_f1", "label_words: [O, B-X]", {"words": ["so", "fine"], "y": ["O", "B-X"]}),
+    ],
+)
+def test_a_new_task_takes_what_encoders_answer(answer, metric, labels, row, lrk):  # noqa: F811
+    assert lrk("new", "task", "own").code == 0
+    file = Path("conf/task/own.yaml")
+    text = file.read_text()
+    for before, after in {
+        "path: FILE": "path: rows.jsonl",
+        "answer: ???": f"answer: {answer}",
+        "template: ???": 'template: "{words}"',
+        "target: ???": "target: y",
+        "# label_words: [negative, positive]": labels,
+        "# metric: accuracy": f"metric: {metric}",
+    }.items():
+        assert before in text
+        text = text.replace(before, after)
+    file.write_text(text)
+    lines = [json.dumps(row).replace("fine", f"fine{n}") for n in range(20)]  # equal texts go into one split
+    Path("rows.jsonl").write_text("\n".join(lines))
+    ended = lrk("check", "task=own", "--config-dir", "conf", "model=minilm", "method=lora")
+    assert (ended.code, ended.err) == (0, ""), ended

@@ -14,7 +14,7 @@ from lowrank_cli.runs import Run
 
 KINDS = {"good": 5, "fine": 4, "dull": 1, "bad": 0}  #: words and their numbers
 TASKS = {
-    "number": {"metric": "pearson", "more_metrics": ["spearman"]},
+    "number": {"metric": "pearson", "more_metrics": ["spearman", "mse"]},
     "multi_label": {"metric": "micro_f1", "label_words": list(KINDS)},
     "tags": {"metric": "entity_f1", "label_words": ["O", "B-GOOD", "B-BAD"]},
 }
@@ -30,7 +30,7 @@ def rows(answer: str, count: int, seed: int) -> list[dict]:
     for _ in range(count):
         words = rng.choices(list(KINDS), k=2)
         values = {
-            "number": sum(KINDS[word] for word in words),
+            "number": 300 + 20 * sum(KINDS[word] for word in words),
             "multi_label": sorted(set(words)),
             "tags": ["B-GOOD" if KINDS[word] > 2 else "B-BAD" for word in words],
         }
@@ -62,6 +62,7 @@ def test_an_encoder_learns_and_evaluates(answer, encoder, tmp_path, monkeypatch)
     run = Run.open(Path("outputs/latest").resolve())
     metric = f"test/{TASKS[answer]['metric']}"
     assert run.metrics[metric] > 0.8
+    assert run.metrics.get("test/mse", 0) < 1700, "half the variance, 20² · 8.5"
     single_run.start("evaluate", [f"run={run.path}"], conf, "lrk evaluate")
     assert Run.open("outputs/latest").metrics[metric] == run.metrics[metric]
 

@@ -23,6 +23,7 @@ from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun
+from lowrank_cli.schema.metric import require_data
 from lowrank_cli.schema.train import OPTIMIZER_LIBRARIES
 from lowrank_cli.training.tracking import require as require_tracker
 
@@ -53,6 +54,9 @@ def check(
     if verb == "export" and config.hardware.divided:
         raise UserError(f"hardware.shard: {config.hardware.shard} divides weights that export reads; set it to null")
     _refuse_unused_values(config)
+    if hasattr(config, "evaluate"):
+        for task in (config.task, *config.task.parts.values()):
+            require_data([task.metric, *task.more_metrics])
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_uncalibratable(composed, method)
     if isinstance(config, ServeRun):

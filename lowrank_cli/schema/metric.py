@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from lowrank_cli.errors import UserError
 
 ANSWERS = ("labels", "choices", "free", "chat", "number", "multi_label", "tags", "mix")  #: values of ``task.answer``
 TEXT = ("labels", "choices", "free", "chat")
@@ -41,6 +44,7 @@ METRICS = {
     "squad_f1": Metric("F1 of the words that answer and reference share, best reference, mean (SQuAD)", GENERATED),
     "bleu": Metric("corpus BLEU (sacrebleu)", TEXT, high=100.0),
     "rouge_l": Metric("ROUGE-L, best reference, mean (rouge_score)", TEXT),
+    "meteor": Metric("METEOR, best reference, mean (NLTK with WordNet)", TEXT),
     "f1": Metric("F1 of the second of two labels", ("labels",)),
     "macro_f1": Metric("F1 of each label, mean over labels", ("labels", "multi_label")),
     "micro_f1": Metric("F1 over all decisions on all labels", ("multi_label",)),
@@ -59,3 +63,18 @@ METRICS = {
 def metrics_of(answer: str) -> list[str]:
     """The metrics for a kind of answer."""
     return [name for name, metric in METRICS.items() if answer in metric.answers]
+
+
+def require_data(metrics: Iterable[str]) -> None:
+    """Raise UserError if one of ``metrics`` needs data that are not on this machine."""
+    if "meteor" not in metrics:
+        return
+    import nltk
+
+    for name in ("corpora/wordnet", "corpora/wordnet.zip"):
+        try:
+            nltk.data.find(name)
+            return
+        except LookupError:
+            continue
+    raise UserError("task.metric: meteor needs WordNet, which this downloads: python -m nltk.downloader wordnet")

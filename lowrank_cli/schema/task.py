@@ -35,7 +35,9 @@ class TaskConfig:
     #: the column that holds the label, the index of the choice, the number, or the free answer, or a list of labels,
     #: tags or right answers
     target: str = MISSING
-    label_words: list[str] = MISSING  #: one word for each label, in label order (``labels``, ``multi_label``, ``tags``)
+    #: one word for each label, in label order (``labels``, ``multi_label``, ``tags``); with ``free`` these words
+    #: are the answers to labels, generated instead of scored
+    label_words: list[str] = MISSING
     #: the column's own values in the order of the labels or options; empty: 0, 1, …, false/true, the words or letters
     label_values: list[str] = MISSING
     metric: str = MISSING  #: what runs are compared by (see the table of metrics)

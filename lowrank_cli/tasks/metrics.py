@@ -274,6 +274,30 @@ class RougeL(_Metric):
         return {self.name: sum(score["rougeL"].fmeasure for score in scored) / len(scored)}
 
 
+class Meteor(_Metric):
+    """METEOR, best reference, mean over predictions.
+
+    Banerjee and Lavie, ACL workshop 2005, with NLTK's parameters, exact, stemmed and WordNet's matches.
+    """
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        from nltk.tokenize import wordpunct_tokenize
+        from nltk.translate.meteor_score import meteor_score
+
+        words, synonyms = wordpunct_tokenize, _wordnet()
+        scores = [
+            meteor_score([words(text) for text in texts], words(guess), wordnet=synonyms)
+            for guess, texts in zip(predictions, references)
+        ]
+        return {self.name: sum(scores) / len(scores)}
+
+
+def _wordnet() -> Any:
+    from nltk.corpus import wordnet
+
+    return wordnet
+
+
 #: The implementation of each metric in :data:`lowrank_cli.schema.METRICS`, except the mean over a mix.
 METRICS = {
     "accuracy": Accuracy,
@@ -283,6 +307,7 @@ METRICS = {
     "squad_f1": SquadF1,
     "bleu": Bleu,
     "rouge_l": RougeL,
+    "meteor": Meteor,
     "f1": F1,
     "macro_f1": MacroF1,
     "micro_f1": MicroF1,

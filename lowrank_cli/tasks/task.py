@@ -381,6 +381,9 @@ def _options(config: TaskConfig, row: Row, where: str) -> tuple[list[str], list[
 
 
 def _free(config: TaskConfig, row: Row, where: str) -> Answer:
+    """The row's texts, or the word of its label if the task has ``label_words``."""
+    if config.label_words:
+        return "", None, (), (config.label_words[_require_label(config, _column(row, config.target, where), where)],)
     answers = tuple(dict.fromkeys(filter(None, _answers(row, config.target, where))))
     if not answers:
         raise UserError(f"{where}: column '{config.target}' holds no answer")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import evaluate
 import pytest
+from command import lrk, one_line  # noqa: F401 (a fixture)
 
 from lowrank_cli.errors import UserError
 from lowrank_cli.schema import METRICS as SCHEMA
+from lowrank_cli.tasks import metrics
 from lowrank_cli.tasks.entities import entities
 from lowrank_cli.tasks.metrics import METRICS, compute, correct
 
@@ -78,6 +80,27 @@ def test_bleu_is_that_of_sacrebleu_with_unlike_numbers_of_references():
     assert compute("bleu", guesses, guesses)["bleu"] == pytest.approx(100)
 
 
+class NoSynonyms:
+    """WordNet, which is not on every machine, without a word."""
+
+    @staticmethod
+    def synsets(word: str) -> list:
+        return []
+
+
+def test_meteor_matches_words_and_stems_and_takes_the_best_reference(monkeypatch):
+    monkeypatch.setattr(metrics, "_wordnet", lambda: NoSynonyms)
+    one = 1 - 0.5 / 4**3  # all of four words match, in one chunk
+    assert compute("meteor", ["the cats sat down"], [("x", "the cat sat down")])["meteor"] == pytest.approx(one)
+    assert compute("meteor", ["the cat sat down", ""], ["the cat sat down", "z"])["meteor"] == pytest.approx(one / 2)
+
+
+def test_meteor_without_wordnet_is_refused_before_the_work(lrk, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("nltk.data.path", [])
+    ended = lrk("check", "evaluate", "method=none", "task.metric=meteor")
+    assert one_line(ended).startswith("task.metric: meteor needs WordNet, which this downloads: python -m nltk.")
+
+
 def test_rouge_l_takes_the_best_reference():
     # "a b d" against "a b c d": longest common subsequence 3, precision 3/3, recall 3/4, F = 6/7
     assert compute("rouge_l", ["a b d"], [("x y", "a b c d")])["rouge_l"] == pytest.approx(6 / 7)
@@ -100,7 +123,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     home = Path(os.environ["HF_HOME"])
     before = sorted(home.rglob("*"))
-    for name in METRICS:
+    for name in METRICS.keys() - {"meteor"}:  # WordNet is not in the package
         compute(name, ["1"], ["1"], labels=WORDS)
     assert sorted(home.rglob("*")) == before
     assert not list(tmp_path.glob("*/*"))
@@ -116,7 +139,8 @@ def test_correct_answers_are_those_that_a_share_counts():
     assert correct("bleu", ["4"], [["4"]]) is None
 
 
-def test_every_metric_of_the_schema_is_computed_here_and_within_its_range():
+def test_every_metric_of_the_schema_is_computed_here_and_within_its_range(monkeypatch):
+    monkeypatch.setattr(metrics, "_wordnet", lambda: NoSynonyms)
     assert METRICS.keys() == SCHEMA.keys() - {"mean"}
     texts = {"number": ("2.5", "4"), "tags": ("B-X I-X", "O B-X"), "free": ("so it is 1 now", "2")}
     texts |= {"labels": WORDS, "multi_label": WORDS}

@@ -295,6 +295,11 @@ def test_free_answers_must_hold_one(answer, message):
         tasks.examples(config("gsm8k"), [{"question": "?", "answer": answer}], "f")
 
 
+def test_labels_are_generated_by_their_words():
+    (example,) = tasks.examples(config("sst2", answer="free"), [{"sentence": "x", "label": 1}], "f")
+    assert example.answer == " positive" and example.references == ("positive",) and not example.choices
+
+
 def test_answer_has_no_space_after_white_space():
     example = tasks.examples(config("sst2", template="{sentence}\n"), reviews(1), "f")[0]
     assert example.prompt + example.answer == "film 0\nnegative"

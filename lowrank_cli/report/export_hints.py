@@ -27,7 +27,7 @@ def ways(run: Run, where: str | None = None) -> list[str]:
     """
     folder = run.path.absolute() / "export"
     shown = where or str(folder)
-    if not run.done or not folder.is_dir():
+    if not folder.is_dir():
         return []
     if (folder / "adapter_config.json").is_file():
         config = run.config("hardware", "task.parts", "task.label_words")

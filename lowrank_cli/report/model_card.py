@@ -59,8 +59,9 @@ def card(run: Run, folder: Path) -> str:
     title = f"{model['name']}-{method}-{task['name']}"
     base, data = model.get("id"), _data_sets(task)
     adapter = not any((folder / name).is_file() for name in ("config.json", "model.gguf"))
+    index = _model_index(kind, task["name"], data, results) or None
     meta = ModelCardData(
-        model_name=title,
+        model_name=title if index else None,
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
         library_name=_library(folder),
@@ -69,13 +70,13 @@ def card(run: Run, folder: Path) -> str:
         tags=["lowrank-cli", method],
         datasets=data or None,
         metrics=sorted({metric.rpartition("/")[2] for metric, *_ in results if not is_loss(metric)}) or None,
-        eval_results=_model_index(kind, task["name"], data, results) or None,
+        eval_results=index,
         ignore_metadata_errors=True,
     )
     sections = [
         f"---\n{meta.to_yaml()}\n---",
         f"# {title}",
-        _introduction(model, task, method, adapter, data),
+        _introduction(model, task, method, "An adapter of" if adapter else "Fine-tuned from", data),
         f"## Use\n\n{_use(run, folder, model, task)}",
         f"## Prompt\n\n````text\n{task['template']}\n````" if not encoder and task.get("template") else "",
         f"## Results\n\n{_table(results)}" if results else "",
@@ -92,19 +93,18 @@ def _library(folder: Path) -> str:
     return "transformers" if (folder / "config.json").is_file() else "lowrank-cli"
 
 
-def _introduction(model: dict[str, Any], task: dict[str, Any], method: str, adapter: bool, data: list[str]) -> str:
+def _introduction(model: dict[str, Any], task: dict[str, Any], method: str, what: str, data: list[str]) -> str:
     if model.get("id"):
         base = f"[{model['id']}](https://huggingface.co/{model['id']})"
     else:
         base = f"`{model['name']}`" + (" (in the package lowrank-cli)" if _bundled(model) else " (a local checkpoint)")
-    what = "An adapter of" if adapter else "Fine-tuned from"
     source = "data set " + ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in data)
     if not data:
         source = "generated data" if task.get("generator") else "own data"
     licence = model.get("license") or "unknown here"
-    trained = f"for the task `{task['name']}` ({source}), trained with the method `{method}` of lowrank-cli"
+    made = f"for the task `{task['name']}` ({source}), made with the method `{method}` of lowrank-cli"
     absent = "" if model.get("id") else f" `{BASE}` below stands for its folder."
-    return f"{what} {base} {trained}.{absent}\n\nLicence of the base model: {licence}."
+    return f"{what} {base} {made}.{absent}\n\nLicence of the base model: {licence}."
 
 
 def _bundled(model: dict[str, Any]) -> bool:

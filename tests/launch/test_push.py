@@ -178,3 +178,26 @@ def test_a_card_of_a_local_model_names_no_path_of_this_machine(run):
     assert card.data.base_model is None and card.data.license is None
     assert "(a local checkpoint)" in card.text and "`BASE_MODEL` below stands for its folder." in card.text
     assert str(Path.cwd()) not in card.content and "/home/" not in card.content
+
+
+def test_a_card_loads_what_is_there(run):
+    change(run, "model", id="org/base", bundled=False)
+    export = RUN / "export"
+    for file, library, line in (
+        ("adapter.gguf", "gguf", "llama-server -m BASE.gguf --lora adapter.gguf"),
+        ("model.gguf", "gguf", "llama-server -m model.gguf"),
+        ("config.json", "transformers", 'model = AutoModelForCausalLM.from_pretrained("ORG/NAME")'),
+    ):
+        export.mkdir()
+        (export / file).touch()
+        card = huggingface_hub.ModelCard(model_card.card(run, export))
+        assert card.data.library_name == library and line in card.text
+        assert card.data.base_model_relation == ("adapter" if file == "adapter.gguf" else "finetune")
+        shutil.rmtree(export)
+    change(run, "model", kind="encoder")
+    card = huggingface_hub.ModelCard(model_card.card(run, RUN / "adapter"))
+    assert card.data.pipeline_tag == "text-classification" and "vllm serve" not in card.text
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=2)' in card.text
+    change(run, "model", kind="causal")
+    (RUN / "adapter" / "adapter_config.json").unlink()
+    assert 'adapter = lrk.load(model, snapshot_download("ORG/NAME"))' in model_card.card(run, RUN / "adapter")

@@ -207,7 +207,7 @@ def test_one_part_knows_each_library():
         assert own == "tasks" or not names & {"datasets", "evaluate"}, source
         assert own == "cli" or "typer" not in names, source
         allowed = {"lowrank_cli", "torch", "safetensors", "transformers", *sys.stdlib_module_names}
-        allowed |= {"bitsandbytes", "triton"}  # optional, and imported by who asks for them
+        allowed |= {"bitsandbytes", "gguf", "triton"}  # optional, and imported by who asks for them
         assert own != "adapter" or names <= allowed, source
 
 

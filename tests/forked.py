@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from lowrank_cli import stages
 from lowrank_cli.launch import distributed_worker, stage
+from lowrank_cli.launch.nodes import Node
 from lowrank_cli.launch.workers import PRELOADED
 from lowrank_cli.runs import INTERRUPTED, Run
 from lowrank_cli.schema import HardwareConfig
@@ -23,18 +24,26 @@ from lowrank_cli.schema import HardwareConfig
 @contextmanager
 def forked_workers(stop: Callable[[Run], bool] = lambda run: False) -> Iterator[None]:
     """Inside, the stages of this process fork their workers, and ask them to stop as soon as ``stop`` is true."""
-    with patch.object(stage, "spawn", partial(spawn, stop=stop)):
+    first = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port())}
+    with patch.object(stage, "spawn", partial(spawn, stop=stop)), patch.dict(os.environ, first):
         yield
 
 
-def spawn(run: Run, hardware: HardwareConfig, resume: bool, stop: Callable[[Run], bool]) -> None:
+def unused_port() -> int:
+    """A port of this machine that nobody listens to."""
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def spawn(
+    run: Run, hardware: HardwareConfig, resume: bool, node: Node | None = None, *, stop: Callable[[Run], bool]
+) -> None:
     """As :func:`lowrank_cli.launch.distributed.spawn`, with all nodes on this machine. Workers must not fail."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*stages.STAGES.values(), *PRELOADED, "lowrank_cli.tasks.metrics"])
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    workers = []
+    workers, port = [], unused_port()
     for rank in range(hardware.world):
         variables = {
             "RANK": rank,

@@ -1,8 +1,8 @@
 """Frozen weights divided among processes (FSDP2): each holds a share of every layer, and gathers a layer to compute it.
 
 Only the layers are divided. Embeddings, the last norm and the head stay whole in every process, since code outside of
-the model's forward pass reads them (FSDP would gather them for the length of a step). So do all trained tensors: they
-are small, ranks move, and a saved adapter holds all of them.
+the model's forward pass reads them (FSDP would gather them for the length of a step). So do all trained tensors and
+low-rank modules: they are small, ranks move, and a saved adapter holds all of them.
 
 Accelerate's plugin for FSDP2 divides trained tensors too, and on a CPU it becomes plain data parallelism, so this calls
 ``fully_shard`` of torch.
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.target_sites import layers, structure_of
 from lowrank_cli.errors import UserError
 
@@ -39,7 +40,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             f"hardware.shard: the layers of this '{model.config.model_type}' are not known; set hardware.shard=null"
         )
     for layer in layers(model):
-        fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        low_rank = {p for module in layer.modules() if isinstance(module, LowRank) for p in module.parameters()}
+        fully_shard(layer, mesh=mesh, ignored_params=low_rank | {p for p in layer.parameters() if p.requires_grad})
     fully_shard(model, mesh=mesh, ignored_params=set(model.parameters()))  # the root: it orders the gathering
     model.to(torch.device(mesh.device_type))  # type: ignore[arg-type]  # transformers decorates it
 

@@ -229,9 +229,15 @@ def _check_made_with(method: schema.MethodConfig, source: Source) -> None:
 
 def restore(run: runs.Run) -> Composed:
     """The configuration of an existing run, from its folder."""
+    return recomposed(run)
+
+
+def recomposed(run: runs.Run, values: dict[str, Any] | None = None) -> Composed:
+    """The configuration of an existing run, from its folder; ``values`` replace those of its config.yaml."""
     info, file = run.info, run.path / "config.yaml"
     try:
-        composed = rebuild(info["stage"], run.config(), info.get("choices", {}), info.get("overrides", []))
+        values = run.config() if values is None else values
+        composed = rebuild(info["stage"], values, info.get("choices", {}), info.get("overrides", []))
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from error
     path = getattr(composed.config, "run", None)

@@ -10,6 +10,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from lowrank_cli.errors import UserError, WorkFailed, escaped
+from lowrank_cli.launch.nodes import WAIT, Node
 from lowrank_cli.runs import FAILED, INTERRUPTED, Run, stopping
 from lowrank_cli.runs.threads import available_cores
 from lowrank_cli.schema import HardwareConfig
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 SHUTDOWN_TIMEOUT = 3600  # seconds for workers to finish their step and save after a signal
 
 
-def spawn(run: Run, hardware: HardwareConfig, resume: bool) -> None:
+def spawn(run: Run, hardware: HardwareConfig, resume: bool, node: Node | None = None) -> None:
     """Run the stage of a prepared run folder in worker processes, and update ``run.info``.
 
     Args:
         hardware: says how many workers there are.
+        node: this machine, if there are several.
         resume: whether the run goes on from its checkpoint.
 
     Raises:
@@ -41,12 +43,13 @@ def spawn(run: Run, hardware: HardwareConfig, resume: bool) -> None:
         "OMP_NUM_THREADS", str(max(1, available_cores().count // hardware.processes))
     )  # they share the cores
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=hardware.nodes,
+        max_nodes=hardware.nodes,
         nproc_per_node=hardware.processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id=run.path.name if node else uuid.uuid4().hex,
+        rdzv_backend="static" if node else "c10d",
+        rdzv_endpoint=f"{node.host}:{node.port}" if node else "localhost:0",
+        rdzv_configs={"rank": node.rank, "timeout": WAIT} if node else {},
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_TIMEOUT,
         signals_to_handle="SIGHUP,SIGQUIT",  # the others are handled here
@@ -70,7 +73,7 @@ def spawn(run: Run, hardware: HardwareConfig, resume: bool) -> None:
     _raise_first(run, failures)
     if run.info.get("status") == INTERRUPTED:
         raise KeyboardInterrupt
-    if not run.completed:
+    if not run.completed and not (node and node.rank):  # a shared disk may show it late
         raise WorkFailed("the worker processes ended without a result")
 
 

@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from lowrank_cli import stages
-from lowrank_cli.config.composition import Composed, rebuild, refuse_code, restore
+from lowrank_cli.config.composition import Composed, recomposed, refuse_code, restore
 from lowrank_cli.config.sweep import is_launcher_override
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
+from lowrank_cli.launch.nodes import this_node
 from lowrank_cli.launch.running import refuse_running
 from lowrank_cli.report import path_format
 from lowrank_cli.runs import Run, discard
@@ -39,19 +40,34 @@ def start(verb: str, overrides: list[str], config_dir: str | None, command: str,
         save: false to keep no run folder of the answer to one prompt, unless ``name`` or ``outputs`` are given.
     """
     module = handler(verb)
-    composed, _ = module.plan(verb, overrides, config_dir)
+    composed, stages_of = module.plan(verb, overrides, config_dir)
     if not save and composed.config.generate.tenants is None and not composed.keys & {"name", "outputs"}:
         with TemporaryDirectory() as folder:
             module.work(module.create(composed, config_dir, command, Path(folder) / "run"), composed)
         return
+    if module is not stage:
+        _refuse_nodes(verb, stages_of)
+    node = this_node(composed.config)
+    if node and node.rank:
+        module.work(Run.open(node.ask(), writes=False), composed)
+        return
     run = module.create(composed, config_dir, command)
+    told = node and node.tell(run.path)  # until the end
     try:
         module.work(run, composed)
     except UserError:
         take_back(run.path, composed.config.outputs)
         raise
     finally:
+        del told
         show(run)
+
+
+def _refuse_nodes(verb: str, stages_of: list[tuple[str, Composed]]) -> None:
+    """Refuse a recipe or study on several nodes."""
+    for name, composed in stages_of:
+        if (nodes := getattr(getattr(composed.config, "hardware", None), "nodes", 1)) > 1:
+            raise UserError(f"hardware.nodes: {nodes}, but lrk {verb} runs on one; start its stage {name} by itself")
 
 
 def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
@@ -70,22 +86,27 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
         raise UserError(
             f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {shlex.quote(str(folder))}"
         )
+    refuse_to_act(run, trusted)
+    composed = with_processes(run, counts) if counts else restore(run)
+    node = this_node(composed.config)
+    if node and node.rank:
+        handler(verb).work(Run.open(folder, writes=False), composed)
+        return
     if run.done:
         raise UserError(f"--resume: '{folder}' is finished")
     refuse_running(run.path)
-    refuse_to_act(run, trusted)
     if verb == "study":
         study.set_launcher(run, launcher)
     if counts:
-        set_processes(run, counts)
+        run.set_config(composed.resolved)
     try:
-        handler(verb).work(run, restore(run))
+        handler(verb).work(run, composed)
     finally:
         show(run)
 
 
-def set_processes(run: Run, counts: Sequence[str]) -> None:
-    """Let a training continue with the numbers of processes in ``counts``, such as ``hardware.processes=4``.
+def with_processes(run: Run, counts: Sequence[str]) -> Composed:
+    """The configuration of a training with the numbers of processes in ``counts``, such as ``hardware.processes=4``.
 
     Raises UserError.
     """
@@ -95,9 +116,9 @@ def set_processes(run: Run, counts: Sequence[str]) -> None:
         if not value.isdecimal():
             raise UserError(f"{key}: '{value}' is not a whole number (allowed: 1 or more)")
         config["hardware"][key.partition(".")[2]] = int(value)
-    composed = rebuild("train", config, run.info.get("choices", {}), run.info.get("overrides", []))
+    composed = recomposed(run, config)
     stage.check_shares(composed.config)
-    run.set_config(config)
+    return composed
 
 
 def trusts(typed: Sequence[str]) -> bool:

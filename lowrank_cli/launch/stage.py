@@ -17,6 +17,7 @@ from lowrank_cli.config.composition import Composed, Source, compose, restore
 from lowrank_cli.errors import Diverged, Interrupted, LrkError, UserError, WorkFailed, escaped, refusal
 from lowrank_cli.launch import tenants
 from lowrank_cli.launch.distributed import spawn
+from lowrank_cli.launch.nodes import Node, this_node
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
@@ -247,15 +248,21 @@ def create(composed: Composed, config_dir: str | None, command: str, folder: Pat
 
 
 def work(run: Run, composed: Composed) -> None:
-    """Start or resume the stage of a run folder, and draw its plots. A failure is recorded and raised."""
+    """Start or resume the stage of a run folder, and draw its plots. A failure is recorded and raised.
+
+    Of several nodes, those after the first only add their processes.
+    """
+    hardware, node = composed.config.hardware, this_node(composed.config)
+    if node and node.rank:
+        _join(run, composed, node)
+        return
     resume = run.info["status"] != PENDING
     run.begin()
-    hardware = composed.config.hardware
     with recorded(run):
         if run.completed:  # only the plots are missing
             pass
         elif hardware.world > 1:
-            spawn(run, hardware, resume)
+            spawn(run, hardware, resume, node)
         else:
             perform(run, composed, resume)
         from lowrank_cli.report import model_card, plots
@@ -264,6 +271,14 @@ def work(run: Run, composed: Composed) -> None:
             plots.draw(run)
             model_card.write(run)
         run.finish(run.metrics)
+
+
+def _join(run: Run, composed: Composed, node: Node) -> None:
+    """Add this node's processes to a run that the first node records."""
+    try:
+        spawn(run, composed.config.hardware, any(run.path.glob("checkpoints/step-*")), node)
+    except KeyboardInterrupt:
+        raise Interrupted("the first node says how to continue", stopping.exit_code()) from None
 
 
 def attempt(run: Run, work: Callable[[Run, Composed], None]) -> None:

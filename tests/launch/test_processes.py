@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from command import one_line, runs
+from forked import unused_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fake_stages")]
 TWO = ("hardware.processes=2", "train.max_steps=3", "train.warmup=0.1")
@@ -49,3 +52,39 @@ def test_an_interrupt_says_how_to_go_on(lrk):
     ended = lrk("train", *TWO[:-1], "train.warmup=1")
     assert ended.code == 130 and "lrk train --resume" in ended.err and status(runs()[0]) == "interrupted"
     assert lrk("train", "--resume", "outputs/latest").code == 0
+
+
+def test_two_nodes_make_one_run(lrk, monkeypatch):
+    nodes = ("hardware.nodes=2", "train.max_steps=3", "train.warmup=0.1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(unused_port()))
+    monkeypatch.setenv("NODE_RANK", "1")
+    command = [sys.executable, "-m", "lowrank_cli", "train", *nodes]
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    monkeypatch.setenv("NODE_RANK", "0")
+    ended = lrk("train", *nodes)
+    assert (ended.code, ended.err) == (0, "")
+    assert (second.communicate()[0], second.returncode) == ("", 0)
+    assert history(runs()[0]) == [(1, False), (2, False), (3, False)] and status(runs()[0]) == "done"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "hardware.nodes: 2, but NODE_RANK is '' (allowed: 0 to 1, another on each node; srun sets SLURM_NODEID)"),
+        ({"SLURM_NODEID": "2"}, "hardware.nodes: 2, but NODE_RANK is '2'"),
+        ({"NODE_RANK": "0"}, "hardware.nodes: MASTER_ADDR is not set; it is the address of the first node"),
+        ({"NODE_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "x"}, "hardware.nodes: MASTER_PORT is 'x'"),
+    ],
+)
+def test_a_node_that_is_not_told_its_place_is_one_line(lrk, monkeypatch, variables, message):
+    for name in ("NODE_RANK", "SLURM_NODEID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert one_line(lrk("train", "hardware.nodes=2")).startswith(message)
+    assert not runs()
+
+
+def test_recipes_run_on_one_node(lrk):
+    assert "lrk run runs on one; start its stage" in one_line(lrk("run", "recipe=milora", "hardware.nodes=2"))

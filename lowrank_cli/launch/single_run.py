@@ -86,14 +86,14 @@ def resume(verb: str, folder: str, typed: Sequence[str] = ()) -> None:
         raise UserError(
             f"--resume: '{folder}' belongs to {used}; continue it with: lrk {used} --resume {shlex.quote(str(folder))}"
         )
+    if run.done:
+        raise UserError(f"--resume: '{folder}' is finished")
     refuse_to_act(run, trusted)
     composed = with_processes(run, counts) if counts else restore(run)
     node = this_node(composed.config)
     if node and node.rank:
         handler(verb).work(Run.open(folder, writes=False), composed)
         return
-    if run.done:
-        raise UserError(f"--resume: '{folder}' is finished")
     refuse_running(run.path)
     if verb == "study":
         study.set_launcher(run, launcher)

@@ -58,6 +58,15 @@ def test_recomputing_and_half_precision_take_less():
     assert estimated("method=lora", "hardware.processes=2").gradients == 2 * kept.gradients
 
 
+def test_divided_layers_take_a_share_and_two_gathered_ones():
+    whole, *divided = (
+        estimated("method=lora", "hardware.shard=node", f"hardware.processes={count}") for count in (1, 2, 4)
+    )
+    two, four = (whole.weights - each.weights for each in divided)  # six equal layers: 6/2 - 2 and 6 · 3/4 - 2 of them
+    assert two > 0 and four == pytest.approx(2.5 * two)
+    assert whole.peak - divided[0].peak == pytest.approx(two - divided[0].adapter)  # the bucket comes on top
+
+
 def test_the_largest_batch_fits_and_a_larger_one_does_not():
     with counting() as ledger:
         step = TrainingStep(compose("train", ["method=lora"], None).config, LENGTH, ledger)

@@ -152,6 +152,7 @@ class Trainer:
             if fresh and isinstance(self.session.method, Prepares):
                 log = partial(self._log_at, 0)
                 self.session.method.prepare(Start(self.adapter, self._read, self._average, log, bar.say))
+                self._take_from_first()  # singular vectors may differ between machines
             if self.settings.max_steps and self.total < self.settings.max_steps:
                 bar.say(f"train.epochs={self.settings.epochs:g} ends after {self.total} steps, before train.max_steps")
             if self.settings.eval_first and start == 0 and not self._evaluate(0):

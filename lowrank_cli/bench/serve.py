@@ -181,13 +181,15 @@ def _row(entry: str, tenants: int, rate: float, samples: Mapping[str, Sequence[S
 def _compared(prefix: str, own: Sequence[Sample], reference: Sequence[Sample]) -> dict[str, Any]:
     """Tokens per second, time per token and processor time per token, relative to ``reference``."""
     speed, quartiles = ratio(own, reference, lambda sample: sample.tokens / sample.seconds)
-    step, _ = ratio(own, reference, lambda s: statistics.median(trace.seconds_per_token for trace in s.traces))
-    cpu, _ = ratio(own, reference, lambda sample: max(sample.cpu_seconds, 1e-9) / sample.tokens)
+    step, step_quartiles = ratio(own, reference, lambda s: statistics.median(t.seconds_per_token for t in s.traces))
+    cpu, cpu_quartiles = ratio(own, reference, lambda sample: max(sample.cpu_seconds, 1e-9) / sample.tokens)
     return {
         f"{prefix}ratio": speed,
         f"{prefix}ratio_quartiles": quartiles,
         f"{prefix}step_ratio": step,
+        f"{prefix}step_ratio_quartiles": step_quartiles,
         f"{prefix}cpu_ratio": cpu,
+        f"{prefix}cpu_ratio_quartiles": cpu_quartiles,
     }
 
 

@@ -32,8 +32,13 @@ class Upload:
     private: bool
 
     def files(self) -> list[Path]:
-        """What is uploaded, by name."""
-        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+        """What is uploaded, by name. Raises UserError for a symbolic link, which may lead out of the run."""
+        paths = [self.folder, *sorted(self.folder.rglob("*"))]
+        if link := next((path for path in paths if path.is_symlink()), None):
+            raise UserError(
+                f"run: '{path_format.shown(link)}' is a symbolic link, and push uploads none; put the file itself there"
+            )
+        return [path for path in paths if path.is_file()]
 
     def lines(self) -> list[str]:
         """Where to, each file with its size, and what others cannot use of it."""
@@ -94,10 +99,11 @@ def prepare(words: list[str]) -> Upload:
 def push(upload: Upload) -> str:
     """Create the repository if there is none, upload the folder, and return the address of the commit.
 
-    The card names the repository from then on. An existing repository keeps its visibility.
+    The uploaded card names the repository; that of the run does so only meanwhile, as the next push may go elsewhere. An
+    existing repository keeps its visibility.
 
     Raises:
-        UserError: nobody is logged in, or the Hub refuses the name or the token.
+        UserError: the folder holds a symbolic link, nobody is logged in, or the Hub refuses the name or the token.
         WorkFailed: the Hub cannot be reached, or fails.
     """
     from huggingface_hub import HfApi, get_token
@@ -105,6 +111,7 @@ def push(upload: Upload) -> str:
 
     from lowrank_cli.report import model_card
 
+    upload.files()  # refuses links
     if get_token() is None:
         raise UserError(f"push: nobody is logged in to the Hub; {LOGIN}")
     card = upload.folder / model_card.FILE
@@ -126,6 +133,8 @@ def push(upload: Upload) -> str:
         raise WorkFailed(f"push: the Hub answered {status} for '{upload.repository}'{_said(error)}") from None
     except Exception as error:  # every transport has its own family of network errors
         raise WorkFailed(f"push: the upload failed ({type(error).__name__}: {shorten(str(error))})") from None
+    finally:
+        atomic_write(card, text)
 
 
 def _said(error: HfHubHTTPError) -> str:

@@ -97,9 +97,10 @@ def test_the_folder_is_uploaded_with_a_card_that_names_it(lrk, run, hub, private
     sent = {
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
     }
-    assert sent == {path.name: path.read_bytes() for path in (RUN / "adapter").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (RUN / "adapter").iterdir()}
     assert b'PeftModel.from_pretrained(model, "org/adapter")' in sent["README.md"]
-    assert b"ORG/NAME" not in sent["README.md"]
+    assert b"ORG/NAME" in kept["README.md"], "the next push may go to another repository"
+    assert sent == kept | {"README.md": kept["README.md"].replace(b"ORG/NAME", b"org/adapter")}
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(lrk, run, hub):
@@ -110,6 +111,23 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(lrk, run, hub):
     names = {path.name for path in (RUN / "adapter").iterdir()}
     assert {line.split()[0] for line in files if not line.startswith("note:")} == names
     assert not hub.requests and (RUN / "adapter" / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("link", ["adapter/notes.txt", "adapter/more", "adapter"])
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+def test_symbolic_links_are_refused(lrk, run, hub, tmp_path, link, words):
+    outside = tmp_path / "outside"
+    if link == "adapter":
+        (RUN / link).rename(outside)
+    else:
+        outside.mkdir()
+        (outside / "key").write_text("private")
+    (RUN / link).symlink_to(outside / "key" if link.endswith(".txt") else outside)
+    ended = lrk("push", f"run={RUN}", "repo=org/adapter", *words)
+    assert ended.code == 2 and not hub.requests
+    assert ended.err == (
+        f"error: run: '{RUN / link}' is a symbolic link, and push uploads none; put the file itself there\n"
+    )
 
 
 @pytest.mark.parametrize(

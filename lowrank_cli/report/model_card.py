@@ -17,7 +17,7 @@ from lowrank_cli.report.predictions import answers
 from lowrank_cli.report.run_results import ADAPTERS, present_lineage
 from lowrank_cli.report.statistics import NORMAL_95, wilson_interval
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.vllm_command import sglang_serve, vllm_serve
+from lowrank_cli.runs.vllm_command import sglang_serve, vllm_refusal, vllm_serve
 
 FILE = "README.md"
 REPOSITORY = "ORG/NAME"  #: stands for the repository on the Hub until ``lrk push`` names it
@@ -148,10 +148,7 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
         ]
         if encoder:
             return _fences(python, [])
-        rank, adapters = run.read_json(f"{folder.name}/adapter_config.json")["r"], {"tuned": REPOSITORY}
-        sglang = run.config().get("export", {}).get("target") == "sglang"
-        command = sglang_serve(base, adapters) if sglang else vllm_serve(base, rank, adapters)
-        return _fences(python, [*([command] if command else []), f"lrk import {REPOSITORY} task={task['name']}"])
+        return _fences(python, [*_serve(run, folder, base), f"lrk import {REPOSITORY} task={task['name']}"])
     if folder.name == "export":
         return _fences([way.partition(": ")[2] for way in export_hints.ways(run, "FOLDER")], [])
     python = [
@@ -163,6 +160,17 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
         f'adapter = lrk.load(model, snapshot_download("{REPOSITORY}"))',
     ]
     return _fences(python, [])
+
+
+def _serve(run: Run, folder: Path, base: str) -> list[str]:
+    """The command of an engine that serves the LoRA in ``folder``, if one does."""
+    about, adapters = run.read_json(f"{folder.name}/adapter_config.json"), {"tuned": REPOSITORY}
+    if run.config().get("export", {}).get("target") == "sglang":
+        return [sglang_serve(base, adapters)]
+    model_type = run.read_json(f"{folder.name}/lrk.json")["model_type"]
+    refused = about.get("use_dora") or vllm_refusal(model_type, about["r"])  # vLLM has no DoRA
+    command = None if refused else vllm_serve(base, about["r"], adapters)
+    return [command] if command else []
 
 
 def _loader(encoder: bool, answer: str) -> str:

@@ -219,3 +219,21 @@ def test_a_card_loads_what_is_there(run):
     change(run, "model", kind="causal")
     (RUN / "adapter" / "adapter_config.json").unlink()
     assert 'adapter = lrk.load(model, snapshot_download("ORG/NAME"))' in model_card.card(run, RUN / "adapter")
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "lrk.json"])
+def test_a_card_has_no_command_of_an_engine_that_refuses_the_adapter(run, name):
+    file = RUN / "adapter" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True, "model_type": "gpt2"}))
+    assert "vllm serve" in (RUN / "adapter" / "README.md").read_text()
+    model_card.write(run)
+    text = (RUN / "adapter" / "README.md").read_text()
+    assert "vllm serve" not in text and "lrk import ORG/NAME" in text
+
+
+def test_a_card_says_how_to_use_exported_statistics(run):
+    shutil.copytree(RUN / "adapter", RUN / "export")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (RUN / "export" / name).unlink()
+    run.update(stage="export", status="running")
+    text = model_card.card(run, RUN / "export")
+    assert "AnswerProcessor.from_folder('FOLDER', model, tokenizer.eos_token_id)" in text

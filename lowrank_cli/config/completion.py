@@ -24,7 +24,11 @@ def completions(verb: str, words: list[str], incomplete: str, config_dir: str | 
         pairs = [word.partition("=") for word in words]
         if not all(equals for _, equals, _ in pairs):
             return []
-        chosen = {key: value for key, _, value in pairs if key in groups}
+        chosen = {
+            key: value
+            for key, _, value in pairs
+            if key in groups and (key != "model" or "/" not in value or value in files(key, config_dir))  # else weights
+        }
         key, equals, start = incomplete.partition("=")
         if equals and key in groups:
             return [f"{key}={name}" for name in files(key, config_dir) if name.startswith(start)]
@@ -85,7 +89,8 @@ def _inherited(group: str, choice: str, folders: list[Path]) -> Values:
     """The values of a group's file, over those of the files that it inherits."""
     own = _read(f"{group}/{choice}", folders)
     values: Values = {}
-    for base in own.pop("defaults", []):
+    bases = own.pop("defaults", [])
+    for base in bases if isinstance(bases, list) else ():
         if isinstance(base, str) and base != "_self_" and any((f / f"{group}/{base}.yaml").is_file() for f in folders):
             values |= _inherited(group, base, folders)
     return values | own

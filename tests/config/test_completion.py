@@ -88,7 +88,10 @@ def test_the_users_own_choices(bash):
     assert bash("train", "--config-dir", "mine", "method", "=", "mi") == ["milora", "mimic"]
 
 
-def test_a_wrong_line_has_no_completions(bash):
+def test_a_wrong_line_has_no_completions(bash, tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "broken.yaml").write_text("defaults: 3\nname: lora\n")
+    assert bash("train", "--config-dir", str(tmp_path), "method", "=", "broken", "method.r") == []
     assert bash("train", "method", "=", "nonsense", "method.ra") == []
     assert bash("train", "(", "tr") == []
 
@@ -100,6 +103,11 @@ def test_values_of_a_group_and_of_those_it_inherits(bash):
         "hardware.quantization=nf4",
     ]
     assert bash("train", "hardware", "=", "gpu_4bit", "hardware.device", "=") == ["cuda"]
+
+
+def test_keys_follow_after_a_model_that_is_named_by_its_weights(bash):
+    for weights in ("org/name", "/tmp/folder", "./folder"):
+        assert bash("train", "model", "=", weights, "hardware.nod") == ["hardware.nodes=", "hardware.nodes=1"]
 
 
 def test_nothing_heavy_is_imported():

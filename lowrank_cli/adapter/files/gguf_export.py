@@ -202,7 +202,7 @@ def _pre_tokenizer(folder: Path) -> str:
     key = tuple(
         step["pattern"].get("Regex", "") if step["type"] == "Split" else step["type"]
         for step in steps
-        if step["type"] != "ByteLevel" or step["use_regex"]
+        if step["type"] != "ByteLevel" or step.get("use_regex", True)
     )
     byte_level = any(step["type"] == "ByteLevel" for step in steps)
     if not byte_level or content.get("model", {}).get("type") != "BPE" or key not in PRE_TOKENIZERS:
@@ -218,6 +218,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre_tokenizer: str, vo
     import gguf
 
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    most = max([*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"])])
+    if most >= vocabulary:
+        raise UserError(
+            f"export.format: gguf has an embedding for each token, and this model has {vocabulary}, none for the "
+            f"tokenizer's token {most}; set {CONVERTER}"
+        )
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [gguf.TokenType.UNUSED] * vocabulary
     for token, index in content["model"]["vocab"].items():

@@ -99,8 +99,8 @@ def prepare(words: list[str]) -> Upload:
 def push(upload: Upload) -> str:
     """Create the repository if there is none, upload the folder, and return the address of the commit.
 
-    The uploaded card names the repository; that of the run does so only meanwhile, as the next push may go elsewhere. An
-    existing repository keeps its visibility.
+    The uploaded card names the repository; that of the run does so only meanwhile, as the next push may go elsewhere.
+    An existing repository keeps its visibility.
 
     Raises:
         UserError: the folder holds a symbolic link, nobody is logged in, or the Hub refuses the name or the token.

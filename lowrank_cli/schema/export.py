@@ -19,7 +19,7 @@ class ExportConfig:
     #: ``gguf`` (a LoRA) or ``gguf_merged`` (the whole model)
     format: str = MISSING
     #: what will load a LoRA: ``peft``, ``vllm`` or ``sglang``; what that engine cannot take is refused
-    target: str = MISSING
+    target: str = "peft"
     rank: Optional[int] = MISSING  #: of a LoRA's modules at most: the rest is cut off; null keeps all of the change
     #: largest difference of logits, relative to the largest logit, that is not refused; null is 0.001, of bf16 0.05
     max_error: Optional[float] = MISSING

@@ -47,7 +47,7 @@ class HardwareConfig:
     @property
     def sharers(self) -> int:
         """The number of processes that hold one copy of the frozen weights."""
-        return {None: 1, "node": self.processes, "all": self.world}[self.shard]
+        return {"node": self.processes, "all": self.world}.get(self.shard or "", 1)
 
     @property
     def divided(self) -> bool:
@@ -55,7 +55,7 @@ class HardwareConfig:
         return self.sharers > 1
 
     def validate(self) -> None:
-        require_choice("hardware.shard", self.shard or "null", ("null", "node", "all"))
+        require_choice("hardware.shard", "null" if self.shard is None else self.shard, ("null", "node", "all"))
         require_choice("hardware.device", self.device, ("cpu", "cuda"))
         require_choice("hardware.precision", self.precision, ("fp32", "bf16", "autocast"))
         if self.prepack and (self.device, self.precision) != ("cpu", "fp32"):

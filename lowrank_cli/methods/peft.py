@@ -34,10 +34,10 @@ DERIVED = ("target_modules", "feedforward_modules", "peft_type", "task_type", "i
 #: Tuners that train vectors alone take about ten times LoRA's learning rate: the papers of (IA)³ and VeRA have 3e-3
 #: (Liu et al. 2022, arXiv 2205.05638) and 4e-3 (Kopiczko et al. 2024, arXiv 2310.11454) for models of billions.
 SCALES = {"ia3": 10.0, "vera": 10.0}
-#: Warnings of what the tuners mend themselves: GPT-2's transposed weights, and BOFT without its CUDA extension.
 EVA_PROMPTS = 256  #: training prompts that EVA reads; its paper stops after about as many, when components settle
 #: Initial values that need gradients or a second model, which PEFT computes before it wraps a model.
 UNSUPPORTED_INITS = ("corda", "lora_ga")
+#: Warnings of what the tuners mend themselves: GPT-2's transposed weights, and BOFT without its CUDA extension.
 EXPECTED = "fan_in_fan_out is set to False but|Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
 
 

@@ -220,6 +220,7 @@ def test_a_card_loads_what_is_there(run):
     (RUN / "adapter" / "adapter_config.json").unlink()
     assert 'adapter = lrk.load(model, snapshot_download("ORG/NAME"))' in model_card.card(run, RUN / "adapter")
 
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "lrk.json"])
 def test_a_card_has_no_command_of_an_engine_that_refuses_the_adapter(run, name):
     file = RUN / "adapter" / name

@@ -95,10 +95,10 @@ def test_a_lora_has_the_scale_one_for_every_rank(tmp_path):
 
 def test_rotary_frequencies_of_llama_3_are_written_as_factors():
     model = small.model("llama")
-    assert gguf_export._rope_factors(model) is None
+    assert gguf_export.rope_factors(model) is None
     model.config.rope_parameters = LLAMA3
     scaled = type(model)(model.config)
-    factors = gguf_export._rope_factors(scaled)
+    factors = gguf_export.rope_factors(scaled)
     assert factors[0] == 1 and factors[-1] == pytest.approx(8)
     torch.testing.assert_close(factors * scaled.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from lowrank_cli.adapter.files.engines import Loras
 from lowrank_cli.adapter.files.export import merge_into_model
 from lowrank_cli.adapter.target_sites import head_names
 from lowrank_cli.errors import UserError
+from lowrank_cli.reader import read_json
 
 if TYPE_CHECKING:
     import gguf
@@ -108,7 +108,7 @@ def save_merged_gguf(adapter: Adapter, folder: Path) -> None:
         kind = gguf.GGMLQuantizationType.BF16 if embedding.dtype == torch.bfloat16 and value.dim() > 1 else None
         data = _rows(model, name, value).numpy()
         writer.add_tensor(name, data if kind is None else gguf.quants.quantize(data, kind), raw_dtype=kind)
-    if (factors := _rope_factors(model)) is not None:
+    if (factors := rope_factors(model)) is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())  # (D / 2,)
     _write(writer)
 
@@ -154,7 +154,7 @@ def _rotary(model: PreTrainedModel) -> nn.Module:
     return next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
 
 
-def _rope_factors(model: PreTrainedModel) -> Tensor | None:
+def rope_factors(model: PreTrainedModel) -> Tensor | None:
     """By what each rotary frequency (D / 2,) is divided in this model; None if by nothing."""
     theta, frequencies = model.config.rope_parameters["rope_theta"], _rotary(model).inv_freq
     assert isinstance(frequencies, Tensor)
@@ -169,7 +169,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     import gguf
 
     config = model.config
-    scaled = _rope_factors(model) is not None
+    scaled = rope_factors(model) is not None
     if _rotary(model).attention_scaling != 1 or (scaled and ARCHITECTURES[config.model_type] != INTERLEAVED):
         raise UserError(
             f"export.format: gguf is not written for the rotary embeddings of this model "
@@ -196,7 +196,7 @@ def _add_settings(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
 def _pre_tokenizer(folder: Path) -> str:
     """llama.cpp's name of how the tokenizer in ``folder`` splits text. Raises UserError if it has none."""
     file = folder / "tokenizer.json"
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content: dict[str, Any] = read_json(file, dict[str, Any]) if file.is_file() else {}
     before = content.get("pre_tokenizer") or {}
     steps = [step for step in before.get("pretokenizers", [before]) if step]
     key = tuple(
@@ -217,7 +217,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre_tokenizer: str, vo
     """Add the byte-level BPE in ``folder``, with unused tokens up to ``vocabulary``, and its special tokens."""
     import gguf
 
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json", dict[str, Any])
     most = max([*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"])])
     if most >= vocabulary:
         raise UserError(

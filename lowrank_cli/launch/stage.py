@@ -194,6 +194,8 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
 def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
     """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
     task, plan = composed.config.task, method.plan()
+    if shard := composed.config.hardware.divided and composed.config.hardware.shard:
+        raise UserError(f"hardware.shard: {shard} divides weights, and calibration reads whole ones; set it to null")
     if task.answer != "labels":
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "

@@ -101,6 +101,9 @@ def _plan(composed: Composed) -> list[tuple[str, str]]:
     if composed.verb == "train" and methods.can(config.method.name, Adapts):
         train = config.train
         steps = f"{train.epochs:g} epochs" + (f", at most {train.max_steps} steps" if train.max_steps else "")
+        chosen = {"optimizer": train.optimizer, "schedule": train.schedule}
+        usual = {"optimizer": "adamw", "schedule": "linear"}
+        steps += "".join(f", {key} {value}" for key, value in chosen.items() if value != usual[key])
         share = train.batch_size // (train.gradient_accumulation * hardware.world)
         split = f"{hardware.world} processes × {train.gradient_accumulation} accumulated × {share} examples"
         rows += [

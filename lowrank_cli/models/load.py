@@ -158,7 +158,7 @@ def load(
     """
     assert (head is None) == (model.kind == "causal")
     where = locate(model)
-    origin = ""
+    origin, from_hub = "", not (where.gguf or model.path or model.bundled)
     if where.gguf:
         folder = gguf.convert(where.gguf)
         origin = f"{where.source}, {gguf.described(folder)}"
@@ -194,6 +194,8 @@ def load(
             )
         with one_line(f"the tokenizer of {where.source}"):
             tokenizer = load_tokenizer(where.source, arguments)
+    if from_hub:
+        network.config.name_or_path = model.id  # not the snapshot's folder, which other machines lack
     packing = prepack_for(network, hardware, generates)
     network.fresh_modules = _fresh_modules(network, report, model)
     _check_tokenizer(network, tokenizer, model)

@@ -287,7 +287,9 @@ def test_cached_models_need_no_network(checkpoints, monkeypatch, tmp_path):
     snapshot = shutil.copytree(checkpoints / "llama", repository / "snapshots" / "c0ffee")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert locate(config(id="a/b")).source == str(snapshot)
-    assert load(config(id="a/b"), hardware(), None).header == "a/b: 0.0M-parameter Llama"
+    loaded = load(config(id="a/b"), hardware(), None)
+    assert loaded.header == "a/b: 0.0M-parameter Llama"
+    assert loaded.model.config.name_or_path == "a/b", "adapters name their base by it"
     (snapshot / "model.safetensors").unlink()
     refused("not in the local cache", config(id="a/b"))
 

@@ -18,7 +18,7 @@ from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.reader import read_json, read_text
 from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.tenant_file import tenants_of
-from lowrank_cli.runs.vllm_command import vllm_serve
+from lowrank_cli.runs.vllm_command import vllm_refusal, vllm_serve
 from lowrank_cli.schema import ServeConfig, ServeRun
 from lowrank_cli.serving.engine import Engine
 from lowrank_cli.session.adapter_run import newest_run_note
@@ -108,15 +108,17 @@ def _load(config: ServeRun, engine: Engine, tenants: dict[str, str]) -> None:
 
 
 def _vllm(engine: Engine, folders: dict[str, Path]) -> str | None:
-    """The command with which vLLM serves the adapters; None if it cannot, as they are more than plain LoRAs."""
+    """The command with which vLLM serves the adapters; None if it cannot."""
     plain = all(readable(folder) and engine.model(name).adapter is not None for name, folder in folders.items())
     if not folders or not plain:
         return None
     configs = [read_json(folder / CONFIG, dict[str, Any]) for folder in folders.values()]
-    base = str(engine.adapters.bank.model.config.name_or_path)
+    base = engine.adapters.bank.model.config
     shown = {name: str(folder.absolute()) for name, folder in folders.items()}
     ranks = [rank for config in configs for rank in (config.get("r", 8), *(config.get("rank_pattern") or {}).values())]
-    return vllm_serve(base, max(ranks), shown)
+    if vllm_refusal(base.model_type, max(ranks)):
+        return None
+    return vllm_serve(str(base.name_or_path), max(ranks), shown)
 
 
 def _token(settings: ServeConfig) -> str | None:

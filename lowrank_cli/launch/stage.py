@@ -52,8 +52,6 @@ def check(
     if not isinstance(config, RunConfig):
         return composed
     _refuse_unsupported_stage(composed)
-    if verb == "export" and config.hardware.divided:
-        raise UserError(f"hardware.shard: {config.hardware.shard} divides weights that export reads; set it to null")
     _refuse_unused_values(config)
     if hasattr(config, "evaluate"):
         for task in (config.task, *config.task.parts.values()):

@@ -53,3 +53,7 @@ class ExportRun(RunConfig):
 
     export: ExportConfig = field(default_factory=ExportConfig)
     run: Optional[str] = MISSING  #: as of ``lrk evaluate``
+
+    def validate(self) -> None:
+        if self.hardware.world > 1:
+            raise UserError(f"hardware.processes: {self.hardware.world}, but one process exports; set it to 1")

@@ -129,6 +129,8 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
         refused.code == 2
         and "export.target: vllm loads a LoRA of PEFT, and export.format=merged is none" in refused.err
     )
+    refused = lrk("export", f"run={trained}", "hardware.processes=2")
+    assert refused.code == 2 and "hardware.processes: 2, but one process exports; set it to 1" in refused.err
     commands = {"vllm": "vllm serve ", "sglang": "python -m sglang.launch_server --model-path "}
     for target, command in commands.items() if name == "lelora" else ():
         ended = lrk("export", f"run={trained}", f"export.target={target}")

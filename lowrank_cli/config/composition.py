@@ -67,6 +67,7 @@ NEWEST = (
     "generate",
     "serve",
 )  # verbs that read the newest run where none is named
+ONE_PROCESS = ("export", "generate", "serve")  #: verbs of one process, however many trained the run
 ASKED = ("shots", "num_beams")  # of ``evaluate``: what a task's answers depend on
 _GROUP_KINDS = {"model": schema.ModelConfig, "task": schema.TaskConfig, "hardware": schema.HardwareConfig}
 OPEN = ("method.options.", "method.beside.", "task.columns.")  #: mappings whose keys no schema fixes
@@ -392,6 +393,7 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Hydra
     """Overrides that choose the source's sections where the user leaves the choice alone, then the user's.
 
     The method is the source's own, or one that calibrates its model. With the source's task comes how it was asked.
+    Its processes are adopted by verbs that can have several.
     """
     given: dict[str, Any] = {item.key_or_group: item.value() for item in parsed}
     method = source.choices.get("method")
@@ -403,6 +405,8 @@ def _adopt(verb: str, load: ConfigLoaderImpl, source: Source, parsed: list[Hydra
     adopted = [group for group in adopted if group != "method" or not fresh]
     for group in adopted:
         section = source.resolved[group]
+        if group == "hardware" and verb in ONE_PROCESS:
+            section = {**section, "processes": 1, "nodes": 1, "shard": None}
         schema_name = section["name"] if group == "method" else group
         node = {"defaults": [f"_{schema_name}", "_self_"], **section}
         ConfigStore.instance().store(group=group, name=FROM_RUN, node=node)

@@ -21,7 +21,7 @@ from lowrank_cli.launch.nodes import Node, this_node
 from lowrank_cli.methods.protocol import Adapts, Calibrates
 from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
-from lowrank_cli.runs import PENDING, Run, showing_life, stopping
+from lowrank_cli.runs import PENDING, Run, progress, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
 from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun
 from lowrank_cli.schema.metric import require_data
@@ -193,7 +193,7 @@ def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
     """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
     task, plan = composed.config.task, method.plan()
     if shard := composed.config.hardware.divided and composed.config.hardware.shard:
-        raise UserError(f"hardware.shard: {shard} divides weights, and calibration reads whole ones; set it to null")
+        raise UserError(f"hardware.shard: {shard} divides weights, which calibration does not support; set it to null")
     if task.answer != "labels":
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "
@@ -269,7 +269,10 @@ def work(run: Run, composed: Composed) -> None:
 
         with library_warnings(run):
             plots.draw(run)
-            model_card.write(run)
+            try:
+                model_card.write(run)
+            except UserError as error:  # a file of an earlier run that cannot be read costs the card, not this run
+                progress.console().print(f"no model card: {error}")
         run.finish(run.metrics)
 
 

@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 import transformers
+from command import reconfigure
 from lelora_training import moved
 
 from lowrank_cli import methods
@@ -131,6 +132,9 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     )
     refused = lrk("export", f"run={trained}", "hardware.processes=2")
     assert refused.code == 2 and "hardware.processes: 2, but one process exports; set it to 1" in refused.err
+    run = Run.open(trained)
+    reconfigure(run, hardware={**run.config()["hardware"], "processes": 2, "shard": "node"})  # as if two had trained
+    assert lrk("export", f"run={trained}", "--dry-run").code == 0
     commands = {"vllm": "vllm serve ", "sglang": "python -m sglang.launch_server --model-path "}
     for target, command in commands.items() if name == "lelora" else ():
         ended = lrk("export", f"run={trained}", f"export.target={target}")

@@ -102,7 +102,7 @@ def test_a_checkpoint_of_two_processes_continues_on_one_and_on_four():
         "hardware.nodes=3 hardware.processes=2": "train.batch_size: 16 cannot be shared by hardware.nodes=3 times "
         "hardware.processes=2 times train.gradient_accumulation=1",
         "method=idaicl task=tiny_sentiment hardware.processes=2 hardware.shard=node": "hardware.shard: node divides "
-        "weights, and calibration reads whole ones; set it to null",
+        "weights, which calibration does not support; set it to null",
         "hardware.shard=layers": "hardware.shard: unknown value 'layers' (allowed: null, node, all)",
         "hardware=fsdp hardware.quantization=nf4": "hardware.shard: node divides weights in bf16 or fp32, and "
         "hardware.quantization=nf4 keeps them in 4 bits; set hardware.quantization=null",

@@ -168,7 +168,8 @@ def _serve(run: Run, folder: Path, base: str) -> list[str]:
     if run.config().get("export", {}).get("target") == "sglang":
         return [sglang_serve(base, adapters)]
     model_type = run.read_json(f"{folder.name}/lrk.json")["model_type"]
-    refused = about.get("use_dora") or vllm_refusal(model_type, about["r"])  # vLLM has no DoRA
+    other = any(value and key.startswith("use_") and key != "use_rslora" for key, value in about.items())
+    refused = other or vllm_refusal(model_type, about["r"])  # vLLM has LoRA with either scale, and no other kind
     command = None if refused else vllm_serve(base, about["r"], adapters)
     return [command] if command else []
 

@@ -261,7 +261,7 @@ MISTAKES = {
     "task.label_words=['',no]": "task.label_words: ['', 'no'] holds an empty word",
     "task.template=hello": "task.template: 'hello' names no {column}, so every prompt would be the same",
     "recipe=milora": "recipe=milora: lrk train has no recipes; write: lrk run recipe=milora",
-    "hardware=[nan]": "hardware=[nan]: cannot be composed; choose one of cpu, gpu, ",
+    "hardware=[nan]": "hardware=[nan]: cannot be composed; choose one of cpu, ddp, fsdp, ",
     "method=[1]": "method=[1]: cannot be composed; choose one of " + METHODS,
     "task={}": "task: {} sets nothing; write task.KEY=VALUE",
     "outputs@z=[a,b]": "outputs@z: a group goes to its own section; write outputs=NAME",

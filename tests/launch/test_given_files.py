@@ -715,7 +715,7 @@ def kept(made):
     optimizer = torch.optim.AdamW(adapter.trained.values(), lr=0.1)
     adapter.model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
-    one = SimpleNamespace(is_main_process=True, process_index=0)
+    one = SimpleNamespace(is_main_process=True, process_index=0, gather_object=list)
     progress = {"step": 3, "best_step": 2, "best_loss": 0.5, "stale": 0, "seconds": 1.5, "tokens": 9, "pending": [0.25]}
     checkpoint.save(made, one, adapter, optimizer, SimpleNamespace(), progress)
     folder = checkpoint.newest(made)

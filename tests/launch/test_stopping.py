@@ -186,7 +186,7 @@ def test_a_signal_ends_a_run_that_says_how_to_go_on(number, code):
 
 @pytest.mark.slow
 def test_a_signal_before_the_run_is_one_line(monkeypatch, lrk):
-    monkeypatch.setattr("lowrank_cli.launch.single_run.start", lambda *a: send(signal.SIGTERM))
+    monkeypatch.setattr("lowrank_cli.launch.single_run.start", lambda *a, **k: send(signal.SIGTERM))
     done = lrk("train")
     assert (done.code, done.err) == (143, "interrupted: nothing was started\n")
 

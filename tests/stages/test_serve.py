@@ -86,7 +86,8 @@ def test_a_server_serves_until_it_is_stopped(trained, lrk):  # noqa: F811
     run = Path("outputs/latest")
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     assert json.loads((run / "metrics.json").read_text())["serve/requests"] == 2
-    ended = lrk("generate", f"run={milora}", prompt, "generate.max_new_tokens=300", "hardware.threads=1")
+    asked = ["generate.max_new_tokens=300", "hardware.threads=1", "--save"]
+    ended = lrk("generate", f"run={milora}", prompt, *asked)
     assert json.loads(Path("outputs/latest/answers.jsonl").read_text())["answer"] == text, ended
 
 

@@ -119,9 +119,7 @@ def test_what_is_not_written_is_refused(tmp_path, monkeypatch):
     save_tokenizer(tmp_path)
     with monkeypatch.context() as smaller:
         smaller.setattr(adapter.model.config, "vocab_size", 30)
-        with pytest.raises(
-            UserError, match=r"this model has 30, none for the tokenizer's token 33; set"
-        ):
+        with pytest.raises(UserError, match=r"this model has 30, none for the tokenizer's token 33; set"):
             save_merged_gguf(adapter, tmp_path)
     adapter.model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     adapter.model.model.rotary_emb = type(adapter.model.model.rotary_emb)(adapter.model.config)

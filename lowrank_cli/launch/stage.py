@@ -23,7 +23,7 @@ from lowrank_cli.report import bench, path_format, scores, selections
 from lowrank_cli.report.end_of_run import end_of_run
 from lowrank_cli.runs import PENDING, Run, progress, showing_life, stopping
 from lowrank_cli.runs.library_warnings import library_warnings
-from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun
+from lowrank_cli.schema import ENDLESS, BenchRun, EvaluateRun, RunConfig, ServeRun, TrainRun, check_task
 from lowrank_cli.schema.metric import require_data
 from lowrank_cli.schema.train import OPTIMIZER_LIBRARIES
 from lowrank_cli.training.tracking import require as require_tracker
@@ -51,6 +51,7 @@ def check(
     _refuse_to_write_quantized(verb, config)
     if not isinstance(config, RunConfig):
         return composed
+    check_task(config.model, config.task)
     _refuse_unsupported_stage(composed)
     _refuse_unused_values(config)
     if hasattr(config, "evaluate"):

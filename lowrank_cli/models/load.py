@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import gguf
 from lowrank_cli.reader import PlainName, read_json
-from lowrank_cli.schema import OF_ENCODERS, HardwareConfig, ModelConfig, TaskConfig
+from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
 PAPERS = "llama2_7b"  #: the papers' model, which the bundled one replaces
@@ -79,26 +79,6 @@ class Loaded:
     header: str  #: the first line a run prints
     packing: str  #: whether weights are packed and why, if the hardware config leaves it open
     max_positions: int | None  #: longest input in tokens, where the model has a position table
-
-
-def check_task(model: ModelConfig, task: TaskConfig) -> None:
-    """Raise UserError unless a model of this kind can answer the task."""
-    for single in task.parts.values() or [task]:
-        if model.kind == "encoder" and single.answer not in ("labels", *OF_ENCODERS):
-            raise UserError(
-                f"model.kind: {model.name} is an encoder and predicts labels, but task={single.name} has "
-                f"task.answer={single.answer}; choose a causal model (model=llama) or a task with labels"
-            )
-        if model.kind == "causal" and single.answer in OF_ENCODERS:
-            raise UserError(
-                f"model.kind: {model.name} is causal, but task={single.name} has task.answer={single.answer}, which an "
-                f"encoder's head gives; choose an encoder (model=roberta_base, model=minilm)"
-            )
-        if task.parts and single.answer in OF_ENCODERS:
-            raise UserError(
-                f"task.parts.{single.name}.answer: {single.answer} has a head of its own; train {single.name} alone "
-                f"(allowed in a mix: labels, choices, free, chat)"
-            )
 
 
 def locate(model: ModelConfig) -> Location:

@@ -34,7 +34,7 @@ from lowrank_cli.schema.model import SHAPES, TRUST, ModelConfig
 from lowrank_cli.schema.override import Override, parse_overrides, quoted
 from lowrank_cli.schema.prune import PruneConfig, PruneRun
 from lowrank_cli.schema.recipe import RecipeConfig, RecipeRun, StageConfig
-from lowrank_cli.schema.run import RunConfig
+from lowrank_cli.schema.run import RunConfig, check_task
 from lowrank_cli.schema.score import AUTO, KINDS, MODULE_KINDS, SCORE_KINDS, ScoreConfig, ScoreRun, require_window
 from lowrank_cli.schema.serve import LOOPBACK, ServeConfig, ServeRun
 from lowrank_cli.schema.study import StudyConfig, StudyGroup, StudyRun, TuneConfig
@@ -98,6 +98,7 @@ __all__ = [
     "TrainConfig",
     "TrainRun",
     "TuneConfig",
+    "check_task",
     "metrics_of",
     "mix",
     "parse_overrides",

@@ -7,7 +7,9 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from lowrank_cli.errors import UserError
 from lowrank_cli.schema.hardware import HardwareConfig
+from lowrank_cli.schema.metric import OF_ENCODERS
 from lowrank_cli.schema.model import ModelConfig
 from lowrank_cli.schema.task import TaskConfig
 
@@ -23,3 +25,23 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     method: Any = MISSING  #: a :class:`MethodConfig`
+
+
+def check_task(model: ModelConfig, task: TaskConfig) -> None:
+    """Raise UserError unless a model of this kind can answer the task."""
+    for single in task.parts.values() or [task]:
+        if model.kind == "encoder" and single.answer not in ("labels", *OF_ENCODERS):
+            raise UserError(
+                f"model.kind: {model.name} is an encoder and predicts labels, but task={single.name} has "
+                f"task.answer={single.answer}; choose a causal model (model=llama) or a task with labels"
+            )
+        if model.kind == "causal" and single.answer in OF_ENCODERS:
+            raise UserError(
+                f"model.kind: {model.name} is causal, but task={single.name} has task.answer={single.answer}, which an "
+                f"encoder's head gives; choose an encoder (model=roberta_base, model=minilm)"
+            )
+        if task.parts and single.answer in OF_ENCODERS:
+            raise UserError(
+                f"task.parts.{single.name}.answer: {single.answer} has a head of its own; train {single.name} alone "
+                f"(allowed in a mix: labels, choices, free, chat)"
+            )

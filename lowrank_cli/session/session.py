@@ -19,9 +19,9 @@ from lowrank_cli.adapter.head_loss import head_losses
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Calibrates, ChoosesSites, Method
-from lowrank_cli.models.load import Head, check_task, load
+from lowrank_cli.models.load import Head, load
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig
+from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig, check_task
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare

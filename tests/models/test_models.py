@@ -21,8 +21,8 @@ from transformers.utils import logging
 from lowrank_cli.adapter.target_sites import find_sites
 from lowrank_cli.errors import UserError
 from lowrank_cli.models import load as module
-from lowrank_cli.models.load import Head, check_task, load, locate
-from lowrank_cli.schema import ModelConfig, TaskConfig
+from lowrank_cli.models.load import Head, load, locate
+from lowrank_cli.schema import ModelConfig, TaskConfig, check_task
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "model"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "yes", "no"]

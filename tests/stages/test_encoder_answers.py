@@ -9,7 +9,7 @@ import yaml
 from checkpoints import random_bert
 
 from lowrank_cli.errors import UserError
-from lowrank_cli.launch import single_run
+from lowrank_cli.launch import single_run, stage
 from lowrank_cli.runs import Run
 
 KINDS = {"good": 5, "fine": 4, "dull": 1, "bad": 0}  #: words and their numbers
@@ -68,6 +68,7 @@ def test_an_encoder_learns_and_evaluates(answer, encoder, tmp_path, monkeypatch)
 
 
 def test_a_causal_model_is_refused(tmp_path, monkeypatch):
+    """By ``lrk check`` and before a sweep starts too."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is causal, but task=made has"):
-        single_run.start("train", [*written(tmp_path, "tags"), "method=lora"], tmp_path / "conf", "lrk train")
+        stage.check("train", [*written(tmp_path, "tags"), "method=lora"], tmp_path / "conf")

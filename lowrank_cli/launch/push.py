@@ -78,7 +78,9 @@ def prepare(words: list[str]) -> Upload:
         given[override.key] = override.value.strip("'\"")
     private = given.get("private", "true").lower()
     require_choice("private", private, ("true", "false"))
-    repository = given.get("repo", "")
+    if "repo" not in given:
+        raise UserError("repo: missing; give repo=ORG/NAME")
+    repository = given["repo"]
     try:
         validate_repo_id(repository)
         valid = repository.count("/") == 1

@@ -22,12 +22,13 @@ from lowrank_cli.runs.vllm_command import sglang_serve, vllm_refusal, vllm_serve
 FILE = "README.md"
 REPOSITORY = "ORG/NAME"  #: stands for the repository on the Hub until ``lrk push`` names it
 BASE = "BASE_MODEL"  #: stands for a base model that is not on the Hub
+BASE_GGUF = "BASE.gguf"  #: stands for the base model as a GGUF file
 Result = tuple[str, float, tuple[float, float] | None]  #: a metric, its value, and its 95 % interval over the examples
 #: Sections of a configuration that say how an adapter was made, and which of their keys (all where there are none).
 SETTINGS: dict[str, tuple[str, ...]] = {
     "method": (),
     "train": (),
-    "task": ("label_words", "max_length", "system"),
+    "task": ("label_words", "max_length", "system", "limit"),
     "hardware": ("precision", "quantization"),
 }
 
@@ -73,11 +74,12 @@ def card(run: Run, folder: Path) -> str:
         eval_results=index,
         ignore_metadata_errors=True,
     )
+    use = _use(run, folder, model, task)
     sections = [
         f"---\n{meta.to_yaml()}\n---",
         f"# {title}",
-        _introduction(model, task, method, "An adapter of" if adapter else "Fine-tuned from", data),
-        f"## Use\n\n{_use(run, folder, model, task)}",
+        _introduction(model, task, method, "An adapter of" if adapter else "Fine-tuned from", data, use),
+        f"## Use\n\n{use}",
         f"## Prompt\n\n````text\n{task['template']}\n````" if not encoder and task.get("template") else "",
         f"## Results\n\n{_table(results)}" if results else "",
         f"## Settings\n\n{_settings(made, lineage)}",
@@ -93,7 +95,9 @@ def _library(folder: Path) -> str:
     return "transformers" if (folder / "config.json").is_file() else "lowrank-cli"
 
 
-def _introduction(model: dict[str, Any], task: dict[str, Any], method: str, what: str, data: list[str]) -> str:
+def _introduction(
+    model: dict[str, Any], task: dict[str, Any], method: str, what: str, data: list[str], use: str
+) -> str:
     if model.get("id"):
         base = f"[{model['id']}](https://huggingface.co/{model['id']})"
     else:
@@ -103,7 +107,8 @@ def _introduction(model: dict[str, Any], task: dict[str, Any], method: str, what
         source = "generated data" if task.get("generator") else "own data"
     licence = model.get("license") or "unknown here"
     made = f"for the task `{task['name']}` ({source}), made with the method `{method}` of lowrank-cli"
-    absent = "" if model.get("id") else f" `{BASE}` below stands for its folder."
+    absent = f" `{BASE}` below stands for its folder." if BASE in use else ""
+    absent += f" `{BASE_GGUF}` below stands for that model in GGUF." if BASE_GGUF in use else ""
     return f"{what} {base} {made}.{absent}\n\nLicence of the base model: {licence}."
 
 
@@ -126,7 +131,7 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
     loaded = f'model = {loader}.from_pretrained("{base}"{labels})'
     if any(folder.glob("*.gguf")):
         file = "adapter.gguf" if (folder / "adapter.gguf").is_file() else "model.gguf"
-        server = "llama-server -m BASE.gguf --lora" if file == "adapter.gguf" else "llama-server -m"
+        server = f"llama-server -m {BASE_GGUF} --lora" if file == "adapter.gguf" else "llama-server -m"
         return _fences([], [f"hf download {REPOSITORY} {file} --local-dir .", f"{server} {file}"])
     if (folder / "config.json").is_file():
         python = [

@@ -150,7 +150,8 @@ def test_mistakes_are_one_line(lrk, run, monkeypatch):
     shutil.rmtree("outputs/2026-01-02/020405-bare/adapter")
     for words, message in (
         (["repoo=a/b"], "push: unknown key 'repoo'; did you mean 'repo'? (allowed: run, repo, private, outputs)"),
-        ([], "repo: '' is not the name of a repository on the Hub (allowed: ORG/NAME)"),
+        ([], "repo: missing; give repo=ORG/NAME"),
+        (["repo="], "repo: '' is not the name of a repository on the Hub (allowed: ORG/NAME)"),
         (["repo=a//b"], "repo: 'a//b' is not the name of a repository"),
         (["repo=a/b", "private=maybe"], "private: unknown value 'maybe' (allowed: true, false)"),
         (["repo=a/b", "run=nowhere"], "run: there is no folder 'nowhere'"),
@@ -199,8 +200,13 @@ def test_a_card_of_a_local_model_names_no_path_of_this_machine(run):
 
 
 def test_a_card_loads_what_is_there(run):
-    change(run, "model", id="org/base", bundled=False)
     export = RUN / "export"
+    export.mkdir()
+    (export / "config.json").touch()
+    change(run, "model", path=str(Path.cwd()), bundled=False)
+    assert "BASE_MODEL" not in model_card.card(run, export)
+    shutil.rmtree(export)
+    change(run, "model", id="org/base", path=None)
     for file, library, line in (
         ("adapter.gguf", "gguf", "llama-server -m BASE.gguf --lora adapter.gguf"),
         ("model.gguf", "gguf", "llama-server -m model.gguf"),
@@ -210,6 +216,7 @@ def test_a_card_loads_what_is_there(run):
         (export / file).touch()
         card = huggingface_hub.ModelCard(model_card.card(run, export))
         assert card.data.library_name == library and line in card.text
+        assert ("`BASE.gguf` below stands for that model in GGUF." in card.text) == (file == "adapter.gguf")
         assert card.data.base_model_relation == ("adapter" if file == "adapter.gguf" else "finetune")
         shutil.rmtree(export)
     change(run, "model", kind="encoder")

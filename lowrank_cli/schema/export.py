@@ -29,8 +29,8 @@ class ExportConfig:
         require_choice("export.target", self.target, ("peft", "vllm", "sglang"))
         if self.target != "peft" and self.format != "lora":
             raise UserError(
-                f"export.target: {self.target} loads a LoRA of PEFT, and export.format={self.format} is none; leave it "
-                f"out, or export.format=lora"
+                f"export.target: {self.target} loads a LoRA of PEFT, and export.format={self.format} is not one; "
+                f"leave it out, or set export.format=lora"
             )
         if self.rank is not None:
             require_range("export.rank", self.rank, 1)

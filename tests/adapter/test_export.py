@@ -128,7 +128,7 @@ def test_the_verb_writes_what_it_proved_and_refuses_the_rest(lrk, name):
     refused = lrk("export", f"run={trained}", "export.format=merged", "export.target=vllm")
     assert (
         refused.code == 2
-        and "export.target: vllm loads a LoRA of PEFT, and export.format=merged is none" in refused.err
+        and "export.target: vllm loads a LoRA of PEFT, and export.format=merged is not one; leave it out" in refused.err
     )
     refused = lrk("export", f"run={trained}", "hardware.processes=2")
     assert refused.code == 2 and "hardware.processes: 2, but one process exports; set it to 1" in refused.err

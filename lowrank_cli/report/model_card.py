@@ -100,6 +100,7 @@ def _introduction(
 ) -> str:
     if model.get("id"):
         base = f"[{model['id']}](https://huggingface.co/{model['id']})"
+        base += " (read from a local folder or file)" if model.get("path") or model.get("gguf") else ""
     else:
         base = f"`{model['name']}`" + (" (in the package lowrank-cli)" if _bundled(model) else " (a local checkpoint)")
     source = "data set " + ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in data)

@@ -56,7 +56,8 @@ def check(
     _refuse_unused_values(config)
     if hasattr(config, "evaluate"):
         for task in (config.task, *config.task.parts.values()):
-            require_data([task.metric, *task.more_metrics])
+            require_data("task.metric", [task.metric])
+            require_data("task.more_metrics", task.more_metrics)
     if verb != "generate" and isinstance(method := methods.create(config.method), Calibrates):
         _refuse_uncalibratable(composed, method)
     if isinstance(config, ServeRun):

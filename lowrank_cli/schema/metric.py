@@ -65,8 +65,8 @@ def metrics_of(answer: str) -> list[str]:
     return [name for name, metric in METRICS.items() if answer in metric.answers]
 
 
-def require_data(metrics: Iterable[str]) -> None:
-    """Raise UserError if one of ``metrics`` needs data that are not on this machine."""
+def require_data(key: str, metrics: Iterable[str]) -> None:
+    """Raise UserError if one of ``metrics``, which ``key`` names, needs data that are not on this machine."""
     if "meteor" not in metrics:
         return
     import nltk
@@ -77,4 +77,4 @@ def require_data(metrics: Iterable[str]) -> None:
             return
         except LookupError:
             continue
-    raise UserError("task.metric: meteor needs WordNet, which this downloads: python -m nltk.downloader wordnet")
+    raise UserError(f"{key}: meteor needs WordNet, which this downloads: python -m nltk.downloader wordnet")

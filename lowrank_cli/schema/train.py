@@ -63,6 +63,11 @@ class TrainConfig:
             require_range("train.learning_rate", self.learning_rate, 0)
         require_range("train.weight_decay", self.weight_decay, 0)
         require_range("train.warmup", self.warmup, 0, 1)
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise UserError(
+                f"train.decay: {self.decay:g} and train.warmup={self.warmup:g} are more than all steps "
+                f"(allowed together: at most 1)"
+            )
         if not self.epochs > 0:
             raise UserError(f"train.epochs: {self.epochs} is out of range (allowed: above 0)")
         for key in ("batch_size", "gradient_accumulation", "eval_every", "log_every"):

@@ -14,6 +14,7 @@ from resuming import history, train_broken_at
 from safetensors.torch import load_file
 
 from lowrank_cli.config.composition import compose
+from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 from lowrank_cli.schema.train import OPTIMIZER_LIBRARIES, OPTIMIZERS, TrainConfig
@@ -174,3 +175,8 @@ def test_a_missing_library_is_named(lrk, monkeypatch):
     )
     ended = lrk("check", "method=lora", "train.optimizer=adamw_8bit")
     assert ended.code == 2 and "pip install 'lowrank-cli[4bit]'" in ended.err
+
+
+def test_warm_up_and_decay_fit_into_the_steps():
+    with pytest.raises(UserError, match=r"train\.decay: 0\.2 and train\.warmup=0\.9 are more than all steps"):
+        compose("train", ["train.schedule=wsd", "train.warmup=0.9"])

@@ -35,6 +35,18 @@ FEW_STEPS = [
     "train.checkpoint_every=2",
 ]
 
+#: Four, with checkpoints on the way.
+FOUR_STEPS = [
+    "task=tiny_entailment",
+    "task.limit=16",
+    "hardware.threads=1",
+    "train.max_steps=4",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "train.eval_every=2",
+    "train.checkpoint_every=2",
+]
+
 
 @dataclass
 class Ended:

@@ -10,6 +10,7 @@ import small
 import torch
 import yaml
 from ablations import dev_batch
+from command import FOUR_STEPS
 from resuming import history, train_broken_at
 
 from lowrank_cli import methods
@@ -30,17 +31,6 @@ from lowrank_cli.scoring.rank_scores import require_ranks, score
 CONF = Path(__file__).parents[2] / "conf"
 FAMILIES = ["llama", "gpt2", "bert"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
-QUICK = [
-    "model=llama",
-    "task=tiny_entailment",
-    "task.limit=16",
-    "hardware.threads=1",
-    "train.max_steps=4",
-    "train.batch_size=8",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.checkpoint_every=2",
-]
 #: Settings of methods that cost time alone: fewer examples to score on.
 CHEAP = {"dev_batch": 2}
 
@@ -220,7 +210,7 @@ def test_decoding_with_the_cache_equals_decoding_without(name, beams):
 @pytest.mark.parametrize("name", small.TRAINABLE)
 def test_every_method_trains_resumes_and_evaluates(name):
     cheap = [f"method.{key}={value}" for key, value in CHEAP.items() if hasattr(small.config(name), key)]
-    overrides = [*QUICK, f"method={name}", *cheap]
+    overrides = ["model=llama", *FOUR_STEPS, f"method={name}", *cheap]
     single_run.start("train", overrides, None, "lrk train")
     whole = Run.open(Path("outputs/latest").resolve())
     single_run.start("evaluate", [f"run={whole.path}"], None, "lrk evaluate")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from command import FOUR_STEPS
 from forked import forked_workers
 from safetensors.torch import load_file
 
@@ -18,17 +19,7 @@ from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 
 pytestmark = pytest.mark.slow
-FEW = [
-    "task=tiny_entailment",
-    "task.limit=16",
-    "hardware.threads=1",
-    "train.max_steps=4",
-    "train.batch_size=8",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.checkpoint_every=2",
-    "test=false",
-]
+FEW = [*FOUR_STEPS, "test=false"]
 #: Settings that let ranks and windows move within four steps. Windows are drawn: a learnt choice may turn on rounding.
 MOVES = {
     "alora": ["method.score=taylor", "method.moved=5", "method.first_epochs=0.5", "method.round_epochs=0.5"],

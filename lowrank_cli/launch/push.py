@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lowrank_cli.errors import UserError, WorkFailed, nearest, require_choice, shorten
 from lowrank_cli.report import path_format
 from lowrank_cli.report.number_format import size
-from lowrank_cli.runs import Run, atomic_write
+from lowrank_cli.runs import Run
 from lowrank_cli.runs.listing import find
 from lowrank_cli.schema import parse_overrides
 
@@ -101,30 +101,30 @@ def prepare(words: list[str]) -> Upload:
 def push(upload: Upload) -> str:
     """Create the repository if there is none, upload the folder, and return the address of the commit.
 
-    The uploaded card names the repository; that of the run does so only meanwhile, as the next push may go elsewhere.
-    An existing repository keeps its visibility.
+    The uploaded card names the repository; that of the run does not, as the next push may go elsewhere. An existing
+    repository keeps its visibility.
 
     Raises:
         UserError: the folder holds a symbolic link, nobody is logged in, or the Hub refuses the name or the token.
         WorkFailed: the Hub cannot be reached, or fails.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     from lowrank_cli.report import model_card
 
-    upload.files()  # refuses links
+    sent: dict[str, Path | bytes] = {str(path.relative_to(upload.folder)): path for path in upload.files()}
     if get_token() is None:
         raise UserError(f"push: nobody is logged in to the Hub; {LOGIN}")
     card = upload.folder / model_card.FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else model_card.card(upload.run, upload.folder)
-    atomic_write(card, model_card.named(text, upload.repository))
+    sent[model_card.FILE] = model_card.named(text, upload.repository).encode()
     api = HfApi()
     try:
         api.create_repo(upload.repository, private=upload.private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=upload.repository,
-            folder_path=upload.folder,
+        commit = api.create_commit(
+            upload.repository,
+            [CommitOperationAdd(name, content) for name, content in sent.items()],
             commit_message=f"Upload {upload.folder.name} of {upload.run.path.name}",
         )
         return str(commit.commit_url)
@@ -135,8 +135,6 @@ def push(upload: Upload) -> str:
         raise WorkFailed(f"push: the Hub answered {status} for '{upload.repository}'{_said(error)}") from None
     except Exception as error:  # every transport has its own family of network errors
         raise WorkFailed(f"push: the upload failed ({type(error).__name__}: {shorten(str(error))})") from None
-    finally:
-        atomic_write(card, text)
 
 
 def _said(error: HfHubHTTPError) -> str:

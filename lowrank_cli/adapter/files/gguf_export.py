@@ -95,12 +95,14 @@ def save_merged_gguf(adapter: Adapter, folder: Path) -> None:
     """
     model = adapter.model
     require(model, WHOLE)
-    pre_tokenizer = _pre_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    tokenizer: dict[str, Any] = read_json(file, dict[str, Any]) if file.is_file() else {}
+    pre_tokenizer = _pre_tokenizer(tokenizer)
     import gguf
 
     writer, names = _writer(model, folder / MODEL_FILE)
     _add_settings(writer, model)
-    _add_tokenizer(writer, folder, pre_tokenizer, model.config.vocab_size)
+    _add_tokenizer(writer, folder, tokenizer, pre_tokenizer, model.config.vocab_size)
     merge_into_model(adapter)
     embedding = model.get_input_embeddings().weight
     for key, parameter in model.named_parameters():  # without a head that is tied to the embedding
@@ -193,10 +195,8 @@ def _add_settings(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def _pre_tokenizer(folder: Path) -> str:
-    """llama.cpp's name of how the tokenizer in ``folder`` splits text. Raises UserError if it has none."""
-    file = folder / "tokenizer.json"
-    content: dict[str, Any] = read_json(file, dict[str, Any]) if file.is_file() else {}
+def _pre_tokenizer(content: dict[str, Any]) -> str:
+    """llama.cpp's name of how a ``tokenizer.json`` splits text. Raises UserError if it has none."""
     before = content.get("pre_tokenizer") or {}
     steps = [step for step in before.get("pretokenizers", [before]) if step]
     key = tuple(
@@ -213,11 +213,16 @@ def _pre_tokenizer(folder: Path) -> str:
     return PRE_TOKENIZERS[key]
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, pre_tokenizer: str, vocabulary: int) -> None:
-    """Add the byte-level BPE in ``folder``, with unused tokens up to ``vocabulary``, and its special tokens."""
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, folder: Path, content: dict[str, Any], pre_tokenizer: str, vocabulary: int
+) -> None:
+    """Add the byte-level BPE in ``folder``, with unused tokens up to ``vocabulary``, and its special tokens.
+
+    Args:
+        content: its ``tokenizer.json``.
+    """
     import gguf
 
-    content = read_json(folder / "tokenizer.json", dict[str, Any])
     most = max([*content["model"]["vocab"].values(), *(added["id"] for added in content["added_tokens"])])
     if most >= vocabulary:
         raise UserError(

@@ -88,5 +88,10 @@ def _first_of_job() -> str:
     hosts = os.environ.get("SLURM_JOB_NODELIST")
     if not hosts:
         raise UserError("hardware.nodes: MASTER_ADDR is not set; it is the address of the first node")
-    shown = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-    return shown.stdout.split()[0]
+    command = ["scontrol", "show", "hostnames", hosts]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f"hardware.nodes: MASTER_ADDR is not set, and '{' '.join(command)}' does not name the first node"
+        ) from None

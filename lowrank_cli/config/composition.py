@@ -228,12 +228,7 @@ def _check_made_with(method: schema.MethodConfig, source: Source) -> None:
         )
 
 
-def restore(run: runs.Run) -> Composed:
-    """The configuration of an existing run, from its folder."""
-    return recomposed(run)
-
-
-def recomposed(run: runs.Run, values: dict[str, Any] | None = None) -> Composed:
+def restore(run: runs.Run, values: dict[str, Any] | None = None) -> Composed:
     """The configuration of an existing run, from its folder; ``values`` replace those of its config.yaml."""
     info, file = run.info, run.path / "config.yaml"
     try:

@@ -26,8 +26,8 @@ def spawn(run: Run, hardware: HardwareConfig, resume: bool, node: Node | None = 
 
     Args:
         hardware: says how many workers there are.
-        node: this machine, if there are several.
         resume: whether the run goes on from its checkpoint.
+        node: this machine, if there are several.
 
     Raises:
         KeyboardInterrupt: a signal stopped the run.
@@ -39,9 +39,8 @@ def spawn(run: Run, hardware: HardwareConfig, resume: bool, node: Node | None = 
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported once, below
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(max(1, available_cores().count // hardware.processes))
-    )  # they share the cores
+    threads = max(1, available_cores().count // hardware.processes)  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     settings = LaunchConfig(
         min_nodes=hardware.nodes,
         max_nodes=hardware.nodes,

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 from lowrank_cli import stages
-from lowrank_cli.config.composition import Composed, recomposed, refuse_code, restore
+from lowrank_cli.config.composition import Composed, refuse_code, restore
 from lowrank_cli.config.sweep import is_launcher_override
 from lowrank_cli.errors import UserError
 from lowrank_cli.launch import recipe, stage, study
@@ -116,7 +116,7 @@ def with_processes(run: Run, counts: Sequence[str]) -> Composed:
         if not value.isdecimal():
             raise UserError(f"{key}: '{value}' is not a whole number (allowed: 1 or more)")
         config["hardware"][key.partition(".")[2]] = int(value)
-    composed = recomposed(run, config)
+    composed = restore(run, config)
     stage.check_shares(composed.config)
     return composed
 

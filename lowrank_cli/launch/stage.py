@@ -93,8 +93,7 @@ def _refuse_outside_harness(config: EvaluateRun) -> None:
         raise UserError(f"eval: lm_eval asks causal models, and {config.model.name} is an encoder; leave eval out")
     if methods.can(config.method.name, Calibrates):
         raise UserError(f"eval: lm_eval does not see what method={config.method.name} calibrates; leave eval out")
-    if config.hardware.world > 1:
-        raise UserError(f"hardware.processes: {config.hardware.world}, but eval=lm_eval runs in one; set it to 1")
+    config.hardware.require_one_process("eval=lm_eval runs in one; set it to 1")
     if config.evaluate.shots or config.evaluate.num_beams > 1:
         raise UserError(
             "evaluate.shots, evaluate.num_beams: eval=lm_eval has eval.num_fewshot and greedy decoding instead"
@@ -193,9 +192,11 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
 
 def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
     """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
-    task, plan = composed.config.task, method.plan()
-    if shard := composed.config.hardware.divided and composed.config.hardware.shard:
-        raise UserError(f"hardware.shard: {shard} divides weights, which calibration does not support; set it to null")
+    task, plan, hardware = composed.config.task, method.plan(), composed.config.hardware
+    if hardware.divided:
+        raise UserError(
+            f"hardware.shard: {hardware.shard} divides weights, which calibration does not support; set it to null"
+        )
     if task.answer != "labels":
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "

@@ -224,8 +224,7 @@ class BenchRun:
     def validate(self) -> None:
         if self.model.kind != "causal":
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
-        if self.hardware.world > 1:
-            raise UserError(f"hardware.processes: {self.hardware.world}, but a benchmark runs in one process")
+        self.hardware.require_one_process("a benchmark runs in one process")
         if self.hardware.quantization and self.model.shape:
             raise UserError(
                 f"hardware.quantization: {self.hardware.quantization} needs a checkpoint, and model.shape draws random "

@@ -55,5 +55,4 @@ class ExportRun(RunConfig):
     run: Optional[str] = MISSING  #: as of ``lrk evaluate``
 
     def validate(self) -> None:
-        if self.hardware.world > 1:
-            raise UserError(f"hardware.processes: {self.hardware.world}, but one process exports; set it to 1")
+        self.hardware.require_one_process("one process exports; set it to 1")

@@ -45,5 +45,4 @@ class GenerateRun(RunConfig):
     def validate(self) -> None:
         if self.model.kind != "causal":
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
-        if self.hardware.world > 1:
-            raise UserError(f"hardware.processes: {self.hardware.world}, but answers are written by one process")
+        self.hardware.require_one_process("answers are written by one process")

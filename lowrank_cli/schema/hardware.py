@@ -54,6 +54,11 @@ class HardwareConfig:
         """Whether processes divide the frozen weights among them."""
         return self.sharers > 1
 
+    def require_one_process(self, why: str) -> None:
+        """Raise UserError, ending with ``why``, if there are several processes."""
+        if self.world > 1:
+            raise UserError(f"hardware.processes: {self.world}, but {why}")
+
     def validate(self) -> None:
         require_choice("hardware.shard", "null" if self.shard is None else self.shard, ("null", "node", "all"))
         require_choice("hardware.device", self.device, ("cpu", "cuda"))

@@ -26,5 +26,4 @@ class ImportRun(RunConfig):
             raise UserError(
                 f"model.kind: {self.model.name} is an encoder, whose adapters come with a head; take a causal model"
             )
-        if self.hardware.world > 1:
-            raise UserError(f"hardware.processes: {self.hardware.world}, but one process imports")
+        self.hardware.require_one_process("one process imports")

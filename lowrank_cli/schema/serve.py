@@ -56,5 +56,4 @@ class ServeRun(RunConfig):
     def validate(self) -> None:
         if self.model.kind != "causal":
             raise UserError(f"model.kind: {self.model.name} is an encoder and generates nothing; take a causal model")
-        if self.hardware.world > 1:
-            raise UserError(f"hardware.processes: {self.hardware.world}, but one process serves")
+        self.hardware.require_one_process("one process serves")

@@ -103,8 +103,9 @@ class TrainingStep:
             activations, logits, highest = self._backward(rows, before)
             peak = max(peak, highest)
         self._update()
-        extra = method + (copies - 1) * trained - self._elsewhere()
-        weights = _bytes(self.model.parameters()) + _bytes(self.model.buffers()) - trained - self._elsewhere()
+        elsewhere = self._elsewhere()
+        extra = method + (copies - 1) * trained - elsewhere
+        weights = _bytes(self.model.parameters()) + _bytes(self.model.buffers()) - trained - elsewhere
         return Memory(weights, trained, copies * trained, moments, method, activations, logits, peak + extra)
 
     def _elsewhere(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lowrank_cli import tasks
-from lowrank_cli.adapter.adapted_model import fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.calibration import statistics_files
 from lowrank_cli.calibration.head import head_weight
@@ -119,7 +118,7 @@ def _identity(session: Session, seed: int) -> dict[str, Any]:
     plan, templates = calibrating_method(session).plan(), _templates(session)
     proof = session.adapter_run / "adapter" / save_load.PROOF if session.adapter_run else None
     return {
-        "fingerprint": session.adapter.fingerprint if session.adapter else fingerprint(session.model),
+        "fingerprint": session.fingerprint,
         "adapter": save_load.sha256(proof) if proof else None,
         "task": session.task.name,
         "templates": templates,

@@ -192,11 +192,7 @@ def _refuse_to_write_quantized(verb: str, config: Any) -> None:
 
 def _refuse_uncalibratable(composed: Composed, method: Calibrates) -> None:
     """Refuse tasks that a calibrating method cannot use, and export options that it would ignore."""
-    task, plan, hardware = composed.config.task, method.plan(), composed.config.hardware
-    if hardware.divided:
-        raise UserError(
-            f"hardware.shard: {hardware.shard} divides weights, which calibration does not support; set it to null"
-        )
+    task, plan = composed.config.task, method.plan()
     if task.answer != "labels":
         raise UserError(
             f"task.answer: {task.name} has task.answer={task.answer}; calibration compares label words "

@@ -41,7 +41,7 @@ def sensitivity(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
     importance = Importance(adapter, SMOOTHING, SMOOTHING)
     with evaluating(adapter):
         for piece in probe.pieces(PIECES):
-            importance.update(_gradients(adapter, probe, [piece], importance.weights))
+            importance.update(_gradients(adapter, probe, piece, importance.weights))
     return importance.scores()
 
 
@@ -56,7 +56,7 @@ def dnas(adapter: Adapter, probe: Probe) -> dict[str, Tensor]:
     with evaluating(adapter):
         for piece in probe.pieces(PIECES) * GATE_PASSES:
             with _rank_gates(adapter, {key: 2 * level.sigmoid() for key, level in levels.items()}):
-                gradients = _gradients(adapter, probe, [piece], levels)
+                gradients = _gradients(adapter, probe, piece, levels)
             for key, level in levels.items():
                 level.grad = -gradients[key]
             optimizer.step()

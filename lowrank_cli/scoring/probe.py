@@ -28,6 +28,8 @@ class Probe:
     tokens: int  #: most tokens of one forward pass (at least one row), to bound memory
     autocast: Callable[[], AbstractContextManager] = nullcontext
     add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)  #: sums over processes
+    #: number of this process, and of all: its rows are those numbered process, process + processes, … of the batch
+    share: tuple[int, int] = (0, 1)
     tick: Callable[[int], None] = field(default=lambda rows: None)  #: called with the number of rows done
 
     @property
@@ -52,12 +54,19 @@ class Probe:
             groups[-1].append(row)
         return [self._take(rows, lengths[rows[0]]) for rows in groups]
 
-    def pieces(self, count: int) -> list[Batch]:
-        """The batch in order, in up to ``count`` pieces of similar size; the same number in every process."""
+    def pieces(self, count: int) -> list[list[Batch]]:
+        """The batch of all processes in order, in up to ``count`` pieces of similar size.
+
+        Each is a batch with this process's rows of it, or none.
+        """
         lengths = self.batch["attention_mask"].sum(dim=1).tolist()
-        rows, processes = self.add_up(torch.tensor([self.rows, 1], device=self.batch["labels"].device)).tolist()
-        pieces = torch.arange(self.rows).tensor_split(min(count, rows // processes))  # shares differ by at most 1 row
-        return [self._take(piece.tolist(), max(lengths[row] for row in piece)) for piece in pieces]
+        rows = int(self.add_up(torch.tensor(self.rows, device=self.batch["labels"].device)).item())
+        process, processes = self.share
+        numbers, pieces = torch.arange(process, rows, processes), []
+        for piece in torch.arange(rows).tensor_split(min(count, rows)):
+            mine = torch.isin(numbers, piece).nonzero().flatten().tolist()
+            pieces.append([self._take(mine, max(lengths[row] for row in mine))] if mine else [])
+        return pieces
 
     def _take(self, rows: list[int], longest: int) -> Batch:
         index = torch.tensor(rows, device=self.batch["labels"].device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_cli import methods, tasks
-from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.head_loss import head_losses
 from lowrank_cli.adapter.lm_head import answer_losses
@@ -44,6 +44,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     method: Method
     adapter: Adapter | None  #: None for a method that adapts nothing
+    fingerprint: str  #: of the model's weights
     header: str  #: the first line a run prints
     max_positions: int | None  #: longest input in tokens, where the model has a position table
     adapter_run: Path | None  #: the earlier run that holds the adapter's weights
@@ -164,6 +165,7 @@ class Session:
             tokens,
             self.autocast,
             lambda tensor: self.accelerator.reduce(tensor, reduction="sum"),
+            share=(self.accelerator.process_index, world),
         )
 
     def loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -206,6 +208,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
     if not divided:
         model.to(accelerator.device)
     adapter = adapts.adapt(model) if isinstance(adapts, Adapts) else None  # declares its trainable tensors
+    identity = adapter.fingerprint if adapter else fingerprint(model)  # before a process holds only a share
     if divided:
         accelerator.divide(model, adapter, config.hardware)
     session = Session(
@@ -216,6 +219,7 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         loaded.tokenizer,
         method,
         adapter,
+        identity,
         header=loaded.header,
         max_positions=loaded.max_positions,
         adapter_run=adapter_run,

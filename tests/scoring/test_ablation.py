@@ -1,5 +1,7 @@
 """The fast ablation engine against the plain loop: two passes for each rank."""
 
+from itertools import chain
+
 import pytest
 import small
 import torch
@@ -110,22 +112,23 @@ def test_groups_of_like_length_cover_the_batch():
     assert sorted(length for group in groups for length in group["attention_mask"].sum(1).tolist()) == [5, 5, 9, 11, 12]
     assert all(group["input_ids"].numel() <= 24 for group in groups)
     assert all(group["attention_mask"].sum() >= 0.8 * group["attention_mask"].numel() for group in groups)
-    assert [len(piece["labels"]) for piece in probe.pieces(2)] == [3, 2]
-    assert [len(piece["labels"]) for piece in probe.pieces(8)] == [1] * 5
+    assert [len(piece["labels"]) for (piece,) in probe.pieces(2)] == [3, 2]
+    assert [len(piece["labels"]) for (piece,) in probe.pieces(8)] == [1] * 5
 
 
 @pytest.mark.parametrize(("rows", "processes"), [(17, 2), (32, 3), (5, 4), (32, 1)])
-def test_every_process_has_as_many_pieces(rows, processes):
+def test_processes_share_the_pieces_of_the_whole_batch(rows, processes):
     """Each piece is summed over processes: one more in one of them would wait forever."""
-    shares = [range(rows)[process::processes] for process in range(processes)]
-    counts = set()
-    for share in shares:
-        batch = {key: torch.ones(len(share), 4, dtype=torch.long) for key in ("input_ids", "attention_mask", "labels")}
-        probe = Probe(batch, 100, add_up=lambda own: torch.tensor([rows, processes]))
-        pieces = probe.pieces(8)
-        assert sum(len(piece["labels"]) for piece in pieces) == len(share)
-        counts.add(len(pieces))
-    assert counts == {min(8, rows // processes)}
+    ids = torch.arange(rows).unsqueeze(1).repeat(1, 4)
+
+    def pieces(process, processes):
+        own = ids[process::processes]
+        batch = {"input_ids": own, "attention_mask": torch.ones_like(own), "labels": own}
+        probe = Probe(batch, 100, add_up=lambda own: torch.tensor(rows), share=(process, processes))
+        return [sorted(row for part in piece for row in part["input_ids"][:, 0].tolist()) for piece in probe.pieces(8)]
+
+    shares = [pieces(process, processes) for process in range(processes)]
+    assert [sorted(chain(*parts)) for parts in zip(*shares, strict=True)] == pieces(0, 1)
 
 
 def test_routed_modules_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -85,6 +86,24 @@ def test_a_checkpoint_of_two_processes_continues_on_one_and_on_four():
         assert_equal(Run.open(copy), alone)
 
 
+def test_two_processes_calibrate_and_score_as_one():
+    """The examples do not divide evenly: one process makes a pass more than the other."""
+    few = ["task=tiny_sentiment", "task.limit=17", "hardware.threads=1", "evaluate.batch_size=2"]
+    answers, scores = [], []
+    adapted = train("method=lora", "train.max_steps=1")
+    for number, way in enumerate(([], WAYS["fsdp"])):
+        with forked_workers():
+            single_run.start("train", ["method=idaicl", *few, *way, f"outputs=fitted-{number}"], None, "lrk train")
+            given = [f"run={adapted.path}", "score.kind=sensitivity", "score.batch=13", f"outputs=scored-{number}"]
+            single_run.start("score", [*given, "hardware.threads=1", *way], None, "lrk score")
+        rows = Run.open(Path(f"fitted-{number}/latest").resolve()).path / "predictions.jsonl"
+        answers.append([json.loads(row)["scores"] for row in rows.read_text().splitlines()])
+        modules = Run.open(Path(f"scored-{number}/latest").resolve()).read_json("scores.json")["modules"]
+        scores.append([score for module in modules for score in module["scores"]])
+    for alone, together in (answers, scores):
+        torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     {
@@ -92,8 +111,6 @@ def test_a_checkpoint_of_two_processes_continues_on_one_and_on_four():
         "method=full trains them; set hardware.shard=null, or take another method",
         "hardware.nodes=3 hardware.processes=2": "train.batch_size: 16 cannot be shared by hardware.nodes=3 times "
         "hardware.processes=2 times train.gradient_accumulation=1",
-        "method=idaicl task=tiny_sentiment hardware.processes=2 hardware.shard=node": "hardware.shard: node divides "
-        "weights, which calibration does not support; set it to null",
         "hardware.shard=layers": "hardware.shard: unknown value 'layers' (allowed: null, node, all)",
         "hardware=fsdp hardware.quantization=nf4": "hardware.shard: node divides weights in bf16 or fp32, and "
         "hardware.quantization=nf4 keeps them in 4 bits; set hardware.quantization=null",

@@ -17,6 +17,7 @@ SHAPES = {
     "7b": (32, 4096, 11008, 32, 32, 32000),  # Llama 2
     "8b": (32, 4096, 14336, 32, 8, 128256),  # Llama 3
     "13b": (40, 5120, 13824, 40, 40, 32000),  # Llama 2
+    "70b": (80, 8192, 28672, 64, 8, 32000),  # Llama 2
 }
 TRUST = "model.trust_remote_code"  #: the key that no file can set, only what is typed
 

@@ -8,17 +8,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
 from lowrank_cli import cli, stages
 from lowrank_cli.launch import workers
 from lowrank_cli.report import plots
-from lowrank_cli.runs import Run, atomic_write, config_hash
+from lowrank_cli.runs import Run, config_hash
 
 FAKES = Path(__file__).parent / "fakes"
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,10 +81,8 @@ def fake_stages(monkeypatch):
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
     monkeypatch.setattr(workers, "PRELOADED", ("fake_stage", "lowrank_cli.report.plots"))  # no torch: that takes 5 s
-    monkeypatch.setattr(plots, "write", lambda figure, file: atomic_write(file, b""))  # rendering is most of such a run
-    forkserver._forkserver._stop()  # one that an earlier test left starts children with that test's stages
-    yield
-    forkserver._forkserver._stop()
+    monkeypatch.setattr(workers, "run_in_child", forked.Replaced("lowrank_cli.launch.workers.run_in_child"))
+    monkeypatch.setattr(plots, "write", forked.no_picture)
 
 
 def shell(*arguments: str, **environment: str) -> Ended:

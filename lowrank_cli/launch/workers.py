@@ -60,7 +60,7 @@ class Workers:
 
     def _start(self, folder: Path) -> BaseProcess:
         threads = max(1, available_cores().count // self.count)
-        child = self._context.Process(target=_work, args=(str(folder), os.getcwd(), str(self.locks), threads))
+        child = self._context.Process(target=run_in_child, args=(str(folder), os.getcwd(), str(self.locks), threads))
         child.start()
         return child
 
@@ -79,7 +79,7 @@ def _stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def _work(folder: str, directory: str, locks: str, threads: int) -> None:
+def run_in_child(folder: str, directory: str, locks: str, threads: int) -> None:
     """The child process: one run, from its prepared folder."""
     os.chdir(directory)
     os.setsid()  # a Ctrl-C in the terminal reaches the parent alone, which passes it on

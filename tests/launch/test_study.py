@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from command import Ended, one_line, reconfigure, runs
+from forked import Lrk
 
 from lowrank_cli.launch.study_plan import Cell, Plan
 from lowrank_cli.launch.tuning import Search, rungs
@@ -111,8 +110,7 @@ def test_what_fails_leaves_the_others_alone_and_only_that_is_run_again(study, lr
 @fake
 def test_a_killed_study_goes_on_where_it_was(study, lrk):
     write(seeds=[0, 77])
-    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = Lrk("study", "study=mine", "--config-dir", "mine")
     waiting = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting")
     process.kill()
     process.wait()
@@ -132,16 +130,15 @@ def test_a_killed_study_goes_on_where_it_was(study, lrk):
 @fake
 def test_ctrl_c_stops_the_children_and_says_how_to_go_on(lrk):
     write(seeds=[77])
-    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Lrk("study", "study=mine", "--config-dir", "mine")
     waiting = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting")
     for words in (["study=mine", "--config-dir", "mine", "folder=outputs/latest"], ["--resume", "outputs/latest"]):
         ended = lrk("study", *words)
         assert ended.code == 2 and "is running" in ended.err
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    assert process.wait() == 130
+    errors = process.errors()
     (folder,) = runs()
-    assert process.returncode == 130
     assert errors.splitlines()[-1] == f"interrupted: continue with: lrk study --resume {folder}"
     assert read(waiting.parent / "run.json")["status"] == "interrupted" == read(folder / "run.json")["status"]
 
@@ -152,16 +149,15 @@ def test_a_launcher_runs_a_study_and_a_killed_run_leaves_the_others_alone(study,
     arms = {**SMALL["arms"], "fast": ["method=lora", "train.learning_rate=2"]}
     write(arms=arms, seeds=[0, 77], tune={"search": {"train.weight_decay": [0.0, 0.1]}})
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    command = [sys.executable, "-m", "lowrank_cli", "study", "study=mine", "--config-dir", "mine", *launcher]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Lrk("study", "study=mine", "--config-dir", "mine", *launcher)
     killed = wait_for("outputs/latest/runs/all/yesno/plain/77/waiting").parent
     (folder,) = runs()
     assert {status for name, status in statuses(folder).items() if name.startswith("tuning/")} == {"done", "failed"}
     (killed.parents[1] / "routed/77").mkdir(exist_ok=True)
     (killed.parents[1] / "routed/77/go").touch()
     os.kill(read(killed / "run.json")["process"]["pid"], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1, errors
+    assert process.wait() == 1, process.errors()
+    errors = process.errors()
     final = {name: status for name, status in statuses(folder).items() if name.startswith("runs/")}
     assert final.pop("runs/all/yesno/plain/77") == "failed"
     assert "runs/all/yesno/plain/77: its process was killed (SIGKILL)" in errors
@@ -366,9 +362,9 @@ def test_check_counts_the_runs_and_starts_none(lrk):
 @pytest.mark.slow
 def test_check_estimates_the_time_from_a_few_steps():
     write(overrides=["train.max_steps=20", "task.limit=32"], arms={"plain": ["method=lora"]})
-    command = [sys.executable, "-m", "lowrank_cli", "check", "study", "study=mine", "--config-dir", "mine"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "time: about " in out and not Path("outputs").exists()
+    process = Lrk("check", "study", "study=mine", "--config-dir", "mine")
+    assert process.wait() == 0, process.errors()
+    assert "time: about " in process.output() and not Path("outputs").exists()
 
 
 @pytest.mark.parametrize(

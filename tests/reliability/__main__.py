@@ -96,9 +96,10 @@ def prepare(scratch: Path) -> None:
     tempfile.tempdir = None
     sys.dont_write_bytecode = True
     warnings.simplefilter("ignore")
-    from .command import preload
+    from .command import preload, warm
 
-    preload(scratch)
+    preload()
+    warm(scratch)
 
 
 def run(family: str, seeds: Iterable[int], scratch: Path, samples: Samples, keep: Path | None) -> Iterable[Result]:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -80,13 +81,9 @@ class Ended:
     stopped_after: float | None = None
 
 
-def preload(folder: Path) -> None:
-    """Import, compose and load what every command needs; to be called once, before the first :class:`Command`.
-
-    Args:
-        folder: where the commands of :data:`WARMING` run.
-    """
-    from lowrank_cli import cli, methods, stages
+def preload() -> None:
+    """Import and compose what every command needs; to be called once, before the first fork."""
+    from lowrank_cli import methods, stages
     from lowrank_cli.config.composition import compose
 
     for name in (*stages.STAGES.values(), *PRELOADED):
@@ -94,10 +91,18 @@ def preload(folder: Path) -> None:
     for name in methods.names():
         methods.create(methods.config_classes()[name](name=name))
     compose("train", ["method=lora"])
+    codecs.lookup("utf-8-sig")  # imported when first asked for, which another user may not be able to do
+    gc.collect()
+    gc.freeze()
+
+
+def warm(folder: Path) -> None:
+    """Run the commands of :data:`WARMING` in ``folder``, between :func:`preload` and the first fork."""
+    from lowrank_cli import cli
+
     with chdir(folder), redirect_stdout(io.StringIO()) as shown, redirect_stderr(shown):
         for arguments in WARMING:
             assert cli.call(list(arguments)) == 0, shown.getvalue()
-    codecs.lookup("utf-8-sig")  # imported when first asked for, which another user may not be able to do
     gc.collect()
     gc.freeze()
 
@@ -194,14 +199,14 @@ class Command:
             if prepare is not None:
                 prepare()
             sys.addaudithook(guard(roots, self._files[2].fileno()))
-            code = _main()
+            code = main()
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
 
 
-def _main() -> int:
+def main() -> int:
     """``lrk`` as the interpreter runs it, up to the exit code."""
     from lowrank_cli import __main__
 
@@ -213,6 +218,7 @@ def _main() -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -17,7 +17,6 @@ import yaml
 
 from lowrank_cli import cli, stages
 from lowrank_cli.launch import workers
-from lowrank_cli.report import plots
 from lowrank_cli.runs import Run, config_hash
 
 FAKES = Path(__file__).parent / "fakes"
@@ -74,7 +73,7 @@ def lrk(capfd, monkeypatch):
 
 @pytest.fixture
 def fake_stages(monkeypatch):
-    """Every verb runs tests/fakes/fake_stage.py, in this process (where pictures are empty) and in those it starts."""
+    """Every verb runs tests/fakes/fake_stage.py, in this process and in those it starts."""
     own = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKES), str(ROOT), *([own] if own else [])]))
     monkeypatch.syspath_prepend(str(FAKES))
@@ -82,7 +81,6 @@ def fake_stages(monkeypatch):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
     monkeypatch.setattr(workers, "PRELOADED", ("fake_stage", "lowrank_cli.report.plots"))  # no torch: that takes 5 s
     monkeypatch.setattr(workers, "run_in_child", forked.Replaced("lowrank_cli.launch.workers.run_in_child"))
-    monkeypatch.setattr(plots, "write", forked.no_picture)
 
 
 def shell(*arguments: str, **environment: str) -> Ended:

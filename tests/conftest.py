@@ -11,6 +11,9 @@ import tempfile
 
 import pytest
 from command import fake_stages, lrk  # noqa: F401 (fixtures of every test)
+from forked import no_picture
+
+from lowrank_cli.report import plots
 
 # Read when torch, matplotlib and huggingface_hub are first imported; child processes inherit them.
 _hub_cache = tempfile.TemporaryDirectory(prefix="hub-")
@@ -52,6 +55,23 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+render = plots.write
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_pictures():
+    """Figures are made, and written as empty files: to render one takes longer than a small training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "write", no_picture)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Figures are rendered in this test."""
+    monkeypatch.setattr(plots, "write", render)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 
 from lowrank_cli.cli import STAGES
 from lowrank_cli.config.composition import compose
+from lowrank_cli.launch import single_run
 from lowrank_cli.launch.study_plan import split
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +102,8 @@ MEASURED = [
 def trained(tmp_path_factory):
     """A folder with one small run of ``lrk train``, which pages start from."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, "-m", "lowrank_cli", "train", "method=lora", *SMALL["train"]]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with chdir(folder):
+        single_run.start("train", ["method=lora", *SMALL["train"]], None, "lrk train")
     return folder / "outputs"
 
 

@@ -60,7 +60,7 @@ def measure(models, prompts, beams=1, **changes):
         return decode.rounds(models, list(models.values()), prompts, settings(**changes), beams, bar)
 
 
-def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from():
+def test_a_benchmark_leaves_figures_ratios_and_where_they_come_from(pictures):
     run = measured("bench.rounds=2", "bench.batch_size=2", f"bench.methods=[{','.join(map(repr, ENTRIES))}]")
     record = run.read_json("bench.json")
     assert [(row["method"], row["beams"]) for row in record["rows"]] == [(m, b) for b in (1, 3) for m in ENTRIES]
@@ -270,7 +270,7 @@ def test_every_method_that_adapts_beside_the_weights_can_be_measured():
             small_models(("base", name))
 
 
-def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone():
+def test_many_adapters_in_a_batch_are_measured_beside_each_method_alone(pictures):
     methods = "bench.methods=[base,lora,'milora k=3',peft]"
     run = measured("bench.rounds=2", "bench.batch_size=3", "bench.beams=[1]", methods, "bench.tenants=[1,3]")
     record = run.read_json("bench.json")
@@ -343,7 +343,7 @@ def test_the_option_sets_what_it_needs_unless_it_is_given(lrk):  # noqa: F811
     assert "batch_size: 16" in shown and "peft" not in shown
 
 
-def test_training_steps_are_measured_and_drawn(lrk):  # noqa: F811
+def test_training_steps_are_measured_and_drawn(lrk, pictures):  # noqa: F811
     entries = ["base", "lora", "lora dropout=0.5", "moelora rank=8", "milora bilevel_every=2", "peft dropout=0.5"]
     ended = lrk("bench", "train", *TRAIN, "bench.rounds=2", f"bench.methods=[{','.join(map(repr, entries))}]")
     assert ended.code == 0, ended
@@ -461,7 +461,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_a_kind_that_measures_time(kind, lrk):  # noqa: F811
+def test_a_kind_that_measures_time(kind, lrk, pictures):  # noqa: F811
     shape = [] if kind == "icl" else [f"model.shape={SHAPE}"]
     ended = lrk("bench", kind, "hardware.threads=1", "bench.rounds=2", *shape, *SMALL[kind])
     assert ended.code == 0, ended

@@ -281,7 +281,7 @@ def test_a_link_among_the_files_of_a_run_is_not_followed(made):
     assert Path("precious").read_text() == "mine"
 
 
-def test_a_figure_lies_among_the_plots(made):
+def test_a_figure_lies_among_the_plots(made, pictures):
     figure = {"file": "../run.json", "kind": "heatmap", "title": "", "rows": [], "columns": [], "values": []}
     made.write_json("figures.json", [figure])
     with pytest.raises(UserError, match=r"figures\.json: \[0\]\.file is '\.\./run\.json'; expected a plain name"):
@@ -347,7 +347,7 @@ def test_what_is_printed_is_shown_as_it_stands(made, lrk):
         assert not set(ended.out + ended.err) & set("\x1b\x07\x9b\u202e") and "Traceback" not in ended.err
 
 
-def test_names_of_plots_are_no_formulas(made):
+def test_names_of_plots_are_no_formulas(made, pictures):
     name = "$\\frac{$ a_b $x$\x1b"
     made.update(choices={**made.info["choices"], "task": name})
     labels = {"title": name, "rows": [name], "columns": [name], "label": name, "row_label": name}

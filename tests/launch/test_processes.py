@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from command import one_line, runs
-from forked import unused_port
+from forked import Lrk, unused_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fake_stages")]
 TWO = ("hardware.processes=2", "train.max_steps=3", "train.warmup=0.1")
@@ -59,12 +57,11 @@ def test_two_nodes_make_one_run(lrk, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(unused_port()))
     monkeypatch.setenv("NODE_RANK", "1")
-    command = [sys.executable, "-m", "lowrank_cli", "train", *nodes]
-    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    second = Lrk("train", *nodes)
     monkeypatch.setenv("NODE_RANK", "0")
     ended = lrk("train", *nodes)
     assert (ended.code, ended.err) == (0, "")
-    assert (second.communicate()[0], second.returncode) == ("", 0)
+    assert (second.wait(), second.output(), second.errors()) == (0, "", "")
     assert history(runs()[0]) == [(1, False), (2, False), (3, False)] and status(runs()[0]) == "done"
 
 

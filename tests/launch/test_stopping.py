@@ -14,7 +14,8 @@ from threading import Event
 from types import SimpleNamespace
 
 import pytest
-from command import FAKES, ROOT, runs
+from command import runs
+from forked import Lrk
 
 from lowrank_cli.errors import Interrupted
 from lowrank_cli.launch import stage
@@ -145,29 +146,25 @@ def test_whatever_a_library_makes_of_the_interrupt_the_run_was_interrupted(lrk, 
     assert raised.value.exit_code == 143 and Run.open(run.path).info["status"] == "interrupted"
 
 
-def start(*arguments: str, seen: str = "outputs/*/*/waiting", **options) -> subprocess.Popen:
-    """``lrk`` with fake stages in a process of its own, as soon as a file like ``seen`` lies there."""
-    path = os.pathsep.join([str(FAKES), str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_cli", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-    limit = time.monotonic() + 120
-    while not list(Path().glob(seen)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.05)
-    return process
+@pytest.fixture
+def start(fake_stages):
+    """``start(*arguments)`` is ``lrk`` in a process of its own, as soon as a file like ``seen`` lies there."""
+
+    def call(*arguments: str, seen: str = "outputs/*/*/waiting") -> Lrk:
+        process = Lrk(*arguments)
+        limit = time.monotonic() + 120
+        while not list(Path().glob(seen)):
+            assert process.poll() is None, process.errors()
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        return process
+
+    return call
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
+def ended(process: Lrk) -> tuple[int, str]:
     """The exit code and the last line of stderr."""
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors.splitlines()[-1]
+    return process.wait(), process.errors().splitlines()[-1]
 
 
 def states(sweep: Path) -> dict[str, str]:
@@ -177,7 +174,7 @@ def states(sweep: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_ends_a_run_that_says_how_to_go_on(number, code):
+def test_a_signal_ends_a_run_that_says_how_to_go_on(start, number, code):
     process = start(*WAITS)
     process.send_signal(number)
     assert ended(process) == (code, f"interrupted: continue with: lrk train --resume {runs()[0]}")
@@ -192,7 +189,7 @@ def test_a_signal_before_the_run_is_one_line(monkeypatch, lrk):
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_both_processes():
+def test_a_signal_reaches_both_processes(start):
     process = start(*WAITS, "hardware.processes=2")
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (143, f"interrupted: continue with: lrk train --resume {runs()[0]}")
@@ -200,7 +197,7 @@ def test_a_signal_reaches_both_processes():
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named():
+def test_a_killed_worker_is_named(start):
     process = start(*WAITS, "hardware.processes=2")
     import psutil
 
@@ -212,7 +209,7 @@ def test_a_killed_worker_is_named():
 
 
 @pytest.mark.slow
-def test_a_signal_to_a_sweep_reaches_its_jobs():
+def test_a_signal_to_a_sweep_reaches_its_jobs(start):
     """Only to the process that was called, as a batch system does."""
     process = start(*PARALLEL, "seed=77,0,1", seen="outputs/*/*/*/waiting")
     process.send_signal(signal.SIGTERM)
@@ -223,7 +220,7 @@ def test_a_signal_to_a_sweep_reaches_its_jobs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the job", "the launcher's process"])
-def test_a_killed_job_leaves_the_others_alone(victim):
+def test_a_killed_job_leaves_the_others_alone(start, victim):
     import psutil
 
     process = start(*PARALLEL, "seed=77,0,1,2", seen="outputs/*/*/*/waiting")

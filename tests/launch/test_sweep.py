@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from command import one_line, runs
+from forked import Lrk
 from joblib.externals.loky import get_reusable_executor
 
 from lowrank_cli.errors import UserError
@@ -196,24 +197,12 @@ def test_a_job_that_dies_is_told_apart(lrk, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_joblib(tmp_path):
+def test_ctrl_c_reaches_joblib():
     """A real signal to a real process group: finished jobs stay, the others say interrupted."""
-    program = (
-        "import os, signal, sys, threading, time\n"
-        "from lowrank_cli import cli\n"
-        "from pathlib import Path\n"
-        "def wait():\n"
-        "    while not list(Path('outputs').glob('*/*/*/waiting')): time.sleep(0.1)\n"
-        "    os.killpg(0, signal.SIGINT)\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
-        "threading.Thread(target=wait, daemon=True).start()\n"
-        "sys.exit(cli.call(sys.argv[1:]))\n"
-    )
-    command = ["train", "-m", "seed=0,77", *STEPS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command], capture_output=True, text=True, timeout=120, start_new_session=True
-    )
-    assert done.returncode == 130, done
+    process = Lrk("train", "-m", "seed=0,77", *STEPS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    wait_for("waiting")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130, process.errors()
     (sweep,) = runs()
     assert states(sweep)["seed77"] == "interrupted" and ledger(sweep)["status"] == "interrupted"
 
@@ -283,11 +272,6 @@ def launcher(request, monkeypatch):
     return f"hydra/launcher={request.param}"
 
 
-def sweeping(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lowrank_cli", "train", "-m", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
 def wait_for(pattern: str) -> Path:
     """The first file of a pattern in a job's folder, once it is there."""
     while not (found := sorted(Path("outputs").glob(f"*/*/*/{pattern}"))):
@@ -298,14 +282,14 @@ def wait_for(pattern: str) -> Path:
 @pytest.mark.slow
 def test_a_launcher_loses_nothing_when_a_job_is_killed(launcher):
     """Statuses and tracebacks are there at once; the others end as they would; --resume runs the rest alone."""
-    with sweeping("seed=77,0", "train.weight_decay=0,9", *STEPS, launcher) as process:
-        traceback, waiting = wait_for("error.txt"), wait_for("waiting")
-        assert "RuntimeError: a bug" in traceback.read_text()
-        assert json.loads((traceback.parent / "run.json").read_text())["status"] == "failed"
-        os.kill(json.loads((waiting.parent / "run.json").read_text())["process"]["pid"], signal.SIGKILL)
-        err = process.communicate(timeout=300)[1]
+    process = Lrk("train", "-m", "seed=77,0", "train.weight_decay=0,9", *STEPS, launcher)
+    traceback, waiting = wait_for("error.txt"), wait_for("waiting")
+    assert "RuntimeError: a bug" in traceback.read_text()
+    assert json.loads((traceback.parent / "run.json").read_text())["status"] == "failed"
+    os.kill(json.loads((waiting.parent / "run.json").read_text())["process"]["pid"], signal.SIGKILL)
+    code, err = process.wait(300), process.errors()
     (sweep,) = runs()
-    assert process.returncode == 1 and "3 of 4 jobs are not done; continue with: lrk train -m --resume" in err, err
+    assert code == 1 and "3 of 4 jobs are not done; continue with: lrk train -m --resume" in err, err
     assert states(sweep) == {
         "seed77-weight_decay0": "failed",
         "seed77-weight_decay9": "failed",
@@ -317,8 +301,9 @@ def test_a_launcher_loses_nothing_when_a_job_is_killed(launcher):
     assert info["config_hash"].startswith(waiting.parent.name.partition("-")[0])
     (waiting.parent / "go").touch()
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("*-seed0-weight_decay0/run.json")}
-    with sweeping("--resume", str(sweep)) as process:
-        err = process.communicate(timeout=300)[1]
+    process = Lrk("train", "-m", "--resume", str(sweep))
+    process.wait(300)
+    err = process.errors()
     assert "2 of 4 jobs are not done" in err and states(sweep)["seed77-weight_decay0"] == "done", err
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -326,18 +311,16 @@ def test_a_launcher_loses_nothing_when_a_job_is_killed(launcher):
 @pytest.mark.slow
 def test_submitit_loses_nothing_when_its_own_process_is_killed():
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    with sweeping("seed=77,0,1", *STEPS, "hydra/launcher=submitit_local") as process:
-        waiting = wait_for("waiting")
-        pid = json.loads((waiting.parent / "run.json").read_text())["process"]["pid"]
-        os.kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
-        err = process.communicate(timeout=300)[1]
+    process = Lrk("train", "-m", "seed=77,0,1", *STEPS, "hydra/launcher=submitit_local")
+    waiting = wait_for("waiting")
+    pid = json.loads((waiting.parent / "run.json").read_text())["process"]["pid"]
+    os.kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    assert process.wait(300) == 1, process.errors()
     (sweep,) = runs()
-    assert process.returncode == 1, err
     assert states(sweep) == {"seed77": "interrupted", "seed0": "done", "seed1": "done"}
     (waiting.parent / "go").touch()
-    with sweeping("--resume", str(sweep)) as process:
-        err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0 and set(states(sweep).values()) == {"done"}, err
+    process = Lrk("train", "-m", "--resume", str(sweep))
+    assert process.wait(300) == 0 and set(states(sweep).values()) == {"done"}, process.errors()
 
 
 def test_a_sweep_on_slurm_composes(lrk):

@@ -255,7 +255,7 @@ def train(*overrides: str) -> Run:
 
 
 @pytest.mark.slow
-def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved():
+def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved(pictures):
     run = train("method.moved=5")
     rounds = [row for row in run.history() if "round" in row]
     assert [row["step"] for row in rounds] == [2, 3, 4, 5]

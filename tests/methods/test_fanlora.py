@@ -392,7 +392,7 @@ def lrk_run(verb, *overrides):
 
 
 @pytest.mark.slow
-def test_train_score_prune_and_train_another_task(capsys):
+def test_train_score_prune_and_train_another_task(capsys, pictures):
     lrk_run("train", "method=lora", "task=tiny_topic", *QUICK, *TRAIN, "train.learning_rate=1e-2")
     scored = lrk_run("score", "score.level=module", "score.batch=4")
     record = scored.read_json("scores.json")

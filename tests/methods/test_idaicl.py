@@ -356,7 +356,7 @@ def test_each_demonstration_is_asked_after_the_others(fitted, asked):
     assert predictions(alone) == predictions(lrk("evaluate", *common, "method.calibration=none", "evaluate.shots=0"))
 
 
-def test_curves_cover_the_values_asked_for(fitted):
+def test_curves_cover_the_values_asked_for(fitted, pictures):
     run = lrk("evaluate", f"run={fitted.path}", "method.strengths=[0.0,0.5]", "method.taus=[0,1]", "method.templates=1")
     assert {"strength.png", "tau.png"} <= {path.name for path in (run.path / "plots").iterdir()}
     curves = {figure["file"]: figure for figure in json.loads((run.path / "figures.json").read_text())}

@@ -223,7 +223,7 @@ def test_a_tied_embedding_is_refused():
 
 
 @pytest.mark.slow
-def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures():
+def test_resumed_in_the_middle_of_a_phase_it_is_bit_equal_and_draws_its_figures(pictures):
     overrides = [
         "method=lelora",
         "task=tiny_entailment",

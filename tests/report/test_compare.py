@@ -259,7 +259,7 @@ def test_sweep_and_recipe_folders_and_single_runs(add):
     assert len(rows) == 3 and "Left out: 2 not finished." in markdown
 
 
-def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, monkeypatch):
+def test_a_swept_number_is_drawn_as_a_line_with_the_other_methods_level(add, monkeypatch, pictures):
     for seed in range(2):
         add("lora", seed, 0.5 + seed)
         for k in (10, 1, 7):

@@ -28,7 +28,7 @@ def comparison(add):
     return build_comparison([add.outputs], baseline="lora", across_tasks=True)
 
 
-def test_every_format_is_written(comparison, tmp_path):
+def test_every_format_is_written(comparison, tmp_path, pictures):
     formats.write(comparison, tmp_path / "out")
     tasks = ("tiny_topic", "tiny_yesno")
     plots = {f"{kind}-llama-{task}.png" for kind in ("forest", "pareto", "seeds") for task in tasks} | {

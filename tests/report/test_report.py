@@ -240,7 +240,7 @@ def picture_size(path):
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
-def test_draw_writes_the_losses_and_each_figure(make):
+def test_draw_writes_the_losses_and_each_figure(make, pictures):
     run = make()
     for step in range(1, 151):
         run.log({"step": step, "train/loss": 2 / step, "learning_rate": 1e-3 * (1 - step / 150)})
@@ -267,7 +267,7 @@ def test_draw_writes_the_losses_and_each_figure(make):
     ],
     ids=["one train row, no dev", "only NaN", "some NaN", "no train rows"],
 )
-def test_losses_are_drawn_from_whatever_there_is(make, history):
+def test_losses_are_drawn_from_whatever_there_is(make, history, pictures):
     run = make()
     for row in history:
         run.log(row)

@@ -98,7 +98,7 @@ def test_ranks_that_are_not_judged_one_by_one_are_refused(verb, lrk, fake_stages
 
 
 @pytest.mark.slow
-def test_train_score_prune_evaluate_and_train_on(capsys):
+def test_train_score_prune_evaluate_and_train_on(capsys, pictures):
     trained = lrk_run("train", *QUICK, *TRAIN, "method=lora", "method.rank=4", "train.learning_rate=1e-2")
     scored = lrk_run("score", "score.batch=4")
     record = scored.read_json("scores.json")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from command import ROOT, lrk, one_line  # noqa: F401 (a fixture)
+from command import lrk, one_line  # noqa: F401 (a fixture)
+from forked import Lrk
 from serving_cases import PROMPTS
 
 from lowrank_cli.runs import stopping
@@ -50,21 +49,13 @@ def test_a_server_serves_until_it_is_stopped(trained, lrk):  # noqa: F811
     Path("tenants.jsonl").write_text(
         json.dumps({"tenant": milora, "name": "mi"}) + "\n" + json.dumps({"tenant": calibrated, "name": "ida"}) + "\n"
     )
-    command = [sys.executable, "-m", "lowrank_cli", "serve", "--tenants", "tenants.jsonl"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    server = subprocess.Popen(
-        [*command, "serve.port=0", "hardware.threads=1"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    server = Lrk("serve", "--tenants", "tenants.jsonl", "serve.port=0", "hardware.threads=1")
     killer = threading.Timer(120, server.kill)
     killer.start()
     try:
-        lines = []
-        for line in server.stderr:
-            lines.append(line)
-            if at := re.search(r"serving llama, mi, ida at (http://127\.0\.0\.1:\d+/v1)", line):
-                break
-        else:
-            raise AssertionError(lines)
+        while not (at := re.search(r"serving llama, mi, ida at (http://127\.0\.0\.1:\d+/v1)", server.errors())):
+            assert server.poll() is None, server.errors()
+            time.sleep(0.05)
         with openai.OpenAI(base_url=at[1], api_key="none", max_retries=0) as client:
             prompt = "Review: a charming film\nSentiment:"
             answers = client.completions.create(model="ida", prompt=[prompt, PROMPTS[0]]).choices
@@ -78,11 +69,10 @@ def test_a_server_serves_until_it_is_stopped(trained, lrk):  # noqa: F811
             rest = list(stream)
             text += "".join(chunk.choices[0].text for chunk in rest)
             assert rest[-1].choices[0].finish_reason in ("length", "stop")
-        assert server.wait(60) == 0, server.stderr.read()
+        assert server.wait(60) == 0, server.errors()
     finally:
         killer.cancel()
         server.kill()
-        server.stderr.close()
     run = Path("outputs/latest")
     assert json.loads((run / "run.json").read_text())["status"] == "done"
     assert json.loads((run / "metrics.json").read_text())["serve/requests"] == 2

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +13,7 @@ import pytest
 import torch
 from checkpoints import random_bert
 from command import FEW_STEPS
+from forked import Lrk, forked_workers
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -60,7 +59,8 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """An uninterrupted run of two processes."""
-    return command(tmp_path_factory.mktemp("pair"), [*FEW_STEPS, *PARALLEL])
+    with forked_workers():
+        return train(*PARALLEL, outputs=tmp_path_factory.mktemp("pair"))
 
 
 def test_a_run_leaves_everything_that_the_contract_names(whole):
@@ -102,40 +102,36 @@ def test_without_the_test_split_a_run_trains_alike_and_measures_dev_alone(tmp_pa
     assert run.info["config_hash"] == whole.info["config_hash"]  # it decides nothing that was learnt
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, pair):
+def test_a_killed_run_resumes_bit_for_bit(pair):
     """Two processes, killed without warning after a checkpoint; then ``--resume``. One process: tests/reliability."""
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_cli", "train", *FEW_STEPS, *PARALLEL],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd=tmp_path,
-    )
-    history = tmp_path / "outputs" / "latest" / "history.jsonl"
-    limit = time.monotonic() + 240
-    while not (history.exists() and '"step": 5' in history.read_text()):
-        assert killed.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < limit
-        time.sleep(0.002)
+    killed = started_until(5, *PARALLEL)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    run = Run.open(tmp_path / "outputs" / "latest")
-    assert not run.done
-    resumed = command(tmp_path, ["--resume", str(run.path)])
+    assert not Run.open("outputs/latest").done
+    with forked_workers():
+        resumed = resume()
     assert losses(resumed) == losses(pair)
     assert numbers(resumed) == numbers(pair)
     ours, theirs = (load_file(r.path / "adapter" / "adapter_model.safetensors") for r in (resumed, pair))
     torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
 
 
-def command(folder: Path, arguments: list[str]) -> Run:
-    """``lrk train`` as its own process, started in ``folder``."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "lowrank_cli", "train", *arguments], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return Run.open(folder / "outputs" / "latest")
+def started_until(step: int, *overrides: str) -> Lrk:
+    """``lrk train`` in a process of its own, as soon as it has logged a step."""
+    started, history = Lrk("train", *FEW_STEPS, *overrides), Path("outputs/latest/history.jsonl")
+    limit = time.monotonic() + 240
+    while not (history.exists() and f'"step": {step}' in history.read_text()):
+        assert started.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+    return started
+
+
+def resume() -> Run:
+    """``lrk train --resume outputs/latest`` in this process; its run."""
+    run = Run.open(Path("outputs/latest").resolve())
+    single_run.resume("train", str(run.path), [])
+    return Run.open(run.path)
 
 
 def test_two_processes_train_as_one(pair):
@@ -157,27 +153,13 @@ def test_accumulated_batches_make_the_same_step(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(tmp_path, whole):
-    started = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_cli", "train", *FEW_STEPS, "method=milora", "method.dropout=0.1"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=tmp_path,
-    )
-    history = tmp_path / "outputs" / "latest" / "history.jsonl"
-    limit = time.monotonic() + 240
-    while not (history.exists() and '"step": 3' in history.read_text()):
-        assert started.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.002)
+def test_sigterm_saves_and_says_how_to_go_on(whole):
+    started = started_until(3, "method=milora", "method.dropout=0.1")
     started.send_signal(signal.SIGTERM)
-    _, errors = started.communicate(timeout=240)
-    assert started.returncode == 143
-    run = Run.open(tmp_path / "outputs" / "latest")
-    assert run.info["status"] == "interrupted"
-    assert f"lrk train --resume {run.path.relative_to(tmp_path).parent.parent}" in errors
-    assert losses(command(tmp_path, ["--resume", str(run.path)])) == losses(whole)
+    assert started.wait() == 143
+    assert Run.open("outputs/latest").info["status"] == "interrupted"
+    assert "lrk train --resume outputs" in started.errors()
+    assert losses(resume()) == losses(whole)
 
 
 @pytest.mark.parametrize("forward", [1, 2])

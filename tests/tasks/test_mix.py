@@ -72,7 +72,7 @@ def test_a_template_of_any_part_changes_the_mix():
 
 
 @pytest.mark.slow
-def test_scored_and_generated_parts_are_measured_one_by_one():
+def test_scored_and_generated_parts_are_measured_one_by_one(pictures):
     overrides = [*mix("tiny_topic", "tiny_arithmetic"), "method=milora", "task.limit=24", *QUICK]
     single_run.start("train", overrides, "groups", "lrk train")
     run = Run.open("outputs/latest")

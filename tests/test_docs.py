@@ -156,7 +156,7 @@ def ran(words, lrk, page):
             small = [item for item in small if item.partition("=")[0] not in given]
         rest += small
     if page.stem == "in-context":  # the statistics need examples of every label
-        rest = [word.replace(LIMIT, "task.limit=48").replace("draws=10", "draws=2") for word in rest]
+        rest = [word.replace(LIMIT, "task.limit=24").replace("draws=10", "draws=2") for word in rest]
     ended = lrk(verb, *rest)
     assert ended.code == 0, f"{page}: {shlex.join(words)}\n{ended.err}"
 

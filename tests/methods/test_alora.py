@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 from ablations import dev_batch
+from forked import forked_workers
 
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.ranks import rebuild
@@ -269,7 +270,8 @@ def test_the_trajectory_is_logged_and_drawn_and_the_kept_adapter_has_moved(pictu
 
 @pytest.mark.slow
 def test_two_processes_move_the_same_ranks():
-    run = train("method.moved=5", "hardware.processes=2", "method.score=taylor")
+    with forked_workers():
+        run = train("method.moved=5", "hardware.processes=2", "method.score=taylor")
     rounds = [row["ranks"] for row in run.history() if "round" in row]
     assert len(rounds) == 4 and all(sum(ranks.values()) == 84 for ranks in rounds)
     assert run.metrics["reallocations"] == 4

@@ -31,8 +31,8 @@ from lowrank_cli.scoring.rank_scores import require_ranks, score
 CONF = Path(__file__).parents[2] / "conf"
 FAMILIES = ["llama", "gpt2", "bert"]
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
-#: Settings of methods that cost time alone: fewer examples to score on.
-CHEAP = {"dev_batch": 2}
+#: Settings of methods that cost time alone: fewer examples to score on, fewer sets of demonstrations.
+CHEAP = {"dev_batch": 2, "draws": 2}
 
 
 def adapted(name: str, family: str = "llama", trained: bool = False, seed: int = 3):
@@ -229,7 +229,7 @@ def test_every_recipe_of_the_bundled_model_runs(name):
     planned = single_run.preview("run", [f"recipe={name}"], None)
     if not all(composed.config.model.bundled for _, composed in planned):
         pytest.skip("needs a pretrained checkpoint from the Hub")
-    quick = ["task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=1"]
+    quick = ["task.limit=16", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4", "train.eval_every=2"]
     used = [composed.config.method for _, composed in planned]
     quick += [f"method.{key}={value}" for key, value in CHEAP.items() if any(hasattr(method, key) for method in used)]
     quick += ["score.batch=2"] * any(composed.verb == "score" for _, composed in planned)

@@ -9,6 +9,7 @@ Errors are one line: ``FILE: KEY is VALUE; expected …``.
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import json
 import lzma
@@ -18,7 +19,7 @@ import types
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -97,10 +98,16 @@ def read_yaml(path: Path, kind: Any = dict[str, Any]) -> Any:
     """A YAML file of plain values. Raises UserError if it cannot be read or is not of type ``kind``."""
     text = read_text(path, "YAML")
     try:
-        value = yaml.safe_load(text)
+        value = copy.deepcopy(_parsed_yaml(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read as YAML: {_reason(error)}") from None
     return _checked(value, kind, str(path))
+
+
+@lru_cache(maxsize=32)
+def _parsed_yaml(text: str) -> Any:
+    """Its values, parsed once: a command reads the configuration of a run several times."""
+    return yaml.safe_load(text)
 
 
 def read_text(path: Path, what: str) -> str:

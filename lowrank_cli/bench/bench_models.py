@@ -78,7 +78,7 @@ def tenant_models(
     counts: Sequence[int],
     rows: int,
     seed: int,
-    grouped: str = "torch",
+    grouped: str | None = None,
 ) -> dict[int, dict[str, BenchModel]]:
     """Like :func:`bench_models`, with several adapters each; they alternate over the rows of a batch.
 
@@ -154,7 +154,7 @@ def different(adapter: Adapter, count: int) -> Iterator[int]:
 
 
 def _bank(
-    base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str
+    base: PreTrainedModel, name: str, config: MethodConfig, count: int, seed: int, grouped: str | None
 ) -> tuple[BenchModel, Bank]:
     """A bank of adapters named 0 to ``count`` - 1, and the model with one adapter that made them."""
     bench_model, bank = adapted_copy(base, name, config, seed), Bank(copied(base), grouped=grouped)

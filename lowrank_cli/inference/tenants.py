@@ -22,7 +22,7 @@ from lowrank_cli.session.adapter_run import method_of_adapter
 class Tenants:
     """A bank of adapters loaded from runs, from our adapter folders or from those of the PEFT library."""
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int | None, grouped: str):
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None, grouped: str | None):
         self.bank = Bank(model, max_bytes, grouped)
         self._adapters: dict[str, Adapter] = {}  # by the method's configuration; reused to read many folders
 

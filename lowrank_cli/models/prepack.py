@@ -1,8 +1,9 @@
-"""Frozen linears on a CPU with weights packed for oneDNN: the same outputs up to rounding, in less time.
+"""Frozen linears on a CPU with packed weights: the same outputs up to rounding, in less time.
 
 Torch packs the plain weight again for every product with a few rows; while decoding token by token, packing takes
 longer than the product. Here a packed copy is made once, on first use, which doubles the memory of the weights.
-Training uses the plain weights.
+Training uses the plain weights. Packed weights are multiplied by our own kernels (:mod:`lowrank_cli.native.kernels`)
+where these suit the model and the machine, else by oneDNN.
 
 Linears that read the same input, such as query, key and value, are packed as one: the first call computes the outputs
 of all, and the others return theirs. A forward pass of one token shows which ones share an input, for any architecture.
@@ -25,9 +26,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lowrank_cli.errors import UserError
+from lowrank_cli.models.decode_attention import use_decode_attention
+from lowrank_cli.native.kernels import Kernels, kernels_for
+from lowrank_cli.native.kernels import pack as pack_blocks
 from lowrank_cli.schema import HardwareConfig
 
-#: Number of rows that weights are packed for. Any number works; the layout for 64 is also the fastest for 1 and 8.
+#: Number of rows that oneDNN packs weights for. Any number works; the layout for 64 is also the fastest for 1 and 8.
 PACKED_FOR = 64
 #: Largest share of the free memory for packed weights, unless ``hardware.prepack=true``.
 MEMORY_SHARE = 0.5
@@ -40,7 +44,7 @@ MENTIONED = 5e7  #: bytes of packed weights from which on a run mentions them
 
 @cache
 def fewest_rows() -> int:
-    """Smallest number of rows for which packed weights are faster.
+    """Smallest number of rows for which oneDNN's packed weights are faster.
 
     MKL multiplies plain weights, and its fast paths are for Intel. Time of a packed product relative to a plain one,
     with AVX-512: on Intel 1.1 for one row and 0.6 for 8, on AMD (EPYC) 0.6 and 0.4.
@@ -49,9 +53,14 @@ def fewest_rows() -> int:
 
 
 class Packed:
-    """The packed form of stacked weights. Copies of a model that share the weights share it too."""
+    """The packed form of stacked weights. Copies of a model that share the weights share it too.
 
-    def __init__(self) -> None:
+    Args:
+        kernels: multiply with it; None: oneDNN does.
+    """
+
+    def __init__(self, kernels: Kernels | None) -> None:
+        self.kernels = kernels
         self._versions: list[tuple[int, int]] | None = None  # of the plain tensors: address and version
         self._weight = torch.empty(0)
         self._bias: Tensor | None = None
@@ -60,8 +69,16 @@ class Packed:
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
 
-    def of(self, linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-        """Packed weights (O, I) and biases (O,) of ``linears``; packs again if one of them has changed."""
+    def product(self, linears: Sequence[nn.Linear], x: Tensor) -> Tensor:
+        """The outputs of ``linears`` for ``x`` (..., I), next to each other: (..., O)."""
+        self._update(linears)
+        if self.kernels is None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return self.kernels.linear(x, self._weight, self._bias, sum(linear.out_features for linear in linears))
+
+    def _update(self, linears: Sequence[nn.Linear]) -> None:
+        """Pack the weights (O, I) and biases (O,) of ``linears``, again if one of them has changed."""
         now = [
             (tensor.data_ptr(), tensor._version)
             for linear in linears
@@ -69,12 +86,11 @@ class Packed:
             if tensor is not None
         ]
         if now != self._versions:
-            self._weight, self._bias = pack(linears)
+            self._weight, self._bias = pack(linears, self.kernels)
             self._versions, self._uses = now, 0
         self._uses += 1
         if self._uses == HUGE_PAGES_AFTER:
             use_huge_pages(self._weight)
-        return self._weight, self._bias
 
 
 class Joint:
@@ -85,9 +101,9 @@ class Joint:
     the calls with one input, which a model makes within a forward pass.
     """
 
-    def __init__(self, linears: Sequence[PrepackedLinear]):
+    def __init__(self, linears: Sequence[PrepackedLinear], kernels: Kernels | None):
         self.linears = linears
-        self.packed = Packed()
+        self.packed = Packed(kernels)
         self._sizes = [linear.out_features for linear in linears]
         self._x: Tensor | None = None
         self._version = 0
@@ -101,8 +117,7 @@ class Joint:
         if x is not self._x or x._version != self._version or linear not in self._waiting:
             if any(linear.weight.requires_grad for linear in self.linears):
                 return None
-            weight, bias = self.packed.of(self.linears)
-            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            y = self.packed.product(self.linears, x)
             if len(self.linears) == 1:
                 return y
             self._waiting = dict(zip(self.linears, y.split(self._sizes, dim=-1), strict=True))
@@ -116,14 +131,15 @@ class Joint:
 class PrepackedLinear(nn.Linear):
     """A linear over the same weight and bias. Uses ``F.linear`` with gradients, few rows, or dtypes other than fp32."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, kernels: Kernels | None = None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.joint = Joint([self])
+        self.joint = Joint([self], kernels)
+        self._fewest = (1 if kernels else fewest_rows()) * self.in_features  #: numbers in an input
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.numel() < fewest_rows() * self.in_features or x.dtype != torch.float32:
+        if torch.is_grad_enabled() or x.numel() < self._fewest or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         y = self.joint.output(self, x)
         return F.linear(x, self.weight, self.bias) if y is None else y
@@ -175,23 +191,27 @@ def available() -> bool:
 
 
 def prepack(model: nn.Module) -> None:
-    """Replace every ``nn.Linear`` of ``model``; those with frozen weights become faster.
+    """Replace every ``nn.Linear`` of ``model``; those with frozen weights become faster. So does attention to one token
+    where our kernels are used.
 
     Raises UserError if torch was built without oneDNN.
     """
     if not available():
         raise UserError("hardware.prepack: true, but this build of torch has no oneDNN; set hardware.prepack=false")
+    kernels = kernels_for(model)
     groups = same_input(model) if isinstance(model, PreTrainedModel) else []
     replaced: dict[nn.Linear, PrepackedLinear] = {}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                replaced[child] = PrepackedLinear(child)
+                replaced[child] = PrepackedLinear(child, kernels)
                 setattr(parent, name, replaced[child])
     for group in groups:
-        joint = Joint([replaced[linear] for linear in group])
+        joint = Joint([replaced[linear] for linear in group], kernels)
         for linear in joint.linears:
             linear.joint = joint
+    if kernels is not None and isinstance(model, PreTrainedModel):
+        use_decode_attention(model)
 
 
 @torch.no_grad()
@@ -215,8 +235,8 @@ def same_input(model: PreTrainedModel) -> list[list[nn.Linear]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """The stacked and packed weights (O, I) of ``linears``, and their biases (O,)."""
+def pack(linears: Sequence[nn.Linear], kernels: Kernels | None) -> tuple[Tensor, Tensor | None]:
+    """The stacked and packed weights (O, I) of ``linears``, and their biases (O,), for our kernels or for oneDNN."""
     weights, bias = [linear.weight.detach() for linear in linears], None
     if any(linear.bias is not None for linear in linears):
         biases: list[Tensor] = [
@@ -224,6 +244,8 @@ def pack(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
         ]
         bias = torch.cat(biases).detach()  # (O,)
     stacked = weights[0] if len(weights) == 1 else torch.cat(weights)  # (O, I)
+    if kernels is not None:
+        return pack_blocks(stacked, bias)
     return torch.ops.mkldnn._reorder_linear_weight(stacked, PACKED_FOR), bias
 
 
@@ -231,8 +253,11 @@ def use_huge_pages(packed: Tensor) -> None:
     """Move a packed weight to pages of 2 MiB where the system can, for fewer address translations."""
     if sys.platform != "linux":
         return
-    start = torch.ops.mkldnn.data_ptr(packed) // HUGE_PAGE * HUGE_PAGE
-    end = torch.ops.mkldnn.data_ptr(packed) + torch.ops.mkldnn._nbytes(packed)
+    if packed.is_mkldnn:
+        start, size = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    else:
+        start, size = packed.data_ptr(), packed.nbytes
+    start, end = start // HUGE_PAGE * HUGE_PAGE, start + size
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     madvise(start, -(-(end - start) // HUGE_PAGE) * HUGE_PAGE, MADV_COLLAPSE)  # best effort

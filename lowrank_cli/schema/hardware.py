@@ -36,8 +36,9 @@ class HardwareConfig:
     compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
     #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says
     quantization: Optional[str] = None
-    #: how a batch of many adapters is computed: ``torch`` (batched products) or ``triton`` (own kernels, CUDA only)
-    grouped: str = "torch"
+    #: how a batch of many adapters is computed: ``torch`` (batched products) or ``triton`` (own kernels, CUDA only);
+    #: null: own kernels on a CPU with AVX-512, in fp32, where a C compiler is installed, else torch
+    grouped: Optional[str] = None
 
     @property
     def world(self) -> int:
@@ -86,7 +87,7 @@ class HardwareConfig:
                 f"hardware.compile: true is for hardware.quantization=null, as linears in 4 bits ({self.quantization}) "
                 f"do not compile; set hardware.compile=false"
             )
-        require_choice("hardware.grouped", self.grouped, ("torch", "triton"))
+        require_choice("hardware.grouped", self.grouped or "null", ("null", "torch", "triton"))
         if self.grouped == "triton" and self.device != "cuda":
             raise UserError(f"hardware.grouped: triton is for hardware.device=cuda, not {self.device}; set torch")
         require_range("hardware.processes", self.processes, 1)

@@ -32,7 +32,7 @@ class Adapters:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         max_bytes: int | None,
-        grouped: str,
+        grouped: str | None,
         autocast: bool,
     ):
         self._tokenizer, self._autocast = tokenizer, autocast

@@ -66,7 +66,7 @@ class Engine:
         max_waiting: int,
         max_length: int,
         max_bytes: int | None = None,
-        grouped: str = "torch",
+        grouped: str | None = None,
         autocast: bool = False,
     ):
         self.tokenizer = tokenizer

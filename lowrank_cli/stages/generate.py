@@ -194,7 +194,9 @@ def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
     return {**request.fields, "answer": answer}
 
 
-def _many(writer: Writer, requests: Sequence[Request], settings: GenerateConfig, grouped: str) -> list[dict[str, Any]]:
+def _many(
+    writer: Writer, requests: Sequence[Request], settings: GenerateConfig, grouped: str | None
+) -> list[dict[str, Any]]:
     """A record for each request: its fields with ``answer`` or ``error``. A failure does not affect other requests."""
     tenants = Tenants(writer.model, settings.max_bytes, grouped)
     unloaded = tenants.load(dict.fromkeys(r.tenant for r in requests if r.error is None and r.tenant is not None))

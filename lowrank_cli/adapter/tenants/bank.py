@@ -40,14 +40,15 @@ class Bank:
     Args:
         max_bytes: bound on the memory of adapters and of the running batch's operands on the model's device. Unused
             adapters move to host memory, least recently used first, and come back when needed. None: no bound.
-        grouped: what computes the updates: ``torch``, or ``triton`` on CUDA.
+        grouped: what computes the updates: ``torch``, or ``triton`` on CUDA; None: own kernels for the CPU where they
+            suit the model, else ``torch``.
     """
 
-    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, grouped: str = "torch"):
+    def __init__(self, model: PreTrainedModel, max_bytes: int | None = None, grouped: str | None = None):
         assert not any(isinstance(module, AdaptedLinear) for module in model.modules()), "the model is adapted already"
         self.model = model
         self.max_bytes = max_bytes
-        self._update = update_class(grouped)
+        self._update = update_class(grouped, model)
         self.fingerprint = fingerprint(model)
         self._tenants: dict[str, Tenant] = {}
         self._resident: OrderedDict[str, Tenant] = OrderedDict()  # on the device, least recently used first

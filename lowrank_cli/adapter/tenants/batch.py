@@ -17,7 +17,9 @@ from lowrank_cli.adapter.routing.prompt_routing import batch_shape, prompts
 from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.adapter.tenants.grouped_update import GroupedLinear, GroupedUpdate, group
 from lowrank_cli.adapter.tenants.operands import Factors, Operands
+from lowrank_cli.adapter.tenants.row_updates import RowUpdates
 from lowrank_cli.adapter.tenants.tenant import SiteKey, Tenant
+from lowrank_cli.native.kernels import Kernels, RowUpdate
 
 PromptGates = dict[SiteKey, float]  #: the gates of one prompt's routed modules; empty without a router
 
@@ -46,6 +48,7 @@ class Batch:
     for the rows that use them.
 
     Args:
+        update: what computes the updates. The kernels read the factors of the adapters; the classes need operands.
         gates: for each prompt, what :meth:`gates` returned for it in an earlier batch. The batch then continues one KV
             cache, that of all prompts, and routes nothing.
         workspace: that of an earlier batch, which this one changes.
@@ -55,7 +58,7 @@ class Batch:
         self,
         model: PreTrainedModel,
         tenants: Sequence[Tenant | None],
-        update: type[GroupedUpdate],
+        update: type[GroupedUpdate] | Kernels,
         gates: Sequence[PromptGates] | None = None,
         workspace: Workspace | None = None,
     ):
@@ -95,6 +98,8 @@ class Batch:
         ]
 
     def _bytes(self, site: SiteKey) -> int:
+        if isinstance(self._update, Kernels):
+            return 0
         pairs = [tenant.updates[site] for tenant in self.tenants.values() if site in tenant.updates]
         rank = max(len(a) for a, _ in pairs)
         a, b = (rank * matrix.shape[1] * matrix.element_size() for matrix in pairs[0])
@@ -183,6 +188,16 @@ class Batch:
         updates, batch = self._workspace.linear(self.model, site.path)[2].updates, len(self._prompts) * self._copies
         owners = self._owners(site)
         of_rows = [gate for gate in self._gates.get(site, [1.0] * len(self._prompts)) for _ in range(self._copies)]
+        if isinstance(self._update, Kernels):
+            used = [
+                RowUpdate(*self.tenants[owner].updates[site], row, gate)
+                for row, (owner, gate) in enumerate(zip(owners, of_rows, strict=True))
+                if owner is not None
+            ]
+            updates.pop(site.span, None)
+            if used:
+                updates[site.span] = RowUpdates(self._update, used, site.span, batch)
+            return
         if len(only := set(owners) - {None}) == 1 and 2 * sum(owner is not None for owner in owners) >= batch:
             # One tenant's rows: products of all rows take less time than gathering those that use the module.
             of_rows = [0.0 if owner is None else gate for owner, gate in zip(owners, of_rows, strict=True)]

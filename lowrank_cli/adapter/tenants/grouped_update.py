@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_cli.adapter.spans import Span, put, take
+from lowrank_cli.adapter.tenants.row_updates import RowUpdates
 
 #: Cost of reading an owner's A and B in a decoding step, in computed rows (measured on a CPU).
 OPERANDS = 4
@@ -145,7 +146,7 @@ class GroupedLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.updates: dict[Span | None, GroupedUpdate] = {}  # by span
+        self.updates: dict[Span | None, GroupedUpdate | RowUpdates] = {}  # by span
 
     @property
     def weight(self) -> Tensor:

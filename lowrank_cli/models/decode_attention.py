@@ -1,0 +1,61 @@
+"""Attention of one new token in each row by our own kernel, as an attention function of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowrank_cli.native.kernels import LANES, kernels
+
+NAME = "lrk_decode"  #: of the attention function
+
+
+def use_decode_attention(model: PreTrainedModel) -> None:
+    """Let ``model``, which the kernels suit, use them in decoding steps instead of torch's attention."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The output (B, T, H, D) for queries (B, H, T, D): by the kernel for T = 1, in fp32, without gradients."""
+    if position_bias is None and not options.get("softcap") and _fits(query, key, value, attention_mask):
+        compiled = kernels()
+        assert compiled is not None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return compiled.attend(query, key, value, attention_mask, scale), None
+    options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
+    output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+    return output, None
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether these are inputs of :meth:`~lowrank_cli.native.kernels.Kernels.attend`."""
+    (rows, _, tokens, width), seen = query.shape, key.shape[2]
+    return (
+        tokens == 1
+        and not torch.is_grad_enabled()
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and width % LANES == 0
+        and key.shape == value.shape
+        and key.stride() == value.stride()
+        and key.stride()[2:] == (width, 1)
+        and (mask is None or (mask.dtype == torch.bool and mask.shape in ((rows, 1, 1, seen), (1, 1, 1, seen))))
+        and (mask is None or mask.stride(3) == 1)
+    )

@@ -1,0 +1,128 @@
+"""Our own kernels for CPUs compute what torch does, and a model with them what it computes without."""
+
+from __future__ import annotations
+
+import pytest
+import small
+import torch
+from torch.nn import functional as F
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from lowrank_cli.adapter.kv_cache import growing_cache, pass_cache
+from lowrank_cli.adapter.spans import Span, index
+from lowrank_cli.adapter.tenants.bank import Bank
+from lowrank_cli.adapter.tenants.row_updates import RowUpdates
+from lowrank_cli.models.prepack import prepack
+from lowrank_cli.native import kernels as native
+from lowrank_cli.native.kernels import Kernels, RowUpdate, kernels, kernels_for, pack
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="needs Linux, AVX-512 and a C compiler")
+EQUAL = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 7, 5), (8, 64, 96), (15, 40, 33), (4, 1, 32)])
+def test_linears(threads, rows, inputs, outputs):
+    x, weight, bias = torch.randn(2, rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    for of in (None, bias):
+        y = kernels().linear(x, *pack(weight, of), outputs)
+        torch.testing.assert_close(y, F.linear(x, weight, of), **EQUAL)
+    x = x.transpose(0, 1)  # not contiguous
+    torch.testing.assert_close(kernels().linear(x, *pack(weight, None), outputs), F.linear(x, weight), **EQUAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("span", [None, Span(2, 9)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_updates_of_rows(threads, tokens, span, dtype):
+    width = 11 if span is None else 7
+    made = [
+        RowUpdate(torch.randn(rank, 6), torch.randn(rank, width), row, gate)
+        for row, rank, gate in ((3, 8, 1.0), (0, 3, 0.5), (1, 19, 1.0))
+    ]
+    x, wide = torch.randn(4, tokens, 6).to(dtype), torch.randn(4, tokens, 30).to(dtype)
+    y = wide[..., 5:16] if span is None else wide[..., 5:16].clone()
+    expected = y.clone()
+    for a, b, row, gate in made:
+        expected[row, :, index(span, 11)] += (gate * (x[row].float() @ a.t()) @ b).to(dtype)
+    before = wide.clone()
+    RowUpdates(kernels(), made, span, 4).add_to(y, x)
+    torch.testing.assert_close(y, expected, **(EQUAL if dtype == torch.float32 else {"atol": 0.2, "rtol": 0.02}))
+    assert torch.equal(wide[..., :5], before[..., :5]) and torch.equal(wide[..., 16:], before[..., 16:])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (4, 4, 16), (3, 1, 80)])
+def test_attention_of_one_token(threads, heads, kv_heads, width):
+    q, storage = torch.randn(3, heads, 1, width), torch.randn(2, 5, kv_heads, 40, width)
+    keys, values = storage[0, :3, :, 4:33], storage[1, :3, :, 4:33]
+    seen = torch.ones(3, 1, 1, 29, dtype=torch.bool)
+    seen[1, ..., :28] = False
+    for mask in (None, seen, seen[:1]):
+        expected = F.scaled_dot_product_attention(q, keys, values, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(kernels().attend(q, keys, values, mask, 0.3), expected, **EQUAL)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Small models use the kernels too."""
+    monkeypatch.setattr(native, "LEAST_BYTES", 0)
+
+
+def test_kernels_suit_large_models_in_fp32(everywhere, monkeypatch):
+    assert kernels_for(small.model()) is kernels() and kernels_for(small.model().bfloat16()) is None
+    monkeypatch.setattr(native, "LEAST_BYTES", 1e9)
+    assert kernels_for(small.model()) is None
+
+
+def llama():
+    torch.manual_seed(7)
+    return LlamaForCausalLM(LlamaConfig(**small.GATED, head_dim=16)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [llama, lambda: small.model("opt").requires_grad_(False)], ids=["llama", "opt"])
+def test_a_model_generates_the_same(make, everywhere, monkeypatch):
+    attended, attend = [], Kernels.attend
+    monkeypatch.setattr(Kernels, "attend", lambda *args: attended.append(args) or attend(*args))
+    found, ids = [], small.ids(3)
+    mask = torch.ones_like(ids)
+    mask[2, :2] = 0
+    for packed in (False, True):
+        model = make()
+        if packed:
+            prepack(model)
+        made = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **growing_cache(model, 6),
+        )
+        found.append(torch.stack(made.logits))  # (new, B, V)
+    torch.testing.assert_close(found[1], found[0], **EQUAL)
+    assert len(attended) == (10 if make is llama else 0), "5 steps of 2 layers; OPT's heads are too narrow here"
+
+
+@pytest.mark.parametrize("names", [["lora", None, "alora", "lora"], ["milora", "lora", "milora", None]])
+def test_rows_of_a_bank_are_computed_as_by_torch(names, everywhere):
+    adapters, logits, ids = {name: small.adapted(name) for name in {*names} - {None}}, [], small.ids(4)
+    for grouped in ("torch", None):
+        model = small.model()
+        bank = Bank(model, grouped=grouped)
+        for name, adapter in adapters.items():
+            bank.add(name, adapter)
+        cache = DynamicCache()
+        with torch.no_grad(), bank.batch(names) as batch:
+            assert (batch.bytes > 0) == (grouped == "torch"), "the kernels read the adapters' own factors"
+            passes = [model(input_ids=part, **pass_cache(model, cache)) for part in (ids, ids[:, :1])]
+            logits.append(torch.cat([one.logits for one in passes], dim=1))  # (B, T + 1, V)
+    torch.testing.assert_close(logits[1], logits[0], **EQUAL)

@@ -170,7 +170,9 @@ def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> 
             f"(hardware.prepack)"
         )
     prepack(model)
-    return f"weights packed for speed: {size / 1e9:.1f} GB more memory (hardware.prepack)" if size > MENTIONED else ""
+    by = "oneDNN" if kernels_for(model) is None else "our kernels"
+    packing = f"weights packed for speed: {size / 1e9:.1f} GB more memory, multiplied by {by} (hardware.prepack)"
+    return packing if size > MENTIONED else ""
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:

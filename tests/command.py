@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import yaml
 
@@ -80,7 +79,6 @@ def fake_stages(monkeypatch):
     for verb in ("train", "score", "prune", "evaluate"):
         monkeypatch.setitem(stages.STAGES, verb, "fake_stage")
     monkeypatch.setattr(workers, "PRELOADED", ("fake_stage", "lowrank_cli.report.plots"))  # no torch: that takes 5 s
-    monkeypatch.setattr(workers, "run_in_child", forked.Replaced("lowrank_cli.launch.workers.run_in_child"))
 
 
 def shell(*arguments: str, **environment: str) -> Ended:

@@ -11,8 +11,9 @@ import tempfile
 
 import pytest
 from command import fake_stages, lrk  # noqa: F401 (fixtures of every test)
-from forked import no_picture
+from forked import Replaced, no_picture
 
+from lowrank_cli.launch import workers
 from lowrank_cli.report import plots
 
 # Read when torch, matplotlib and huggingface_hub are first imported; child processes inherit them.
@@ -54,6 +55,14 @@ def no_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_server():
+    """Workers of this process come from the server of the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "run_in_child", Replaced("lowrank_cli.launch.workers.run_in_child"))
         yield
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,34 +63,49 @@ def assert_equal(run: Run, other: Run) -> None:
         torch.testing.assert_close(ours[key], values, rtol=0, atol=1e-5 * values.abs().max().item(), msg=key)
 
 
+def method_of(name: str) -> list[str]:
+    return [f"method={name}", *MOVES.get(name, [])]
+
+
+@pytest.fixture(scope="module")
+def trained_alone(tmp_path_factory) -> Callable[[str], Run]:
+    """The run of a method in one process, once for all ways."""
+    folder = tmp_path_factory.mktemp("alone")
+    return cache(lambda name: train(*method_of(name), outputs=str(folder / name)))
+
+
 @pytest.mark.parametrize(("name", "way"), PAIRS)
-def test_several_processes_train_as_one(name, way):
-    method = [f"method={name}", *MOVES.get(name, [])]
-    alone = train(*method, outputs="alone")
-    together = train(*method, *WAYS[way], outputs="together")
+def test_several_processes_train_as_one(name, way, trained_alone):
+    alone, together = trained_alone(name), train(*method_of(name), *WAYS[way], outputs="together")
     assert_equal(together, alone)
     numbers = ("trainable_parameters", "activated_parameters", "total_parameters", "dev/examples", "best_step")
     assert [together.metrics[key] for key in numbers] == [alone.metrics[key] for key in numbers]
 
 
-def test_a_checkpoint_of_two_processes_continues_on_one_and_on_four():
+def test_a_checkpoint_of_two_processes_continues_on_one_and_on_four(trained_alone):
     overrides = [*FEW, "method=milora", *WAYS["fsdp"]]
     with forked_workers(lambda run: any("train/loss" in row for row in run.history())), pytest.raises(Interrupted):
         single_run.start("train", overrides, None, "lrk train")
     stopped = Run.open(Path("outputs/latest").resolve())
     assert 1 <= len(stopped.history()) < 6 and list(stopped.path.glob("checkpoints/step-*"))
-    alone = train("method=milora", outputs="alone")
     for count in (1, 4):
         copy = shutil.copytree(stopped.path, f"resumed-{count}")
         with forked_workers():
             single_run.resume("train", str(copy), [f"hardware.processes={count}"])
         assert Run.open(copy).config()["hardware"]["processes"] == count
-        assert_equal(Run.open(copy), alone)
+        assert_equal(Run.open(copy), trained_alone("milora"))
 
 
 def test_two_processes_calibrate_and_score_as_one():
     """The examples do not divide evenly: one process makes a pass more than the other."""
-    few = ["task=tiny_sentiment", "task.limit=17", "hardware.threads=1", "evaluate.batch_size=2"]
+    few = [
+        "task=tiny_sentiment",
+        "task.limit=17",
+        "hardware.threads=1",
+        "evaluate.batch_size=2",
+        "evaluate.shots=2",
+        "test=false",
+    ]
     answers, scores = [], []
     adapted = train("method=lora", "train.max_steps=1")
     for number, way in enumerate(([], WAYS["fsdp"])):

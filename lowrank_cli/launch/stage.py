@@ -49,6 +49,8 @@ def check(
     config = composed.config
     _refuse_missing_folders(config, later)
     _refuse_to_write_quantized(verb, config)
+    if config.hardware.attention == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("hardware.attention: flash needs the package flash-attn; install it, or take sdpa")
     if not isinstance(config, RunConfig):
         return composed
     check_task(config.model, config.task)
@@ -67,6 +69,7 @@ def check(
     if isinstance(config, TrainRun):
         require_tracker(config.tracker)
         _refuse_optimizer(config)
+        _refuse_packing(config)
         check_shares(config)
     return composed
 
@@ -108,6 +111,23 @@ def _refuse_optimizer(config: TrainRun) -> None:
         raise UserError(f"train.optimizer: {name} needs a library: pip install 'lowrank-cli[{extra}]'")
     if name != "adamw" and (use := methods.create(config.method).needs_adam()):
         raise UserError(f"train.optimizer: {name}, but method={config.method.name} {use}; set train.optimizer=adamw")
+
+
+def _refuse_packing(config: TrainRun) -> None:
+    """Refuse ``train.packing=true`` where batches cannot be packed."""
+    if not config.train.packing:
+        return
+    if config.model.kind == "encoder":
+        raise UserError(
+            f"train.packing: true, but the encoder {config.model.name} gives one answer for each row; set it to false"
+        )
+    if isinstance(methods.create(config.method), Calibrates):
+        raise UserError(f"train.packing: true, but method={config.method.name} trains nothing; set it to false")
+    if config.hardware.compile:
+        raise UserError(
+            "train.packing: true changes the number of examples in a row, which hardware.compile=true would compile "
+            "again and again; set one of them to false"
+        )
 
 
 def _refuse_unsupported_stage(composed: Composed) -> None:

@@ -7,9 +7,10 @@ config, to the CPU (quantised weights to their device). The caller moves it and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,6 +18,7 @@ from lowrank_cli.errors import UserError
 from lowrank_cli.models import gguf
 from lowrank_cli.reader import PlainName, read_json
 from lowrank_cli.schema import HardwareConfig, ModelConfig, TaskConfig
+from lowrank_cli.schema.hardware import ATTENTION
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "tiny_llama"
 PAPERS = "llama2_7b"  #: the papers' model, which the bundled one replaces
@@ -121,7 +123,7 @@ def load(
     model: ModelConfig,
     hardware: HardwareConfig,
     head: Head | None,
-    fits: Callable[[Any], object] | None = None,
+    checks: Sequence[Callable[[Any], object]] = (),
     *,
     generates: bool = False,
 ) -> Loaded:
@@ -130,7 +132,7 @@ def load(
     Args:
         head: the head of an encoder, which is drawn from torch's global generator (seed it first); None for a causal
             model.
-        fits: called with the model on torch's meta device before weights are read; it raises if they do not fit.
+        checks: called with the model on torch's meta device before weights are read; they raise if it does not fit.
         generates: whether the model will generate, so that packing its weights may pay off.
 
     Raises:
@@ -155,14 +157,18 @@ def load(
     extra: dict[str, Any] = {} if head is None else head.settings()
     if hardware.quantization:
         extra |= quantizing(hardware)
+    if attention := ATTENTION[hardware.attention]:
+        extra["attn_implementation"] = attention
+        checks = (partial(_require_attention, hardware.attention), *checks)
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with quiet(where.local):
         with one_line(where.source):
             config = _checked_config(model, where.source, arguments)
-            if fits is not None:
+            if checks:
                 with torch.device("meta"):
                     outline = factory.from_config(config, trust_remote_code=model.trust_remote_code)
-                fits(outline)
+                for check in checks:
+                    check(outline)
             network, report = factory.from_pretrained(
                 where.source,
                 dtype=dtype,
@@ -191,6 +197,16 @@ def factory_of(model: ModelConfig, head: Head | None = None) -> Any:
     if head is not None and head.answer == "tags":
         return transformers.AutoModelForTokenClassification
     return transformers.AutoModelForSequenceClassification
+
+
+def _require_attention(attention: str, network: Any) -> None:
+    """Raise UserError if the model cannot compute its attention in this way."""
+    supported = {"sdpa": network._supports_sdpa, "flash": network._supports_flash_attn}
+    if not supported.get(attention, True):
+        allowed = ", ".join(["auto", *(name for name, able in supported.items() if able), "eager"])
+        raise UserError(
+            f"hardware.attention: {attention} is not supported by '{network.config.model_type}' (allowed: {allowed})"
+        )
 
 
 def _checked_folder(folder: Path, shown: str) -> Path:

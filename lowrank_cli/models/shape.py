@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowrank_cli.schema import HardwareConfig, ModelConfig
+from lowrank_cli.schema.hardware import ATTENTION
 
 
 def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any, generates: bool = False) -> tuple[Any, str]:
@@ -29,5 +30,7 @@ def random_model(model: ModelConfig, hardware: HardwareConfig, device: Any, gene
     )
     dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float32
     with torch.device(device):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        network = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION[hardware.attention]
+        ).eval()
     return network, prepack_for(network, hardware, generates)

@@ -147,8 +147,10 @@ def _cost(info: dict[str, Any], metrics: dict[str, Any]) -> Iterable[tuple[str, 
     stage, whole = info.get("stage"), info.get("seconds")
     seconds = metrics.get(f"{stage}/seconds")
     if seconds is not None:
-        rate = metrics.get(f"{stage}/tokens_per_second")
-        yield f"{stage} time", duration(seconds) + (f"  ({count(rate)} tokens/s)" if rate else "")
+        rate, padding = metrics.get(f"{stage}/tokens_per_second"), metrics.get(f"{stage}/padding")
+        speed = [f"{count(rate)} tokens/s"] if rate else []
+        speed += [f"{padding:.0%} of batches is padding"] if padding else []
+        yield f"{stage} time", duration(seconds) + (f"  ({', '.join(speed)})" if speed else "")
     if whole is not None:
         yield "time from start to end" if seconds is not None else "time", duration(whole)
     if info.get("peak_memory_bytes"):

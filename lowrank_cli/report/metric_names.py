@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from lowrank_cli.schema import METRICS
 
-_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples")
-_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "seconds", "parameters", "bytes")
+_COSTS = ("seconds", "tokens_per_second", "parameters", "bytes", "steps", "epochs", "_step", "examples", "padding")
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "seconds", "parameters", "bytes", "padding")
 STANDARD_ERROR = "_stderr"  #: ends the name of a metric's standard error
 
 
 def is_cost(name: str) -> bool:
-    """Whether the metric counts time, memory, parameters, steps or examples, which say nothing of quality."""
+    """Whether the metric counts time, memory, parameters, steps, examples or padding, which say nothing of quality."""
     return name.endswith(_COSTS)
 
 

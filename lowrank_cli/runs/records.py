@@ -54,6 +54,7 @@ class RunInfo(TypedDict):
     peak_memory_bytes: NotRequired[Count]
     device_memory_bytes: NotRequired[Count]
     threads: NotRequired[ChosenThreads]
+    attention: NotRequired[str | None]
     process: NotRequired[Process | None]
     tracker: NotRequired[TrackerRun]
     error: NotRequired[str]

@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from lowrank_cli.errors import UserError, require_choice, require_range
 
+#: Names of ``hardware.attention``, and what transformers calls them.
+ATTENTION = {"auto": None, "sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}
+
 
 @dataclass
 class HardwareConfig:
@@ -30,9 +33,13 @@ class HardwareConfig:
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
     #: Conv1D); null: ``lrk generate`` and ``bench decode`` do, where it takes at most half of the memory that is free
     prepack: Optional[bool] = None
-    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations and norms, or whole
-    #: ``layers``; ``auto`` is feed_forward where that is gated and nothing compiles, which costs about 1 %, else none
+    #: what training computes again to save memory: ``none``, the ``feed_forward`` activations and norms, whole
+    #: ``layers``, or ``layers_offloaded``, whose inputs wait in the CPU's memory (of a GPU); ``auto`` is feed_forward
+    #: where that is gated and nothing compiles, which costs about 1 %, else none
     gradient_checkpointing: str = "auto"
+    #: how attention is computed: ``sdpa`` (torch's fused kernels), ``flash`` (FlashAttention 2, on CUDA in bf16),
+    #: ``eager`` (plain matrix products), or ``auto``: what transformers takes for the model, usually sdpa
+    attention: str = "auto"
     compile: bool = False  #: training runs layers compiled (the first step waits for it); evaluation never does
     #: ``nf4``: frozen linears in 4 bits (by bitsandbytes, with bf16 products); null: as ``precision`` says
     quantization: Optional[str] = None
@@ -69,8 +76,13 @@ class HardwareConfig:
                 f"hardware.prepack: true is for hardware.device=cpu and hardware.precision=fp32, "
                 f"not {self.device} and {self.precision}"
             )
-        ways = ("auto", "none", "feed_forward", "layers")
+        ways = ("auto", "none", "feed_forward", "layers", "layers_offloaded")
         require_choice("hardware.gradient_checkpointing", self.gradient_checkpointing, ways)
+        if self.gradient_checkpointing == "layers_offloaded" and self.device == "cpu":
+            raise UserError(
+                "hardware.gradient_checkpointing: layers_offloaded moves the inputs of layers from a GPU to the CPU's "
+                "memory, and hardware.device is cpu; take layers"
+            )
         if self.compile and self.gradient_checkpointing == "feed_forward":
             raise UserError(
                 "hardware.gradient_checkpointing: feed_forward is for hardware.compile=false; compiled, "
@@ -86,6 +98,12 @@ class HardwareConfig:
             raise UserError(
                 f"hardware.compile: true is for hardware.quantization=null, as linears in 4 bits ({self.quantization}) "
                 f"do not compile; set hardware.compile=false"
+            )
+        require_choice("hardware.attention", self.attention, ATTENTION)
+        if self.attention == "flash" and (self.device != "cuda" or self.precision == "fp32"):
+            raise UserError(
+                f"hardware.attention: flash is for hardware.device=cuda and hardware.precision=bf16 or autocast, "
+                f"not {self.device} and {self.precision}"
             )
         require_choice("hardware.grouped", self.grouped or "null", ("null", "torch", "triton"))
         if self.grouped == "triton" and self.device != "cuda":

@@ -37,6 +37,9 @@ class TrainConfig:
     max_steps: Optional[int] = MISSING  #: bound on steps; replaces ``epochs`` in the schedule where smaller
     batch_size: int = MISSING  #: examples of one step, over all processes and accumulated batches
     gradient_accumulation: int = MISSING  #: batches summed into one step; times processes it divides ``batch_size``
+    #: put the examples of a batch behind each other in one row, without padding; each attends to itself only. Steps are
+    #: then random draws of examples instead of examples of similar lengths
+    packing: bool = False
     max_grad_norm: float = MISSING  #: gradients are clipped to this norm; 0 turns clipping off
     eval_every: int = MISSING  #: steps between dev evaluations
     eval_first: bool = False  #: whether to evaluate dev before the first step too; that adapter can be the best

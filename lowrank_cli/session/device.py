@@ -60,7 +60,7 @@ def greet(
     source: str = "",
     notes: Iterable[str] = (),
 ) -> None:
-    """Choose the CPU threads for ``model``, record them in run.json, and print the run's first lines.
+    """Choose the CPU threads for ``model``, record them and its attention in run.json, and print the run's first lines.
 
     A resumed run keeps the number of threads it began with, which decides how sums are rounded.
 
@@ -70,6 +70,7 @@ def greet(
         source: which earlier run is used; empty to print nothing.
         notes: what was chosen for the user, a line each.
     """
+    run.update(attention=model.config._attn_implementation)
     lines = [Text(header)]
     if source:
         lines.append(Text(source))

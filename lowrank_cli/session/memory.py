@@ -79,12 +79,15 @@ class TrainingStep:
         dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
         model = outline(config.model, "cpu", dtype)
         assert model is not None, "length_of has read its tokenizer"
+        if config.hardware.attention == "eager":
+            model.set_attn_implementation("eager")
         self.model = model.requires_grad_(False)
         self.method = methods.create(config.method)
         assert isinstance(self.method, Adapts)
         self.adapter = self.method.adapt(self.model)
         self.optimizer = optimizers.create(config.train, self.adapter, {})
-        recompute(self.model, config.hardware.gradient_checkpointing, config.hardware.compile)
+        again = config.hardware.gradient_checkpointing.removesuffix("_offloaded")
+        recompute(self.model, again, config.hardware.compile)
         self.model.train()
         trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         for parameter in trained:  # the first step makes the moments

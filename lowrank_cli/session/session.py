@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.head_loss import head_losses
 from lowrank_cli.adapter.lm_head import answer_losses
+from lowrank_cli.adapter.training.packing import on_device, packed_inputs, require_packable
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import Adapts, Calibrates, ChoosesSites, Method
 from lowrank_cli.models.load import Head, load
 from lowrank_cli.runs import Run
-from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig, check_task
+from lowrank_cli.schema import EvaluateConfig, PredictConfig, RunConfig, TaskConfig, TrainRun, check_task
 from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
@@ -143,10 +144,16 @@ class Session:
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
         """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
         collate = encode.collate_encoder if self.encoder else encode.collate_causal
-        batch = collate(encoded, self.tokenizer.pad_token_id)
+        return self._on_device(collate(encoded, self.tokenizer.pad_token_id))
+
+    def packed(self, encoded: Sequence[Any]) -> dict[str, Any]:
+        """:meth:`batch` of a causal model as one row without padding, for a model prepared by :func:`pack`."""
+        return self._on_device(encode.collate_packed(encoded) | packed_inputs([len(row.input_ids) for row in encoded]))
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         if not (self.adapter and self.adapter.routing):
             batch.pop("prompt_mask", None)
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return on_device(batch, self.device)
 
     def probe(self, size: int, tokens: int) -> Probe:
         """This process's share of a fixed batch of ``size`` dev examples to score on (all of them if there are fewer).
@@ -202,8 +209,12 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         )
     torch.manual_seed(config.seed)
     head = Head.of(config.task) if config.model.kind == "encoder" else None
-    fits = adapts.sites if isinstance(adapts, ChoosesSites) else None  # fails on a wrong setting before a download
-    loaded = load(config.model, config.hardware, head, fits)
+    checks: list[Callable[[PreTrainedModel], object]] = []  # of a model without weights, before a download
+    if isinstance(adapts, ChoosesSites):
+        checks.append(adapts.sites)
+    if isinstance(config, TrainRun) and config.train.packing:
+        checks.append(require_packable)
+    loaded = load(config.model, config.hardware, head, checks)
     model, divided = loaded.model.requires_grad_(False), config.hardware.divided
     if not divided:
         model.to(accelerator.device)

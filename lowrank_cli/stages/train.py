@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.training.compiled import compile_layers
+from lowrank_cli.adapter.training.packing import pack
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import Diverged
 from lowrank_cli.icl import calibrate
@@ -44,7 +45,7 @@ from lowrank_cli.schema.learning_rate import usual_rate
 from lowrank_cli.session import number_head, optimizers
 from lowrank_cli.session.session import Session, load_adapter, start
 from lowrank_cli.stages.evaluate import evaluate_end
-from lowrank_cli.tasks.batches import WINDOW, Batches, share
+from lowrank_cli.tasks.batches import WINDOW, Batches, padding, share
 from lowrank_cli.tasks.task import template_hash
 from lowrank_cli.training import checkpoint, tracking
 
@@ -90,9 +91,14 @@ class Trainer:
         self.accelerator = session.accelerator
         self.train_data = session.encode(session.task.train)
         self.dev_data = session.encode(session.task.dev)
-        lengths = [len(example.input_ids) for example in self.train_data]
+        self.lengths = lengths = [len(example.input_ids) for example in self.train_data]
         window = 1 if self.config.task.parts else WINDOW  # sorting by length would separate the tasks of a mix
-        self.batches = Batches(lengths, self.settings.batch_size, self.config.seed, window)
+        self.padded_batches = Batches(lengths, self.settings.batch_size, self.config.seed, window)
+        self.batches = self.padded_batches
+        if self.settings.packing:
+            self.batches = Batches(lengths, self.settings.batch_size, self.config.seed, 1)
+            with self.adapter.disabled():
+                pack(session.model)
         self.dev_batches = Batches(
             [len(example.input_ids) for example in self.dev_data],
             self.settings.batch_size // self.settings.gradient_accumulation,  # no more memory than a training batch
@@ -131,11 +137,20 @@ class Trainer:
         return [example.target for example in self.session.task.train if isinstance(example.target, float)]
 
     def remarks(self) -> list[str]:
-        """A line about the learning rate, if it was chosen by the table, or is far from it."""
+        """A line about the learning rate, if it was chosen by the table, or is far from it, and one about packing."""
         width = getattr(self.session.model.config.get_text_config(), "hidden_size", None)
         usual = usual_rate(self.config.model, width, self.session.method.rate_scale())
         noted = usual.is_usual(self.peak) or usual.is_far(self.peak)
-        return [f"learning rate: {usual.described(self.peak)}"] if noted else []
+        lines = [f"learning rate: {usual.described(self.peak)}"] if noted else []
+        if self.settings.packing:
+            saved = self._padding(self.total)
+            lines.append(f"packing: no padding, which would be {saved:.0%} of the positions in batches")
+        return lines
+
+    def _padding(self, steps: int) -> float:
+        """The share of padding, without packing, in the first ``steps`` batches (of the first epoch)."""
+        world, accumulated = self.accelerator.num_processes, self.settings.gradient_accumulation
+        return padding(self.lengths, self.padded_batches, min(steps, len(self.batches)), world, accumulated)
 
     def fit(self) -> dict[str, float]:
         """Train until the last step or an early stop, then evaluate the best adapter."""
@@ -217,11 +232,12 @@ class Trainer:
         self.progress["tokens"] += sum(len(self.train_data[i].input_ids) for i in indices)
         world, accumulated = accelerator.num_processes, self.settings.gradient_accumulation
         shares = [share(indices, rank, world, accumulated) for rank in range(world)]
+        collate = session.packed if self.settings.packing else session.batch
         total = torch.zeros((), device=session.device)
         for micros in zip(*shares, strict=True):  # one for each process
             micro = micros[accelerator.process_index]
             with session.autocast():
-                batch = session.batch([self.train_data[i] for i in micro.indices])
+                batch = collate([self.train_data[i] for i in micro.indices])
                 objective = loss = session.loss_sum(session.model, batch) * micro.counts / weight
                 if isinstance(session.method, AddsLoss):
                     examples = sum(micro.counts * len(micro.indices) for micro in micros)
@@ -399,6 +415,7 @@ class Trainer:
             "train/epochs": round(done["step"] / len(self.batches), 4),
             "train/seconds": done["seconds"],
             "train/tokens_per_second": done["tokens"] / max(done["seconds"], 1e-9),
+            "train/padding": 0.0 if self.settings.packing else self._padding(done["step"]),
             "best_step": done["best_step"],
             "dev/loss": done["best_loss"],
         }

@@ -70,3 +70,16 @@ def share(batch: Sequence[int], rank: int, world: int, accumulation: int) -> lis
         indices = list(batch[rank * accumulation + micro :: world * accumulation])
         shares.append(Share(indices, True) if indices else Share([batch[0]], False))
     return shares
+
+
+def padding(lengths: Sequence[int], batches: Batches, steps: int, world: int, accumulation: int) -> float:
+    """The share of padding among the positions of the first ``steps`` batches, each micro-batch as long as its longest
+    example."""
+    tokens = positions = 0
+    for step in range(steps):
+        for rank in range(world):
+            for micro in share(batches[step], rank, world, accumulation):
+                rows = [lengths[index] for index in micro.indices]
+                tokens += sum(rows)
+                positions += len(rows) * max(rows)
+    return 1 - tokens / positions

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -175,17 +175,31 @@ def collate_causal(encoded: Sequence[Encoded], pad_id: int) -> dict[str, torch.T
 
     ``labels`` hold the answers' tokens and EOS, and ``IGNORED`` elsewhere; ``prompt_mask`` is 1 on prompts.
     """
-    prompts = ([1] * row.prompt_length + [0] * (len(row.input_ids) - row.prompt_length) for row in encoded)
-    answers = (
-        [IGNORED if at < row.prompt_length or at in row.ignored else token for at, token in enumerate(row.input_ids)]
-        for row in encoded
-    )
     return {
         "input_ids": _padded((row.input_ids for row in encoded), pad_id),
         "attention_mask": _padded(([1] * len(row.input_ids) for row in encoded), 0),
-        "labels": _padded(answers, IGNORED),
-        "prompt_mask": _padded(prompts, 0),
+        "labels": _padded(map(_labels, encoded), IGNORED),
+        "prompt_mask": _padded(map(_prompt, encoded), 0),
     }
+
+
+def collate_packed(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """:func:`collate_causal` without padding: one row (1, N) of all examples, and no attention mask."""
+    rows = {
+        "input_ids": [row.input_ids for row in encoded],
+        "labels": map(_labels, encoded),
+        "prompt_mask": map(_prompt, encoded),
+    }
+    return {key: torch.tensor([list(chain.from_iterable(values))]) for key, values in rows.items()}  # (1, N)
+
+
+def _labels(row: Encoded) -> list[int]:
+    answered = enumerate(row.input_ids)
+    return [IGNORED if at < row.prompt_length or at in row.ignored else token for at, token in answered]
+
+
+def _prompt(row: Encoded) -> list[int]:
+    return [1] * row.prompt_length + [0] * (len(row.input_ids) - row.prompt_length)
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:

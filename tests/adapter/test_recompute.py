@@ -16,7 +16,7 @@ from lowrank_cli.launch import single_run
 from lowrank_cli.methods.protocol import AddsLoss
 from lowrank_cli.runs import Run
 
-WAYS = ["feed_forward", "layers"]
+WAYS = ["feed_forward", "layers", "layers_offloaded"]
 GATED = ["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
 
@@ -58,6 +58,20 @@ def test_the_feed_forward_of_every_gated_family(family):
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bert"])
 def test_the_layers_of_other_families(family):
     check("lora", family, "layers")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+def test_the_inputs_of_layers_are_copied_and_nothing_else(monkeypatch, family):
+    shapes, empty = [], torch.empty
+
+    def noted(*sizes, **options):
+        if "pin_memory" in options:
+            shapes.extend(map(tuple, sizes))
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    check("lora", family, "layers_offloaded")
+    assert shapes == [(3, 9, 32)] * 2  # rows × tokens × width of each layer
 
 
 def test_less_is_saved():
@@ -123,7 +137,7 @@ def test_auto_saves_less_where_it_can():
     assert not changed("llama", compiled=True)
 
 
-@pytest.mark.parametrize("what", [*WAYS, "auto"])
+@pytest.mark.parametrize("what", ["feed_forward", "layers", "auto"])
 def test_training_uses_it(what):
     quick = ["task=tiny_sentiment", "task.limit=8", "hardware.threads=1", "train.max_steps=2", "train.batch_size=4"]
     runs = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def test_precision(checkpoints, precision, dtype):
     assert load(config(path=str(checkpoints / "llama")), hardware(precision), None).model.dtype == dtype
 
 
+def test_attention_that_a_model_lacks_is_refused_before_weights_are_read(llama, monkeypatch):
+    (llama / "model.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_sdpa", False)
+    with pytest.raises(UserError, match=r"attention: sdpa is not supported by 'llama' \(allowed: auto, flash, eager\)"):
+        load(config(path=str(llama)), replace(hardware(), attention="sdpa"), None)
+
+
 def test_loading_is_quiet_and_leaves_the_log_as_it_was(checkpoints, capfd):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     load(config(kind="encoder", path=str(checkpoints / "bert")), hardware(), Head(("a", "b")))
@@ -111,7 +119,7 @@ def test_loading_is_quiet_and_leaves_the_log_as_it_was(checkpoints, capfd):
 def test_what_does_not_fit_is_refused_before_weights_are_read(llama):
     (llama / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match="no linear of this model is called 'nonsense'"):
-        load(config(path=str(llama)), hardware(), None, partial(find_sites, targets=["nonsense"]))
+        load(config(path=str(llama)), hardware(), None, [partial(find_sites, targets=["nonsense"])])
 
 
 def test_sharded_checkpoint(llama):

@@ -8,16 +8,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.kv_cache import continued_cache, returned_cache
 from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.routing.choice_stats import Choices
 from lowrank_cli.adapter.routing.router import Router, scaled_gates
+from lowrank_cli.adapter.training.packing import BOUNDS
 
 
 def prompts(args: tuple, kwargs: dict, mask: Tensor | None) -> Tensor:
@@ -40,6 +43,24 @@ def _inputs(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor]:
     return ids, kwargs["inputs_embeds"] if ids is None else ids
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The prompts of B examples that are packed in one row of T tokens; P is the length of the longest."""
+
+    positions: Tensor  #: (B, P), of the tokens of each example's prompt in the row, padded
+    mask: Tensor  #: (B, P), False for padding
+    examples: Tensor  #: (1, T), the example of each token
+
+    @classmethod
+    def of(cls, bounds: Tensor, prompts: Tensor) -> Packed:
+        """``bounds`` (B + 1,): where examples begin and end; ``prompts`` (1, T): mask of the prompts' tokens."""
+        lengths = bounds.diff()
+        examples = torch.arange(len(lengths), device=bounds.device).repeat_interleave(lengths)  # (T,)
+        rows = [(prompts[0] & (examples == row)).nonzero()[:, 0] for row in range(len(lengths))]
+        positions = pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, P)
+        return cls(positions.clamp_min(0), positions >= 0, examples.unsqueeze(0))
+
+
 class PromptRouting:
     """Routes an adapted model with forward pre-hooks on the model and on each layer.
 
@@ -48,6 +69,9 @@ class PromptRouting:
     modules once for each distinct prompt. Passes that continue a KV cache reuse them, also after beams or candidate
     answers have multiplied the rows (copies of a row must be adjacent). A prompt must fit in one pass: if it is
     prefilled in chunks, the first chunk decides for all.
+
+    In a packed row (:mod:`lowrank_cli.adapter.training.packing`) each example has its own prompt, and the gates of that
+    prompt apply to the example's tokens.
 
     A decoding step computes every module that any row uses, for all rows. Gathering the rows that use a module would
     make its products 1.3 to 1.5 times as slow in a decoding step, and a prefill about 1 % faster (4 of 8 rows, CPU).
@@ -90,6 +114,7 @@ class PromptRouting:
         self._applied = False  # whether the modules currently hold ``_gates``
         self._cache: weakref.ref[Any] | None = None  # the KV cache that ``_gates`` belong to
         self._mask: Tensor | None = None
+        self._packed: Packed | None = None
         self._first: Tensor | None = None
         self._copy: Tensor | None = None
         model.register_forward_pre_hook(self._before_model, with_kwargs=True)
@@ -121,6 +146,7 @@ class PromptRouting:
             self._continue(rows.shape[0])
             return args, kwargs
         self._mask = prompts(args, kwargs, mask)
+        self._packed = Packed.of(kwargs[BOUNDS], self._mask) if kwargs.get(BOUNDS) is not None else None
         self._first = self._copy = None
         if ids is not None and not torch.is_grad_enabled():
             self._share_between_copies(torch.where(self._mask, ids, -1))
@@ -146,6 +172,8 @@ class PromptRouting:
             if self._mask is None:
                 return
             hidden, mask = args[0] if args else kwargs["hidden_states"], self._mask
+            if self._packed is not None:
+                hidden, mask = hidden[0, self._packed.positions], self._packed.mask  # (1, T, D) -> (B, P, D)
             if self._first is not None:
                 hidden, mask = hidden[self._first], mask[self._first]
             pooled = self.routers[index].pool(hidden, mask)  # (B, T, D) -> (B, D)
@@ -161,7 +189,7 @@ class PromptRouting:
                 gates = gates[self._copy]
             self.probabilities.append(probabilities)
             self._gates.append(gates)
-            self._set(index, gates)
+            self._set(index, gates if self._packed is None else gates[self._packed.examples])
 
         return route
 
@@ -171,17 +199,17 @@ class PromptRouting:
         return self.choose(probabilities, self.k)
 
     def _set(self, index: int, gates: Tensor) -> None:
-        """Set the gates (B, N) of a layer's modules.
+        """Set the gates (B, N) of a layer's modules, or (1, T, N) of each token of a packed row.
 
         Without gradients, unused modules are skipped and a gate shared by all rows becomes a number.
         """
         if gates.requires_grad:
             for column, module in enumerate(self.modules[index]):
-                module.module_gate, module.skip = gates[:, column], False
+                module.module_gate, module.skip = gates[..., column], False
             return
-        low, high = torch.stack(gates.aminmax(dim=0)).tolist()  # (B, N) -> (2, N)
+        low, high = torch.stack(gates.flatten(0, -2).aminmax(dim=0)).tolist()  # (B, N) -> (2, N)
         for column, module in enumerate(self.modules[index]):
-            module.module_gate = gates[:, column] if low[column] < high[column] else high[column]
+            module.module_gate = gates[..., column] if low[column] < high[column] else high[column]
             module.skip = high[column] == 0
 
     def _continue(self, rows: int) -> None:

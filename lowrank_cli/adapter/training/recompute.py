@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -26,8 +28,9 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
     Args:
         what: ``none``; ``feed_forward``: the activations and products of a gated feed-forward, from its gate and up
             features (a 4-bit down projection still saves the products), and outputs of norms that adapted linears
-            read, from the norms' inputs; ``layers``: every layer, from its input (least memory, about a third more
-            time); ``auto``: ``feed_forward`` if the model has a gated one and is not compiled, else ``none``.
+            read, from the norms' inputs; ``layers``: every layer, from its input (little memory, about a third more
+            time); ``layers_offloaded``: the same, with these inputs in the CPU's memory (least memory); ``auto``:
+            ``feed_forward`` if the model has a gated one and is not compiled, else ``none``.
         compiled: whether the layers run compiled.
 
     Raises:
@@ -46,8 +49,8 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
             f"take layers, or none"
         )
     for layer, roles in zip(layers(model), structure.roles):
-        if what == "layers":
-            layer.forward = partial(_checkpointed, layer.forward)
+        if what in ("layers", "layers_offloaded"):
+            layer.forward = partial(_checkpointed, layer.forward, what == "layers_offloaded")
         else:
             parent = layer.get_submodule(roles["G"].path.rpartition(".")[0])
             parent.forward = partial(_gated, parent, parent.forward)
@@ -55,11 +58,12 @@ def recompute(model: PreTrainedModel, what: str, compiled: bool = False) -> None
                 norm.forward = partial(_normed, norm.forward)
 
 
-def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The layer's hooks, such as its router, run once, outside the checkpoint."""
+def _checkpointed(forward: Callable, offloaded: bool, *args: Any, **kwargs: Any) -> Any:
+    """The layer's hooks, such as its router, run once, outside the checkpoint. It saves nothing but ``args``."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    with save_on_cpu(pin_memory=True) if offloaded else nullcontext():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _gated(block: Any, forward: Callable, x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 
 pytestmark = pytest.mark.slow
-#: Batches of a mix are random draws of examples with and without packing.
-MIX = [*FOUR_STEPS, "task=tiny_mix", "test=false", "method=milora"]
+#: Batches of a mix are random draws of examples with and without packing. Answers have two to four tokens.
+MIX = [*FOUR_STEPS, "task=tiny_instruct_mix", "test=false", "method=milora"]
 
 
 def train(*overrides: str) -> Run:

@@ -79,11 +79,16 @@ def _cells(run: Run, metric: str | None) -> list[str | Text]:
             _stage(run),
             status_text(run),
             NONE if seed is None else str(seed),
-            f"{metric} {number(run.metrics[metric])}" if metric else _outcome(run, 1),
+            _result(f"{metric} {number(run.metrics[metric])}" if metric else _outcome(run, 1), run),
             _seconds(run.info),
         ]
     except UserError as error:
         return _broken(error)
+
+
+def _result(text: str, run: Run) -> str | Text:
+    """A finished run's result, which stays on one line; another run's error."""
+    return Text(text, no_wrap=True) if run.done else text
 
 
 def _broken(error: UserError) -> list[str | Text]:
@@ -154,7 +159,7 @@ class Fitted:
     """A bare table that folds no word.
 
     In a narrow terminal headings break after ``/`` and ``.``, then columns are left out, and the rest runs over.
-    Print it with ``crop=False``. Only ``result`` is wrapped, between its words.
+    Print it with ``crop=False``. Only ``result`` is wrapped, between its words, unless its text says ``no_wrap``.
     """
 
     heading: str | None
@@ -185,13 +190,15 @@ class Fitted:
         for row in self.rows:
             add(table, *(row[i] for i in shown if i < len(row)))
         for i, made in zip(shown, table.columns, strict=True):
+            cells = [row[i] for row in self.rows if i < len(row)]
             if self.columns[i] == "result":
                 made.max_width = self.widest_result
+                whole = [cell_len(cell.plain) for cell in cells if isinstance(cell, Text) and cell.no_wrap]
+                made.min_width = min(made.max_width, max(whole, default=0))
             else:
                 made.no_wrap = True
                 heading = str(made.header).splitlines()
-                cells = [*heading, *(str(_plain(row[i])) for row in self.rows if i < len(row))]
-                made.min_width = max(map(cell_len, cells))
+                made.min_width = max(map(cell_len, [*heading, *(str(_plain(cell)) for cell in cells)]))
         return table
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.image_input import token_embedding
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.low_rank import LowRank
 from lowrank_cli.adapter.quantized import quantized
@@ -183,7 +184,7 @@ class Adapter:
                 raise UserError(f"merge: {module.unmergeable}, so no single weight equals them")
         if any(quantized(linear.weight) for linear in self.linears.values()):
             raise UserError("merge: the weights are quantised, and an update put into them would be rounded away")
-        embedding = self.model.get_input_embeddings().weight
+        embedding = token_embedding(self.model)
         for path, linear in self.linears.items():
             if linear.weight is embedding:
                 raise UserError(f"merge: '{path}' shares its weight with the input embedding, which must not change")

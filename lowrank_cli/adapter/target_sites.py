@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.image_input import reads_images
 from lowrank_cli.adapter.linear import LINEARS, linear_shape, unwrapped
 from lowrank_cli.adapter.model_structure import RoleLinear, Structure, discover
 from lowrank_cli.adapter.spans import Span, width
@@ -98,6 +99,7 @@ FAMILIES: dict[str, Family] = {
 #: Further model types whose layers mix positions in attention only: read from their code and tested, not inferable.
 POSITION_WISE = frozenset(
     "phi phi3 falcon gpt_neox olmo olmo2 olmoe mixtral stablelm starcoder2 cohere granite gptj bloom mpt".split()
+    + "vit clip siglip dinov2".split()  # encoders of images
 )
 #: Of these, those with Llama's feed-forward.
 PLAIN_GATED = frozenset("olmo olmo2 stablelm cohere granite".split())
@@ -261,8 +263,10 @@ def require_rank(sites: Iterable[Site], rank: int, key: str) -> None:
             )
 
 
-def peft_task_type(model: PreTrainedModel) -> str:
-    """What PEFT calls the kind of answers that ``model`` gives."""
+def peft_task_type(model: PreTrainedModel) -> str | None:
+    """What PEFT calls the kind of answers that ``model`` gives; None for those to images, which have no name there."""
+    if reads_images(model):
+        return None
     if type(model).__name__.endswith("ForTokenClassification"):
         return "TOKEN_CLS"
     return "SEQ_CLS" if head_names(model) else "CAUSAL_LM"

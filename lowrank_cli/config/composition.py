@@ -182,6 +182,7 @@ def compose(
         _require_booleans(cfg, parsed)
         _make_absolute(cfg, later)
         _inline_chat_templates(cfg)
+        _list_labels(cfg)
         _fill_defaults(load, cfg, choices)
         if choices.get("model") and cfg.hydra.runtime.choices.model != FROM_RUN:
             _name_model(cfg, {item.key_or_group for item in parsed})
@@ -485,6 +486,17 @@ def _inline_chat_templates(cfg: DictConfig) -> None:
             if not file.is_file():
                 raise UserError(f"{key}: there is no file '{given}'")
             OmegaConf.update(cfg, key, read_text(file, "YAML"))
+
+
+def _list_labels(cfg: DictConfig) -> None:
+    """Let the labels of images in folders, if none are given, be the folders' names in alphabetical order."""
+    task = cfg.get("task")
+    path = OmegaConf.select(cfg, "task.path", default=None) if isinstance(task, DictConfig) else None
+    if not path or not task.get("image") or task.answer != "labels" or task.label_words or not os.path.isdir(path):
+        return
+    train = Path(path) / task.train_split
+    folders = sorted((train if train.is_dir() else Path(path)).iterdir())
+    task.label_words = [folder.name for folder in folders if folder.is_dir() and not folder.name.startswith(".")]
 
 
 def _expand_models(load: ConfigLoaderImpl, given: Sequence[Override]) -> list[Override]:

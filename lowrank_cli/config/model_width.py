@@ -28,19 +28,23 @@ def model_width(model: ModelConfig) -> int | None:
             file = Path(model.gguf)
             return _of_gguf(next(file.glob("*.gguf"), file) if file.is_dir() else file)
         if model.path:
-            return _of_config(read_json(Path(model.path) / "config.json"))
+            return _of_config(read_json(Path(model.path) / "config.json"), model.images)
     if model.width or not model.id or model.bundled:
         return model.width
-    return _of_config(_from_hub(model.id, model.revision))
+    return _of_config(_from_hub(model.id, model.revision), model.images)
 
 
-def _of_config(config: Any) -> int | None:
-    """Of a config.json; that of a multimodal model has its decoder's in ``text_config``."""
+def _of_config(config: Any, images: bool) -> int | None:
+    """Of a config.json; that of a multimodal model has its decoder's in ``text_config``.
+
+    Args:
+        images: take that of the encoder of images instead.
+    """
     config = config if isinstance(config, dict) else {}
-    text = config.get("text_config")
+    inner = config.get("vision_config" if images else "text_config")
     sizes = [config.get(name) for name in NAMES]
     width = next((size for size in sizes if isinstance(size, int) and size > 0), None)
-    return _of_config(text) if width is None and isinstance(text, dict) else width
+    return _of_config(inner, images) if width is None and isinstance(inner, dict) else width
 
 
 def _of_gguf(file: Path) -> int | None:

@@ -56,6 +56,10 @@ def check(
     check_task(config.model, config.task)
     _refuse_unsupported_stage(composed)
     _refuse_unused_values(config)
+    if config.model.images and (use := methods.create(config.method).needs_prompt()):
+        raise UserError(
+            f"method: '{config.method.name}' {use}, and {config.model.name} reads images; take another method"
+        )
     if hasattr(config, "evaluate"):
         for task in (config.task, *config.task.parts.values()):
             require_data("task.metric", [task.metric])

@@ -123,6 +123,9 @@ class MiLoRA(LoRA):
         self._optimizer: torch.optim.Optimizer | None = None
         self._warming = config.soft_start > 0  # whether the next step trains every module
 
+    def needs_prompt(self) -> str:
+        return "chooses modules by the tokens of a prompt"
+
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """As LoRA's, the same roles in every layer. Raises UserError also for linears without a role."""
         from lowrank_cli.adapter.target_sites import layers

@@ -94,7 +94,7 @@ class Peft(Method):
 
         def set_mask(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             for components in inputs:
-                components.mask = kwargs["attention_mask"].bool()
+                components.mask = kwargs.get("attention_mask")
 
         hooks = [model.register_forward_pre_hook(set_mask, with_kwargs=True)]
         hooks += [layer.register_forward_pre_hook(components) for layer, components in zip(layers, inputs)]
@@ -166,11 +166,13 @@ class _PrincipalInputs:
         from peft.utils.incremental_pca import IncrementalPCA
 
         self.count = count
-        self.mask: torch.Tensor  # (B, T), of the current pass
+        self.mask: torch.Tensor | None = None  # (B, T), of the current pass; images have none
         self._pca = IncrementalPCA(count, lowrank=True, lowrank_seed=0)
 
     def __call__(self, linear: Any, args: tuple[torch.Tensor, ...]) -> None:
-        rows = args[0].detach().reshape(-1, args[0].shape[-1])[self.mask.flatten()].float()  # (B, T, I) -> (tokens, I)
+        rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()  # (B, T, I) -> (B * T, I)
+        if self.mask is not None:
+            rows = rows[self.mask.flatten().bool()]  # (tokens, I)
         if len(rows) >= self.count:
             self._pca.partial_fit(rows)  # type: ignore[no-untyped-call]
 

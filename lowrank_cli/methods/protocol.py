@@ -67,6 +67,10 @@ class Method:
         """The usual learning rate of this method, in relation to that of LoRA."""
         return 1.0
 
+    def needs_prompt(self) -> str:
+        """What this method does with the tokens of a prompt, which an image has not; empty if it works without."""
+        return ""
+
     def undivided(self) -> str:
         """Why processes cannot divide the model's own weights while this method trains; empty if they can."""
         return ""

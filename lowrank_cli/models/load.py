@@ -76,7 +76,8 @@ class Loaded:
     """A model ready to be adapted."""
 
     model: Any  #: a ``transformers.PreTrainedModel``; its ``fresh_modules`` are modules that the checkpoint lacks
-    tokenizer: Any  #: with a pad token
+    tokenizer: Any  #: with a pad token; None for a model of images
+    processor: Any  #: image processor; None for a model of texts
     name: str
     header: str  #: the first line a run prints
     packing: str  #: whether weights are packed and why, if the hardware config leaves it open
@@ -127,7 +128,7 @@ def load(
     *,
     generates: bool = False,
 ) -> Loaded:
-    """Load the model and its tokenizer.
+    """Load the model and its tokenizer, or the image processor of a model of images.
 
     Args:
         head: the head of an encoder, which is drawn from torch's global generator (seed it first); None for a causal
@@ -178,14 +179,21 @@ def load(
                 **extra,
                 **arguments,
             )
-        with one_line(f"the tokenizer of {where.source}"):
-            tokenizer = load_tokenizer(where.source, arguments)
+        tokenizer = processor = None
+        if model.images:
+            with one_line(f"the image processor of {where.source}"):
+                processor = _load_processor(where.source, arguments)
+        else:
+            with one_line(f"the tokenizer of {where.source}"):
+                tokenizer = load_tokenizer(where.source, arguments)
     if from_hub:
         network.config.name_or_path = model.id  # not the snapshot's folder, which other machines lack
     packing = prepack_for(network, hardware, generates)
     network.fresh_modules = _fresh_modules(network, report, model)
-    _check_tokenizer(network, tokenizer, model)
-    return Loaded(network, tokenizer, model.name, _header(model, origin, network), packing, _max_positions(network))
+    if tokenizer is not None:
+        _check_tokenizer(network, tokenizer, model)
+    header = _header(model, origin, network)
+    return Loaded(network, tokenizer, processor, model.name, header, packing, _max_positions(network))
 
 
 def factory_of(model: ModelConfig, head: Head | None = None) -> Any:
@@ -194,6 +202,8 @@ def factory_of(model: ModelConfig, head: Head | None = None) -> Any:
 
     if model.kind == "causal":
         return transformers.AutoModelForCausalLM
+    if model.images:
+        return transformers.AutoModelForImageClassification
     if head is not None and head.answer == "tags":
         return transformers.AutoModelForTokenClassification
     return transformers.AutoModelForSequenceClassification
@@ -322,13 +332,25 @@ def one_line(source: str) -> Iterator[None]:
 
 
 def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) -> Any:
-    """The checkpoint's ``config.json``. Raises UserError if it is not of the kind ``model.kind``."""
+    """The checkpoint's ``config.json``. Raises UserError if it is not of the kind that ``model`` says."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as OF_IMAGES
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     config = AutoConfig.from_pretrained(source, **arguments)
     if config.is_encoder_decoder:
         raise UserError(f"model: {source} is an encoder-decoder ({config.model_type}), which is not supported")
+    if model.images and config.model_type not in OF_IMAGES:
+        raise UserError(
+            f"model.images: true, but {source} is a '{config.model_type}', which transformers has no classifier of "
+            f"images for; set model.images=false"
+        )
+    if model.images:
+        return config
+    if config.model_type in OF_IMAGES and config.model_type not in ENCODERS:
+        raise UserError(
+            f"model.images: {source} reads images ({config.model_type}); set model.kind=encoder model.images=true"
+        )
     kind = "encoder" if config.model_type in ENCODERS else "causal"
     if kind != model.kind:
         raise UserError(
@@ -336,6 +358,13 @@ def _checked_config(model: ModelConfig, source: str, arguments: dict[str, Any]) 
             f"({config.model_type}); set model.kind={kind}"
         )
     return config
+
+
+def _load_processor(source: str, arguments: dict[str, Any]) -> Any:
+    """The image processor of a folder or repository, in its form that needs Pillow only."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source, backend="pil", **arguments)
 
 
 def load_tokenizer(source: str, arguments: dict[str, Any]) -> Any:
@@ -356,6 +385,8 @@ def _fresh_modules(network: Any, report: dict[str, Any], model: ModelConfig) -> 
     inside = f"{network.base_model_prefix}."
 
     def may_be_new(name: str) -> bool:
+        if model.images:
+            return name.startswith("classifier.")
         return model.kind == "encoder" and (not name.startswith(inside) or ".pooler." in name)
 
     absent = sorted(name for name in report["missing_keys"] if not may_be_new(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def outline(model: ModelConfig, device: str = "meta", dtype: Any = None) -> Any 
         return None
     import torch
     from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
 
-    with quiet(True), one_line(str(folder)), torch.device(device):
+    # image encoders draw values again until all are in a range, which fake tensors never are
+    bare = no_init_weights() if model.images else nullcontext()
+    with quiet(True), one_line(str(folder)), torch.device(device), bare:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         arguments = {} if dtype is None else {"dtype": dtype}
         return factory_of(model).from_config(config, trust_remote_code=model.trust_remote_code, **arguments)

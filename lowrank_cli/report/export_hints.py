@@ -56,6 +56,11 @@ def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any], model_ty
         labels = sum(len(part["label_words"]) for part in task["parts"].values() or [task]) or 1  # a number has none
         called = f"peft.AutoPeftModelFor{CLASSIFIERS[adapter['task_type']]}.from_pretrained"
         return [f"load: {called}({folder!r}, num_labels={labels}{options})"]
+    if adapter["task_type"] is None:  # of images, for which PEFT has no class
+        labels = len(config["task"]["label_words"]) or 1
+        options += ", ignore_mismatched_sizes=True"  # most of these models come with a head for other labels
+        loaded = f"transformers.AutoModelForImageClassification.from_pretrained({base!r}, num_labels={labels}{options})"
+        return [f"load: peft.PeftModel.from_pretrained({loaded}, {folder!r})"]
     load = f"load: peft.AutoPeftModelForCausalLM.from_pretrained({folder!r}{options})"
     if kind:  # a server as it stands would take the base in full precision
         return [load]

@@ -55,8 +55,7 @@ def card(run: Run, folder: Path) -> str:
     model, task, method = config["model"], config["task"], config["method"]["name"]
     results = list(_results(made))
     encoder = model["kind"] == "encoder"
-    kind = ("token-classification" if task["answer"] == "tags" else "text-classification") if encoder else ""
-    kind = kind or "text-generation"
+    kind = _pipeline(model, task["answer"])
     title = f"{model['name']}-{method}-{task['name']}"
     base, data = model.get("id"), _data_sets(task)
     adapter = not any((folder / name).is_file() for name in ("config.json", "model.gguf"))
@@ -127,8 +126,11 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
     """Code that loads the files of ``folder``."""
     base = model.get("id") or BASE
     encoder = model["kind"] == "encoder"
-    loader = _loader(encoder, task["answer"])
+    loader = _loader(model, task["answer"])
+    reader = "AutoImageProcessor" if model.get("images") else "AutoTokenizer"
+    read = f"{'processor' if model.get('images') else 'tokenizer'} = {reader}.from_pretrained"
     labels = f", num_labels={len(task['label_words']) or 1}" if encoder else ""
+    labels += ", ignore_mismatched_sizes=True" if model.get("images") else ""
     loaded = f'model = {loader}.from_pretrained("{base}"{labels})'
     if any(folder.glob("*.gguf")):
         file = "adapter.gguf" if (folder / "adapter.gguf").is_file() else "model.gguf"
@@ -136,21 +138,21 @@ def _use(run: Run, folder: Path, model: dict[str, Any], task: dict[str, Any]) ->
         return _fences([], [f"hf download {REPOSITORY} {file} --local-dir .", f"{server} {file}"])
     if (folder / "config.json").is_file():
         python = [
-            f"from transformers import {loader}, AutoTokenizer",
+            f"from transformers import {loader}, {reader}",
             "",
             f'model = {loader}.from_pretrained("{REPOSITORY}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{REPOSITORY}")',
+            f'{read}("{REPOSITORY}")',
         ]
         serve = [] if encoder else [f"vllm serve {REPOSITORY}"]
         return _fences(python, serve)
     if (folder / "adapter_config.json").is_file():
         python = [
             "from peft import PeftModel",
-            f"from transformers import {loader}, AutoTokenizer",
+            f"from transformers import {loader}, {reader}",
             "",
             loaded,
             f'model = PeftModel.from_pretrained(model, "{REPOSITORY}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{REPOSITORY if folder.name == "export" else base}")',
+            f'{read}("{REPOSITORY if folder.name == "export" else base}")',
         ]
         if encoder:
             return _fences(python, [])
@@ -180,10 +182,21 @@ def _serve(run: Run, folder: Path, base: str) -> list[str]:
     return [command] if command else []
 
 
-def _loader(encoder: bool, answer: str) -> str:
+def _pipeline(model: dict[str, Any], answer: str) -> str:
+    """What the Hub calls the use of such a model."""
+    if model["kind"] != "encoder":
+        return "text-generation"
+    if model.get("images"):
+        return "image-classification"
+    return "token-classification" if answer == "tags" else "text-classification"
+
+
+def _loader(model: dict[str, Any], answer: str) -> str:
     """The class of transformers that loads such a model."""
-    if not encoder:
+    if model["kind"] != "encoder":
         return "AutoModelForCausalLM"
+    if model.get("images"):
+        return "AutoModelForImageClassification"
     return f"AutoModelFor{'Token' if answer == 'tags' else 'Sequence'}Classification"
 
 

@@ -37,6 +37,8 @@ class ModelConfig:
     gguf: Optional[str] = None
     #: an installed Python package that holds the model as GGUF, used where the Hub cannot be reached
     package: Optional[str] = None
+    #: whether it reads images instead of texts: ViT, DINOv2, the image encoder of CLIP or SigLIP (``kind: encoder``)
+    images: bool = False
     license: Optional[str] = None  #: of the weights, as the Hub spells it (``apache-2.0``), for model cards
     #: hidden size, from which the usual learning rate follows; read from a folder or file where one is given
     width: Optional[int] = None
@@ -55,6 +57,8 @@ class ModelConfig:
             raise UserError(f"model.gguf: {self.gguf} and model.path={self.path} both name the weights; give one")
         if self.package is not None and not self.package.isidentifier():  # a dotted name would import what is before it
             raise UserError(f"model.package: '{self.package}' is not the name of a Python package")
+        if self.images and self.kind != "encoder":
+            raise UserError(f"model.images: true is for model.kind=encoder, not {self.kind}; set model.kind=encoder")
         if self.gguf and self.kind == "encoder":
             raise UserError("model.gguf: holds causal models; set model.kind=causal, or name an encoder by model.path")
 

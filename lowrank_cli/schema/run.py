@@ -40,6 +40,17 @@ def check_task(model: ModelConfig, task: TaskConfig) -> None:
                 f"model.kind: {model.name} is causal, but task={single.name} has task.answer={single.answer}, which an "
                 f"encoder's head gives; choose an encoder (model=roberta_base, model=minilm)"
             )
+        if single.image is not None and not model.images:
+            raise UserError(
+                f"model.images: {model.name} reads no images, and task={single.name} has them in task.image="
+                f"{single.image}; choose an image encoder (model=vit_base, model=clip_vit_b16, model=siglip_base), or "
+                f"if it is one set model.kind=encoder model.images=true"
+            )
+        if single.image is None and model.images:
+            raise UserError(
+                f"model.images: {model.name} reads images, and task={single.name} has none; name their column in "
+                f"task.image (task=image_folder task.path=FOLDER), or choose a model that reads text"
+            )
         if task.parts and single.answer in OF_ENCODERS:
             raise UserError(
                 f"task.parts.{single.name}.answer: {single.answer} has a head of its own; train {single.name} alone "

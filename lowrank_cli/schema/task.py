@@ -13,6 +13,7 @@ from lowrank_cli.schema.metric import ANSWERS, metrics_of
 
 CHAT = {"auto": None, "true": True, "false": False}
 LABELLED = ("labels", "multi_label", "tags")  #: answers from ``label_words``
+OF_IMAGES = ("labels", "multi_label", "number")  #: answers to an image
 ENTITY_TAG = re.compile(r"O|[BIES]-.+")
 
 
@@ -73,6 +74,9 @@ class TaskConfig:
     system: Optional[str] = None  #: system turn of conversations that have none
     #: Jinja chat template instead of the model's, or a file that holds one
     chat_template: Optional[str] = None
+    #: the column with an image, which is a file (relative to the folder of the data) or the bytes of one, for models
+    #: that read images; of files in folders named for their labels it is ``image``
+    image: Optional[str] = None
 
     def validate(self) -> None:
         require_choice("task.answer", self.answer, ANSWERS)
@@ -94,6 +98,10 @@ class TaskConfig:
             require_range("task.limit", self.limit, 1)
         if self.parts:
             self._refuse_what_parts_have()
+        if self.image is not None and self.answer not in OF_IMAGES:
+            raise UserError(
+                f"task.image: an image is answered with {', '.join(OF_IMAGES)}, not with task.answer={self.answer}"
+            )
         if self.lenient and self.answer not in ("free", "chat"):
             raise UserError(f"task.lenient: true is for task.answer=free or chat, not {self.answer}")
         self._validate_labels()
@@ -108,7 +116,8 @@ class TaskConfig:
         """Refuse labels that are too few, ambiguous or of no use for this kind of answer."""
         words = list(self.label_words)
         if self.answer in LABELLED and len(words) < 2:
-            raise UserError(f"task.label_words: {words} names fewer than two labels")
+            hint = "; name them, or set task.path=FOLDER, with a folder for each label" if self.image else ""
+            raise UserError(f"task.label_words: {words} names fewer than two labels{hint}")
         for key in ("label_words", "label_values"):
             named = [word.casefold() for word in getattr(self, key)]
             if len(set(named)) < len(named):

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.adapter.lm_head import replaced_forwards
 from lowrank_cli.errors import UserError
-from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_losses
+from lowrank_cli.scoring.probe import Batch, Probe, answered_rows, repeated, row_lengths, row_losses
 from lowrank_cli.scoring.reuse import ROLE_ORDER, Reuse
 
 Unit = tuple[str, int | None]  #: a module's key and one of its ranks; None: the whole module
@@ -109,8 +109,9 @@ def ablate_units(
         measure: gives the value of each row of a batch.
     """
     layer, order = depth
-    rows, length = reuse.batch["input_ids"].shape
-    copies = max(1, probe.tokens // (rows * length))
+    lengths = row_lengths(reuse.batch)
+    rows = len(lengths)
+    copies = max(1, probe.tokens // (rows * max(lengths)))
     for start in range(0, len(members), copies):
         chosen = members[start : start + copies]
         ablated = [units[position] for position in chosen]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from lowrank_cli.adapter.adapted_model import Adapter
 from lowrank_cli.scoring.cut import Cut
-from lowrank_cli.scoring.probe import Probe
+from lowrank_cli.scoring.probe import Probe, row_lengths
 
 BACKWARD = 2  #: cost of a backward pass in forward passes
 LIMIT = 0.1  #: share of the cost of training that all scorings together may take
@@ -34,7 +36,8 @@ def costs(adapter: Adapter, level: str, probe: Probe, cut: Cut | None) -> dict[s
     if cut is not None:
         passes["mixed"] = taylor + exact * cut.size(counts) / units + 2
     passes["taylor"] = taylor
-    tokens = probe.add_up(probe.batch["attention_mask"].sum()).item()
+    own = torch.tensor(sum(row_lengths(probe.batch)), device=probe.batch["labels"].device)
+    tokens = probe.add_up(own).item()
     return {kind: count * tokens for kind, count in passes.items()}
 
 

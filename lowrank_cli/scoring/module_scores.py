@@ -118,7 +118,8 @@ def magnitude(adapter: Adapter, probe: Probe) -> dict[str, float]:
     try:
         with evaluating(adapter), probe.autocast(), headless(adapter.model):
             for batch in probe.groups():
-                used = batch["attention_mask"].flatten().bool()  # (B * T,)
+                if "attention_mask" in batch:  # images have no padding
+                    used = batch["attention_mask"].flatten().bool()  # (B * T,)
                 adapter.model(**{key: value for key, value in batch.items() if key != "labels"})
                 probe.tick(len(batch["labels"]))
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_cli.adapter.head_loss import head_divergences, head_losses
+from lowrank_cli.adapter.image_input import PIXELS
 from lowrank_cli.adapter.lm_head import IGNORED, Answers, answers_at
 from lowrank_cli.adapter.target_sites import structure_of
 from lowrank_cli.scoring.answer_positions import answers_only
@@ -25,7 +26,7 @@ class Probe:
 
     #: right-padded, with ``labels`` (B, T) of a causal model or as :mod:`~lowrank_cli.adapter.head_loss` has them
     batch: Batch
-    tokens: int  #: most tokens of one forward pass (at least one row), to bound memory
+    tokens: int  #: most tokens (or patches) of one forward pass (at least one row), to bound memory
     autocast: Callable[[], AbstractContextManager] = nullcontext
     add_up: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)  #: sums over processes
     #: number of this process, and of all: its rows are those numbered process, process + processes, … of the batch
@@ -34,7 +35,7 @@ class Probe:
 
     @property
     def rows(self) -> int:
-        return len(self.batch["input_ids"])
+        return len(self.batch["labels"])
 
     def weight(self) -> float:
         """The divisor of the summed loss: response tokens, or examples, of all processes."""
@@ -44,7 +45,7 @@ class Probe:
 
     def groups(self) -> list[Batch]:
         """The batch in groups of similar length with little padding, each within ``tokens``."""
-        lengths = self.batch["attention_mask"].sum(dim=1).tolist()
+        lengths = row_lengths(self.batch)
         order = sorted(range(self.rows), key=lambda row: -lengths[row])
         groups: list[list[int]] = []
         for row in order:
@@ -59,7 +60,7 @@ class Probe:
 
         Each is a batch with this process's rows of it, or none.
         """
-        lengths = self.batch["attention_mask"].sum(dim=1).tolist()
+        lengths = row_lengths(self.batch)
         rows = int(self.add_up(torch.tensor(self.rows, device=self.batch["labels"].device)).item())
         process, processes = self.share
         numbers, pieces = torch.arange(process, rows, processes), []
@@ -75,6 +76,15 @@ class Probe:
             key: value[:, :longest] if value.dim() == 2 and not value.is_floating_point() else value
             for key, value in taken.items()
         }
+
+
+def row_lengths(batch: Batch) -> list[int]:
+    """Tokens of each row without padding, or patches of each image."""
+    if "pixel_values" in batch:
+        images, _, height, width = batch["pixel_values"].shape
+        return [max(1, height * width // PIXELS)] * images
+    lengths: list[int] = batch["attention_mask"].sum(dim=1).tolist()
+    return lengths
 
 
 def one_a_row(labels: Tensor) -> bool:
@@ -122,9 +132,8 @@ def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
     """One pass over ``batch``, completed only at response tokens or tags; other answers are one for each row."""
     inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
     if one_a_row(labels):
-        structure, first = structure_of(model), torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
-        first[:, 0] = True
-        with answers_only(model, first) if structure and structure.first_answers else nullcontext():
+        structure = structure_of(model)
+        with _first_only(model, batch) if structure and structure.first_answers else nullcontext():
             logits = model(**inputs).logits  # (B, labels)
         return Answers(logits, torch.arange(len(logits), device=logits.device), None)
     if not model.can_generate():  # tags
@@ -135,6 +144,13 @@ def answers_of(model: PreTrainedModel, batch: Batch) -> Answers:
     answered = labels[:, 1:] != IGNORED  # (B, T - 1)
     with answers_only(model, answered):
         return answers_at(model, inputs, answered)
+
+
+def _first_only(model: PreTrainedModel, batch: Batch) -> AbstractContextManager:
+    """:func:`answers_only` at the first position."""
+    first = torch.zeros_like(batch["input_ids"], dtype=torch.bool)  # (B, T)
+    first[:, 0] = True
+    return answers_only(model, first)
 
 
 def _by_row(values: Tensor, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.files import optimizer_state
+from lowrank_cli.adapter.image_input import image_shape, image_tokens
 from lowrank_cli.adapter.lm_head import answers_at
 from lowrank_cli.adapter.target_sites import layers
 from lowrank_cli.adapter.training.recompute import recompute
@@ -78,7 +79,7 @@ class TrainingStep:
         self.encoder = config.model.kind == "encoder"
         dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
         model = outline(config.model, "cpu", dtype)
-        assert model is not None, "length_of has read its tokenizer"
+        assert model is not None, "length_of has read its files"
         if config.hardware.attention == "eager":
             model.set_attn_implementation("eager")
         self.model = model.requires_grad_(False)
@@ -125,6 +126,8 @@ class TrainingStep:
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs["attention_mask"][0, -1] = 0  # padding, so that attention reads a mask
+        if self.config.model.images:
+            inputs = {"pixel_values": torch.zeros(rows, *image_shape(self.model))}
         if self.adapter.routing:
             inputs["prompt_mask"] = torch.ones_like(ids)
         ledger.selected = rows * self.length.answered
@@ -193,6 +196,9 @@ def length_of(config: TrainRun) -> Length | None:
 
     None if the model's tokenizer is not.
     """
+    if config.model.images:
+        model = outline(config.model)
+        return model and Length(image_tokens(model.config.to_dict()), 1, "the patches of an image")
     tokenizer, task = outline_tokenizer(config.model), config.task
     if tokenizer is None:
         return None

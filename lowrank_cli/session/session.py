@@ -16,6 +16,7 @@ from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.head_loss import head_losses
+from lowrank_cli.adapter.image_input import image_tokens, image_width
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.training.packing import on_device, packed_inputs, require_packable
 from lowrank_cli.errors import UserError
@@ -27,7 +28,7 @@ from lowrank_cli.scoring.probe import Probe
 from lowrank_cli.session.adapter_run import check_chat, method_of, newest_run_note
 from lowrank_cli.session.device import greet, prepare
 from lowrank_cli.session.processes import Processes
-from lowrank_cli.tasks import encode
+from lowrank_cli.tasks import encode, images
 from lowrank_cli.tasks.chat import Chat, chat_of
 from lowrank_cli.tasks.task import Example, Task
 
@@ -42,7 +43,8 @@ class Session:
     accelerator: Processes
     task: Task
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  #: absent (None) for a model of images, which nothing asks for it
+    processor: Any  #: image processor of a model of images, else None
     method: Method
     adapter: Adapter | None  #: None for a method that adapts nothing
     fingerprint: str  #: of the model's weights
@@ -87,6 +89,14 @@ class Session:
         return BATCH_SIZE if evaluate is None else evaluate.batch_size
 
     @property
+    def width(self) -> int | None:
+        """Hidden size of what reads texts or images; None if the model does not say."""
+        config = self.model.config
+        if self.processor is not None:
+            return image_width(config.to_dict())
+        return getattr(config.get_text_config(), "hidden_size", None)
+
+    @property
     def encoder(self) -> bool:
         return self.config.model.kind == "encoder"
 
@@ -118,9 +128,12 @@ class Session:
         return self.chats[task].stops if self.chats else [self.tokenizer.eos_token_id]
 
     def encode(self, examples: Sequence[Example]) -> list[Any]:
-        """Tokenised examples: ``Encoded`` for a causal model, ``EncodedText`` for an encoder."""
+        """Encoded examples: ``Encoded`` for a causal model, ``EncodedText`` or ``EncodedImage`` for an encoder."""
         if self.encoder:
             labels: int = self.model.config.num_labels  # type: ignore[assignment]
+            if self.processor is not None:
+                patches = image_tokens(self.model.config.to_dict())
+                return [images.encode(example, labels, patches) for example in examples]
             return [encode.encode_text(self.tokenizer, e, self.max_length(task=e.task), labels) for e in examples]
         encoded: list[Any] = [None] * len(examples)
         for task in dict.fromkeys(example.task for example in examples):
@@ -143,12 +156,14 @@ class Session:
 
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
         """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
+        if self.processor is not None:
+            return self._on_device(images.collate(encoded, self.processor))
         collate = encode.collate_encoder if self.encoder else encode.collate_causal
         return self._on_device(collate(encoded, self.tokenizer.pad_token_id))
 
     def packed(self, encoded: Sequence[Any]) -> dict[str, Any]:
         """:meth:`batch` of a causal model as one row without padding, for a model prepared by :func:`pack`."""
-        return self._on_device(encode.collate_packed(encoded) | packed_inputs([len(row.input_ids) for row in encoded]))
+        return self._on_device(encode.collate_packed(encoded) | packed_inputs([row.length for row in encoded]))
 
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         if not (self.adapter and self.adapter.routing):
@@ -228,13 +243,14 @@ def start(config: RunConfig, adapter_run: Path | None = None) -> Session:
         task,
         model,
         loaded.tokenizer,
+        loaded.processor,
         method,
         adapter,
         identity,
         header=loaded.header,
         max_positions=loaded.max_positions,
         adapter_run=adapter_run,
-        chats=chats_of(loaded.tokenizer, config.task),
+        chats={} if loaded.tokenizer is None else chats_of(loaded.tokenizer, config.task),
     )
     return replace(session, task=_in_chat(session)) if session.chats else session
 

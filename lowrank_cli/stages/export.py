@@ -42,7 +42,7 @@ def run(config: ExportRun, run: Run, adapter_run: Path | None, *, resume: bool =
     with atomic_folder(run.file("export")) as folder:
         for chat in session.chats.values():  # whoever serves the model asks as it was trained
             session.tokenizer.chat_template = chat.template
-        session.tokenizer.save_pretrained(folder)
+        (session.processor or session.tokenizer).save_pretrained(folder)
         if settings.whole:
             error = _save_whole(session, settings.format, folder)
         else:

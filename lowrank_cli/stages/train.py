@@ -91,7 +91,7 @@ class Trainer:
         self.accelerator = session.accelerator
         self.train_data = session.encode(session.task.train)
         self.dev_data = session.encode(session.task.dev)
-        self.lengths = lengths = [len(example.input_ids) for example in self.train_data]
+        self.lengths = lengths = [example.length for example in self.train_data]
         window = 1 if self.config.task.parts else WINDOW  # sorting by length would separate the tasks of a mix
         self.padded_batches = Batches(lengths, self.settings.batch_size, self.config.seed, window)
         self.batches = self.padded_batches
@@ -100,7 +100,7 @@ class Trainer:
             with self.adapter.disabled():
                 pack(session.model)
         self.dev_batches = Batches(
-            [len(example.input_ids) for example in self.dev_data],
+            [example.length for example in self.dev_data],
             self.settings.batch_size // self.settings.gradient_accumulation,  # no more memory than a training batch
             self.config.seed,
             window,
@@ -138,7 +138,7 @@ class Trainer:
 
     def remarks(self) -> list[str]:
         """A line about the learning rate, if it was chosen by the table, or is far from it, and one about packing."""
-        width = getattr(self.session.model.config.get_text_config(), "hidden_size", None)
+        width = self.session.width
         usual = usual_rate(self.config.model, width, self.session.method.rate_scale())
         noted = usual.is_usual(self.peak) or usual.is_far(self.peak)
         lines = [f"learning rate: {usual.described(self.peak)}"] if noted else []
@@ -216,7 +216,7 @@ class Trainer:
         session, size = self.session, self.config.evaluate.batch_size
         session.model.eval()
         drawn = random.Random(self.config.seed).sample(self.train_data, min(count, len(self.train_data)))
-        drawn.sort(key=lambda example: len(example.input_ids))
+        drawn.sort(key=lambda example: example.length)
         with session.autocast(), self.bar.watch("reading prompts", len(drawn)) as tick:
             for at in range(0, len(drawn), size):
                 rows = drawn[at : at + size]
@@ -229,7 +229,7 @@ class Trainer:
         session.model.train()
         indices = self.batches[step - 1]
         weight = sum(session.weight(self.train_data[i]) for i in indices)
-        self.progress["tokens"] += sum(len(self.train_data[i].input_ids) for i in indices)
+        self.progress["tokens"] += sum(self.train_data[i].length for i in indices)
         world, accumulated = accelerator.num_processes, self.settings.gradient_accumulation
         shares = [share(indices, rank, world, accumulated) for rank in range(world)]
         collate = session.packed if self.settings.packing else session.batch
@@ -323,7 +323,7 @@ class Trainer:
         session.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=session.device)  # loss, weight
         size = self.config.evaluate.batch_size
-        order = sorted(range(len(self.dev_data)), key=lambda i: len(self.dev_data[i].input_ids))
+        order = sorted(range(len(self.dev_data)), key=lambda i: self.dev_data[i].length)
         mine = order[accelerator.process_index :: accelerator.num_processes]
         with session.autocast():
             for at in range(0, len(mine), size):

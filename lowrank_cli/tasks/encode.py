@@ -32,6 +32,11 @@ class Encoded:
     ignored: frozenset[int] = frozenset()  #: positions after the prompt that are not answers: later turns of the user
 
     @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
     def answered(self) -> int:
         """Number of tokens with loss."""
         return len(self.input_ids) - self.prompt_length - len(self.ignored)
@@ -48,6 +53,11 @@ class EncodedText:
     #: of tags: the position of the first token of each word; a word that the text was cut before, or without a token,
     #: has None
     words: tuple[int | None, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
 
     @property
     def answered(self) -> int:
@@ -138,15 +148,17 @@ def encode_text(tokenizer: Tokenizer, example: Example, max_length: int, labels:
     if example.words:
         return _encode_words(tokenizer, example, max_length)
     row = tokenizer(*example.text, truncation="longest_first", max_length=max_length)
-    label: int | float | list[float]
+    return EncodedText(row["input_ids"], row.get("token_type_ids"), label_of(example, labels))
+
+
+def label_of(example: Example, labels: int) -> int | float | list[float]:
+    """What an encoder's head of ``labels`` outputs learns from a row: see :attr:`EncodedText.label`."""
     if isinstance(example.target, tuple):
-        label = [float(index in example.target) for index in range(labels)]
-    elif example.target is not None:
-        label = example.target
-    else:
-        assert example.label is not None, "an encoder predicts labels"
-        label = example.first + example.label
-    return EncodedText(row["input_ids"], row.get("token_type_ids"), label)
+        return [float(index in example.target) for index in range(labels)]
+    if example.target is not None:
+        return example.target
+    assert example.label is not None, "an encoder predicts labels"
+    return example.first + example.label
 
 
 def _encode_words(tokenizer: Tokenizer, example: Example, max_length: int) -> EncodedText:

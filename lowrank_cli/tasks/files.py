@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lowrank_cli.reader import COMPRESSED, parse_json, read_text
 
 Row = dict[str, Any]
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXTS = (".txt",)  #: of texts in folders named for labels
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")  #: of images in such folders
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})")
 
 
@@ -29,6 +31,7 @@ class Rows:
     rows: list[Row]
     name: str  #: row ``i`` is ``name:i`` in messages
     lines: tuple[int, ...] = ()  #: the line of each row in its file, if it is not ``i``
+    folder: Path = Path()  #: where relative paths in the rows begin
 
 
 def split_of(path: Path) -> tuple[str, str]:
@@ -48,11 +51,11 @@ def read(path: Path) -> Rows:
     """
     kind = split_of(path)[1]
     if kind == ".parquet":
-        return Rows(_parquet(path), str(path))
+        return Rows(_parquet(path), str(path), folder=path.parent)
     if kind == ".jsonl":
-        return Rows(read_jsonl(path), str(path))
+        return Rows(read_jsonl(path), str(path), folder=path.parent)
     if kind == ".json":
-        return Rows(_json(path), str(path))
+        return Rows(_json(path), str(path), folder=path.parent)
     return _table(path, "\t" if kind == ".tsv" else "")
 
 
@@ -119,27 +122,48 @@ def _table(path: Path, delimiter: str) -> Rows:
     if len(set(names)) < len(names) or not all(names):
         raise UserError(f"{path}:1: the header needs a different name for each column, not {', '.join(names)}")
     columns = [list(map(int, cells)) if all(map(WHOLE_NUMBER.fullmatch, cells)) else cells for cells in zip(*table)]
-    return Rows([dict(zip(names, row)) for row in zip(*columns)], str(path), tuple(lines))
+    return Rows([dict(zip(names, row)) for row in zip(*columns)], str(path), tuple(lines), path.parent)
 
 
 def _parquet(path: Path) -> list[Row]:
     import datasets
 
     try:
-        return list(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        return list(rows.decode(False))  # images stay bytes
     except Exception as error:  # of Arrow and datasets, a family each
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"'{path}' cannot be read as Parquet: {reason}") from error
 
 
-def text_folders(root: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The labels and files of ``SPLIT/LABEL/*.txt`` by split, or of ``LABEL/*.txt`` by ``""``; empty for none."""
+def label_folders(root: Path, endings: Sequence[str]) -> dict[str, list[tuple[str, Path]]]:
+    """The labels and files of ``SPLIT/LABEL/FILE`` by split, or of ``LABEL/FILE`` by ``""``; empty for none.
+
+    Raises:
+        UserError: some labels have files with one of ``endings``, and the folder of another has none.
+    """
     found: dict[str, list[tuple[str, Path]]] = {}
-    for file in sorted(root.glob("*/*.txt")):
+    for file in _ending(root.glob("*/*"), endings):
         found.setdefault("", []).append((file.parent.name, file))
-    for file in () if found else sorted(root.glob("*/*/*.txt")):
+    for file in () if found else _ending(root.glob("*/*/*"), endings):
         found.setdefault(file.parent.parent.name, []).append((file.parent.name, file))
+    for split, files in found.items():
+        full = {label for label, _ in files}
+        empty = (item for item in sorted((root / split).iterdir()) if item.is_dir() and item.name[0] != ".")
+        if missing := next((item for item in empty if item.name not in full), None):
+            raise UserError(f"task.path: the folder '{missing}' of a label holds no file ({', '.join(endings)})")
     return found
+
+
+def _ending(paths: Iterable[Path], endings: Sequence[str]) -> list[Path]:
+    return sorted(path for path in paths if path.suffix.lower() in endings)
+
+
+def name_images(files: list[tuple[str, Path]], name: str) -> Rows:
+    """A row for each image: its file ``image`` below ``name``, and its ``label``, the name of its folder."""
+    root = Path(name).expanduser()
+    rows = [{"image": str(file.relative_to(root)), "label": label} for label, file in files]
+    return Rows(rows, name, folder=root)
 
 
 def read_texts(files: list[tuple[str, Path]], name: str) -> Rows:

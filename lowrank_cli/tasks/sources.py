@@ -35,7 +35,7 @@ def open_source(config: TaskConfig) -> Source:
     """The file or folder ``task.path`` if set, else the generator, else the Hub."""
     if config.path:
         path = Path(config.path).expanduser()
-        return _file(path, config.path) if path.is_file() else folder(config.path)
+        return _file(path, config.path) if path.is_file() else folder(config.path, images=config.image is not None)
     if config.generator:
         return _generator(config.generator)
     if config.hub:
@@ -43,11 +43,14 @@ def open_source(config: TaskConfig) -> Source:
     raise UserError("task: no data; set task.path (a file, or a folder of them) or task.hub (data set on the Hub)")
 
 
-def folder(path: str) -> Source:
+def folder(path: str, images: bool = False) -> Source:
     """``<split>.jsonl`` files of a folder (or another of :data:`files.KINDS`), or texts in folders named for labels.
 
+    Args:
+        images: these folders hold images instead of texts.
+
     Raises:
-        UserError: there is no such folder, it holds no data, or two files of one split.
+        UserError: there is no such folder, it holds no data, two files of one split, or a label without an image.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -61,12 +64,14 @@ def folder(path: str) -> Source:
             found[split] = file
     if found:
         return Source(path, tuple(found), lambda split: files.read(found[split]))
-    texts = files.text_folders(root)
-    if not texts:
+    labelled = files.label_folders(root, files.IMAGES if images else files.TEXTS)
+    if not labelled:
         kinds = ", ".join(files.KINDS)
-        raise UserError(f"task.path: {path} holds no data ({kinds}); a split is a file such as train.jsonl")
-    splits = tuple(split or ONLY for split in texts)
-    return Source(path, splits, lambda split: files.read_texts(texts.get(split) or texts[""], path), whole="" in texts)
+        also = f", and no LABEL/FILE or SPLIT/LABEL/FILE with {', '.join(files.IMAGES)}" if images else ""
+        raise UserError(f"task.path: {path} holds no data ({kinds}){also}; a split is a file such as train.jsonl")
+    splits = tuple(split or ONLY for split in labelled)
+    read = files.name_images if images else files.read_texts
+    return Source(path, splits, lambda split: read(labelled.get(split) or labelled[""], path), whole="" in labelled)
 
 
 def _file(path: Path, shown: str) -> Source:

@@ -31,6 +31,9 @@ MARKED = re.compile(r"\(?([A-Z])[).:]\s*")  #: an option that begins with its le
 SEPARATOR = ", "  #: between the labels of a ``multi_label`` answer
 
 
+Picture = Path | bytes  #: an image's file, or what is in it
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and its right answers.
@@ -51,6 +54,7 @@ class Example:
     #: what an encoder's head learns besides ``label``: the number, the labels, or the tag of each word
     target: float | tuple[int, ...] | None = None
     words: tuple[str, ...] = ()  #: of ``tags``: what is tagged
+    picture: Picture | None = None  #: the image that the answer is about
     where: str = dataclass_field(default="", compare=False)  #: file and line, for messages
 
 
@@ -92,7 +96,7 @@ def load(config: TaskConfig, only: str | None = None) -> Task:
     names = (sources.ONLY,) if source.whole else splits.names(config, source.splits, source.name)
     free = config.answer in ("free", "chat")
     read = [source.read(name) for name in names]
-    train, *held_out = [examples(config, split.rows, split.name, split.lines) for split in read]
+    train, *held_out = [examples(config, split.rows, split.name, split.lines, split.folder) for split in read]
     held_out = [_merge(split) if free else split for split in held_out]
     if source.whole or config.splits == "held_out":
         kept, taken = splits.hold_out([item.prompt for item in train], min(2 * splits.HELD_OUT, len(train) // 5))
@@ -120,7 +124,7 @@ def load(config: TaskConfig, only: str | None = None) -> Task:
 def _alone(config: TaskConfig, only: str, source: sources.Source, name: str) -> Task:
     """The task with the split ``only``, which is all of the source's split ``name``, and no others."""
     split = source.read(name)
-    rows = examples(config, split.rows, split.name, split.lines)
+    rows = examples(config, split.rows, split.name, split.lines, split.folder)
     rows = _merge(rows) if config.answer in ("free", "chat") else rows
     if not rows:
         raise UserError(f"task: {split.name} leaves no example for {only}")
@@ -135,6 +139,11 @@ def _alone(config: TaskConfig, only: str, source: sources.Source, name: str) -> 
 
 
 def _task(config: TaskConfig, words: Sequence[str], by_split: Mapping[str, list[Example]], note: str) -> Task:
+    if config.image is not None:
+        from lowrank_cli.tasks.images import require_images  # texts are read without torch and Pillow
+
+        for split in by_split.values():
+            require_images(split)
     return Task(
         config=config,
         name=config.name,
@@ -193,6 +202,7 @@ def template_hash(config: TaskConfig) -> str:
     }
     options = list(config.options) if config.options != ["choices"] else None
     later = {"chat": config.chats, "system": config.system, "chat_template": config.chat_template, "options": options}
+    later["image"] = config.image
     shape |= {key: value for key, value in later.items() if value is not None}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
@@ -202,21 +212,26 @@ def template_hashes(config: TaskConfig) -> dict[str, str]:
     return {task.name: template_hash(task) for task in (*config.parts.values(), config)}
 
 
-def examples(config: TaskConfig, rows: Sequence[Row], name: str, lines: Sequence[int] = ()) -> list[Example]:
+def examples(
+    config: TaskConfig, rows: Sequence[Row], name: str, lines: Sequence[int] = (), folder: Path = Path()
+) -> list[Example]:
     """One example for each row; with ``task.lenient``, rows without an answer are skipped.
 
     Args:
         name: what messages call the rows: row ``i``, from 1, is ``name:i``.
         lines: what is written instead of ``i``, for each row.
+        folder: where relative paths of images begin.
 
     Raises:
-        UserError: a column is absent or empty, or an answer is not allowed.
+        UserError: an image is missing, a column is absent or empty, or an answer is not allowed.
     """
     numbers = lines or range(1, len(rows) + 1)
     if config.columns:
         rows = [_renamed(config, row, f"{name}:{number}") for row, number in zip(rows, numbers, strict=True)]
     if config.answer == "chat":
         return _chats(config, rows, name, numbers)
+    if config.image is not None:
+        return _of_images(config, config.image, rows, name, numbers, folder)
     if config.answer in TARGETS:
         return [_for_encoder(config, row, f"{name}:{number}") for number, row in zip(numbers, rows, strict=True)]
     make = {"labels": _label, "choices": _choice, "free": _free}[config.answer]
@@ -242,6 +257,33 @@ def examples(config: TaskConfig, rows: Sequence[Row], name: str, lines: Sequence
             )
         )
     return result
+
+
+def _of_images(
+    config: TaskConfig, column: str, rows: Sequence[Row], name: str, numbers: Sequence[int], folder: Path
+) -> list[Example]:
+    """Examples of rows with an image: a file, or the Hub's ``{"bytes": …, "path": …}``. Prompts have its name."""
+    values = [_column(row, column, f"{name}:{number}") for row, number in zip(rows, numbers, strict=True)]
+    named, pictures = [], []
+    for row, value, number in zip(rows, values, numbers, strict=True):
+        picture = _picture(value, column, f"{name}:{number}", folder)
+        shown = value if isinstance(value, str) else value.get("path") or f"{name}:{number}"
+        named.append(row | {column: shown})
+        pictures.append(picture)
+    plain = examples(replace(config, image=None, columns={}), named, name, numbers)
+    return [replace(example, picture=picture) for example, picture in zip(plain, pictures, strict=True)]
+
+
+def _picture(value: Any, column: str, where: str, folder: Path) -> Picture:
+    if isinstance(value, dict) and isinstance(content := value.get("bytes"), bytes):
+        return content
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str):
+        raise UserError(f"{where}: column '{column}' must name the file of an image, not {str(value)[:60]!r}")
+    file = folder / Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{where}: there is no image '{file}' (column '{column}')")
+    return file
 
 
 def _renamed(config: TaskConfig, row: Row, where: str) -> Row:

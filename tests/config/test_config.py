@@ -115,7 +115,7 @@ def test_a_run_is_named_by_its_model(spelling):
 
 def test_a_model_of_no_such_name_folder_or_repository_is_one_line():
     assert refused(["model=./nowhere"]) == "model: there is no folder './nowhere', and no model of that name"
-    assert refused(["model=lama"]).endswith("smollm2_135m, or a folder, a .gguf file or ORG/NAME)")
+    assert refused(["model=lama"]).endswith("vit_base, or a folder, a .gguf file or ORG/NAME)")
     Path("llama").mkdir()
     assert config.compose("train", ["model=llama"]).config.model.bundled, "a file of the group comes first"
     Path("a b, c").mkdir()

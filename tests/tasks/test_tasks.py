@@ -26,7 +26,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf" / "task"
 
 @cache
 def values_of(name: str) -> dict:
-    return compose("train", [f"task={name}"]).resolved["task"]
+    labels = ["task.label_words=[a,b]"] if name == "image_folder" else []  # it has those of the folder it is given
+    return compose("train", [f"task={name}", *labels]).resolved["task"]
 
 
 def config(name: str, **overrides) -> TaskConfig:

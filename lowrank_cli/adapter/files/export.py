@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_cli.adapter.adapted_model import Adapter, replace_module
 from lowrank_cli.adapter.files.save_load import CONFIG, PREFIX, WEIGHTS, canary, prove
+from lowrank_cli.adapter.image_input import inputs_of
 from lowrank_cli.adapter.linear import unwrapped
 from lowrank_cli.adapter.spans import index
 from lowrank_cli.adapter.target_sites import head_names, peft_task_type
@@ -147,10 +149,9 @@ def merge_into_model(adapter: Adapter) -> None:
 
 
 @torch.no_grad()
-def loaded_error(model: nn.Module, ids: Tensor, expected: Tensor) -> float:
+def loaded_error(model: PreTrainedModel, ids: Tensor, expected: Tensor) -> float:
     """Relative error of a loaded model's logits for the canary ``ids`` (1, 16); ``expected`` are (V,)."""
-    ids = ids.to(next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    logits = model(**inputs_of(model, ids)).logits
     return relative_error(logits.reshape(-1, logits.shape[-1])[-1].float().cpu(), expected)
 
 

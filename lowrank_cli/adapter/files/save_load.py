@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_cli.adapter.adapted_model import Adapter
+from lowrank_cli.adapter.image_input import input_vocabulary, inputs_of
 from lowrank_cli.adapter.ranks import rebuild
 from lowrank_cli.adapter.target_sites import head_names, peft_task_type
 from lowrank_cli.errors import UserError
@@ -192,20 +193,23 @@ def check_files(folder: Path, files: dict[str, str]) -> None:
 
 @torch.no_grad()
 def canary(adapter: Adapter, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A fixed input (1, 16), and its logits: (V,) of the last position, or (labels,); fp32, on the CPU."""
+    """A fixed input (1, 16), and its logits: (V,) of the last position, or (labels,); fp32, on the CPU.
+
+    A model of images reads an image made from the input.
+    """
     model = adapter.model
     if ids is None:
-        ids = (torch.arange(1, TOKENS + 1) * 37 % min(model.config.vocab_size, 1000)).unsqueeze(0)
+        ids = (torch.arange(1, TOKENS + 1) * 37 % min(input_vocabulary(model), 1000)).unsqueeze(0)
     training = model.training
     model.train(False)
     with adapter.continuous():
-        logits = model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device)).logits
+        logits = model(**inputs_of(model, ids)).logits
     model.train(training)
     return ids, logits.reshape(-1, logits.shape[-1])[-1].float().cpu().contiguous()
 
 
 def _check_canary(adapter: Adapter, folder: Path, dtype: str) -> None:
-    ids, saved = read_canary(folder, adapter.model.config.vocab_size)
+    ids, saved = read_canary(folder, input_vocabulary(adapter.model))
     _, logits = canary(adapter, ids)
     check_logits(logits, saved, str(folder), dtype, adapter.model.dtype)
 

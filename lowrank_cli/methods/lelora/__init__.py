@@ -100,7 +100,9 @@ class LeLoRA(LoRA):
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """As LoRA's, of which none may share its weight with the input embedding if windows move."""
-        sites, embedding = super().sites(model), model.get_input_embeddings().weight
+        from lowrank_cli.adapter.image_input import token_embedding
+
+        sites, embedding = super().sites(model), token_embedding(model)
         for site in sites:
             if self.config.policy != "fixed" and model.get_submodule(site.path).weight is embedding:
                 raise UserError(f"method.target_modules: '{site.path}' shares its weight with the input embedding")

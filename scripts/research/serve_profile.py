@@ -21,6 +21,7 @@ from typing import Any
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.adapter.tenants.batch import Batch
 from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate
+from lowrank_cli.adapter.tenants.row_updates import RowUpdates
 from lowrank_cli.adapter.tenants.tenant import Routes
 from lowrank_cli.bench.base_model import load_base
 from lowrank_cli.bench.bench_models import adapted_copy, different
@@ -36,7 +37,7 @@ from lowrank_cli.serving.sampling import Sampling
 #: What is timed inside a stage: a name and the functions.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "linears": ((PrepackedLinear, "forward"),),
-    "adapters": ((GroupedUpdate, "add_to"),),
+    "adapters": ((GroupedUpdate, "add_to"), (RowUpdates, "add_to")),
     "routers": ((Routes, "gates"),),
     "operands": ((Batch, "_set"),),
     "cache": ((RowLayer, "update"), (KVRows, "join"), (KVRows, "inputs"), (KVRows, "keep")),

@@ -34,14 +34,16 @@ from lowrank_cli.runs import INTERRUPTED, Run, atomic_write
 from lowrank_cli.schema import HardwareConfig
 
 TESTS = Path(__file__).parent
+#: What the server starts with: a test that was the first to need it must not decide what the others get.
+ENVIRONMENT = dict(os.environ)
 
 
 def context() -> ForkServerContext:
     """Starts processes from the session's server, which runs from now on."""
     started = multiprocessing.get_context("forkserver")
     started.set_forkserver_preload(["preloaded"])
-    path = [str(TESTS), str(TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, path))):
+    path = [str(TESTS), str(TESTS.parent), *ENVIRONMENT.get("PYTHONPATH", "").split(os.pathsep)]
+    with patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, path))}, clear=True):
         forkserver.ensure_running()
     return started
 

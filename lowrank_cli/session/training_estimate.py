@@ -20,7 +20,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lowrank_cli import tasks
-from lowrank_cli.adapter.image_input import image_tokens
 from lowrank_cli.methods.protocol import Method
 from lowrank_cli.models.outline import folder_of
 from lowrank_cli.reader import read_json
@@ -98,6 +97,8 @@ def _is_here(task: TaskConfig) -> bool:
 def _length(examples: Sequence[Example], config: TrainRun, folder: Path | None) -> float:
     """Mean number of tokens of an example, or patches of an image."""
     if config.model.images:
+        from lowrank_cli.adapter.image_input import image_tokens  # imports torch
+
         return image_tokens(read_json(folder / "config.json", dict[str, Any]) if folder else {})
     sample = examples[:SAMPLE]
     if config.model.kind == "encoder":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import image_encoders
 import pytest
 import small
 import torch
@@ -309,7 +310,7 @@ def test_settings_that_do_not_fit_the_model_are_found_before_its_weights_load(lr
 
 
 def test_lists_name_tested_models():
-    tested = {kind for kind, _, _ in MODELS.values()}
+    tested = {kind for kind, _, _ in MODELS.values()} | {*image_encoders.KINDS}  # test_image_input.py
     assert tested >= POSITION_WISE | PLAIN_GATED
 
 

@@ -218,7 +218,7 @@ MISTAKES = {
     "task.parts=[a]": "task.parts: '[a]' cannot replace a whole section; give task.parts.KEY=VALUE",
     "task.parts={a: 3}": "task.parts.a: unknown key",
     "train={lr: 3}": "train.lr: unknown key; did you mean 'train.learning_rate'? (train has: learning_rate,",
-    "hardware={a: 1}": "hardware.a: unknown key (hardware has: name, device,",
+    "hardware={x: 1}": "hardware.x: unknown key (hardware has: name, device,",
     "hardware.quantization=nf5": "hardware.quantization: unknown value 'nf5'; did you mean 'nf4'? (allowed: null, nf4)",
     "hardware.quantization=nf4": "hardware.quantization: nf4 is for hardware.device=cuda and hardware.precision=bf16",
     "hardware.grouped=triton": "hardware.grouped: triton is for hardware.device=cuda, not cpu; set torch",

@@ -255,6 +255,7 @@ def test_every_config_file_composes_and_says_what_it_is(path):
     verb = "bench" if group == "bench" else "evaluate" if evaluated else "train"
     filled_in = {
         "model/hub": ["model.id=someone/something", "model.name=hub"],
+        "task/image_folder": ["task.path=FOLDER", "task.label_words=[rose,tulip]"],
         "eval/lm_eval": ["method=none", "eval.tasks=[hellaswag]"],
     }
     composed = compose(verb, [f"{group}={path.stem}", *filled_in.get(f"{group}/{path.stem}", [])])

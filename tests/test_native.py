@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import small
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lowrank_cli.adapter.kv_cache import growing_cache, pass_cache
 from lowrank_cli.adapter.spans import Span, index
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.adapter.tenants.row_updates import RowUpdates
+from lowrank_cli.models.decode_attention import MARK, attention
 from lowrank_cli.models.prepack import prepack
 from lowrank_cli.native import kernels as native
 from lowrank_cli.native.kernels import Kernels, RowUpdate, kernels, kernels_for, pack
@@ -58,15 +62,67 @@ def test_updates_of_rows(threads, tokens, span, dtype):
     assert torch.equal(wide[..., :5], before[..., :5]) and torch.equal(wide[..., 16:], before[..., 16:])
 
 
+def test_updates_of_single_tokens_in_any_layout():
+    update, x = RowUpdate(torch.randn(2, 6), torch.randn(2, 4), 1), torch.randn(3, 1, 6)
+    y = torch.zeros(3, 4, 1).mT  # (B, T, O) whose stride of T, unused, is 1
+    RowUpdates(kernels(), [update], None, 3).add_to(y, x)
+    torch.testing.assert_close(y[1], x[1] @ update.a.t() @ update.b, **EQUAL)
+    assert not y[0].any() and not y[2].any()
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 64), (4, 4, 16), (3, 1, 80)])
 def test_attention_of_one_token(threads, heads, kv_heads, width):
     q, storage = torch.randn(3, heads, 1, width), torch.randn(2, 5, kv_heads, 40, width)
     keys, values = storage[0, :3, :, 4:33], storage[1, :3, :, 4:33]
     seen = torch.ones(3, 1, 1, 29, dtype=torch.bool)
-    seen[1, ..., :28] = False
+    seen[1, ..., :28], seen[2] = False, False  # the third row sees nothing
     for mask in (None, seen, seen[:1]):
         expected = F.scaled_dot_product_attention(q, keys, values, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
         torch.testing.assert_close(kernels().attend(q, keys, values, mask, 0.3), expected, **EQUAL)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(3, {}), (1, {}), (3, {"dropout": 1.0}), (3, {"position_bias": torch.randn(1, 4, 1, 7)})],
+    ids=["plain", "one query for all rows", "dropout", "position bias"],
+)
+def test_attention_is_that_of_transformers(rows, options, monkeypatch):
+    attended, attend = [], Kernels.attend
+    monkeypatch.setattr(Kernels, "attend", lambda *args: attended.append(args) or attend(*args))
+    marked = torch.nn.Module()
+    setattr(marked, MARK, True)
+    q, (keys, values) = torch.randn(rows, 4, 1, 16), torch.randn(2, 3, 4, 7, 16)
+    with torch.no_grad():
+        found, expected, plain = (
+            compute(module, q, keys, values, None, **options)[0]
+            for compute, module in (
+                (attention, marked),
+                (sdpa_attention_forward, marked),
+                (attention, torch.nn.Module()),
+            )
+        )
+    torch.testing.assert_close(found, expected, **EQUAL)
+    assert torch.equal(plain, expected)
+    assert len(attended) == (rows == 3 and not options)
+
+
+def compiler(folder, script):
+    """A folder with a C compiler that does what ``script`` says."""
+    (folder / "cc").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "cc").chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize("script", ["exit 1", "exit 0", "exec sleep 60"])
+def test_no_kernels_with_a_compiler_that_fails(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", compiler(tmp_path, script), prepend=":")
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 0.5)
+    assert kernels.__wrapped__() is None
+
+
+def test_no_kernels_without_a_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert kernels.__wrapped__() is None
 
 
 @pytest.fixture
@@ -86,8 +142,33 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**small.GATED, head_dim=16)).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("make", [llama, lambda: small.model("opt").requires_grad_(False)], ids=["llama", "opt"])
-def test_a_model_generates_the_same(make, everywhere, monkeypatch):
+def opt():
+    return small.model("opt").requires_grad_(False)
+
+
+def sparse():
+    """DeepSeek V3.2's attention, which sees the 4 keys that its indexer chooses."""
+    torch.manual_seed(7)
+    config = DeepseekV32Config(
+        **(small.GATED | {"num_key_value_heads": small.GATED["num_attention_heads"]}),
+        index_topk=4,
+        index_head_dim=32,
+        index_n_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=2,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    )
+    return DeepseekV32ForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("make", "steps"), [(llama, 5), (opt, 0), (sparse, 0)])
+def test_a_model_generates_the_same(make, steps, everywhere, monkeypatch):
     attended, attend = [], Kernels.attend
     monkeypatch.setattr(Kernels, "attend", lambda *args: attended.append(args) or attend(*args))
     found, ids = [], small.ids(3)
@@ -108,8 +189,9 @@ def test_a_model_generates_the_same(make, everywhere, monkeypatch):
             **growing_cache(model, 6),
         )
         found.append(torch.stack(made.logits))  # (new, B, V)
+        assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found[1], found[0], **EQUAL)
-    assert len(attended) == (10 if make is llama else 0), "5 steps of 2 layers; OPT's heads are too narrow here"
+    assert len(attended) == 2 * steps, "by the packed model's 2 layers; the heads of the other models do not fit"
 
 
 @pytest.mark.parametrize("names", [["lora", None, "alora", "lora"], ["milora", "lora", "milora", None]])

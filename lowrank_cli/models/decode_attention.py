@@ -6,21 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lowrank_cli.native.kernels import LANES, kernels
 
-NAME = "lrk_decode"  #: of the attention function
+MARK = "decodes_with_kernel"  #: attribute of modules
 
 
 def use_decode_attention(model: PreTrainedModel) -> None:
-    """Let ``model``, which the kernels suit, use them in decoding steps instead of torch's attention."""
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    """Let ``model``, which the kernels suit, use them in decoding steps instead of torch's attention.
+
+    It keeps the name ``sdpa`` in its config: some models compare that name to decide which masks they make. All models
+    of the process then go through :func:`attention`, which is torch's attention for those that are not marked.
+    """
+    AttentionInterface.register("sdpa", attention)
+    for module in model.modules():
+        setattr(module, MARK, True)
 
 
 def attention(
@@ -35,7 +37,8 @@ def attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The output (B, T, H, D) for queries (B, H, T, D): by the kernel for T = 1, in fp32, without gradients."""
-    if position_bias is None and not options.get("softcap") and _fits(query, key, value, attention_mask):
+    plain = not dropout and position_bias is None and options.get("softcap") is None
+    if plain and getattr(module, MARK, False) and _fits(query, key, value, attention_mask):
         compiled = kernels()
         assert compiled is not None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -53,6 +56,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> boo
         and not torch.is_grad_enabled()
         and query.dtype == key.dtype == value.dtype == torch.float32
         and width % LANES == 0
+        and len(key) == rows
         and key.shape == value.shape
         and key.stride() == value.stride()
         and key.stride()[2:] == (width, 1)

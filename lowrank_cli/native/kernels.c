@@ -3,6 +3,7 @@
    Letters: B rows, T tokens, I inputs, O outputs, R rank, H query heads, K key-value heads, D head width. Tensors are
    contiguous in their last dimension, and altogether where no stride is given. */
 
+#include <float.h>
 #include <stdint.h>
 
 typedef float vec __attribute__((vector_size(64), aligned(4))); /* a register of AVX-512 */
@@ -145,7 +146,7 @@ static inline __attribute__((always_inline)) void attend_head(const float *q, co
         }
     }
     for (int64_t g = 0; g < group; g++) {
-        float *s = scores + g * tokens, most = s[0], total = 0;
+        float *s = scores + g * tokens, most = -FLT_MAX, total = 0;
 #pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < tokens; t++) most = s[t] > most ? s[t] : most;
 #pragma omp simd reduction(+ : total)
@@ -153,14 +154,14 @@ static inline __attribute__((always_inline)) void attend_head(const float *q, co
         for (int64_t at = 0; at < width; at += LANES) {
             vec sum = {0};
             for (int64_t t = 0; t < tokens; t++) sum += s[t] * *(const vec *)(v + t * width + at);
-            *(vec *)(out + g * width + at) = sum / total;
+            *(vec *)(out + g * width + at) = total == 0 ? sum : sum / total;
         }
     }
 }
 
 /* Attention of one new token in each row: out (B, H, D) of q (B, H, D), keys and values (B, K, T, D); D % LANES = 0.
-   Strides are those of keys and values. seen (B, T): 0 for tokens that are hidden from a row, or NULL; each row sees
-   one at least. scores (B * K, H / K, T): scratch. */
+   Strides are those of keys and values. seen (B, T): 0 for tokens that are hidden from a row, or NULL; the output
+   of a row that sees none is 0. scores (B * K, H / K, T): scratch. */
 void attend(const float *q, const float *keys, const float *values, const uint8_t *seen, float *out, float *scores,
             int64_t rows, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t width, int64_t row_stride,
             int64_t head_stride, int64_t seen_stride, float scale, int threads) {

@@ -90,7 +90,8 @@ class Kernels:
             y: (B * T, O) or (B, T, O); its tokens are equally far apart, its outputs next to each other.
             tokens: T.
         """
-        x = x.contiguous()
+        x, y = x.contiguous(), y.view(-1, y.shape[-1])  # y: (B * T, O)
+        assert y.stride(1) == 1
         self._add_updates(
             updates.array,
             updates.count,
@@ -98,8 +99,8 @@ class Kernels:
             y.data_ptr(),
             tokens,
             x.shape[-1],
-            y.shape[-1],
-            y.stride(-2),
+            y.shape[1],
+            y.stride(0),
             torch.get_num_threads(),
         )
 
@@ -155,15 +156,15 @@ def kernels_for(model: nn.Module) -> Kernels | None:
 
 @cache
 def kernels() -> Kernels | None:
-    """The kernels, compiled; None without AVX-512 (where they were not measured) or a C compiler."""
+    """The kernels, compiled; None without AVX-512 (where they were not measured) or a C compiler that works."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux" or not torch.cpu.get_capabilities().get("avx512_f"):
         return None
-    with TemporaryDirectory(prefix="lrk-native-") as folder:
-        path = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, "-o", str(path), str(Path(__file__).with_suffix(".c"))]
-        try:
-            subprocess.run(command, capture_output=True, check=True, timeout=COMPILE_SECONDS)
+    try:
+        with TemporaryDirectory(prefix="lrk-native-") as folder:
+            path = Path(folder) / "kernels.so"
+            command = [compiler, *FLAGS, "-o", str(path), str(Path(__file__).with_suffix(".c"))]
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=COMPILE_SECONDS)
             return Kernels(ctypes.CDLL(str(path)))  # stays loaded when the file is gone
-        except (OSError, subprocess.SubprocessError):
-            return None
+    except (OSError, subprocess.SubprocessError):  # also where there is no folder for it, or none to run code from
+        return None

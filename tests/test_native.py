@@ -16,9 +16,10 @@ from lowrank_cli.adapter.spans import Span, index
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.adapter.tenants.row_updates import RowUpdates
 from lowrank_cli.models.decode_attention import MARK, attention
-from lowrank_cli.models.prepack import prepack
+from lowrank_cli.models.prepack import multiplier, prepack
 from lowrank_cli.native import kernels as native
 from lowrank_cli.native.kernels import Kernels, RowUpdate, kernels, kernels_for, pack
+from lowrank_cli.runs import Run
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="needs Linux, AVX-512 and a C compiler")
 EQUAL = {"atol": 2e-5, "rtol": 2e-5}
@@ -189,7 +190,7 @@ def test_a_model_generates_the_same(make, steps, everywhere, monkeypatch):
             **growing_cache(model, 6),
         )
         found.append(torch.stack(made.logits))  # (new, B, V)
-        assert model.config._attn_implementation == "sdpa"
+        assert multiplier(model) == ("our kernels" if packed else None)
     torch.testing.assert_close(found[1], found[0], **EQUAL)
     assert len(attended) == 2 * steps, "by the packed model's 2 layers; the heads of the other models do not fit"
 
@@ -200,6 +201,7 @@ def test_rows_of_a_bank_are_computed_as_by_torch(names, everywhere):
     for grouped in ("torch", None):
         model = small.model()
         bank = Bank(model, grouped=grouped)
+        assert bank.grouped == (grouped or "our kernels")
         for name, adapter in adapters.items():
             bank.add(name, adapter)
         cache = DynamicCache()
@@ -208,3 +210,16 @@ def test_rows_of_a_bank_are_computed_as_by_torch(names, everywhere):
             passes = [model(input_ids=part, **pass_cache(model, cache)) for part in (ids, ids[:, :1])]
             logits.append(torch.cat([one.logits for one in passes], dim=1))  # (B, T + 1, V)
     torch.testing.assert_close(logits[1], logits[0], **EQUAL)
+
+
+@pytest.mark.parametrize("grouped", ["null", "torch"])
+def test_a_benchmark_says_what_computes_its_adapters(grouped, everywhere, lrk, monkeypatch):
+    added, add = [], Kernels.add_updates
+    monkeypatch.setattr(Kernels, "add_updates", lambda *args: added.append(args) or add(*args))
+    quick = ("bench.rounds=1", "bench.tenants=2", "bench.prompt_length=5", "bench.new_tokens=2")
+    shape = "model.shape=2x32x48x4"
+    ended = lrk("bench", "prepack", "hardware.threads=1", f"hardware.grouped={grouped}", shape, *quick)
+    assert ended.code == 0, ended
+    expected = "our kernels" if grouped == "null" else "torch"
+    assert Run.open("outputs/latest").read_json("bench.json")["grouped"] == expected
+    assert bool(added) == (grouped == "null")

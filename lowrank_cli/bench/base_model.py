@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_cli.adapter.tenants.update_class import update_class, update_name
 from lowrank_cli.models.load import load
 from lowrank_cli.models.shape import random_model
 from lowrank_cli.runs import Run
@@ -49,6 +50,8 @@ def load_base(config: BenchRun, run: Run, generates: bool = False) -> BaseModel:
     model.generation_config = GenerationConfig(pad_token_id=0)
     greet(run, config.hardware, model, header, packing=packing)
     facts = {"model": header, "packing": packing, "layers": model.config.num_hidden_layers}
+    if hasattr(config.bench, "tenants"):
+        facts["grouped"] = update_name(update_class(config.hardware.grouped, model))
     return BaseModel(model, tokenizer, device, facts)
 
 

@@ -35,11 +35,11 @@ def measure(config: BenchRun, run: Run) -> dict[str, Any]:
     plain = base.model.requires_grad_(False)
     packed = copied(plain)
     prepack.prepack(packed)
-    variants, count = available_methods(config), bench.tenants
+    variants, count, grouped = available_methods(config), bench.tenants, config.hardware.grouped
     models = {
         name + suffix: bench_model
         for model, suffix in ((plain, ""), (packed, ", packed"))
-        for name, bench_model in tenant_models(model, variants, [count], count, config.seed)[count].items()
+        for name, bench_model in tenant_models(model, variants, [count], count, config.seed, grouped)[count].items()
     }
     prompts = torch.randint(base.vocabulary, (count, bench.prompt_length))
     logits: dict[str, Tensor] = {}

@@ -170,9 +170,19 @@ def prepack_for(model: nn.Module, hardware: HardwareConfig, generates: bool) -> 
             f"(hardware.prepack)"
         )
     prepack(model)
-    by = "oneDNN" if kernels_for(model) is None else "our kernels"
-    packing = f"weights packed for speed: {size / 1e9:.1f} GB more memory, multiplied by {by} (hardware.prepack)"
+    packing = (
+        f"weights packed for speed: {size / 1e9:.1f} GB more memory, multiplied by {multiplier(model)} "
+        f"(hardware.prepack)"
+    )
     return packing if size > MENTIONED else ""
+
+
+def multiplier(model: nn.Module) -> str | None:
+    """What multiplies the packed weights of ``model``, ``our kernels`` or ``oneDNN``; None if they are not packed."""
+    for module in model.modules():
+        if isinstance(module, PrepackedLinear):
+            return "oneDNN" if module.joint.packed.kernels is None else "our kernels"
+    return None
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> float:

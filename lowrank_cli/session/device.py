@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowrank_cli.adapter.tenants.update_class import require_grouped
 from lowrank_cli.adapter.training.compiled import require_compiler
 from lowrank_cli.errors import UserError
+from lowrank_cli.models.prepack import multiplier
 from lowrank_cli.models.quantize import require_quantization
 from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.threads import Threads, available_cores, choose
@@ -60,7 +61,7 @@ def greet(
     source: str = "",
     notes: Iterable[str] = (),
 ) -> None:
-    """Choose the CPU threads for ``model``, record them and its attention in run.json, and print the run's first lines.
+    """Choose the CPU threads for ``model``, record what computes it in run.json, and print the run's first lines.
 
     A resumed run keeps the number of threads it began with, which decides how sums are rounded.
 
@@ -70,7 +71,7 @@ def greet(
         source: which earlier run is used; empty to print nothing.
         notes: what was chosen for the user, a line each.
     """
-    run.update(attention=model.config._attn_implementation)
+    run.update(attention=model.config._attn_implementation, packed_weights=multiplier(model))
     lines = [Text(header)]
     if source:
         lines.append(Text(source))

@@ -53,7 +53,7 @@ def run(config: BenchRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         **{key: run.info[key] for key in ("command", "git", "device", "packages", "python", "platform")},
         "precision": hardware.precision,
         "quantization": hardware.quantization,
-        "grouped": hardware.grouped,
+        "prepack": hardware.prepack,
         "threads": torch.get_num_threads(),
         "bench": vars(config.bench),
         "variants": run.config()["variants"],

@@ -71,7 +71,9 @@ def run(config: GenerateRun, run: Run, adapter_run: Path | None, *, resume: bool
             check_chat({name: chat.hash for name, chat in chats.items()}, about, adapter_run / "adapter")
         records = [_one(writer, requests[0], streamed=output is None)]
     else:
-        records = _many(writer, requests, settings, config.hardware.grouped)
+        tenants = Tenants(loaded.model, settings.max_bytes, config.hardware.grouped)
+        run.update(grouped=tenants.bank.grouped)
+        records = _many(writer, requests, tenants, settings.batch_size)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     run.write_text(ANSWERS, text)
     if output is not None:
@@ -194,11 +196,8 @@ def _one(writer: Writer, request: Request, *, streamed: bool) -> dict[str, Any]:
     return {**request.fields, "answer": answer}
 
 
-def _many(
-    writer: Writer, requests: Sequence[Request], settings: GenerateConfig, grouped: str | None
-) -> list[dict[str, Any]]:
+def _many(writer: Writer, requests: Sequence[Request], tenants: Tenants, batch_size: int) -> list[dict[str, Any]]:
     """A record for each request: its fields with ``answer`` or ``error``. A failure does not affect other requests."""
-    tenants = Tenants(writer.model, settings.max_bytes, grouped)
     unloaded = tenants.load(dict.fromkeys(r.tenant for r in requests if r.error is None and r.tenant is not None))
     errors = {index: request.error for index, request in enumerate(requests) if request.error is not None}
     ids: dict[int, list[int]] = {}
@@ -210,7 +209,7 @@ def _many(
                 ids[index] = writer.encoded(request.prompt)
         except UserError as error:
             errors[index] = str(error)
-    answers, failures = _in_batches(writer, tenants.bank, requests, ids, settings.batch_size)
+    answers, failures = _in_batches(writer, tenants.bank, requests, ids, batch_size)
     errors |= failures
     return [
         {**request.fields, **({"answer": answers[index]} if index in answers else {"error": errors[index]})}

@@ -54,6 +54,7 @@ def run(config: ServeRun, run: Run, adapter_run: Path | None, *, resume: bool = 
         source = newest_run_note(config, run)
         greet(run, config.hardware, loaded.model, loaded.header, packing=loaded.packing, source=source)
         engine = _engine(config, loaded)
+        run.update(grouped=engine.adapters.bank.grouped)
         try:
             _load(config, engine, tenants)
             metrics = Metrics(engine)

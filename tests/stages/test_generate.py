@@ -87,6 +87,7 @@ def test_a_file_is_answered_by_many_adapters_each_as_alone(lrk):  # noqa: F811
     ended = lrk("generate", "--tenants", asked(*lines), *QUICK, "generate.batch_size=5")
     assert ended.code == 0, ended
     found = records()
+    assert Run.open("outputs/latest").info["grouped"] == "torch", "our kernels are for larger models"
     assert [json.loads(line) for line in ended.out.splitlines()] == found
     assert [{**line, "id": list(line["id"])} for line in lines[:-1]] == [
         {key: value for key, value in record.items() if key != "answer"} for record in found[:-1]

@@ -26,7 +26,7 @@ from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.linear import AdaptedLinear
 from lowrank_cli.adapter.tenants.batch import Batch, PromptGates, Workspace
 from lowrank_cli.adapter.tenants.tenant import Canary, Tenant, from_adapter, read
-from lowrank_cli.adapter.tenants.update_class import update_class
+from lowrank_cli.adapter.tenants.update_class import update_class, update_name
 from lowrank_cli.errors import UserError, unknown
 
 CANARIES = 16  #: canaries checked in one forward pass
@@ -53,6 +53,11 @@ class Bank:
         self._tenants: dict[str, Tenant] = {}
         self._resident: OrderedDict[str, Tenant] = OrderedDict()  # on the device, least recently used first
         self._running: Batch | None = None
+
+    @property
+    def grouped(self) -> str:
+        """What computes the updates; see :func:`~lowrank_cli.adapter.tenants.update_class.update_name`."""
+        return update_name(self._update)
 
     @property
     def names(self) -> list[str]:

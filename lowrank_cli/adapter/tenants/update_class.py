@@ -17,6 +17,13 @@ def require_grouped(grouped: str | None) -> None:
         raise UserError("hardware.grouped: triton needs the package triton; install it, or set hardware.grouped=torch")
 
 
+def update_name(update: type[GroupedUpdate] | Kernels) -> str:
+    """What the results of a run call ``update``: ``torch``, ``triton`` or ``our kernels``."""
+    if isinstance(update, Kernels):
+        return "our kernels"
+    return "torch" if update is GroupedUpdate else "triton"
+
+
 def update_class(grouped: str | None, model: nn.Module) -> type[GroupedUpdate] | Kernels:
     """What ``hardware.grouped`` names; None: the kernels for the CPU where they suit ``model``, else ``torch``."""
     if grouped is None and (kernels := kernels_for(model)):

@@ -107,7 +107,8 @@ void add_updates(const Update *updates, int64_t count, const float *x, float *y,
     }
 }
 
-/* e^x for x <= 0, to 2 units in the last place; 0 below -87. Cephes' polynomial for 2^f, f in [-1/2, 1/2] (exp2f). */
+/* e^x for x <= 0; 0 below -87. Largest relative error 2.2e-7 for x > -10, 1.3e-6 in all. Cephes' polynomial for 2^f,
+   f in [-1/2, 1/2] (exp2f). */
 static inline float exponential(float x) {
     float scaled = (x < -87 ? -87 : x) * 1.44269504f;
     int32_t n = (int32_t)(scaled - 0.5f); /* rounds towards 0 */

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-#: Bytes of a model's linears from which on compiling, which takes half a second, is worth it.
+#: Bytes of a model's matrices from which on compiling, which takes 0.4 to 0.6 s on a quiet EPYC, is worth it.
 LEAST_BYTES = 5e7
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 60

@@ -31,7 +31,8 @@ class HardwareConfig:
         MISSING  #: CPU threads of each process; null: as many as the cores and the model's width allow
     )
     #: on a CPU in fp32: keep a second, packed copy of the weights, to generate and evaluate faster (not GPT-2's
-    #: Conv1D); null: ``lrk generate`` and ``bench decode`` do, where it takes at most half of the memory that is free
+    #: Conv1D), multiplied by own kernels where there are any (see ``grouped``), else by oneDNN; null: ``lrk generate``,
+    #: ``serve`` and ``bench decode`` do, where it takes at most half of the memory that is free
     prepack: Optional[bool] = None
     #: what training computes again to save memory: ``none``, the ``feed_forward`` activations and norms, whole
     #: ``layers``, or ``layers_offloaded``, whose inputs wait in the CPU's memory (of a GPU); ``auto`` is feed_forward

@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lowrank_cli.errors import UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 #: What is decoded. Pillow knows more formats, of which some start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+NO_RANGE = ("I", "F")  #: Pillow's modes of 32-bit greys: no convention says which value is white
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,24 @@ def require_images(examples: Sequence[Example]) -> None:
     """Read the header of every image. Raises UserError for the first that is none."""
     for example in examples:
         if example.picture is not None:
-            _opened(example.picture, example.where, lambda image: image.size)
+            _opened(example.picture, example.where, _require_range)
+
+
+def _require_range(image: PIL.Image.Image) -> None:
+    if image.mode in NO_RANGE:
+        raise ValueError("32-bit greys; save it as a PNG of 8 or 16 bits")
 
 
 def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image in RGB, turned as its camera says."""
-    from PIL import ImageOps
+    """The image in RGB, turned as its camera says. Of 16-bit greys the upper 8 bits are kept."""
+    from PIL import Image, ImageOps
 
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # Pillow would clip them at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns of palettes with it
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _opened(picture: Picture, where: str, use: Callable[[PIL.Image.Image], Any]) -> Any:

@@ -4,6 +4,7 @@ import json
 from io import BytesIO
 
 import image_encoders
+import numpy as np
 import pytest
 import transformers
 from PIL import Image
@@ -76,6 +77,27 @@ def test_an_image_is_scaled_and_turned_as_its_camera_says(tmp_path):
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
     assert batch["pixel_values"][0, :, :14].mean() > 0.9
     assert batch["pixel_values"][0, :, 18:].mean() < -0.9
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_16_bit_greys_are_scaled(ending):
+    buffer = BytesIO()
+    Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], dtype=np.uint16)).save(buffer, ending)
+    with Image.open(buffer) as image:
+        assert np.asarray(images._decoded(image))[0, :, 0].tolist() == [0, 0x40, 0xFF]
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning():
+    buffer = BytesIO()
+    Image.new("P", (2, 2)).save(buffer, "PNG", transparency=bytes(3))
+    with Image.open(buffer) as image:
+        assert images._decoded(image).mode == "RGB"
+
+
+def test_greys_without_a_range_are_refused(shapes):
+    Image.new("F", (8, 8)).save(shapes / "train" / "cross" / "deep.tiff")
+    with pytest.raises(UserError, match=r"cross/deep\.tiff' cannot be read as an image \(32-bit greys"):
+        tasks.load(config(shapes))
 
 
 def test_unreadable_images_are_named(shapes):

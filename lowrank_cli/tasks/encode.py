@@ -206,8 +206,8 @@ def collate_packed(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def _labels(row: Encoded) -> list[int]:
-    answered = enumerate(row.input_ids)
-    return [IGNORED if at < row.prompt_length or at in row.ignored else token for at, token in answered]
+    start = max(1, row.prompt_length)  # nothing predicts the first token, least of all the example before it in a row
+    return [IGNORED if at < start or at in row.ignored else token for at, token in enumerate(row.input_ids)]
 
 
 def _prompt(row: Encoded) -> list[int]:

@@ -66,6 +66,11 @@ def test_every_method(name):
     check(small.method(name), lambda: small.adapted(name))
 
 
+def test_an_empty_prompt_is_not_predicted_from_the_example_before(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LENGTHS", [(9, 4), (6, 0), (5, 0)])
+    check(small.method("lora"), small.adapted)
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gpt2", "opt"])
 def test_other_families(family):
     def make():

@@ -108,9 +108,18 @@ class TrainingStep:
             peak = max(peak, highest)
         self._update()
         elsewhere = self._elsewhere()
-        extra = method + (copies - 1) * trained - elsewhere
+        mask = self._mask(rows)
+        extra = method + mask + (copies - 1) * trained - elsewhere
         weights = _bytes(self.model.parameters()) + _bytes(self.model.buffers()) - trained - elsewhere
-        return Memory(weights, trained, copies * trained, moments, method, activations, logits, peak + extra)
+        return Memory(weights, trained, copies * trained, moments, method, activations + mask, logits, peak + extra)
+
+    def _mask(self, rows: int) -> int:
+        """Bytes of the mask of a packed row of ``rows`` examples, one for each pair of tokens; in FlashAttention none.
+
+        Otherwise a packed row takes what a batch without padding takes.
+        """
+        masked = self.config.train.packing and self.config.hardware.attention != "flash"
+        return (rows * self.length.tokens) ** 2 if masked else 0
 
     def _elsewhere(self) -> int:
         """Bytes of frozen weights that other devices hold, without the two layers that are gathered at a time."""
@@ -161,7 +170,8 @@ class TrainingStep:
         slope = max(1, self.memory(2 * rows).peak - one) / rows  # bytes of an example
         most = max(0, math.floor(rows + (limit - one) / slope))
         while most and (over := self.memory(most).peak - limit) > 0:
-            most = max(0, most - math.ceil(over / slope))
+            steepest = max(slope, self._mask(most) - self._mask(most - 1))  # a mask grows with the square
+            most = max(0, most - math.ceil(over / steepest))
         return most
 
 
@@ -172,12 +182,16 @@ def estimate(config: TrainRun, available: float | None = None) -> Estimate | Non
         available: bytes of each device; None for what is visible here.
 
     Raises:
-        UserError: the method does not fit the model, or its weights are quantised.
+        UserError: the method does not fit the model, or the memory is not estimated with these settings.
     """
     if kind := config.hardware.quantization:
         raise UserError(f"--memory: weights in 4 bits are not estimated (hardware.quantization={kind})")
     if config.train.optimizer == "adamw_8bit":
         raise UserError("--memory: moments in 8 bits are not estimated (train.optimizer=adamw_8bit)")
+    if config.train.packing and config.hardware.attention == "eager":
+        raise UserError(
+            "--memory: scores of packed rows are not estimated (train.packing=true hardware.attention=eager)"
+        )
     length = length_of(config)
     if length is None:
         return None

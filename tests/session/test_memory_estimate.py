@@ -67,9 +67,17 @@ def test_divided_layers_take_a_share_and_two_gathered_ones():
     assert whole.peak - divided[0].peak == pytest.approx(two - divided[0].adapter)  # the bucket comes on top
 
 
-def test_the_largest_batch_fits_and_a_larger_one_does_not():
+def test_a_packed_row_takes_a_mask_besides():
+    plain = estimated("method=lora")
+    packed = estimated("method=lora", "train.packing=true")
+    mask = (ROWS * LENGTH.tokens) ** 2
+    assert (packed.peak - plain.peak, packed.activations - plain.activations) == (mask, mask)
+
+
+@pytest.mark.parametrize("packing", ["train.packing=false", "train.packing=true"])
+def test_the_largest_batch_fits_and_a_larger_one_does_not(packing):
     with counting() as ledger:
-        step = TrainingStep(compose("train", ["method=lora"], None).config, LENGTH, ledger)
+        step = TrainingStep(compose("train", ["method=lora", packing], None).config, LENGTH, ledger)
         most = step.most_rows(ROWS, 2**27)
         assert step.memory(most).peak <= 2**27 < step.memory(most + 2).peak
         assert step.most_rows(ROWS, 2**20) == 0
@@ -82,6 +90,8 @@ def test_check_prints_the_memory_of_a_training(lrk):
     assert "fits 70% of 1 GiB" in ended.out and "activations" in ended.out
     assert "no example fits" in lrk("check", "method=lora", "task.limit=64", "--memory", "0.001").out
     assert "a number above 0, auto" in one_line(lrk("check", "method=lora", "--memory", "much"))
+    eager = ("train.packing=true", "hardware.attention=eager")
+    assert "packed rows are not estimated" in one_line(lrk("check", "method=lora", *eager, "--memory", "1"))
     assert "memory" not in lrk("check", "evaluate", "method=none", "--memory", "1").out
 
 

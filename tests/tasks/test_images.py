@@ -37,6 +37,14 @@ def test_folders_are_labels(shapes):
     assert example.picture == shapes / "test/triangle/2.png"
 
 
+def test_drawn_images_can_be_drawn_again(shapes):
+    file = shapes / "test" / "cross" / "0.png"
+    before = file.read_bytes()
+    file.write_bytes(b"")
+    assert image_encoders.images(shapes) == shapes
+    assert file.read_bytes() == before
+
+
 def test_folders_without_splits_are_split_once(shapes):
     one, other = (tasks.load(config(shapes / "train")) for _ in range(2))
     assert one == other

@@ -55,7 +55,7 @@ def make_images(folder: Path, seed: int = 0, counts: dict[str, int] | None = Non
     draw = random.Random(seed)
     for split, count in (counts or SPLITS).items():
         for shape in SHAPES:
-            (folder / split / shape).mkdir(parents=True)
+            (folder / split / shape).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 drawn(shape, draw).save(folder / split / shape / f"{number}.png")
 
@@ -86,11 +86,14 @@ def _color(draw: random.Random, low: int, high: int) -> tuple[int, ...]:
 
 
 def main() -> None:
+    from transformers.utils import logging
+
     parser = argparse.ArgumentParser(description="Make a small image encoder and images of shapes.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kind", choices=KINDS, default="vit", help="of encoder (default: vit)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    logging.disable_progress_bar()
     make_model(given.folder / given.kind, given.kind, given.seed)
     make_images(given.folder / "shapes", given.seed)
     print(f"model: {given.folder / given.kind}; images: {given.folder / 'shapes'}")

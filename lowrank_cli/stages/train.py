@@ -97,7 +97,7 @@ class Trainer:
         self.batches = self.padded_batches
         if self.settings.packing:
             self.batches = Batches(lengths, self.settings.batch_size, self.config.seed, 1)
-            with self.adapter.disabled():
+            with self.adapter.disabled(), session.autocast():
                 pack(session.model)
         self.dev_batches = Batches(
             [example.length for example in self.dev_data],

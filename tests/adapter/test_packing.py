@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lowrank_cli.adapter.lm_head import answer_losses
-from lowrank_cli.adapter.training.packing import pack, packed_inputs
+from lowrank_cli.adapter.training.packing import TOLERANCES, pack, packed_inputs
 from lowrank_cli.adapter.training.recompute import recompute
 from lowrank_cli.errors import UserError
 from lowrank_cli.methods.protocol import AddsLoss
@@ -120,6 +120,14 @@ def test_only_the_blocks_of_examples_are_attended(monkeypatch):
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
     model(input_ids=small.ids(1, 12), **packed_inputs([3, 4, 5]), use_cache=False)
     assert scores == [9, 16, 25] * 2  # layers
+
+
+def test_rounding_under_autocast_is_no_mixing(monkeypatch):
+    monkeypatch.setitem(TOLERANCES, torch.float32, -1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        pack(small.model())
+    with pytest.raises(UserError, match="mixes packed examples"):
+        pack(small.model())
 
 
 def test_passes_that_are_not_packed_stay_the_same():

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command import FOUR_STEPS
 from forked import forked_workers
 from resuming import history, train_broken_at
 
+from lowrank_cli.errors import UserError
 from lowrank_cli.launch import single_run
 from lowrank_cli.runs import Run
 
@@ -55,6 +57,15 @@ def test_a_packed_training_is_that_of_padded_batches(capsys):
     assert lengths != sorted(lengths)  # though batches of evaluation hold examples of similar lengths
     broken = train_broken_at(4, [*MIX, "train.packing=true"])
     assert history(broken) == history(packed) and broken.metrics["dev/loss"] == packed.metrics["dev/loss"]
+
+
+def test_packing_is_checked_in_the_precision_of_training(monkeypatch):
+    def pack(model):
+        raise UserError(f"autocast: {torch.is_autocast_enabled('cpu')}")
+
+    monkeypatch.setattr("lowrank_cli.stages.train.pack", pack)
+    with pytest.raises(UserError, match="autocast: True"):
+        train("train.packing=true", "hardware.precision=autocast")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ def packed_inputs(lengths: list[int]) -> dict[str, Any]:
 
 def pack(model: PreTrainedModel) -> None:
     """Prepare ``model`` for passes with :func:`packed_inputs`; other passes stay the same.
+
+    Call it under the autocast of training: FlashAttention cannot read fp32.
 
     Raises:
         UserError: examples of one row would influence each other.
@@ -96,7 +98,9 @@ def _require_apart(model: PreTrainedModel) -> None:
 
     alone, after = logits(second), logits(first, second)
     model.train(training)
-    dtype: Any = model.get_input_embeddings().weight.dtype
+    device, dtype = model.device.type, cast(torch.dtype, model.get_input_embeddings().weight.dtype)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     if (after - alone).abs().max() > TOLERANCES[dtype] * alone.abs().max():
         raise UserError(
             f"{KEY}: this '{model.config.model_type}' mixes packed examples (by convolutions, states or positions); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,19 +27,33 @@ def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def image_tokens(config: Mapping[str, Any]) -> int:
     """Patches of an image, by the ``config.json`` of its model."""
     vision = _vision(config)
-    size, patch = vision.get("image_size", 224), vision.get("patch_size", 16)  # ViT's; most files leave defaults out
-    return int(size // patch) ** 2
+    height, width = _pair(vision.get("image_size", 224))  # ViT's values; most files leave defaults out
+    high, wide = _pair(vision.get("patch_size", 16))
+    return (height // high) * (width // wide)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A height and a width, where one number stands for both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def image_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model was made for."""
     vision = _vision(model.config.to_dict())
-    return vision["num_channels"], vision["image_size"], vision["image_size"]
+    return vision["num_channels"], *_pair(vision["image_size"])
 
 
 def image_width(config: Mapping[str, Any]) -> int | None:
     """Hidden size of the image encoder; None if ``config`` does not say."""
     return _vision(config).get("hidden_size")
+
+
+def input_width(model: PreTrainedModel) -> int | None:
+    """Hidden size of what reads texts or images; None if the model's configuration names none."""
+    if reads_images(model):
+        return image_width(model.config.to_dict())
+    return getattr(model.config.get_text_config(), "hidden_size", None)
 
 
 def input_vocabulary(model: PreTrainedModel) -> int:

@@ -183,6 +183,7 @@ def load(
         if model.images:
             with one_line(f"the image processor of {where.source}"):
                 processor = _load_processor(where.source, arguments)
+                _try_processor(network, processor)
         else:
             with one_line(f"the tokenizer of {where.source}"):
                 tokenizer = load_tokenizer(where.source, arguments)
@@ -365,6 +366,19 @@ def _load_processor(source: str, arguments: dict[str, Any]) -> Any:
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source, backend="pil", **arguments)
+
+
+def _try_processor(network: Any, processor: Any) -> None:
+    """A pass over a black image. Raises what the model does if the processor makes images of another size."""
+    import torch
+    from PIL import Image
+
+    from lowrank_cli.adapter.image_input import image_shape
+
+    _, height, width = image_shape(network)
+    pixels = processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        network(pixel_values=pixels.to(network.device))
 
 
 def load_tokenizer(source: str, arguments: dict[str, Any]) -> Any:

@@ -78,11 +78,11 @@ def _quota(folder: Path) -> list[float]:
     return []
 
 
-def choose(setting: int | None, width: int) -> Threads:
-    """The threads for a model of hidden size ``width``; ``setting`` is ``hardware.threads``."""
+def choose(setting: int | None, width: int | None) -> Threads:
+    """The threads for a model of hidden size ``width``, if it has one; ``setting`` is ``hardware.threads``."""
     if setting is not None:
         return Threads(setting, "hardware.threads")
-    cores, useful = available_cores(), max(1, width // WIDTH)
-    if useful < cores.count:
+    cores = available_cores()
+    if width is not None and (useful := max(1, width // WIDTH)) < cores.count:
         return Threads(useful, f"a model this narrow gains nothing from all {cores.count} cores (hardware.threads=N)")
     return cores

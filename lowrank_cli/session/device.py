@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from lowrank_cli.adapter.image_input import input_width
 from lowrank_cli.adapter.tenants.update_class import require_grouped
 from lowrank_cli.adapter.training.compiled import require_compiler
 from lowrank_cli.errors import UserError
@@ -78,7 +79,7 @@ def greet(
     lines += map(Text, notes)
     if hardware.device == "cpu":
         before = run.info.get("threads")
-        threads = choose(hardware.threads, model.config.get_text_config().hidden_size)
+        threads = choose(hardware.threads, input_width(model))
         threads = threads if before is None else Threads(before["count"], before["reason"])
         torch.set_num_threads(threads.count)
         run.update(threads=asdict(threads))

@@ -16,7 +16,7 @@ from lowrank_cli import methods, tasks
 from lowrank_cli.adapter.adapted_model import Adapter, fingerprint
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.head_loss import head_losses
-from lowrank_cli.adapter.image_input import image_tokens, image_width
+from lowrank_cli.adapter.image_input import image_tokens, input_width
 from lowrank_cli.adapter.lm_head import answer_losses
 from lowrank_cli.adapter.training.packing import on_device, packed_inputs, require_packable
 from lowrank_cli.errors import UserError
@@ -91,10 +91,7 @@ class Session:
     @property
     def width(self) -> int | None:
         """Hidden size of what reads texts or images; None if the model does not say."""
-        config = self.model.config
-        if self.processor is not None:
-            return image_width(config.to_dict())
-        return getattr(config.get_text_config(), "hidden_size", None)
+        return input_width(self.model)
 
     @property
     def encoder(self) -> bool:

@@ -4,10 +4,11 @@ import image_encoders
 import pytest
 import small
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
 from lowrank_cli.adapter.files import save_load
 from lowrank_cli.adapter.files.export import as_lora, loaded_error, lora_error, merge_into_model, save_lora
-from lowrank_cli.adapter.image_input import image_tokens, image_width
+from lowrank_cli.adapter.image_input import image_shape, image_tokens, input_width
 from lowrank_cli.adapter.target_sites import known_sites, structure_of
 from lowrank_cli.errors import UserError
 from lowrank_cli.scoring.ablation import ablate
@@ -39,7 +40,13 @@ def test_the_sites_of_the_image_encoder_are_known(kind, folders):
     assert "".join(site.role for site in known_sites(model) if site.layer == 1) == "QKVOUD"
     assert structure_of(model).position_wise
     config = model.config.to_dict()
-    assert (image_tokens(config), image_width(config)) == (16, 64)
+    assert (image_tokens(config), input_width(model)) == (16, 64)
+
+
+def test_sizes_of_images_that_are_not_square():
+    assert image_tokens({"image_size": [32, 48], "patch_size": [8, 16]}) == 12
+    model = ViTForImageClassification(ViTConfig(image_size=[32, 48], hidden_size=8, num_attention_heads=2))
+    assert image_shape(model) == (3, 32, 48)
 
 
 @EVERY

@@ -83,6 +83,23 @@ def test_a_broken_training_resumes_bit_for_bit(demo, monkeypatch):
     assert one == other
 
 
+def test_a_model_without_layers_and_a_width_of_its_own(demo, tmp_path):
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model = [f"model.path={tmp_path}", "method.target_modules=[pwconv1,pwconv2]"]
+    run = ran("train", "method=lora", *demo[:1], *demo[2:], *model, *FEW_STEPS, "test=false")
+    assert run.metrics["trainable_parameters"] > 0
+
+
+def test_a_processor_that_makes_other_sizes_is_refused(demo, tmp_path, lrk):
+    image_encoders.model(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    ended = lrk("train", "method=lora", *demo[:1], *demo[2:], f"model.path={tmp_path}")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "the image processor of" in ended.err and "(48*48) doesn't match model (32*32)" in ended.err
+
+
 def test_a_plan_counts_patches(demo, lrk):
     shown = lrk("check", "train", "method=lora", *demo, "--memory", "1").out
     assert "160 examples, about 25,600 tokens" in shown

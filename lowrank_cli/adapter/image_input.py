@@ -70,7 +70,8 @@ def inputs_of(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     size = math.prod(shape)
     places = torch.arange(1, size + 1, device=ids.device)  # so that no two patches are alike
     values = ids.repeat(1, size // ids.shape[1] + 1)[:, :size] * places % BYTE  # (B, T) -> (B, C * H * W)
-    return {"pixel_values": (values / (BYTE / 2) - 1).view(-1, *shape)}  # (B, C, H, W), between -1 and 1
+    pixels = (values / (BYTE / 2) - 1).view(-1, *shape)  # (B, C, H, W), between -1 and 1
+    return {"pixel_values": pixels.to(model.dtype)}
 
 
 def token_embedding(model: PreTrainedModel) -> Tensor | None:

@@ -378,7 +378,7 @@ def _try_processor(network: Any, processor: Any) -> None:
     _, height, width = image_shape(network)
     pixels = processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        network(pixel_values=pixels.to(network.device))
+        network(pixel_values=pixels.to(network.device, network.dtype))
 
 
 def load_tokenizer(source: str, arguments: dict[str, Any]) -> Any:

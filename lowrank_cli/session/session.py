@@ -154,7 +154,8 @@ class Session:
     def batch(self, encoded: Sequence[Any]) -> dict[str, Tensor]:
         """A training batch on the device, with ``prompt_mask`` only if the method routes by it."""
         if self.processor is not None:
-            return self._on_device(images.collate(encoded, self.processor))
+            batch = images.collate(encoded, self.processor)
+            return self._on_device(batch | {"pixel_values": batch["pixel_values"].to(self.model.dtype)})
         collate = encode.collate_encoder if self.encoder else encode.collate_causal
         return self._on_device(collate(encoded, self.tokenizer.pad_token_id))
 

@@ -92,6 +92,18 @@ def test_a_model_without_layers_and_a_width_of_its_own(demo, tmp_path):
     assert run.metrics["trainable_parameters"] > 0
 
 
+def test_pixels_have_the_precision_of_weights(demo, tmp_path):
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    )
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    run = ran(
+        "train", "method=lora", *demo[:1], *demo[2:], f"model.path={tmp_path}", "hardware.precision=bf16", *FEW_STEPS
+    )
+    assert ran("evaluate", f"run={run.path}").metrics["test/accuracy"] == run.metrics["test/accuracy"]
+
+
 def test_a_processor_that_makes_other_sizes_is_refused(demo, tmp_path, lrk):
     image_encoders.model(tmp_path)
     transformers.ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_cli.native.kernels import LANES, kernels
 
@@ -20,12 +22,18 @@ def use_decode_attention(model: PreTrainedModel) -> None:
     It keeps the name ``sdpa`` in its config: some models compare that name to decide which masks they make. All models
     of the process then go through :func:`attention`, which is torch's attention for those that are not marked.
     """
-    AttentionInterface.register("sdpa", attention)
+    _attend_by_kernel()
     for module in model.modules():
         setattr(module, MARK, True)
 
 
+@cache
+def _attend_by_kernel() -> None:
+    AttentionInterface.register("sdpa", partial(attention, ALL_ATTENTION_FUNCTIONS["sdpa"]))
+
+
 def attention(
+    otherwise: Callable[..., tuple[Tensor, None]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -36,7 +44,11 @@ def attention(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The output (B, T, H, D) for queries (B, H, T, D): by the kernel for T = 1, in fp32, without gradients."""
+    """The output (B, T, H, D) for queries (B, H, T, D): by the kernel for T = 1, in fp32, without gradients.
+
+    Args:
+        otherwise: the attention function that computes everything else.
+    """
     plain = not dropout and position_bias is None and options.get("softcap") is None
     if plain and getattr(module, MARK, False) and _fits(query, key, value, attention_mask):
         compiled = kernels()
@@ -44,8 +56,7 @@ def attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return compiled.attend(query, key, value, attention_mask, scale), None
     options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
-    output: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
-    return output, None
+    return otherwise(module, query, key, value, attention_mask, **options)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -373,9 +373,8 @@ def _try_processor(network: Any, processor: Any) -> None:
     import torch
     from PIL import Image
 
-    from lowrank_cli.adapter.image_input import image_shape
-
-    _, height, width = image_shape(network)
+    size = getattr(network.config, "vision_config", network.config).image_size
+    height, width = (size, size) if isinstance(size, int) else size
     pixels = processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         network(pixel_values=pixels.to(network.device, network.dtype))

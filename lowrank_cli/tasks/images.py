@@ -54,7 +54,7 @@ def collate(encoded: Sequence[EncodedImage], processor: Any) -> dict[str, torch.
     Raises:
         UserError: an image cannot be decoded.
     """
-    images = [_opened(row.picture, row.where, _decoded) for row in encoded]
+    images = [_opened(row.picture, row.where, decoded) for row in encoded]
     pixels: torch.Tensor = processor(images=images, return_tensors="pt")["pixel_values"]  # (B, C, H, W)
     return {"pixel_values": pixels, "labels": torch.tensor([row.label for row in encoded])}
 
@@ -71,7 +71,7 @@ def _require_range(image: PIL.Image.Image) -> None:
         raise ValueError("32-bit greys; save it as a PNG of 8 or 16 bits")
 
 
-def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
+def decoded(image: PIL.Image.Image) -> PIL.Image.Image:
     """The image in RGB, turned as its camera says. Of 16-bit greys the upper 8 bits are kept."""
     from PIL import Image, ImageOps
 

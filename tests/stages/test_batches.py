@@ -47,7 +47,7 @@ def test_a_packed_training_is_that_of_padded_batches(capsys):
     )
     assert_close(packed, padded)
     assert_close(together, padded)
-    assert [run.info["attention"] for run in (padded, packed)] == ["eager", "sdpa_blocks"]
+    assert [run.info["attention"] for run in (padded, packed)] == ["eager", "sdpa"]
     saved = padded.metrics["train/padding"]
     assert 0.1 < saved < 0.9 and packed.metrics["train/padding"] == 0
     assert f"packing: no padding, which would be {saved:.0%} of the positions in batches" in capsys.readouterr().err

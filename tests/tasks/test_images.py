@@ -92,14 +92,14 @@ def test_16_bit_greys_are_scaled(ending):
     buffer = BytesIO()
     Image.fromarray(np.array([[0, 0x4000, 0xFFFF]], dtype=np.uint16)).save(buffer, ending)
     with Image.open(buffer) as image:
-        assert np.asarray(images._decoded(image))[0, :, 0].tolist() == [0, 0x40, 0xFF]
+        assert np.asarray(images.decoded(image))[0, :, 0].tolist() == [0, 0x40, 0xFF]
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning():
     buffer = BytesIO()
     Image.new("P", (2, 2)).save(buffer, "PNG", transparency=bytes(3))
     with Image.open(buffer) as image:
-        assert images._decoded(image).mode == "RGB"
+        assert images.decoded(image).mode == "RGB"
 
 
 def test_greys_without_a_range_are_refused(shapes):

@@ -8,14 +8,13 @@ diagonal one by one, which takes the sum of the squared lengths instead of N².
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowrank_cli.errors import UserError
@@ -48,12 +47,17 @@ def pack(model: PreTrainedModel) -> None:
         UserError: examples of one row would influence each other.
     """
     require_packable(model)
-    name = model.config._attn_implementation
-    if ALL_MASK_ATTENTION_FUNCTIONS.get(name) is sdpa_mask:
-        AttentionInterface.register(f"{name}_blocks", partial(attend, ALL_ATTENTION_FUNCTIONS[name]))
-        AttentionMaskInterface.register(f"{name}_blocks", sdpa_mask)
-        model.set_attn_implementation(f"{name}_blocks")
+    _attend_by_blocks()
     _require_apart(model)
+
+
+@cache
+def _attend_by_blocks() -> None:
+    """Let the scaled dot-product attention of all models in this process go through :func:`attend`.
+
+    It keeps its name, because some models compare that name to decide which masks they make.
+    """
+    AttentionInterface.register("sdpa", partial(attend, ALL_ATTENTION_FUNCTIONS["sdpa"]))
 
 
 def require_packable(model: PreTrainedModel) -> None:

@@ -95,9 +95,10 @@ def test_16_bit_greys_are_scaled(ending):
         assert np.asarray(images.decoded(image))[0, :, 0].tolist() == [0, 0x40, 0xFF]
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_palette_with_transparency_is_read_without_a_warning():
     buffer = BytesIO()
-    Image.new("P", (2, 2)).save(buffer, "PNG", transparency=bytes(3))
+    Image.linear_gradient("L").convert("P").save(buffer, "PNG", transparency=bytes(3))
     with Image.open(buffer) as image:
         assert images.decoded(image).mode == "RGB"
 

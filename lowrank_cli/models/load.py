@@ -373,7 +373,7 @@ def _try_processor(network: Any, processor: Any) -> None:
     import torch
     from PIL import Image
 
-    size = getattr(network.config, "vision_config", network.config).image_size
+    size = getattr(getattr(network.config, "vision_config", network.config), "image_size", 224)  # ViT's
     height, width = (size, size) if isinstance(size, int) else size
     pixels = processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from lowrank_cli.runs.vllm_command import sglang_serve, vllm_refusal, vllm_serve
+from lowrank_cli.runs.vllm_command import sglang_serve, vllm_serve
 
 if TYPE_CHECKING:
     from lowrank_cli.runs import Run
@@ -66,6 +66,5 @@ def _lora(folder: str, adapter: dict[str, Any], config: dict[str, Any], model_ty
         return [load]
     if config["export"].get("target") == "sglang":
         return [load, f"serve: {sglang_serve(str(base), {'tuned': folder})}"]
-    rank = adapter["r"]
-    serves = not vllm_refusal(model_type, rank)
-    return [load, *([f"serve: {vllm_serve(str(base), rank, {'tuned': folder})}"] if serves else [])]
+    command = vllm_serve(str(base), model_type, adapter["r"], {"tuned": folder})
+    return [load, f"serve: {command}"] if command else [load]

@@ -17,7 +17,7 @@ from lowrank_cli.report.predictions import answers
 from lowrank_cli.report.run_results import ADAPTERS, present_lineage
 from lowrank_cli.report.statistics import NORMAL_95, wilson_interval
 from lowrank_cli.runs import Run
-from lowrank_cli.runs.vllm_command import sglang_serve, vllm_refusal, vllm_serve
+from lowrank_cli.runs.vllm_command import sglang_serve, vllm_serve
 
 FILE = "README.md"
 REPOSITORY = "ORG/NAME"  #: stands for the repository on the Hub until ``lrk push`` names it
@@ -177,8 +177,7 @@ def _serve(run: Run, folder: Path, base: str) -> list[str]:
         return [sglang_serve(base, adapters)]
     model_type = run.read_json(f"{folder.name}/lrk.json")["model_type"]
     other = any(value and key.startswith("use_") and key != "use_rslora" for key, value in about.items())
-    refused = other or vllm_refusal(model_type, about["r"])  # vLLM has LoRA with either scale, and no other kind
-    command = None if refused else vllm_serve(base, about["r"], adapters)
+    command = None if other else vllm_serve(base, model_type, about["r"], adapters)  # no kind but LoRA, of either scale
     return [command] if command else []
 
 

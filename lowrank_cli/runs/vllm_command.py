@@ -15,14 +15,15 @@ def rank_step(rank: int) -> int | None:
     return next((step for step in RANKS if step >= rank), None)
 
 
-def vllm_serve(base: str, rank: int, adapters: Mapping[str, str]) -> str | None:
-    """The command that serves ``adapters``, folders by name, on the model ``base``; None if ``rank`` is too large.
+def vllm_serve(base: str, model_type: str, rank: int, adapters: Mapping[str, str]) -> str | None:
+    """The command that serves ``adapters``, folders by name, on the model ``base``; None if vLLM cannot.
 
     Args:
         rank: the largest of the adapters.
     """
-    if (step := rank_step(rank)) is None:
+    if vllm_refusal(model_type, rank):
         return None
+    step = rank_step(rank)
     options = ["--max-lora-rank", str(step), *(["--max-loras", str(len(adapters))] if len(adapters) > 1 else [])]
     modules = [f"{name}={folder}" for name, folder in adapters.items()]
     return shlex.join(["vllm", "serve", base, "--enable-lora", *options, "--lora-modules", *modules])

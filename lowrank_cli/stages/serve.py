@@ -18,7 +18,7 @@ from lowrank_cli.models.load import Loaded, load
 from lowrank_cli.reader import read_json, read_text
 from lowrank_cli.runs import Run, progress
 from lowrank_cli.runs.tenant_file import tenants_of
-from lowrank_cli.runs.vllm_command import vllm_refusal, vllm_serve
+from lowrank_cli.runs.vllm_command import vllm_serve
 from lowrank_cli.schema import ServeConfig, ServeRun
 from lowrank_cli.serving.engine import Engine
 from lowrank_cli.session.adapter_run import newest_run_note
@@ -117,9 +117,7 @@ def _vllm(engine: Engine, folders: dict[str, Path]) -> str | None:
     base = engine.adapters.bank.model.config
     shown = {name: str(folder.absolute()) for name, folder in folders.items()}
     ranks = [rank for config in configs for rank in (config.get("r", 8), *(config.get("rank_pattern") or {}).values())]
-    if vllm_refusal(base.model_type, max(ranks)):
-        return None
-    return vllm_serve(str(base.name_or_path), max(ranks), shown)
+    return vllm_serve(str(base.name_or_path), base.model_type, max(ranks), shown)
 
 
 def _token(settings: ServeConfig) -> str | None:

@@ -37,7 +37,9 @@ def names(config: TaskConfig, available: Sequence[str], source: str) -> tuple[st
     """
     if config.splits == "given":
         wanted = {"train": config.train_split, "dev": config.dev_split, "test": config.test_split}
-        return tuple(_require(f"task.{key}_split", name, available, source) for key, name in wanted.items())
+        halved = config.train_split in available and (config.dev_split in available or config.test_split in available)
+        instead = ", or task.splits=paper to make dev and test out of one" if halved else ""
+        return tuple(_require(f"task.{key}_split", name, available, source, instead) for key, name in wanted.items())
     train = _require("task.train_split", config.train_split, available, source)
     if config.splits == "held_out":
         return (train,)
@@ -63,11 +65,11 @@ def alone(config: TaskConfig, split: str, source: Source) -> str | None:
     return next((name for name in (own.pop(split), *own.values()) if name in source.splits), None)
 
 
-def _require(key: str, name: str | None, available: Sequence[str], source: str) -> str:
+def _require(key: str, name: str | None, available: Sequence[str], source: str, instead: str = "") -> str:
     if name is None or name not in available:
         raise UserError(
             f"{key}: {source} has no split '{name}'{nearest(name, available)} "
-            f"(found: {', '.join(available)}); set {key}=NAME to one of them"
+            f"(found: {', '.join(available)}); set {key}=NAME to one of them{instead}"
         )
     return name
 

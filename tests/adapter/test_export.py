@@ -201,5 +201,5 @@ def test_what_an_engine_cannot_serve_is_refused():
     assert "no LoRAs for models of type gpt2" in vllm_refusal("gpt2", 8)
     assert "at most, and this one has 513; set export.rank=512" in vllm_refusal("llama", 513)
     assert not vllm_refusal("llama", 512)
-    line = vllm_serve("base", 9, {"tuned": "folder"})
+    line = vllm_serve("base", "llama", 9, {"tuned": "folder"})
     assert line == "vllm serve base --enable-lora --max-lora-rank 16 --lora-modules tuned=folder"

@@ -383,6 +383,13 @@ def test_absent_split_lists_those_found(tmp_path):
         tasks.load(config("sst2", path=write(tmp_path / "one", validation=reviews(4)), train_split="validation"))
     with pytest.raises(UserError, match=r"^task.dev_split: .* no split 'dev'"):
         tasks.load(config("sst2", path=path, splits="given", train_split="test", dev_split="dev"))
+    path = write(tmp_path / "two", train=reviews(4), validation=reviews(4))
+    with pytest.raises(
+        UserError, match=r"set task\.test_split=NAME .*, or task\.splits=paper to make dev and test out of"
+    ):
+        tasks.load(config("sst2", path=path, splits="given"))
+    task = tasks.load(config("sst2", path=path, splits="paper"))
+    assert (len(task.dev), len(task.test)) == (2, 2)
 
 
 def test_small_training_set_halves_the_validation_set(tmp_path):

@@ -8,7 +8,6 @@ import torch
 from lowrank_cli.adapter.spans import Span
 from lowrank_cli.adapter.tenants.grouped_update import GroupedUpdate, group
 from lowrank_cli.adapter.tenants.operands import Factors, Operands
-from lowrank_cli.adapter.tenants.update_class import update_class
 
 INPUTS, OUTPUTS = 150, 140  # no multiples of a tile
 
@@ -18,6 +17,8 @@ RANKS = 64  # of one product of the kernels
 
 def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
     """Both updates on many shapes: rows in and out of order, prompts, unlike ranks, gates, a span of the output."""
+    from lowrank_cli.adapter.tenants.grouped_triton import TritonUpdate
+
     torch.manual_seed(1)
     for owners, tokens, span, gated, ranks in (
         ([1, 2, 3], 1, None, False, (4, 3)),  # a decoding step, in order
@@ -42,10 +43,10 @@ def compare(device: str, dtype: torch.dtype, tolerance: float) -> None:
         y = torch.randn(len(owners), tokens, OUTPUTS + (40 if span else 0), device=device).to(dtype)  # (B, T, O)
         plain, found = y.clone(), y.clone()
         GroupedUpdate(a, b, grouping, gates, span, len(owners)).add_to(plain, x)
-        update_class("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x)
+        TritonUpdate(a, b, grouping, gates, span, len(owners)).add_to(found, x)
         assert not torch.equal(found, y), "something was added"
         with pytest.raises(AssertionError, match="autograd does not see"):
-            update_class("triton")(a, b, grouping, gates, span, len(owners)).add_to(found, x.clone().requires_grad_())
+            TritonUpdate(a, b, grouping, gates, span, len(owners)).add_to(found, x.clone().requires_grad_())
         torch.testing.assert_close(found, plain, atol=tolerance, rtol=tolerance)
 
 

@@ -10,6 +10,8 @@ import yaml
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -30,6 +32,7 @@ from transformers import (
 )
 
 from lowrank_cli import methods
+from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.methods.protocol import Adapts, AddsLoss, BeforeStep, Step
 
 VOCABULARY = 64
@@ -98,6 +101,27 @@ def model(family: str = "llama"):
     return FAMILIES[family]().eval()
 
 
+def sparse() -> DeepseekV32ForCausalLM:
+    """DeepSeek V3.2's attention, which sees the 4 keys that its indexer chooses."""
+    torch.manual_seed(7)
+    config = DeepseekV32Config(
+        **(GATED | {"num_key_value_heads": GATED["num_attention_heads"]}),
+        index_topk=4,
+        index_head_dim=32,
+        index_n_heads=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        first_k_dense_replace=2,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+    )
+    return DeepseekV32ForCausalLM(config).eval().requires_grad_(False)
+
+
 def config(name: str, **settings):
     """A method's YAML with half the rank, at the same scale, and what else fits small models; then ``settings``."""
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
@@ -143,6 +167,21 @@ def adapted(name: str = "lora", family: str = "llama", *, trained: bool = True, 
 def ids(rows: int = 3, tokens: int = 9) -> torch.Tensor:
     """Random token ids (rows, tokens) without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(5))
+
+
+def generated_logits(model, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits (6, B, V) of six generated tokens, the likeliest each; ``inputs`` go to ``generate``."""
+    made = model.generate(
+        ids,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **growing_cache(model, 6),
+        **inputs,
+    )
+    return torch.stack(made.logits)
 
 
 def train(method, adapter, steps: Iterable[int], total: int, *, learning_rate: float = 0.05) -> None:

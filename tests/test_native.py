@@ -9,10 +9,10 @@ import pytest
 import small
 import torch
 from torch.nn import functional as F
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lowrank_cli.adapter.kv_cache import growing_cache, pass_cache
+from lowrank_cli.adapter.kv_cache import pass_cache
 from lowrank_cli.adapter.spans import Span, index
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.adapter.tenants.row_updates import RowUpdates
@@ -148,28 +148,7 @@ def opt():
     return small.model("opt").requires_grad_(False)
 
 
-def sparse():
-    """DeepSeek V3.2's attention, which sees the 4 keys that its indexer chooses."""
-    torch.manual_seed(7)
-    config = DeepseekV32Config(
-        **(small.GATED | {"num_key_value_heads": small.GATED["num_attention_heads"]}),
-        index_topk=4,
-        index_head_dim=32,
-        index_n_heads=2,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=16,
-        v_head_dim=32,
-        first_k_dense_replace=2,
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-    )
-    return DeepseekV32ForCausalLM(config).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize(("make", "steps"), [(llama, 5), (opt, 0), (sparse, 0)])
+@pytest.mark.parametrize(("make", "steps"), [(llama, 5), (opt, 0), (small.sparse, 0)])
 def test_a_model_generates_the_same(make, steps, everywhere, monkeypatch):
     attended, attend = [], Kernels.attend
     monkeypatch.setattr(Kernels, "attend", lambda *args: attended.append(args) or attend(*args))
@@ -180,17 +159,7 @@ def test_a_model_generates_the_same(make, steps, everywhere, monkeypatch):
         model = make()
         if packed:
             prepack(model)
-        made = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **growing_cache(model, 6),
-        )
-        found.append(torch.stack(made.logits))  # (new, B, V)
+        found.append(small.generated_logits(model, ids, attention_mask=mask))
         assert multiplier(model) == ("our kernels" if packed else None)
     torch.testing.assert_close(found[1], found[0], **EQUAL)
     assert len(attended) == 2 * steps, "by the packed model's 2 layers; the heads of the other models do not fit"

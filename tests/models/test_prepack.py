@@ -10,7 +10,6 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lowrank_cli.adapter.adapted_model import fingerprint
-from lowrank_cli.adapter.kv_cache import growing_cache
 from lowrank_cli.adapter.module_copy import copied
 from lowrank_cli.adapter.tenants.bank import Bank
 from lowrank_cli.errors import UserError
@@ -119,16 +118,7 @@ def gemma3():
 def test_generated_logits_are_equal(make):
     found = []
     for model in (make(), packed(make())):
-        made = model.generate(
-            small.ids(4),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **growing_cache(model, 6),
-        )
-        found.append(torch.stack(made.logits))  # (new, B, V)
+        found.append(small.generated_logits(model, small.ids(4)))
     torch.testing.assert_close(found[1], found[0], **EQUAL)
 
 
